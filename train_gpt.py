@@ -4,17 +4,15 @@
     python train_gpt.py                                      one GPU: the consensus model
     torchrun --standalone --nproc_per_node=8 train_gpt.py    eight
 
-One file of at most 1,500 lines (hence 120 columns, and guards on one line), in the order in which data flows: settings,
-data, quantiser, codecs, artifact, model, optimisers, schedules, runtime, evaluation, training, checkpoints, export, main.
-It imports nothing of this repository, so it runs from inside a record folder; importing it has no effect.
-
+One file of at most 1,500 lines (hence 120 columns, guards on one line, small helpers without a blank line between), in
+the order in which data flows, from settings to main. It imports nothing of this repository; importing it has no effect.
 Shapes in names: B sequences, T positions, D model width, H query heads, G key/value heads, C head width.
 """
 
 from __future__ import annotations
 
 import bisect, contextlib, dataclasses, difflib, functools, hashlib, json, math, os, platform, shutil, signal
-import subprocess, sys, time, uuid, warnings
+import struct, subprocess, sys, time, uuid, warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -32,11 +30,9 @@ class UserError(Exception):
 
 def need(holds: Any, message: str, kind: type[Exception] = UserError) -> None:
     if not holds: raise kind(message)
-
 # ==== SETTINGS ========================================================================================================
 # Upper-case names in the environment override the preset, which overrides these defaults (the challenge's). A name that
 # only resembles a setting is an error: elsewhere it is ignored, and people train the wrong model for $20 an hour.
-
 def knob(default, help: str, low: float | None = None, high: float | None = None, choices: tuple = ()):
     """A setting: its default, what it does, and the values that it may take."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
@@ -132,20 +128,18 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self): check_value(f, getattr(self, f.name))
-        head, cap, looped = self.model_dim // self.num_heads, self.max_wallclock_seconds, self.num_loops > 0
+        head, eight, cap = self.model_dim // self.num_heads, 8 * self.train_seq_len, self.max_wallclock_seconds
         for name, holds, wanted in (
             ("model_dim", self.model_dim % self.num_heads == 0, f"a multiple of NUM_HEADS={self.num_heads}"),
             ("num_heads", self.num_heads % self.num_kv_heads == 0, f"a multiple of NUM_KV_HEADS={self.num_kv_heads}"),
-            ("rope_dims", (self.rope_dims or head) % 2 == 0 and self.rope_dims <= head, f"even, at most {head} (a head)"),
-            ("train_batch_tokens", self.train_batch_tokens % (8 * self.train_seq_len) == 0,
-             f"a multiple of 8 x TRAIN_SEQ_LEN={self.train_seq_len}"),
+            ("rope_dims", (self.rope_dims or head) % 2 == 0 and self.rope_dims <= head, f"even, at most {head}"),
+            ("train_batch_tokens", self.train_batch_tokens % eight == 0, f"a multiple of {eight} (8 x TRAIN_SEQ_LEN)"),
             ("bigram_vocab_size", self.bigram_vocab_size != 1, "0 or at least 2"),
-            ("loop_end", not looped or self.loop_start <= self.loop_end < self.num_layers,
+            ("loop_end", self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
              f"from LOOP_START={self.loop_start} to below NUM_LAYERS={self.num_layers}"),
-            ("gptq_reserve_seconds", not (self.gptq and cap) or self.gptq_reserve_seconds < cap,
+            ("gptq_reserve_seconds", not self.gptq or self.gptq_reserve_seconds < (cap or math.inf),
              f"below MAX_WALLCLOCK_SECONDS={cap}"),
         ): need(holds, f"{name.upper()} is {getattr(self, name)}; it must be {wanted}")
-
     @classmethod
     def from_env(cls, env: Mapping[str, str], default_preset: str) -> Config:
         """PRESET names a set of values; single variables override it."""
@@ -177,21 +171,20 @@ MUON_WEIGHT_DECAY=MUON_WD; WEIGHT_DECAY=MUON_WD, ADAM_WD or EMBED_WD; WD=MUON_WD
 WARMDOWN_ITERS=WARMDOWN_FRAC; QAT_ENABLED=QAT_START_FRAC (1 is never); LATE_QAT_THRESHOLD=QAT_START_FRAC;
 SWA_ENABLED=SWA_START_FRAC (1 is never); EMA_ENABLED=EMA_DECAY (0 is none); MATRIX_BITS=ATTN_BITS and MLP_BITS;
 COMPRESSOR=CODEC; GPTQ_ENABLED=GPTQ; GPTQ_CALIBRATION_BATCHES=GPTQ_BATCHES; BIGRAM_BUCKETS=BIGRAM_VOCAB_SIZE;
-EMBED_LR=TIED_EMBED_LR (embeddings are tied); HEAD_LR=TIED_EMBED_LR (embeddings are tied); BATCH_SIZE=TRAIN_BATCH_TOKENS;
-TIE_EMBEDDINGS=nothing (embeddings are always tied); CONTROL_TENSOR_NAME_PATTERNS=nothing (what is no matrix is fp16);
-MAX_STEPS=ITERATIONS; NUM_ITERATIONS=ITERATIONS; SEQ_LEN=TRAIN_SEQ_LEN
+EMBED_LR=TIED_EMBED_LR; HEAD_LR=TIED_EMBED_LR; TIE_EMBEDDINGS=nothing (they are always tied); SEQ_LEN=TRAIN_SEQ_LEN;
+CONTROL_TENSOR_NAME_PATTERNS=nothing (what is no matrix is fp16); BATCH_SIZE=TRAIN_BATCH_TOKENS; MAX_STEPS=ITERATIONS
 """.replace("\n", " ").strip().split("; "))
 
 def refuse_near_misses(env: Mapping[str, str]) -> None:
     """MUON_WEIGHT_DECAY=.04 is an error that names MUON_WD; PATH and NCCL_DEBUG are none of ours."""
     known = {f.name.upper() for f in fields(Config)} | {"PRESET"}
     by_words = {tuple(sorted(name.split("_"))): name for name in known}
-    for name in env.keys() - known:
+    for name in sorted(env.keys() - known):
         near = difflib.get_close_matches(name.upper(), known, 1, 0.87) if len(name) > 4 else []
         right = FOREIGN_NAMES.get(name.upper()) or by_words.get(tuple(sorted(name.upper().split("_")))) or "".join(near)
         need(not right, f"{name}={env[name]} is no setting of this trainer; did you mean {right}? (--help lists all)")
 
-# Values of the records; schedules as parts of a run, so that they keep their shape on a slower machine.
+# Values of the records; schedules are parts of a run, so that they keep their shape on a slower machine.
 CONSENSUS: dict[str, Any] = dict(
     num_layers=11, mlp_mult=3.0, train_seq_len=2048, train_batch_tokens=786_432, iterations=9000, compile=True,
     smear_gate=True, bigram_vocab_size=2048, ortho_init=True, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035,
@@ -199,10 +192,10 @@ CONSENSUS: dict[str, Any] = dict(
     embed_wd=0.04, grad_clip_norm=0.3, warmdown_frac=0.4, swa_start_frac=0.8, swa_every=200, qat_start_frac=0.5,
     attn_bits=6, mlp_bits=6)
 FRONTIER = CONSENSUS | dict(
-    leaky_slope=0.5, xsa_last_n=11, ln_scale=True, rope_dims=16, qk_gain_init=5.0, attn_gate=True, min_lr=0.1, gptq=True,
-    parallel_start_layer=8, loop_start=3, loop_end=5, num_loops=2, muon_momentum=0.97, muon_row_normalize=True,
-    muon_polar_express=True, muon_wd=0.09, embed_wd=0.085, adam_wd=0.02, matrix_lr=0.026, scalar_lr=0.02, beta2=0.99,
-    tied_embed_lr=0.03, warmdown_frac=0.75, swa_start_frac=1.0, ema_decay=0.9965, qat_start_frac=1.0)
+    leaky_slope=0.5, xsa_last_n=11, ln_scale=True, rope_dims=16, qk_gain_init=5.0, attn_gate=True, gptq=True,
+    loop_start=3, loop_end=5, num_loops=2, parallel_start_layer=8, muon_momentum=0.97, muon_row_normalize=True,
+    min_lr=0.1, muon_polar_express=True, muon_wd=0.09, embed_wd=0.085, adam_wd=0.02, matrix_lr=0.026, scalar_lr=0.02,
+    beta2=0.99, tied_embed_lr=0.03, warmdown_frac=0.75, swa_start_frac=1.0, ema_decay=0.9965, qat_start_frac=1.0)
 CPU = CONSENSUS | dict(
     num_layers=4, model_dim=192, num_heads=6, num_kv_heads=3, train_seq_len=256, train_batch_tokens=4096, compile=False,
     val_batch_size=131_072, warmup_steps=0, holdout_tokens=32_768, checkpoint_seconds=60.0, val_loss_every=0,
@@ -216,7 +209,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # ==== DATA ============================================================================================================
 # A shard is the challenge's: 256 little-endian int32 (magic, version, count), then uint16 tokens.
-
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS_ID = 1  # every document starts with it
 
@@ -240,7 +232,6 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
 
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     header = np.zeros(256, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
@@ -255,16 +246,13 @@ def read_shard(path: str | Path, vocab_size: int = 0) -> np.ndarray:
     ours = len(header) == 256 and tuple(header[:2]) == (SHARD_MAGIC, SHARD_VERSION)
     need(ours, f"{path}: not a token shard of version {SHARD_VERSION}; write shards with data/prepare.py", ShardError)
     count, there = int(header[2]), (size - SHARD_HEADER_BYTES) / 2
-    need(count == there, f"{path}: its header says {count} tokens, it holds {there:g}; cut short: make it again", ShardError)
+    need(count == there, f"{path}: its header says {count} tokens, it holds {there:g}; make it again", ShardError)
     tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,)) if count else np.zeros(0, "<u2")
-    top = max_token(tokens) if vocab_size else -1
-    need(top < vocab_size or not vocab_size, f"{path}: holds token {top}, but VOCAB_SIZE is {vocab_size}; set VOCAB_SIZE, "
-         "or DATA_PATH, so that the two agree", ShardError)
+    pieces = np.array_split(tokens, 1 + count // (1 << 22)) if vocab_size and count else ()  # never in memory whole
+    top = max((int(piece.max()) for piece in pieces), default=-1)
+    need(top < vocab_size or not vocab_size, f"{path}: holds token {top}, but VOCAB_SIZE is {vocab_size}; set "
+         "VOCAB_SIZE, or DATA_PATH, so that the two agree", ShardError)
     return tokens
-
-def max_token(tokens: np.ndarray) -> int:
-    """The largest id, read in pieces so that a mapped shard never lies in memory whole."""
-    return max((int(tokens[i : i + (1 << 22)].max()) for i in range(0, len(tokens), 1 << 22)), default=-1)
 
 def document_bounds(tokens: np.ndarray) -> np.ndarray:
     """Where documents start, and the end: `[0, ..., len]`, cut before each BOS."""
@@ -272,12 +260,8 @@ def document_bounds(tokens: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ByteTable:
-    """How many bytes of text each token stands for; a leading ▁ counts after ordinary tokens only.
-
-    >>> table.count(np.array([1, 261, 262]))   # BOS ▁the ▁a: the bytes of the last two
-    array([3, 2])
-    """
-
+    """How many bytes of text each token stands for; a leading ▁ counts after ordinary tokens only, so that
+    table.count([BOS, ▁the, ▁a]) is [3, 2] where the tokenizer swallows a document's leading blank."""
     base: np.ndarray  # int16[V] bytes without the leading ▁
     space: np.ndarray  # bool[V] piece starts with ▁
     boundary: np.ndarray  # bool[V] control, unknown, unused: no bytes, and swallow the next ▁
@@ -294,34 +278,28 @@ class ByteTable:
         spaced = np.flatnonzero(space & (base > 0))
         if len(spaced) and tokenizer.decode([int(spaced[0])]).startswith(" "): boundary[:] = False
         return cls(base, space, boundary)
-
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of tokens[1:], each given the token before it."""
         return self.base[tokens[1:]] + (self.space[tokens[1:]] & ~self.boundary[tokens[:-1]])
 
 def audit_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> int:
     """Decode every document, compare its UTF-8 length with the table; return the bytes in all."""
-    def decoded(ids: np.ndarray) -> int:
-        return len(tokenizer.decode(ids[1:].tolist()).encode())
-    total, bounds = 0, document_bounds(tokens)
+    def gap(ids: np.ndarray) -> int:
+        return len(tokenizer.decode(ids[1:].tolist()).encode()) - int(table.count(ids).sum())
+    bounds = document_bounds(tokens)
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         ids = np.asarray(tokens[start:end])
         ids = ids if ids[0] == BOS_ID else np.concatenate([[BOS_ID], ids])
-        counted, text = int(table.count(ids).sum()), decoded(ids)
-        if counted != text:
-            parts = lambda n: decoded(ids[:n]) != table.count(ids[:n]).sum()  # noqa: E731
-            token = int(ids[bisect.bisect_left(range(len(ids) + 1), True, lo=1, hi=len(ids), key=parts) - 1])
-            raise ShardError(f"the document at token {start} decodes to {text} bytes, the byte table says {counted}: "
-                             f"token {token} ({tokenizer.id_to_piece(token)!r}); without right bytes there is no BPB")
-        total += text
-    return total
+        if missed := gap(ids):
+            at = bisect.bisect_left(range(2, len(ids)), True, key=lambda n, ids=ids: gap(ids[:n]) != 0) + 1
+            raise ShardError(f"the document at token {start} decodes to {missed:+d} bytes beside the byte table, from token "
+                             f"{ids[at]} ({tokenizer.id_to_piece(int(ids[at]))!r}) on; without right bytes there is no BPB")
+    return int(table.count(tokens).sum())
 
 class TokenStream:
     """Training tokens in order, round and round, from any number of shards; `at` is all its state."""
-
     def __init__(self, shards: list[np.ndarray]):
         self.shards, self.at, self.ends = shards, 0, np.cumsum([len(s) for s in shards])
-
     def peek(self, count: int) -> np.ndarray:
         parts, at = [], self.at
         while count:
@@ -331,15 +309,12 @@ class TokenStream:
             parts.append(self.shards[i][start : start + count])
             count, at = count - len(parts[-1]), at + len(parts[-1])
         return np.concatenate(parts).astype(np.int64)
-
-    def take(self, count: int) -> np.ndarray:
-        """`count` + 1 tokens: inputs and, one further, their targets."""
+    def take(self, count: int) -> np.ndarray:  # and one more: inputs and, one further, their targets
         tokens, self.at = self.peek(count + 1), (self.at + count) % int(self.ends[-1])
         return tokens
 
 class Data(NamedTuple):
     """All that a run reads: training shards less the held-out tail, validation, byte table, tokenizer."""
-
     folder: Path
     train: list[np.ndarray]
     holdout: np.ndarray
@@ -384,7 +359,7 @@ def check_tokenizer(cfg: Config, path: Path, val: np.ndarray) -> ByteTable:
     table, bounds = ByteTable.of(tokenizer, cfg.vocab_size), document_bounds(val)
     ids = [val[a:b][val[a:b] != BOS_ID].tolist() for a, b in zip(bounds[:20], bounds[1:21], strict=False)]
     odd = sum(tokenizer.encode(tokenizer.decode(i)) != i for i in ids)
-    need(2 * odd <= len(ids), f"{path} did not write these shards: {odd} of {len(ids)} documents encode to other tokens; "
+    need(2 * odd <= len(ids), f"{path} did not write these shards: {odd} of {len(ids)} documents encode otherwise; "
          "set TOKENIZER_PATH to the model that did")
     audit_bytes(tokenizer, table, val)
     return table
@@ -394,44 +369,46 @@ def check_tokenizer(cfg: Config, path: Path, val: np.ndarray) -> ByteTable:
 # sets both the error (about k/107 at 6 bits) and, through the entropy coder, the size (about 7.05 - log2 k bits a
 # weight), so one number is bisected to meet the byte target. A floor on the step, as many records have it, wrecks small
 # or short runs, whose weights are still small.
-
 PLAIN_BITS = 16  # vectors, gates and scalars: fp16
 LEAST_K = {4: 3.0, 5: 3.6, 6: 4.4, 7: 5.2, 8: 6.0}  # below, clipping a row costs more than finer steps gain
 K_GRID = np.geomspace(3.0, 64.0, 3000)
 
 def levels(bits: int) -> int:
-    """Codes run from -levels to +levels: 31 at 6 bits."""
-    return 2 ** (bits - 1) - 1
-
+    return 2 ** (bits - 1) - 1  # codes run from -31 to 31 at 6 bits
 def row_steps(weight: Tensor, k: float, bits: int) -> Tensor:
     """The step of each row, [rows, 1], exactly representable in bf16 since that is what is stored."""
     rms = weight.float().square().mean(dim=1, keepdim=True).sqrt()
     step = (rms * (max(k, LEAST_K[bits]) / levels(bits))).bfloat16().float()
     return torch.where(step > 0, step, 1.0)
-
 def to_codes(weight: Tensor, step: Tensor, bits: int) -> Tensor:
     return torch.round(weight.float() / step).clamp_(-levels(bits), levels(bits))
 
-def to_half(weight: Tensor) -> Tensor:
-    return weight.float().clamp(-65504, 65504).half()  # never infinite
+class Rounded(NamedTuple):
+    """A tensor as the artifact keeps it: codes and their rows' steps, or fp16 values and no steps."""
+    bits: int
+    values: Tensor
+    steps: Tensor | None
 
-def round_weight(weight: Tensor, k: float, bits: int) -> Tensor:
-    """The weight as a reader of the artifact will see it."""
-    if bits == PLAIN_BITS: return to_half(weight).float()
-    step = row_steps(weight, k, bits)
-    return to_codes(weight, step, bits) * step
+    def weight(self) -> Tensor:
+        return self.values.float() if self.steps is None else self.values * self.steps
 
+def quantise(weight: Tensor, k: float, bits: int, hessian: Tensor | None = None) -> Rounded:
+    """Rounded to nearest or, given a Hessian, by GPTQ; what is no matrix becomes fp16, never infinite."""
+    if bits == PLAIN_BITS: return Rounded(bits, weight.float().clamp(-65504, 65504).half(), None)
+    steps = row_steps(weight, k, bits)
+    codes = to_codes(weight, steps, bits) if hessian is None else gptq_codes(weight, hessian, steps, bits)
+    return Rounded(bits, codes, steps)
+def quantised(state: Mapping[str, Tensor], k: float, cfg: Config, hessians: Mapping[str, Tensor]) -> dict[str, Rounded]:
+    return {n: quantise(w.detach(), k, tensor_bits(n, cfg), hessians.get(n)) for n, w in state.items()}
 def tensor_bits(name: str, cfg: Config) -> int:
     """Bits of one parameter, by its name: matrices end in `.weight`, all else is a vector or a gate."""
     if not name.endswith(".weight"): return PLAIN_BITS
     return cfg.attn_bits if ".attn." in name else cfg.mlp_bits if ".mlp." in name else cfg.embed_bits
-
 def entropy_bits(codes: Tensor) -> float:
     """Order-0 entropy of a tensor of codes, in bits, all told."""
     counts = torch.bincount(codes.flatten().int() + 128, minlength=256)
     seen = counts[counts > 0].cpu().double()
     return float(-(seen * (seen / seen.sum()).log2()).sum())
-
 def predicted_bytes(state: Mapping[str, Tensor], k: float, cfg: Config) -> int:
     """Size of the artifact at this k, by the order-0 entropy of its codes: right within about 1 %."""
     bits = 8000.0
@@ -446,12 +423,11 @@ def bisect_k(state: Mapping[str, Tensor], target: float, cfg: Config) -> float:
     at = bisect.bisect_left(K_GRID, True, key=lambda k: predicted_bytes(state, k, cfg) <= target)
     return float(K_GRID[min(at, len(K_GRID) - 1)])
 
-def gptq_codes(weight: Tensor, hessian: Tensor, k: float, bits: int, block: int = 128) -> Tensor:
+def gptq_codes(weight: Tensor, hessian: Tensor, step: Tensor, bits: int, block: int = 128) -> Tensor:
     """Codes on the same grid, each column's rounding error pushed onto the columns after it so that the layer's output
     moves least (GPTQ, arXiv 2210.17323). hessian: sum of x x^T over the layer's inputs."""
-    step, h = row_steps(weight, k, bits), hessian.float().clone()
-    h += torch.eye(len(h), device=h.device) * (0.01 * h.diagonal().mean() + 1e-8)
-    order = torch.argsort(h.diagonal(), descending=True)
+    damping = torch.full((len(hessian),), float(0.01 * hessian.diagonal().mean() + 1e-8), device=hessian.device)
+    order, h = torch.argsort(hessian.diagonal(), descending=True), hessian.float() + damping.diag()
     w, h = weight.float()[:, order].clone(), h[order][:, order]
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     codes = torch.empty_like(w)
@@ -468,7 +444,6 @@ def gptq_codes(weight: Tensor, hessian: Tensor, k: float, bits: int, block: int 
 # ==== CODECS ==========================================================================================================
 # Each maps a list of byte matrices ("planes") to bytes and back, and trusts nothing that it reads. The entropy coder's
 # tables are integers, so that any language can decode it: docs/ARTIFACT.md says how.
-
 Planes = list[np.ndarray]
 compress_brotli = functools.partial(brotli.compress, quality=11, lgwin=24)
 # Entries of a frequency table are bytes read as small floats: exact to 31, then 4 mantissa bits.
@@ -482,7 +457,6 @@ class CodecError(ValueError):
 
 class Codec(NamedTuple):
     """A lossless pair over non-empty planes; `unpack` fills those that it is given."""
-
     name: str
     pack: Callable[[Planes], bytes]
     unpack: Callable[[bytes, Planes], None]
@@ -490,7 +464,6 @@ class Codec(NamedTuple):
     def encode(self, planes: Planes) -> bytes:
         full = [p for p in planes if p.size]
         return self.pack(full) if full else b""
-
     def decode(self, payload: bytes, shapes: list[tuple[int, int]]) -> Planes:
         planes = [np.empty(shape, np.uint8) for shape in shapes]
         full = [p for p in planes if p.size]
@@ -503,24 +476,20 @@ class Codec(NamedTuple):
 
 def joined(planes: Planes) -> bytes:
     return b"".join(p.tobytes() for p in planes)
-
 def fill(planes: Planes, data: bytes) -> None:
     need(len(data) == sum(p.size for p in planes), "wrong number of symbols", CodecError)
     parts = np.split(np.frombuffer(data, np.uint8), np.cumsum([p.size for p in planes])[:-1])
     for p, part in zip(planes, parts, strict=True): p[:] = part.reshape(p.shape)
-
 def pack_zstd(planes: Planes) -> bytes:
     # The window (at most 32 MiB) is what a decoder must allocate; matches under 7 bytes only cost here.
     window = min(max(sum(p.size for p in planes).bit_length(), 10), 25)
-    parameters = zstandard.ZstdCompressionParameters.from_level(22, window_log=window, min_match=7)
-    return zstandard.ZstdCompressor(compression_params=parameters).compress(joined(planes))
-
+    settings = zstandard.ZstdCompressionParameters.from_level(22, window_log=window, min_match=7)
+    return zstandard.ZstdCompressor(compression_params=settings).compress(joined(planes))
 def unpack_zstd(payload: bytes, planes: Planes) -> None:
     # Decoding allocates what the frame declares, so look at that first.
     declared = zstandard.get_frame_parameters(payload).content_size
     need(declared == sum(p.size for p in planes), "zstd: wrong size", CodecError)
     fill(planes, zstandard.ZstdDecompressor(max_window_size=2**25).decompress(payload, allow_extra_data=False))
-
 def decompress_brotli(payload: bytes, limit: int) -> bytes:
     """One whole brotli stream; gives up soon after `limit` bytes."""
     decoder = brotli.Decompressor()
@@ -531,7 +500,6 @@ def decompress_brotli(payload: bytes, limit: int) -> bytes:
 def units_of(plane: np.ndarray, layout: int) -> np.ndarray:
     """The runs that share a frequency table: 0 the whole plane, 1 its rows, 2 its columns."""
     return (plane.reshape(1, -1), plane, plane.T)[layout]
-
 def best_layout(plane: np.ndarray) -> int:
     """The axis along which code lengths vary more than chance would have it, or 0."""
     counts = np.bincount(plane.ravel(), minlength=256)
@@ -543,7 +511,6 @@ def code_lengths(counts: np.ndarray) -> np.ndarray:
     """Bits of every symbol under each class; an unseen one costs the coder's 24."""
     p = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return -np.log2(np.maximum(p, 2.0**-24)).astype(np.float32)
-
 def cluster(counts: np.ndarray, classes: int) -> np.ndarray:
     """Entropy-constrained k-means: a class for each unit, so that symbols and class ids cost the fewest bits."""
     mean = counts @ code_lengths(counts.sum(axis=0, keepdims=True))[0] / counts.sum(axis=1)
@@ -612,81 +579,52 @@ CODECS = {codec.name: codec for codec in (
           lambda payload, planes: fill(planes, decompress_brotli(payload, sum(p.size for p in planes)))))}
 
 # ==== ARTIFACT ========================================================================================================
-# Magic, version, header length, header checksum, JSON header, payload, tokenizer: docs/ARTIFACT.md specifies it. Nothing
-# is unpickled, and no size is believed before it is checked.
-
-ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_PRELUDE = b"FAIRWAY\x00", 1, 8 + 4 + 4 + 32
+# Prelude, JSON header, payload, tokenizer: docs/ARTIFACT.md. Nothing is unpickled, no size is believed unchecked.
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"FAIRWAY\x00", 1
+PRELUDE = struct.Struct("<8sII32s")  # magic, version, bytes of the header, SHA-256 of the header
 MOST_HEADER_BYTES, MOST_WEIGHTS, MOST_TOKENIZER_BYTES = 1 << 20, 64_000_000, 1 << 23
-# What a reader needs in order to build the model again.
-MODEL_FIELDS = (
-    "vocab_size", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "leaky_slope", "logit_softcap",
-    "rope_base", "rope_dims", "smear_gate", "bigram_vocab_size", "bigram_dim", "xsa_last_n", "ln_scale", "attn_gate",
-    "parallel_start_layer", "loop_start", "loop_end", "num_loops", "loop_adaln", "train_seq_len", "attn_bits", "mlp_bits",
-    "embed_bits")
+# What a reader needs in order to build the model again: the settings under "Model", context and widths.
+NAMES = [f.name for f in fields(Config)]
+WIDTHS = ["train_seq_len", "attn_bits", "mlp_bits", "embed_bits"]
+MODEL_FIELDS = NAMES[NAMES.index("vocab_size") : NAMES.index("matrix_lr")] + WIDTHS
 HEADER_KINDS = {"model": dict, "looping": bool, "k": float, "codec": str, "tensors": dict, "payload_bytes": int,
                 "payload_sha256": str, "tokenizer_bytes": int, "tokenizer_sha256": str}
 
 class ArtifactError(UserError):
     """An artifact that is damaged, hostile, or not what it should be."""
 
-class Rounded(NamedTuple):
-    """A tensor as the artifact keeps it: int8 codes and their rows' steps, or fp16 values and no steps."""
-
-    bits: int
-    values: Tensor
-    steps: Tensor | None
-
-    def weight(self) -> Tensor:
-        return self.values.float() if self.steps is None else self.values.float() * self.steps
-
-@dataclass(frozen=True)
-class Artifact:
+class Artifact(NamedTuple):
     """What an artifact holds; `weights` are as the quantiser left them, `tokenizer` a SentencePiece model or empty."""
-
     config: Config
     weights: dict[str, Tensor]
     tokenizer: bytes
     header: dict[str, Any]
 
-def round_state(state: Mapping[str, Tensor], k: float, cfg: Config, hessians: Mapping[str, Tensor]) -> dict[str, Rounded]:
-    """Every tensor rounded: by GPTQ where there is a Hessian, else to nearest."""
-    rounded = {}
-    for name, weight in state.items():
-        bits = tensor_bits(name, cfg)
-        if bits == PLAIN_BITS:
-            rounded[name] = Rounded(bits, to_half(weight).cpu(), None)
-            continue
-        step = row_steps(weight, k, bits)
-        codes = gptq_codes(weight, hessians[name], k, bits) if name in hessians else to_codes(weight, step, bits)
-        rounded[name] = Rounded(bits, codes.to(torch.int8).cpu(), step.cpu())
-    return rounded
-
 def byte_planes(values: np.ndarray) -> np.ndarray:
     """16-bit values as two rows, high bytes and low bytes: they compress 8 % better apart."""
     raw = np.ascontiguousarray(values).view("<u2").ravel()
     return np.stack([raw >> 8, raw & 255]).astype(np.uint8)
-
 def planes_of(rounded: Mapping[str, Rounded]) -> Planes:
     """The payload before coding: a plane of codes and one of bf16 steps for a matrix, one of fp16 for the rest."""
     planes = []
     for _, values, steps in rounded.values():
-        if steps is None:
-            planes.append(byte_planes(values.numpy()))
-        else:
-            planes += [values.numpy().view(np.uint8), byte_planes((steps.numpy().view("<u4") >> 16).astype("<u2"))]
+        if steps is None: planes.append(byte_planes(values.cpu().numpy()))
+        else: planes += [values.to("cpu", torch.int8).numpy().view(np.uint8),
+                         byte_planes((steps.cpu().numpy().view("<u4") >> 16).astype("<u2"))]
     return planes
 
 def encode_artifact(rounded: Mapping[str, Rounded], k: float, cfg: Config, looping: bool, codec: str,
                     tokenizer: bytes) -> bytes:
-    payload, inside = CODECS[codec].encode(planes_of(rounded)), compress_brotli(tokenizer) if cfg.embed_tokenizer else b""
+    payload = CODECS[codec].encode(planes_of(rounded))
+    inside = compress_brotli(tokenizer) if cfg.embed_tokenizer else b""
     header = dict(
         model={name: getattr(cfg, name) for name in MODEL_FIELDS}, looping=looping, k=k, codec=codec,
         tensors={n: [r.bits, *r.values.shape] for n, r in rounded.items()}, payload_bytes=len(payload),
         payload_sha256=hashlib.sha256(payload + inside).hexdigest(), tokenizer_bytes=len(inside),
         tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest())
     text = json.dumps(header, separators=(",", ":")).encode()
-    prelude = ARTIFACT_MAGIC + ARTIFACT_VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little")
-    return prelude + hashlib.sha256(text).digest() + text + payload + inside
+    prelude = PRELUDE.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text), hashlib.sha256(text).digest())
+    return prelude + text + payload + inside
 
 def read_artifact(path: str | Path) -> Artifact:
     """Check everything, then decode: ends in an Artifact or in ArtifactError."""
@@ -708,14 +646,14 @@ def read_artifact(path: str | Path) -> Artifact:
 
 def read_header(f: BinaryIO, size: int) -> dict[str, Any]:
     """Prelude and JSON header, checked in form, size and checksum."""
-    prelude = f.read(ARTIFACT_PRELUDE)
-    need(len(prelude) == ARTIFACT_PRELUDE and prelude[:8] == ARTIFACT_MAGIC, "not a Fairway artifact", ArtifactError)
-    version, length = (int.from_bytes(prelude[i : i + 4], "little") for i in (8, 12))
+    start = f.read(PRELUDE.size)
+    need(len(start) == PRELUDE.size and start.startswith(ARTIFACT_MAGIC), "not a Fairway artifact", ArtifactError)
+    _, version, length, checksum = PRELUDE.unpack(start)
     need(version == ARTIFACT_VERSION, f"version {version}; this reader knows {ARTIFACT_VERSION}", ArtifactError)
-    need(length <= min(MOST_HEADER_BYTES, size - ARTIFACT_PRELUDE), f"no room for a header of {length} bytes: cut short or "
-         "damaged", ArtifactError)
+    left = size - PRELUDE.size - length
+    need(length <= MOST_HEADER_BYTES and left >= 0, f"no room for a header of {length} bytes: damaged", ArtifactError)
     text = f.read(length)
-    need(hashlib.sha256(text).digest() == prelude[16:], "the header does not match its checksum: damaged", ArtifactError)
+    need(hashlib.sha256(text).digest() == checksum, "the header does not match its checksum: damaged", ArtifactError)
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
@@ -723,9 +661,8 @@ def read_header(f: BinaryIO, size: int) -> dict[str, Any]:
     right = type(header) is dict and {n: type(v) for n, v in header.items()} == HEADER_KINDS
     need(right, f"the header must hold exactly {', '.join(HEADER_KINDS)}", ArtifactError)
     need(header["codec"] in CODECS, f"codec {header['codec']!r:.20} is not one of {', '.join(CODECS)}", ArtifactError)
-    parts, left = (header["payload_bytes"], header["tokenizer_bytes"]), size - ARTIFACT_PRELUDE - length
-    need(min(parts) >= 0 and sum(parts) == left, f"{left} bytes follow the header, which says {sum(parts)}: cut short or "
-         "damaged", ArtifactError)
+    parts = header["payload_bytes"], header["tokenizer_bytes"]
+    need(min(parts) >= 0 and sum(parts) == left, f"{left} bytes follow, not {sum(parts)}: cut short", ArtifactError)
     return header
 
 def header_config(header: Mapping[str, Any]) -> Config:
@@ -734,10 +671,10 @@ def header_config(header: Mapping[str, Any]) -> Config:
     need(set(model) == set(MODEL_FIELDS), f"the model must state exactly {', '.join(MODEL_FIELDS)}", ArtifactError)
     cfg = Config(**model, train_batch_tokens=8 * model["train_seq_len"] if type(model["train_seq_len"]) is int else 8)
     need(cfg.num_layers <= len(tensors), f"{cfg.num_layers} layers, but {len(tensors)} tensors", ArtifactError)
-    with torch.device("meta"):
-        expected = {n: [tensor_bits(n, cfg), *p.shape] for n, p in GPT(cfg).named_parameters()}
+    need(cfg.train_seq_len * cfg.model_dim <= MOST_WEIGHTS, "TRAIN_SEQ_LEN x MODEL_DIM is out of range", ArtifactError)
+    with torch.device("meta"): expected = {n: [tensor_bits(n, cfg), *p.shape] for n, p in GPT(cfg).named_parameters()}
     odd = next((n for n in [*expected, *tensors] if expected.get(n) != tensors.get(n)), None)
-    need(odd is None, f"tensor {odd!r:.60} is {tensors.get(odd)!s:.60}, the model needs {expected.get(odd)}", ArtifactError)
+    need(odd is None, f"tensor {odd!r:.60} is {tensors.get(odd)!s:.60}, not {expected.get(odd)}", ArtifactError)
     weights = sum(math.prod(shape) for _, *shape in expected.values())
     need(weights <= MOST_WEIGHTS, f"{weights} weights; at most {MOST_WEIGHTS} are read", ArtifactError)
     return cfg
@@ -758,7 +695,6 @@ def read_weights(tensors: Mapping[str, list[int]], planes: Iterator[np.ndarray])
 
 def joined_values(planes: np.ndarray) -> np.ndarray:
     return (planes[0].astype("<u2") << 8) | planes[1]
-
 def build_model(artifact: Artifact, device: torch.device | str = "cpu") -> GPT:
     """The model that an artifact describes: strict, every tensor named once."""
     model = GPT(artifact.config)
@@ -768,23 +704,17 @@ def build_model(artifact: Artifact, device: torch.device | str = "cpu") -> GPT:
 
 # ==== MODEL ===========================================================================================================
 # Leaf to root. Parameters stay fp32; autocast chooses what a device multiplies in.
-
 def normalised(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
-class Linear(nn.Linear):
-    """Without bias; `zero` starts it at nothing, so that its block begins as the identity."""
-
-    def __init__(self, inputs: int, outputs: int, zero: bool = False):
-        super().__init__(inputs, outputs, bias=False)
-        self.zero = zero
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
 
 def rope_tables(length: int, dims: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin, [length, dims/2], in fp32: bf16 frequencies collapse half of 1,024 positions."""
     frequency = base ** -(torch.arange(0, dims, 2, dtype=torch.float32) / dims)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
-
 def rotate(x_BHTC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """RoPE on the first 2R channels of each head; the others pass."""
     half = cos_TR.size(-1)
@@ -796,7 +726,6 @@ def attend(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
     """Causal attention, the one place that does it; PyTorch picks the best kernel that it has."""
     grouped = q_BHTC.size(1) != k_BGTC.size(1)
     return F.scaled_dot_product_attention(q_BHTC, k_BGTC, v_BGTC, is_causal=True, enable_gqa=grouped)
-
 def without_own_value(y_BHTC: Tensor, v_BGTC: Tensor) -> Tensor:
     """XSA (#265): take out of each head's output its part along the position's own value."""
     B, H, T, C = y_BHTC.shape
@@ -810,10 +739,9 @@ class Attention(nn.Module):
         super().__init__()
         D, H, G, C = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.model_dim // cfg.num_heads
         self.width, self.exclusive = C, layer >= cfg.num_layers - cfg.xsa_last_n
-        self.q, self.k, self.v, self.proj = Linear(D, H * C), Linear(D, G * C), Linear(D, G * C), Linear(D, D, zero=True)
+        self.q, self.k, self.v, self.proj = linear(D, H * C), linear(D, G * C), linear(D, G * C), linear(D, D)
         self.q_gain = nn.Parameter(torch.full((H,), cfg.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(H, min(self.GATE_INPUTS, D))) if cfg.attn_gate else None
-
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         B, T, D = x_BTD.shape
         q, k, v = (part(x_BTD).view(B, T, -1, self.width).transpose(1, 2) for part in (self.q, self.k, self.v))
@@ -828,14 +756,12 @@ class MLP(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         hidden, self.slope = int(cfg.mlp_mult * cfg.model_dim), cfg.leaky_slope
-        self.fc, self.proj = Linear(cfg.model_dim, hidden), Linear(hidden, cfg.model_dim, zero=True)
-
+        self.fc, self.proj = linear(cfg.model_dim, hidden), linear(hidden, cfg.model_dim)
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
 
 class Block(nn.Module):
     """Attention, then MLP, on a mix of the stream with the embedding x0; or each in a lane of its own."""
-
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
         self.attn, self.mlp, ones = Attention(cfg, layer), MLP(cfg), torch.ones(cfg.model_dim)
@@ -844,12 +770,10 @@ class Block(nn.Module):
         self.norm_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
         parallel = 0 < cfg.parallel_start_layer <= layer
         self.lane_mix = nn.Parameter(torch.ones(2, 2)) if parallel else None  # what lane i takes of output j
-
     def read(self, x: Tensor, condition: Tensor | None) -> Tensor:
         """A sub-layer's input; on an extra pass, scaled and shifted for that pass (AdaLN)."""
         x = normalised(x) * self.norm_scale
         return x if condition is None else x * (1 + condition[0]).type_as(x) + condition[1].type_as(x)
-
     def forward(self, x: Tensor, lane: Tensor, x0: Tensor, rope, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both lanes after this block; where they have not parted, one tensor stands for both."""
         keep, again = self.resid_mix.type_as(x)
@@ -868,27 +792,22 @@ class Block(nn.Module):
 
 class BigramHash(nn.Module):
     """An embedding of the last two tokens, hashed into a small table."""
-
     def __init__(self, cfg: Config):
         super().__init__()
-        self.table, self.proj = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim), Linear(cfg.bigram_dim, cfg.model_dim)
-        self.scale = nn.Parameter(torch.tensor(0.05))
-
+        self.table = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
+        self.proj, self.scale = linear(cfg.bigram_dim, cfg.model_dim), nn.Parameter(torch.tensor(0.05))
     def buckets(self, tokens_BT: Tensor) -> Tensor:
         """(36313 cur xor 27191 prev) mod (buckets - 1); the first position has the last bucket."""
         last = self.table.num_embeddings - 1
         return F.pad(torch.bitwise_xor(36313 * tokens_BT[:, 1:], 27191 * tokens_BT[:, :-1]) % last, (1, 0), value=last)
-
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return self.proj(self.table(self.buckets(tokens_BT))) * self.scale
 
 class SmearGate(nn.Module):
     """Each channel takes a learned part of the embedding before it; nothing crosses a BOS."""
-
     def __init__(self, dim: int):
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(dim))
-
     def forward(self, x_BTD: Tensor, tokens_BT: Tensor) -> Tensor:
         before = torch.cat([x_BTD[:, :1], x_BTD[:, :-1]], dim=1)
         before = torch.where((tokens_BT == BOS_ID)[..., None], x_BTD, before)
@@ -896,7 +815,6 @@ class SmearGate(nn.Module):
 
 class GPT(nn.Module):
     """U-Net of blocks over tied embeddings: the first half of the passes feeds the second by skips."""
-
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg, self.looping = cfg, False  # looping: set once the run is far enough for depth recurrence
@@ -910,7 +828,6 @@ class GPT(nn.Module):
         cos, sin = rope_tables(cfg.train_seq_len, cfg.rope_dims or cfg.model_dim // cfg.num_heads, cfg.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-
     def passes(self, looping: bool) -> list[tuple[int, int]]:
         """(layer, extra pass) in the order in which they run: 0 1 2 3 4 5 3 4 5 3 4 5 6 ..."""
         cfg, order = self.cfg, [(layer, 0) for layer in range(self.cfg.num_layers)]
@@ -918,12 +835,10 @@ class GPT(nn.Module):
             order[cfg.loop_end + 1 : cfg.loop_end + 1] = [(layer, extra) for extra in range(1, cfg.num_loops + 1)
                                                           for layer in range(cfg.loop_start, cfg.loop_end + 1)]
         return order
-
     def embed(self, tokens_BT: Tensor) -> Tensor:
         x = self.tok_emb(tokens_BT)
         x = normalised(x if self.bigram is None else x + self.bigram(tokens_BT))
         return x if self.smear is None else self.smear(x, tokens_BT)
-
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """[B, T, V] in fp32: what each position says of the token after it."""
         T, order, skips = tokens_BT.size(1), self.passes(self.looping), []
@@ -939,7 +854,6 @@ class GPT(nn.Module):
             if i < len(order) // 2: skips.append(x)
         x = F.linear(normalised((x + lane) / 2), self.tok_emb.weight)
         return self.cfg.logit_softcap * torch.tanh(x.float() / self.cfg.logit_softcap)
-
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy of every target, [B, T], in nats."""
         logits_VN = self.logits(tokens_BT).flatten(0, 1)
@@ -950,19 +864,18 @@ def initialise(model: GPT, cfg: Config) -> None:
     """Weights from the seed alone, drawn on the CPU: the same on every device and rank."""
     torch.manual_seed(cfg.seed)
     for name, module in model.named_modules():
-        if not isinstance(module, Linear): continue
+        if not isinstance(module, nn.Linear): continue
         weight = torch.zeros(module.weight.shape)
-        if not module.zero and cfg.ortho_init and min(weight.shape) >= 64:
+        if name.endswith((".attn.proj", ".mlp.proj")): pass  # nothing: each block begins as the identity
+        elif cfg.ortho_init and min(weight.shape) >= 64:
             nn.init.orthogonal_(weight, gain=(2 * cfg.num_layers) ** -0.5 if name.endswith("proj") else 1.0)
-        elif not module.zero:
-            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+        else: nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         module.weight.copy_(weight)
     model.tok_emb.weight.copy_(torch.randn(model.tok_emb.weight.shape) * cfg.tied_embed_init_std)
     if model.bigram is not None: model.bigram.table.weight.zero_()  # not the projection too: that would never learn
 
 # ==== OPTIMISERS ======================================================================================================
 # Muon for matrices, AdamW for embeddings and for everything else; each parameter in exactly one of them.
-
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)]  # one quintic, again and again (Keller Jordan)
 POLAR_EXPRESS = [  # the best polynomial for each step (arXiv 2505.16932)
     (8.156554524902, -22.483292925578, 15.878769915207), (4.042929935167, -2.808917465909, 0.500017845105),
@@ -981,34 +894,32 @@ def orthogonalised(g: Tensor, steps: int, coefficients: list[tuple[float, float,
     return x.mT if tall else x
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, with decoupled weight decay. Ranks share the work: each orthogonalises its part
-    of the matrices of one shape, and one all-reduce joins them. Every rank keeps every momentum: checkpoints are whole."""
-
+    """Nesterov momentum, orthogonalised, with decoupled weight decay. Each rank does part of the matrices of a shape,
+    and one all-reduce joins them; every rank keeps every momentum, so that checkpoints are whole."""
     def __init__(self, params: list[nn.Parameter], cfg: Config, rt: Runtime):
         super().__init__(params, dict(lr=cfg.matrix_lr, momentum=cfg.muon_momentum, wd=cfg.muon_wd))
         self.rt, self.steps, self.row_normalize = rt, cfg.muon_backend_steps, cfg.muon_row_normalize
         self.coefficients = POLAR_EXPRESS if cfg.muon_polar_express else NEWTON_SCHULZ
-
     @torch.no_grad()
     def step(self) -> None:
         group, by_shape = self.param_groups[0], {}
         for p in group["params"]:
             if p.grad is not None: by_shape.setdefault(p.shape, []).append(p)
-        stacks = [self.share(torch.stack([self.direction(p, group["momentum"]) for p in ps])) for ps in by_shape.values()]
+        moved = ([self.direction(p, group["momentum"]) for p in params] for params in by_shape.values())
+        stacks = [self.share(torch.stack(directions)) for directions in moved]
         all_reduce_flat(stacks, self.rt)
-        for (rows, cols), stack in zip(by_shape, stacks, strict=True):
-            torch._foreach_mul_(by_shape[rows, cols], 1 - group["lr"] * group["wd"])
-            torch._foreach_add_(by_shape[rows, cols], list(stack.float()), alpha=-group["lr"] * max(1, rows / cols) ** 0.5)
-
+        for (shape, params), stack in zip(by_shape.items(), stacks, strict=True):
+            torch._foreach_mul_(params, 1 - group["lr"] * group["wd"])
+            torch._foreach_add_(params, list(stack.float()), alpha=-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
     def direction(self, p: nn.Parameter, momentum: float) -> Tensor:
         buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
         moved = p.grad + momentum * buffer.mul_(momentum).add_(p.grad)
         return moved / (moved.norm(dim=1, keepdim=True) + 1e-7) if self.row_normalize else moved
-
     def share(self, stack: Tensor) -> Tensor:
         """This rank's matrices orthogonalised, zeros for the others'."""
-        whole, mine = torch.zeros_like(stack, dtype=torch.bfloat16 if stack.is_cuda else torch.float32), stack[self.rt.mine]
-        if len(mine): whole[self.rt.mine] = orthogonalised(mine, self.steps, self.coefficients)
+        whole = torch.zeros_like(stack, dtype=torch.bfloat16 if stack.is_cuda else torch.float32)
+        mine = whole[self.rt.mine]
+        if len(mine): mine.copy_(orthogonalised(stack[self.rt.mine], self.steps, self.coefficients))
         return whole
 
 def make_optimisers(model: GPT, cfg: Config, rt: Runtime) -> list[torch.optim.Optimizer]:
@@ -1028,28 +939,23 @@ def make_optimisers(model: GPT, cfg: Config, rt: Runtime) -> list[torch.optim.Op
 
 # ==== SCHEDULES AND AVERAGES ==========================================================================================
 # All depend on progress, 0 to 1: the part of the steps or of the wall clock that is used, whichever is further.
-
 def progress_of(step: int, elapsed_s: float, cfg: Config) -> float:
     cap = cfg.max_wallclock_seconds - (cfg.gptq_reserve_seconds if cfg.gptq else 0)
     return max(step / cfg.iterations, elapsed_s / cap if cfg.max_wallclock_seconds else 0.0)
-
 def lr_scale(progress: float, cfg: Config) -> float:
     """1, then linearly down to MIN_LR over the last WARMDOWN_FRAC of the run."""
     if progress <= 1 - cfg.warmdown_frac: return 1.0
     return cfg.min_lr + (1 - cfg.min_lr) * max(0.0, 1 - progress) / cfg.warmdown_frac
-
 def momentum_at(step: int, cfg: Config) -> float:
     part = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
     return cfg.muon_momentum_warmup_start * (1 - part) + cfg.muon_momentum * part
 
 class Averages:
     """SWA (mean of some late weights) and EMA, in fp32: sums in bf16 once cost a record 1.4 nats (#212)."""
-
     EMA_REFERENCE_STEPS = 7000  # EMA_DECAY means what it does in a run of that length
 
     def __init__(self):
         self.swa, self.ema, self.swa_count, self.seen = [], [], 0, 0.0
-
     @torch.no_grad()
     def update(self, params: list[nn.Parameter], step: int, progress: float, cfg: Config) -> None:
         if cfg.swa_start_frac < 1 and progress >= cfg.swa_start_frac and step % cfg.swa_every == 0:
@@ -1059,7 +965,6 @@ class Averages:
             horizons = (1 - cfg.ema_decay) * self.EMA_REFERENCE_STEPS * max(0.0, progress - self.seen)
             self.ema, self.seen = self.ema or [p.detach().clone() for p in params], progress
             torch._foreach_lerp_(self.ema, params, 1 - math.exp(-horizons))
-
     def candidates(self) -> dict[str, list[Tensor]]:
         swa = {"swa": [s / self.swa_count for s in self.swa]} if self.swa_count else {}
         return swa | ({"ema": self.ema} if self.ema else {})
@@ -1074,16 +979,18 @@ def weights_replaced(params: list[nn.Parameter], values: list[Tensor]) -> Iterat
     finally:
         with torch.no_grad(): torch._foreach_copy_(params, own)
 
-def rounded_parameters(model: GPT, k: float, values: list[Tensor] | None = None) -> list[Tensor]:
+def rounded_parameters(model: GPT, k: float, values: list[Tensor] | None = None,
+                       hessians: Mapping[str, Tensor] | None = None) -> list[Tensor]:
     """What the artifact would hold at this k for each parameter, in order."""
     names, own = zip(*model.named_parameters(), strict=True)
-    return [round_weight(v.detach(), k, tensor_bits(n, model.cfg)) for n, v in zip(names, values or own, strict=True)]
+    rounded = quantised(dict(zip(names, values or own, strict=True)), k, model.cfg, hessians or {})
+    return [r.weight() for r in rounded.values()]
 
 # ==== RUNTIME: devices, ranks, log ====================================================================================
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 5090": 209e12}  # dense bf16
 
 class Runtime(NamedTuple):
     """The hardware, chosen once."""
-
     rank: int
     world: int
     device: torch.device
@@ -1092,20 +999,17 @@ class Runtime(NamedTuple):
 
     @property
     def mine(self) -> slice:
-        """Of any work that ranks share, this one's part."""
-        return slice(self.rank, None, self.world)
-
+        return slice(self.rank, None, self.world)  # of any work that ranks share
     def autocast(self):
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
 
 def best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
 def set_up_runtime(cfg: Config, env: Mapping[str, str]) -> Runtime:
     rank, world, local = (int(env.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    need(8 % world == 0, f"WORLD_SIZE is {world}; it must divide 8, so that a step is the same on any number of devices")
+    need(8 % world == 0, f"WORLD_SIZE is {world}; it must divide 8, so that a step is the same on any number of them")
     kind = cfg.device or best_device()
-    need(kind in ("cpu", best_device()), f"DEVICE is {kind}, but the best that PyTorch sees is {best_device()}; unset it")
+    need(kind in ("cpu", best_device()), f"DEVICE is {kind}, but PyTorch sees only {best_device()}; unset it")
     if kind == "cuda":
         torch.cuda.set_device(local)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -1135,9 +1039,7 @@ class Log:
                                        buffering=1) for suffix in (".txt", ".jsonl"))
         if cfg.wandb_mode in ("online", "offline"):
             import wandb
-            self.wandb = wandb.init(project="fairway", name=run_id, mode=cfg.wandb_mode, dir=cfg.out_dir,
-                                    config=dataclasses.asdict(cfg))
-
+            self.wandb = wandb.init(project="fairway", name=run_id, mode=cfg.wandb_mode, dir=folder, config=vars(cfg))
     def __call__(self, line: str, event: str = "", screen: bool = True, **data: Any) -> None:
         if not self.on: return
         if screen: print(line, flush=True)
@@ -1145,7 +1047,6 @@ class Log:
         if event: self.events.write(json.dumps({"event": event, "time": round(time.time(), 3), **data}) + "\n")
         numbers = {f"{event}/{n}": v for n, v in data.items() if type(v) in (int, float)}
         if self.wandb and numbers: self.wandb.log(numbers)
-
     def close(self, artifact: Path) -> None:
         if not self.wandb: return
         self.wandb.log_artifact(str(artifact), name=f"model-{self.run_id}", type="model")
@@ -1155,26 +1056,19 @@ def log_header(log: Log, cfg: Config, rt: Runtime, data: Data, preset: str) -> N
     """Source, versions and hardware into the file; hashes of all that decides the run, everywhere."""
     source, settings = Path(__file__).read_text(encoding="utf-8"), dataclasses.asdict(cfg)
     smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout if shutil.which("nvidia-smi") else ""
-    log("\n".join([source, "=" * 100, f"Running Python {sys.version}", f"Running PyTorch {torch.__version__}",
-                   platform.platform(), smi, "=" * 100, f"settings: {json.dumps(settings)}"]), screen=False)
+    log(f"{source}\n{'=' * 100}\nRunning Python {sys.version}\nRunning PyTorch {torch.__version__}\n"
+        f"{platform.platform()}\n{smi}\n{'=' * 100}\nsettings: {json.dumps(settings)}", screen=False)
     texts = {"code": source.encode(), "settings": json.dumps(settings, sort_keys=True).encode(),
              "tokenizer": data.tokenizer_path.read_bytes()}
     hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()} | {"data": data.fingerprint}
-    log(f"run_id:{log.run_id} preset:{preset} device:{rt.name} torch:{torch.__version__}")
-    log(" ".join(f"{name}_sha256:{value}" for name, value in hashes.items()), "start", run_id=log.run_id, preset=preset,
-        settings=settings, sha256=hashes, python=sys.version, torch=torch.__version__, device=rt.name, world_size=rt.world)
-
-def utilisation(cfg: Config, parameters: int, tokens_per_s: float, rt: Runtime) -> float | None:
-    """MFU in bf16: 6 FLOP a parameter and token, and attention's share; None where the peak is unknown."""
-    peaks = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 5090": 209e12}
-    peak = next((flops for name, flops in peaks.items() if name in rt.name), None)
-    flops = 6 * parameters + 6 * cfg.num_layers * cfg.model_dim * cfg.train_seq_len
-    return flops * tokens_per_s / (peak * rt.world) if peak else None
+    start = dict(run_id=log.run_id, preset=preset, device=rt.name, torch=str(torch.__version__))
+    log(" ".join(f"{name}:{value}" for name, value in start.items()))
+    log(" ".join(f"{name}_sha256:{value}" for name, value in hashes.items()), "start", settings=settings, sha256=hashes,
+        world_size=rt.world, python=sys.version, **start)
 
 def attention_backend(cfg: Config, rt: Runtime) -> str:
-    """The first of PyTorch's kernels that takes this model's shapes here."""
-    kind = dict(device=rt.device, dtype=torch.bfloat16 if rt.device.type == "cuda" else torch.float32)
-    q, k = (torch.zeros(1, heads, 64, cfg.model_dim // cfg.num_heads, **kind) for heads in (cfg.num_heads, cfg.num_kv_heads))
+    dtype, width = torch.bfloat16 if rt.device.type == "cuda" else torch.float32, cfg.model_dim // cfg.num_heads
+    q, k = (torch.zeros(1, h, 64, width, device=rt.device, dtype=dtype) for h in (cfg.num_heads, cfg.num_kv_heads))
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
         with warnings.catch_warnings(action="ignore"), contextlib.suppress(RuntimeError), sdpa_kernel([backend]):
             attend(q, k, k)
@@ -1182,11 +1076,9 @@ def attention_backend(cfg: Config, rt: Runtime) -> str:
     return "math"
 
 # ==== EVALUATION ======================================================================================================
-
 @torch.no_grad()
 def mean_nats(loss_fn: Callable, tokens: np.ndarray, cfg: Config, rt: Runtime, label: str = "") -> float:
-    """Mean cross-entropy of tokens[1:], each scored once, in windows side by side, the tail included. Ranks take windows
-    in turn; all passes have one shape, so that compiled code serves every one."""
+    """Mean cross-entropy of tokens[1:], each scored once, tail included, in windows side by side that ranks share."""
     length, rows = cfg.train_seq_len, max(1, cfg.val_batch_size // 8 // cfg.train_seq_len)
     starts, began, spoke = np.arange(0, len(tokens) - 1, length)[rt.mine], time.perf_counter(), time.perf_counter()
     total = torch.zeros((), dtype=torch.float64)
@@ -1200,7 +1092,7 @@ def mean_nats(loss_fn: Callable, tokens: np.ndarray, cfg: Config, rt: Runtime, l
         total += nats.cpu().double()[torch.from_numpy(counted)].sum()
         if label and rt.rank == 0 and time.perf_counter() - spoke > 5:
             spoke, part = time.perf_counter(), min(1.0, (i + rows) / len(starts))
-            print(f"{label}: {100 * part:.0f}% eta:{(spoke - began) * (1 / part - 1):.0f}s", file=sys.stderr, flush=True)
+            print(f"{label} {100 * part:.0f}% eta:{(spoke - began) * (1 / part - 1):.0f}s", file=sys.stderr, flush=True)
     all_reduce_flat([total := total.to(rt.device) if rt.world > 1 else total], rt)  # MPS has no float64, nor company
     return float(total) / (len(tokens) - 1)
 
@@ -1208,14 +1100,9 @@ def bits_per_byte(nats_per_token: float, data: Data) -> float:
     return nats_per_token * (len(data.val) - 1) / math.log(2) / data.val_bytes
 
 # ==== TRAINING ========================================================================================================
-
-class Stopped(Exception):
-    """A signal (its number) asked the run to end; its checkpoint is written."""
-
 @dataclass
 class Run:
     """What a run holds; a checkpoint keeps what is needed to go on from it."""
-
     cfg: Config
     rt: Runtime
     log: Log
@@ -1238,7 +1125,6 @@ class Run:
 
     def elapsed(self) -> float:
         return self.train_s + (time.perf_counter() - self.clock if self.clock is not None else 0.0)
-
     def set_clock(self, running: bool) -> None:
         self.rt.synchronize()
         self.train_s, self.clock = self.elapsed(), time.perf_counter() if running else None
@@ -1252,14 +1138,15 @@ def set_up(cfg: Config, rt: Runtime, data: Data, log: Log) -> Run:
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={data.tokenizer_path}")
     log(f"train_loader:dataset:{data.folder.name} train_shards:{len(data.train)} tokens:{sum(map(len, data.train))}")
     log(f"val_loader:shards pattern={data.folder}/*_val_*.bin tokens:{len(data.val) - 1} bytes:{data.val_bytes}")
-    log(f"model_params:{count}", "model", parameters=count, tensors={n: [*p.shape] for n, p in model.named_parameters()})
+    shapes = {n: [*p.shape] for n, p in model.named_parameters()}
+    log(f"model_params:{count}", "model", parameters=count, tensors=shapes)
     log(f"world_size:{rt.world} grad_accum_steps:{8 // rt.world}\nsdp_backends:{attention_backend(cfg, rt)}\n"
         f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}\ntie_embeddings:True "
         f"embed_lr:{cfg.tied_embed_lr} head_lr:0.0 matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}\n"
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} iterations:{cfg.iterations} "
         f"warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\nseed:{cfg.seed}")
     noise = torch.Generator().manual_seed(0)  # rows as they will be once trained: codes depend on shape, not on scale
-    predict_size(run, "before training", {n: torch.randn(w.shape, generator=noise) for n, w in model.named_parameters()})
+    predict_size(run, "before training", {n: torch.randn(shape, generator=noise) for n, shape in shapes.items()})
     if cfg.compile: log("compile:torch.compile runs with the first step and takes about a minute")
     return run
 
@@ -1267,10 +1154,13 @@ def code_bytes(cfg: Config) -> int:
     files = [Path(__file__), *(Path(name.strip()) for name in cfg.extra_code_files.split(",") if name.strip())]
     for f in files: need(f.is_file(), f"EXTRA_CODE_FILES names {f}, which is no file")
     return sum(f.stat().st_size for f in files)
-
 def size_target(cfg: Config) -> int:
     """Bytes that the artifact may have: the budget less margin and counted code."""
     return cfg.size_budget_bytes - cfg.size_margin_bytes - code_bytes(cfg)
+def need_room(size: int, cfg: Config) -> None:
+    over = size - size_target(cfg)
+    need(over <= 0, f"the artifact has {size} bytes at the coarsest step, {over} more than SIZE_BUDGET_BYTES="
+         f"{cfg.size_budget_bytes} leaves beside code and margin; lower NUM_LAYERS, MODEL_DIM or MLP_MULT")
 
 def predict_size(run: Run, when: str, state: Mapping[str, Tensor]) -> None:
     """Find the k that meets the budget; a model that never can is told so before it costs anything."""
@@ -1280,8 +1170,7 @@ def predict_size(run: Run, when: str, state: Mapping[str, Tensor]) -> None:
     size = predicted_bytes(state, run.k, cfg) + inside
     run.log(f"size:predicted {when} k:{run.k:.3f} artifact:{size} bytes target:{target}", "size", when=when, k=run.k,
             predicted_bytes=size, target_bytes=target)
-    need(size <= target, f"the artifact would have {size} bytes at the coarsest step, {size - target} over what SIZE_BUDGET_"
-         f"BYTES={cfg.size_budget_bytes} leaves beside code and margin; lower NUM_LAYERS, MODEL_DIM or MLP_MULT")
+    need_room(size, cfg)
 
 def take_step(run: Run, progress: float) -> None:
     """One optimiser step: the same tokens and the same update whatever the number of ranks."""
@@ -1330,17 +1219,20 @@ def warm_up(run: Run) -> None:
     run.optimisers, run.stream = make_optimisers(run.model, cfg, run.rt), TokenStream(run.data.train)
 
 def train(run: Run) -> None:
-    cfg, last = run.cfg, (run.step, run.elapsed())
+    cfg, last, saved = run.cfg, (run.step, run.elapsed()), checkpoint_path(run.cfg)
     run.set_clock(True)
     while True:
         elapsed, signum = agree(run)
         progress = progress_of(run.step, elapsed, cfg)
-        check_loss(run)
+        need(run.loss is None or math.isfinite(run.loss.item()), f"the loss of step {run.step} is not finite; the "
+             f"last checkpoint: {saved if saved.exists() else None}; lower MATRIX_LR={cfg.matrix_lr} or set GRAD_CLIP_NORM")
         if run.step and (run.step % cfg.train_log_every == 0 or run.step <= 10 or progress >= 1):
             last = log_step(run, elapsed, progress, last)
         if signum or cfg.checkpoint_seconds and time.perf_counter() - run.saved_at >= cfg.checkpoint_seconds:
             save_checkpoint(run)
-        if signum: raise Stopped(signum)
+        if signum:
+            run.log(f"stopped by {signal.Signals(signum).name}: RESUME=1 continues")
+            sys.exit(128 + signum)
         if progress >= 1 or cfg.val_loss_every and run.step % cfg.val_loss_every == 0: validate(run)
         if progress >= 1: break
         switch(run, progress)
@@ -1357,21 +1249,15 @@ def agree(run: Run) -> tuple[float, int]:
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return float(shared[0]), int(shared[1])
 
-def check_loss(run: Run) -> None:
-    if run.loss is None or math.isfinite(run.loss.item()): return
-    path = checkpoint_path(run.cfg)
-    raise UserError(f"the loss of step {run.step} is {run.loss.item()}; the last good checkpoint is {path if path.exists() else None}"
-                    f"; lower MATRIX_LR={run.cfg.matrix_lr}, or set GRAD_CLIP_NORM (now {run.cfg.grad_clip_norm})")
-
 def log_step(run: Run, elapsed: float, progress: float, last: tuple[int, float]) -> tuple[int, float]:
-    """The challenge's line, then speed, MFU and time left."""
     cfg, loss = run.cfg, run.loss.item()
     speed = (run.step - last[0]) * cfg.train_batch_tokens / max(elapsed - last[1], 1e-9)
-    mfu = utilisation(cfg, sum(p.numel() for p in run.params), speed, run.rt)
+    flops = 6 * sum(p.numel() for p in run.params) + 6 * cfg.num_layers * cfg.model_dim * cfg.train_seq_len  # a token
+    mfu = next((flops * speed / peak / run.rt.world for name, peak in PEAK_FLOPS.items() if name in run.rt.name), None)
     run.log(f"step:{run.step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * elapsed:.0f}ms "
             f"step_avg:{1000 * elapsed / run.step:.2f}ms tok/s:{speed:.0f} {f'mfu:{mfu:.3f} ' if mfu else ''}"
-            f"eta:{max(0.0, elapsed / progress - elapsed):.0f}s", "train", step=run.step, loss=loss, seconds=elapsed, mfu=mfu,
-            tokens=run.step * cfg.train_batch_tokens, tokens_per_second=speed, lr_scale=lr_scale(progress, cfg))
+            f"eta:{max(0.0, elapsed / progress - elapsed):.0f}s", "train", step=run.step, loss=loss, seconds=elapsed,
+            tokens=run.step * cfg.train_batch_tokens, speed=speed, mfu=mfu, lr_scale=lr_scale(progress, cfg))
     return run.step, elapsed
 
 def validate(run: Run) -> None:
@@ -1403,13 +1289,13 @@ def log_rounding(run: Run) -> None:
         plain = run.loss_fn(tokens[:, :-1], tokens[:, 1:])
         with weights_replaced(run.params, rounded_parameters(run.model, run.k)):
             worst = (plain - run.loss_fn(tokens[:, :-1], tokens[:, 1:])).abs().max().item()
-    run.log(f"qat:on step:{run.step} k:{run.k:.3f} max_loss_difference:{worst:.6f}", "qat", step=run.step, k=run.k, worst=worst)
+    run.log(f"qat:on step:{run.step} k:{run.k:.3f} max_loss_difference:{worst:.6f}", "qat", step=run.step, k=run.k,
+            max_loss_difference=worst)
 
 # ==== CHECKPOINTS =====================================================================================================
-
 # Settings that a resumed run may change: they touch neither weights nor the order of the data.
-FREE_ON_RESUME = {"resume", "run_id", "out_dir", "wandb_mode", "train_log_every", "val_loss_every", "checkpoint_seconds",
-                  "val_batch_size", "compile", "device", "codec", "warmup_steps", "micro_batch_tokens", "data_path"}
+FREE_ON_RESUME = set("resume run_id out_dir data_path wandb_mode train_log_every val_loss_every checkpoint_seconds "
+                     "val_batch_size compile device codec warmup_steps micro_batch_tokens".split())
 
 def checkpoint_path(cfg: Config) -> Path:
     return Path(cfg.out_dir) / "checkpoint.pt"
@@ -1445,23 +1331,22 @@ def read_checkpoint(cfg: Config) -> dict[str, Any]:
     return saved
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
-    need(saved["data"] == run.data.fingerprint, f"{run.data.folder} has other shards than the checkpoint was made with; "
-         "set DATA_PATH, or start again without RESUME")
-    to_device = lambda value: [t.to(run.rt.device) for t in value] if type(value) is list else value  # noqa: E731
+    need(saved["data"] == run.data.fingerprint, f"{run.data.folder} has other shards than the checkpoint's run; set "
+         "DATA_PATH, or start again without RESUME")
     run.model.load_state_dict(saved["model"], strict=True)
     for optimiser, state in zip(run.optimisers, saved["optimisers"], strict=True): optimiser.load_state_dict(state)
     vars(run).update(saved["scalars"], loss=None if saved["loss"] is None else saved["loss"].to(run.rt.device))
-    vars(run.averages).update({name: to_device(value) for name, value in saved["averages"].items()})
+    vars(run.averages).update({name: [t.to(run.rt.device) for t in value] if type(value) is list else value
+                               for name, value in saved["averages"].items()})
     run.model.looping, run.stream.at = saved["looping"], saved["stream"]
-    run.log(f"resumed:{checkpoint_path(run.cfg)} step:{run.step} train_time:{1000 * run.train_s:.0f}ms", "resume", step=run.step)
+    run.log(f"resumed step:{run.step} train_time:{1000 * run.train_s:.0f}ms", "resume", step=run.step)
 
 # ==== EXPORT ==========================================================================================================
-
 def best_on_holdout(run: Run, tried: dict[str, list[Tensor]], what: str) -> str:
-    """Which of these weights does best on held-out training tokens."""
     score = {}
     for name, values in tried.items():
-        with weights_replaced(run.params, values): score[name] = mean_nats(run.loss_fn, run.data.holdout, run.cfg, run.rt)
+        with weights_replaced(run.params, values):
+            score[name] = mean_nats(run.loss_fn, run.data.holdout, run.cfg, run.rt)
     kept = min(score, key=score.get)
     run.log(f"{what}:" + " ".join(f"{n}:{v:.4f}" for n, v in score.items()) + f" kept:{kept}", what, kept=kept, **score)
     return kept
@@ -1471,12 +1356,13 @@ def settle_weights(run: Run) -> None:
     tried = {"last": [p.detach().clone() for p in run.params], **run.averages.candidates()}
     if len(tried) == 1: return
     if run.averages.swa_count: run.log(f"swa:averaged {run.averages.swa_count} checkpoints")
-    kept = best_on_holdout(run, {n: rounded_parameters(run.model, run.k, values) for n, values in tried.items()}, "averages")
+    rounded = {name: rounded_parameters(run.model, run.k, values) for name, values in tried.items()}
+    kept = best_on_holdout(run, rounded, "averages")
     with torch.no_grad(): torch._foreach_copy_(run.params, tried[kept])
 
 def collect_hessians(run: Run) -> dict[str, Tensor]:
     """sum of x x^T over training tokens, for every matrix that multiplies activations."""
-    names = {m: f"{n}.weight" for n, m in run.model.named_modules() if isinstance(m, Linear)}
+    names = {m: f"{n}.weight" for n, m in run.model.named_modules() if isinstance(m, nn.Linear)}
     hessians = {n: torch.zeros(m.in_features, m.in_features, device=run.rt.device) for m, n in names.items()}
     def collect(module: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
         x = inputs[0].flatten(0, -2).float()
@@ -1494,23 +1380,23 @@ def choose_rounding(run: Run) -> dict[str, Tensor]:
     if not run.cfg.gptq: return {}
     run.set_clock(True)
     hessians, cap = collect_hessians(run), run.cfg.max_wallclock_seconds
-    gptq = [r.weight().to(run.rt.device) for r in round_state(dict(run.model.named_parameters()), run.k, run.cfg, hessians).values()]
+    gptq = rounded_parameters(run.model, run.k, hessians=hessians)
     run.set_clock(False)
     run.log(f"gptq:collected {len(hessians)} Hessians train_time:{1000 * run.train_s:.0f}ms"
-            + (f" warning: after MAX_WALLCLOCK_SECONDS={cap}; raise GPTQ_RESERVE_SECONDS" if 0 < cap < run.train_s else ""))
+            + (f" (over MAX_WALLCLOCK_SECONDS={cap}; raise GPTQ_RESERVE_SECONDS)" if 0 < cap < run.train_s else ""))
     kept = best_on_holdout(run, {"nearest": rounded_parameters(run.model, run.k), "gptq": gptq}, "rounding")
     return hessians if kept == "gptq" else {}
 
 def fit_artifact(run: Run, hessians: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Rounded], str]:
     """The finest steps whose file, all told, meets the target: predict, write, correct by what the prediction missed,
     until it fits. What does not fit at the coarsest step is an error, and nothing is written."""
-    cfg, target, state = run.cfg, size_target(run.cfg), {n: p.detach() for n, p in run.model.named_parameters()}
+    cfg, target, state = run.cfg, size_target(run.cfg), dict(run.model.named_parameters())
     tokenizer, codec = run.data.tokenizer_path.read_bytes(), "ans" if run.cfg.codec == "auto" else run.cfg.codec
     missed = len(compress_brotli(tokenizer)) if cfg.embed_tokenizer else 0
     encoded = lambda codec: encode_artifact(rounded, run.k, cfg, run.model.looping, codec, tokenizer)  # noqa: E731
     for _ in range(10):
         run.k = bisect_k(state, target - missed, cfg)
-        rounded = round_state(state, run.k, cfg, hessians)
+        rounded = quantised(state, run.k, cfg, hessians)
         blob = encoded(codec)
         if len(blob) <= target: break
         missed = len(blob) - predicted_bytes(state, run.k, cfg) + 500
@@ -1518,8 +1404,7 @@ def fit_artifact(run: Run, hessians: Mapping[str, Tensor]) -> tuple[bytes, dict[
         tried = encoded(other)
         run.log(f"codec:{other} bytes:{len(tried)}", "codec", codec=other, bytes=len(tried))
         if len(tried) < len(blob): blob, codec = tried, other
-    need(len(blob) <= target, f"the artifact has {len(blob)} bytes at the coarsest step, {len(blob) - target} more than SIZE_"
-         f"BUDGET_BYTES={cfg.size_budget_bytes} leaves; nothing was written: lower NUM_LAYERS, MODEL_DIM or MLP_MULT")
+    need_room(len(blob), cfg)
     return blob, rounded, codec
 
 def export(run: Run) -> Path:
@@ -1534,7 +1419,7 @@ def export(run: Run) -> Path:
         blob, rounded, codec = fit_artifact(run, hessians)
         with replacing(path) as f: f.write(blob)
         log_errors(run, rounded)
-        log(f"Serialized model int{bits}+{codec}: {len(blob)} bytes (k:{run.k:.3f} payload_ratio:{raw / len(blob):.2f}x)")
+        log(f"Serialized model int{bits}+{codec}: {len(blob)} bytes (k:{run.k:.3f} ratio:{raw / len(blob):.2f}x)")
         log(f"Total submission size int{bits}+{codec}: {len(blob) + code} bytes (budget:{cfg.size_budget_bytes} "
             f"left:{cfg.size_budget_bytes - len(blob) - code})", "artifact", path=str(path), codec=codec, k=run.k,
             bytes=len(blob), code_bytes=code, budget_bytes=cfg.size_budget_bytes, sha256=file_sha256(path))
@@ -1543,7 +1428,7 @@ def export(run: Run) -> Path:
 
 def log_errors(run: Run, rounded: Mapping[str, Rounded]) -> None:
     """How far rounding moved each matrix (relative), and the bits that a code of it needs."""
-    state = {n: w.detach().cpu() for n, w in run.model.named_parameters()}
+    state = {n: w.detach() for n, w in run.model.named_parameters()}
     table = {n: (((r.weight() - state[n]).norm() / state[n].norm().clamp(min=1e-12)).item(),
                  entropy_bits(r.values) / r.values.numel()) for n, r in rounded.items() if r.steps is not None}
     errors, bits = zip(*table.values(), strict=True)
@@ -1561,7 +1446,6 @@ def score_artifact(run: Run, path: Path) -> None:
             eval_seconds=seconds, tokens=len(run.data.val) - 1, bytes=run.data.val_bytes)
 
 # ==== MAIN ============================================================================================================
-
 def print_help() -> None:
     shown = lambda value: int(value) if type(value) is bool else value  # noqa: E731
     print(f"{__doc__}\nPRESET  one of {', '.join(PRESETS)} (unset: consensus on CUDA, else cpu)\n")
@@ -1586,28 +1470,21 @@ def main(env: Mapping[str, str] = os.environ) -> None:
     log.close(path)
 
 def run_main() -> int:
-    """The exit code; what a user can mend is one line."""
     if len(sys.argv) > 1:
         print_help()
         return 0 if sys.argv[1] in ("-h", "--help") else 2
+    advice = {torch.OutOfMemoryError: "; set MICRO_BATCH_TOKENS to half of what a pass takes now",
+              dist.DistError: "; another rank ended: RESUME=1 continues from the checkpoint",
+              ModuleNotFoundError: "; pip install -r requirements.txt", UserError: "", OSError: ""}
     try:
         main()
         return 0
-    except Stopped as stop:
-        print(f"stopped by {signal.Signals(stop.args[0]).name}; RESUME=1 continues", file=sys.stderr)
-        return 128 + stop.args[0]
-    except torch.OutOfMemoryError as e:
-        message = f"out of memory ({str(e).splitlines()[0][:90]}); set MICRO_BATCH_TOKENS to half of what a pass takes now"
-    except dist.DistError as e:
-        message = f"another rank ended ({str(e).splitlines()[0][:90]}); RESUME=1 continues from the checkpoint"
-    except ModuleNotFoundError as e:
-        message = f"{e.name} is not installed; pip install -r requirements.txt"
-    except (UserError, OSError) as e:
-        message = str(e)
+    except tuple(advice) as e:
+        text = next(text for kind, text in advice.items() if isinstance(e, kind))
+        print(f"train_gpt: error: {str(e).splitlines()[0]}{text}", file=sys.stderr)
+        return 1
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
-    print(f"train_gpt: error: {message}", file=sys.stderr)
-    return 1
 
 if __name__ == "__main__":
     sys.exit(run_main())
