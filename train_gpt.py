@@ -292,8 +292,8 @@ def audit_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> int:
         ids = ids if ids[0] == BOS_ID else np.concatenate([[BOS_ID], ids])
         if missed := gap(ids):
             at = bisect.bisect_left(range(2, len(ids)), True, key=lambda n, ids=ids: gap(ids[:n]) != 0) + 1
-            raise ShardError(f"the document at token {start} decodes to {missed:+d} bytes beside the byte table, from token "
-                             f"{ids[at]} ({tokenizer.id_to_piece(int(ids[at]))!r}) on; without right bytes there is no BPB")
+            raise ShardError(f"the document at token {start} decodes to {missed:+d} bytes beside the byte table, from token"
+                             f" {ids[at]} ({tokenizer.id_to_piece(int(ids[at]))!r}) on; no BPB without right bytes")
     return int(table.count(tokens).sum())
 
 class TokenStream:
@@ -1225,7 +1225,7 @@ def train(run: Run) -> None:
         elapsed, signum = agree(run)
         progress = progress_of(run.step, elapsed, cfg)
         need(run.loss is None or math.isfinite(run.loss.item()), f"the loss of step {run.step} is not finite; the "
-             f"last checkpoint: {saved if saved.exists() else None}; lower MATRIX_LR={cfg.matrix_lr} or set GRAD_CLIP_NORM")
+             f"last checkpoint: {saved if saved.exists() else None}; lower MATRIX_LR or set GRAD_CLIP_NORM")
         if run.step and (run.step % cfg.train_log_every == 0 or run.step <= 10 or progress >= 1):
             last = log_step(run, elapsed, progress, last)
         if signum or cfg.checkpoint_seconds and time.perf_counter() - run.saved_at >= cfg.checkpoint_seconds:
