@@ -1,0 +1,105 @@
+"""Bytes and seconds of each codec, against the entropy of what it codes.
+
+    python bench/artifact.py [--state final_model.pt] [--quick]
+
+Two states: one that was trained (`--state`, else a minute of PRESET=cpu is run), and one in the shapes of the
+consensus model, 26.8 M weights, whose rows are drawn with the tails and the uneven spread that trained rows have. Each
+at the k that fits 16,000,000 bytes and at k = 12.85 (#1855). The bound is the order-0 entropy of each plane; tables
+are counted in every file. Times are the median of three runs, the slow codecs' of one. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_gpt  # noqa: E402
+
+RECORD_K = 12.85
+
+
+def trained_state(path: str) -> tuple[dict[str, torch.Tensor], train_gpt.Config]:
+    """The weights of a cpu run, as they were before rounding."""
+    cfg = train_gpt.Config(**train_gpt.PRESETS["cpu"])
+    if path:
+        return torch.load(path, weights_only=True), cfg
+    with tempfile.TemporaryDirectory() as folder:
+        print("no --state: training PRESET=cpu for a minute", flush=True)
+        env = {**os.environ, "PRESET": "cpu", "OUT_DIR": folder, "MAX_WALLCLOCK_SECONDS": "60", "RUN_ID": "bench"}
+        subprocess.run([sys.executable, ROOT / "train_gpt.py"], env=env, check=True, stdout=subprocess.DEVNULL)
+        return torch.load(Path(folder) / "final_model.pt", weights_only=True), cfg
+
+
+def consensus_state() -> tuple[dict[str, torch.Tensor], train_gpt.Config]:
+    """Rows of Student-t weights (8 degrees), spread log-normally by row and by column (standard deviation 0.2)."""
+    cfg, noise = train_gpt.Config(**train_gpt.PRESETS["consensus"]), np.random.default_rng(0)
+    state = {}
+    for name, p in train_gpt.GPT(cfg).named_parameters():
+        w = noise.standard_normal(p.shape, dtype=np.float32)
+        if p.ndim == 2:
+            w *= np.sqrt(8 / noise.chisquare(8, p.shape)).astype(np.float32)
+            w *= np.exp(0.2 * noise.standard_normal((len(w), 1))) * np.exp(0.2 * noise.standard_normal((1, w.shape[1])))
+        state[name] = torch.from_numpy(np.asarray(w, dtype=np.float32))
+    return state, cfg
+
+
+def entropy_bytes(planes: list[np.ndarray]) -> float:
+    bits = 0.0
+    for plane in planes:
+        counts = np.bincount(plane.ravel(), minlength=256)
+        counts = counts[counts > 0]
+        bits -= (counts * np.log2(counts / counts.sum())).sum()
+    return bits / 8
+
+
+def timed(function, runs: int):
+    seconds = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        result = function()
+        seconds.append(time.perf_counter() - began)
+    return result, statistics.median(seconds)
+
+
+def measure(label: str, state, cfg, k: float, names: list[str]) -> list[dict]:
+    planes = train_gpt.planes_of(train_gpt.quantised(state, k, cfg, {}))
+    bound, symbols, shapes, rows = entropy_bytes(planes), sum(p.size for p in planes), [p.shape for p in planes], []
+    for name in names:
+        codec, runs = train_gpt.CODECS[name], 3 if name == "ans" else 1
+        payload, encode = timed(lambda codec=codec: codec.encode(planes), runs)
+        back, decode = timed(lambda codec=codec, payload=payload: codec.decode(payload, shapes), runs)
+        assert all(np.array_equal(a, b) for a, b in zip(planes, back, strict=True)), f"{name} is not lossless"
+        over = 100 * (len(payload) / bound - 1)
+        print(f"{label:18} k {k:5.2f} {symbols:>10} symbols  {name:7}{len(payload):>10} bytes, bound {over:+6.2f} %"
+              f"  encode {encode:6.2f} s  decode {decode:5.2f} s", flush=True)
+        rows.append(dict(state=label, k=k, symbols=symbols, codec=name, bytes=len(payload), entropy_bytes=bound,
+                         over_percent=over, encode_seconds=encode, decode_seconds=decode))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--state", default="final_model.pt" if Path("final_model.pt").exists() else "",
+                        help="a final_model.pt of PRESET=cpu")
+    parser.add_argument("--quick", action="store_true", help="the entropy coder alone: seconds instead of minutes")
+    args = parser.parse_args()
+    names, rows = ["ans"] if args.quick else ["ans", "brotli", "zstd"], []
+    for label, (state, cfg) in (("trained, cpu", trained_state(args.state)), ("26.8 M, consensus", consensus_state())):
+        fitted = train_gpt.bisect_k(state, train_gpt.size_target(cfg), cfg)
+        for k in (fitted, RECORD_K):
+            rows += measure(label, state, cfg, k, names)
+    print(json.dumps({"bench": "artifact", "threads": torch.get_num_threads(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
