@@ -292,8 +292,8 @@ def audit_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> int:
         ids = ids if ids[0] == BOS_ID else np.concatenate([[BOS_ID], ids])
         if missed := gap(ids):
             at = bisect.bisect_left(range(2, len(ids)), True, key=lambda n, ids=ids: gap(ids[:n]) != 0) + 1
-            raise ShardError(f"the document at token {start} decodes to {missed:+d} bytes beside the byte table, from token"
-                             f" {ids[at]} ({tokenizer.id_to_piece(int(ids[at]))!r}) on; no BPB without right bytes")
+            raise ShardError(f"the document at token {start} decodes to {missed:+d} bytes beside the byte table, from "
+                             f"token {ids[at]} ({tokenizer.id_to_piece(int(ids[at]))!r}) on; no BPB without right bytes")
     return int(table.count(tokens).sum())
 
 class TokenStream:
@@ -700,7 +700,7 @@ def build_model(artifact: Artifact, device: torch.device | str = "cpu") -> GPT:
     model = GPT(artifact.config)
     model.load_state_dict(artifact.weights, strict=True)
     model.looping = artifact.header["looping"]
-    return model.to(device)
+    return model.placed(device)
 
 # ==== MODEL ===========================================================================================================
 # Leaf to root. Parameters stay fp32; autocast chooses what a device multiplies in.
@@ -818,6 +818,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg, self.looping = cfg, False  # looping: set once the run is far enough for depth recurrence
+        self.stream_dtype = torch.float32  # of activations between blocks
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
         self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
         self.smear = SmearGate(cfg.model_dim) if cfg.smear_gate else None
@@ -837,8 +838,11 @@ class GPT(nn.Module):
         return order
     def embed(self, tokens_BT: Tensor) -> Tensor:
         x = self.tok_emb(tokens_BT)
-        x = normalised(x if self.bigram is None else x + self.bigram(tokens_BT))
+        x = normalised(x if self.bigram is None else x + self.bigram(tokens_BT)).to(self.stream_dtype)
         return x if self.smear is None else self.smear(x, tokens_BT)
+    def placed(self, device: torch.device | str) -> GPT:
+        self.stream_dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        return self.to(device)
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """[B, T, V] in fp32: what each position says of the token after it."""
         T, order, skips = tokens_BT.size(1), self.passes(self.looping), []
@@ -904,7 +908,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         group, by_shape = self.param_groups[0], {}
         for p in group["params"]:
-            if p.grad is not None: by_shape.setdefault(p.shape, []).append(p)
+            by_shape.setdefault(p.shape, []).append(p)
         moved = ([self.direction(p, group["momentum"]) for p in params] for params in by_shape.values())
         stacks = [self.share(torch.stack(directions)) for directions in moved]
         all_reduce_flat(stacks, self.rt)
@@ -1012,7 +1016,7 @@ def set_up_runtime(cfg: Config, env: Mapping[str, str]) -> Runtime:
     need(kind in ("cpu", best_device()), f"DEVICE is {kind}, but PyTorch sees only {best_device()}; unset it")
     if kind == "cuda":
         torch.cuda.set_device(local)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if world > 1: dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     name = torch.cuda.get_device_name(device) if kind == "cuda" else f"{kind} {platform.machine()}"
@@ -1130,7 +1134,7 @@ class Run:
         self.train_s, self.clock = self.elapsed(), time.perf_counter() if running else None
 
 def set_up(cfg: Config, rt: Runtime, data: Data, log: Log) -> Run:
-    model = GPT(cfg).to(rt.device)
+    model = GPT(cfg).placed(rt.device)
     initialise(model, cfg)
     run = Run(cfg, rt, log, data, model, torch.compile(model) if cfg.compile else model, list(model.parameters()),
               make_optimisers(model, cfg, rt), TokenStream(data.train), Averages())
@@ -1185,7 +1189,6 @@ def take_step(run: Run, progress: float) -> None:
             group["lr"] = group["peak_lr"] * lr_scale(progress, run.cfg)
             if "momentum" in group: group["momentum"] = momentum_at(run.step, run.cfg)
         optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
     run.step += 1
 
 def accumulate_gradients(run: Run) -> Tensor:
@@ -1196,15 +1199,19 @@ def accumulate_gradients(run: Run) -> Tensor:
         count = run.data.table.count(tokens).astype(np.float32)
         weights = 1 - cfg.byte_loss_alpha + cfg.byte_loss_alpha * count / max(count.mean(), 1e-6)
     size = min(eighth, max(1, cfg.micro_batch_tokens // length) * length) if cfg.micro_batch_tokens else eighth
-    plain = torch.zeros((), device=rt.device)
+    # In float64 no order of adding changes the sum: one rank or eight take the same step, on a CPU to the bit.
+    wide = torch.float64 if rt.device.type == "cpu" else torch.float32
+    *sums, plain = (torch.zeros_like(t, dtype=wide) for t in [*run.params, torch.zeros((), device=rt.device)])
     for start in (i for part in range(8)[rt.mine] for i in range(part * eighth, (part + 1) * eighth, size)):
         end = min(start + size, (start // eighth + 1) * eighth)
         x, y, w = (torch.from_numpy(a[start:end].reshape(-1, length)).to(rt.device, non_blocking=True)
                    if a is not None else 1.0 for a in (tokens, tokens[1:], weights))
         with rt.autocast(): nats = run.loss_fn(x, y)
-        plain += nats.detach().sum()
-        ((nats * w).sum() / cfg.train_batch_tokens).backward()
-    all_reduce_flat([*(p.grad for p in run.params if p.grad is not None), plain], rt)
+        plain += nats.detach().to(wide).sum()
+        gradients = torch.autograd.grad((nats * w).sum() / cfg.train_batch_tokens, run.params, materialize_grads=True)
+        torch._foreach_add_(sums, gradients)
+    all_reduce_flat([*sums, plain], rt)
+    for p, total in zip(run.params, sums, strict=True): p.grad = total.to(p.dtype)
     return plain / cfg.train_batch_tokens
 
 def warm_up(run: Run) -> None:
