@@ -11,7 +11,7 @@ Shapes in names: B sequences, T positions, D model width, H query heads, G key/v
 
 from __future__ import annotations
 
-import bisect, contextlib, dataclasses, difflib, functools, hashlib, json, math, os, platform, shutil, signal
+import bisect, contextlib, dataclasses, difflib, functools, hashlib, io, json, math, os, platform, shutil, signal
 import struct, subprocess, sys, time, uuid, warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -63,7 +63,7 @@ class Config:
     val_batch_size: int = knob(524_288, "tokens of eight validation passes", 1)
     val_loss_every: int = knob(1000, "steps between validations; 0 = only at the end", 0)
     train_log_every: int = knob(200, "steps between log lines", 1)
-    checkpoint_seconds: float = knob(300.0, "seconds between checkpoints; 0 = only when interrupted", 0)
+    checkpoint_seconds: float = knob(300.0, "seconds between checkpoints; 0 = only at the end, or when interrupted", 0)
     holdout_tokens: int = knob(262_144, "last training tokens, kept apart to judge averages and GPTQ", 1)
     # Model
     vocab_size: int = knob(1024, "pieces of the tokenizer", 4, 65_536)
@@ -220,7 +220,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Write a file beside `path`, then rename it: readers see the old file or the new, never half of one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.part")
     try:
         with open(beside, "wb") as f:
             yield f
@@ -292,8 +292,8 @@ def audit_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> int:
         ids = ids if ids[0] == BOS_ID else np.concatenate([[BOS_ID], ids])
         if missed := gap(ids):
             at = bisect.bisect_left(range(2, len(ids)), True, key=lambda n, ids=ids: gap(ids[:n]) != 0) + 1
-            raise ShardError(f"the document at token {start} decodes to {missed:+d} bytes beside the byte table, from "
-                             f"token {ids[at]} ({tokenizer.id_to_piece(int(ids[at]))!r}) on; no BPB without right bytes")
+            raise ShardError(f"the document at token {start} decodes to {missed:+d} bytes beside the byte table, "
+                             f"from token {ids[at]} ({tokenizer.id_to_piece(int(ids[at]))!r}) on; no BPB without them")
     return int(table.count(tokens).sum())
 
 class TokenStream:
@@ -706,7 +706,6 @@ def build_model(artifact: Artifact, device: torch.device | str = "cpu") -> GPT:
 # Leaf to root. Parameters stay fp32; autocast chooses what a device multiplies in.
 def normalised(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
-
 def linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
@@ -733,15 +732,13 @@ def without_own_value(y_BHTC: Tensor, v_BGTC: Tensor) -> Tensor:
     return (y - (y * own).sum(-1, keepdim=True) * own).view(B, H, T, C)
 
 class Attention(nn.Module):
-    GATE_INPUTS = 12  # enough for a gate (#1787): 96 parameters a layer
-
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
         D, H, G, C = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.model_dim // cfg.num_heads
         self.width, self.exclusive = C, layer >= cfg.num_layers - cfg.xsa_last_n
         self.q, self.k, self.v, self.proj = linear(D, H * C), linear(D, G * C), linear(D, G * C), linear(D, D)
         self.q_gain = nn.Parameter(torch.full((H,), cfg.qk_gain_init))
-        self.gate = nn.Parameter(torch.zeros(H, min(self.GATE_INPUTS, D))) if cfg.attn_gate else None
+        self.gate = nn.Parameter(torch.zeros(H, min(12, D))) if cfg.attn_gate else None  # 12 inputs do (#1787)
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         B, T, D = x_BTD.shape
         q, k, v = (part(x_BTD).view(B, T, -1, self.width).transpose(1, 2) for part in (self.q, self.k, self.v))
@@ -957,7 +954,6 @@ def momentum_at(step: int, cfg: Config) -> float:
 class Averages:
     """SWA (mean of some late weights) and EMA, in fp32: sums in bf16 once cost a record 1.4 nats (#212)."""
     EMA_REFERENCE_STEPS = 7000  # EMA_DECAY means what it does in a run of that length
-
     def __init__(self):
         self.swa, self.ema, self.swa_count, self.seen = [], [], 0, 0.0
     @torch.no_grad()
@@ -994,7 +990,6 @@ def rounded_parameters(model: GPT, k: float, values: list[Tensor] | None = None,
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "RTX 4090": 165e12, "RTX 5090": 209e12}  # dense bf16
 
 class Runtime(NamedTuple):
-    """The hardware, chosen once."""
     rank: int
     world: int
     device: torch.device
@@ -1047,8 +1042,9 @@ class Log:
     def __call__(self, line: str, event: str = "", screen: bool = True, **data: Any) -> None:
         if not self.on: return
         if screen: print(line, flush=True)
-        self.text.write(line + "\n")
-        if event: self.events.write(json.dumps({"event": event, "time": round(time.time(), 3), **data}) + "\n")
+        with contextlib.suppress(OSError):  # a full disk costs lines of the log, never the run
+            self.text.write(line + "\n")
+            if event: self.events.write(json.dumps({"event": event, "time": round(time.time(), 3), **data}) + "\n")
         numbers = {f"{event}/{n}": v for n, v in data.items() if type(v) in (int, float)}
         if self.wandb and numbers: self.wandb.log(numbers)
     def close(self, artifact: Path) -> None:
@@ -1247,6 +1243,7 @@ def train(run: Run) -> None:
         run.averages.update(run.params, run.step, progress_of(run.step, elapsed, cfg), cfg)
     if run.step < cfg.iterations:
         run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{run.step}/{cfg.iterations}")
+    save_checkpoint(run)  # whatever happens to the export, the weights are safe
     run.set_clock(False)
 
 def agree(run: Run) -> tuple[float, int]:
@@ -1307,6 +1304,10 @@ FREE_ON_RESUME = set("resume run_id out_dir data_path wandb_mode train_log_every
 def checkpoint_path(cfg: Config) -> Path:
     return Path(cfg.out_dir) / "checkpoint.pt"
 
+def save(path: Path, state: Any) -> None:
+    buffer = io.BytesIO()  # torch turns what happens to a file into a RuntimeError, without its cause
+    torch.save(state, buffer)
+    with replacing(path) as f: f.write(buffer.getbuffer())
 def save_checkpoint(run: Run) -> None:
     """All state, replaced in one move. A full disk costs the checkpoint, never the run."""
     run.set_clock(False)
@@ -1317,10 +1318,10 @@ def save_checkpoint(run: Run) -> None:
             looping=run.model.looping, stream=run.stream.at, model=run.model.state_dict(), averages=vars(run.averages),
             optimisers=[o.state_dict() for o in run.optimisers])
         try:
-            with replacing(checkpoint_path(run.cfg)) as f: torch.save(state, f)
+            save(checkpoint_path(run.cfg), state)
             run.log(f"checkpoint:{checkpoint_path(run.cfg)} step:{run.step}", "checkpoint", step=run.step)
-        except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-            run.log(f"warning: no checkpoint written, the last one stays ({type(e).__name__}: {str(e)[:80]})")
+        except OSError as e:
+            run.log(f"warning: no checkpoint written, the last one stays ({e})")
     run.saved_at = time.perf_counter()
     run.set_clock(True)
 
@@ -1420,7 +1421,7 @@ def export(run: Run) -> Path:
     settle_weights(run)
     hessians, path = choose_rounding(run), Path(cfg.out_dir) / f"final_model.int{bits}.ptz"
     if run.rt.rank == 0:
-        with replacing(Path(cfg.out_dir) / "final_model.pt") as f: torch.save(run.model.state_dict(), f)
+        save(Path(cfg.out_dir) / "final_model.pt", run.model.state_dict())
         raw = (Path(cfg.out_dir) / "final_model.pt").stat().st_size
         log(f"Serialized model: {raw} bytes\nCode size: {code} bytes")
         blob, rounded, codec = fit_artifact(run, hessians)
@@ -1472,6 +1473,7 @@ def main(env: Mapping[str, str] = os.environ) -> None:
     warm_up(run)
     if saved: restore(run, saved)
     train(run)
+    for signum in (signal.SIGTERM, signal.SIGINT): signal.signal(signum, signal.SIG_DFL)
     path = export(run)
     score_artifact(run, path)
     log.close(path)
