@@ -994,7 +994,6 @@ class Runtime(NamedTuple):
     world: int
     device: torch.device
     name: str
-    synchronize: Callable[[], None]
 
     @property
     def mine(self) -> slice:
@@ -1015,8 +1014,7 @@ def set_up_runtime(cfg: Config, env: Mapping[str, str]) -> Runtime:
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if world > 1: dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     name = torch.cuda.get_device_name(device) if kind == "cuda" else f"{kind} {platform.machine()}"
-    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
-    return Runtime(rank, world, device, name, waits.get(kind, lambda: None))
+    return Runtime(rank, world, device, name)
 
 def all_reduce_flat(tensors: list[Tensor], rt: Runtime) -> None:
     """Sum over ranks, in place, in one message. Not DDP: unused parameters and swapped weights need no special case."""
@@ -1079,20 +1077,18 @@ def attention_backend(cfg: Config, rt: Runtime) -> str:
 @torch.no_grad()
 def mean_nats(loss_fn: Callable, tokens: np.ndarray, cfg: Config, rt: Runtime, label: str = "") -> float:
     """Mean cross-entropy of tokens[1:], each scored once, tail included, in windows side by side that ranks share."""
-    length, rows = cfg.train_seq_len, max(1, cfg.val_batch_size // 8 // cfg.train_seq_len)
-    starts, began, spoke = np.arange(0, len(tokens) - 1, length)[rt.mine], time.perf_counter(), time.perf_counter()
-    total = torch.zeros((), dtype=torch.float64)
-    for i in range(0, len(starts), rows):
-        batch, counted = np.zeros((rows, length + 1), np.int64), np.zeros((rows, length), bool)
-        for row, start in enumerate(starts[i : i + rows]):
-            window = tokens[start : start + length + 1]
-            batch[row, : len(window)], counted[row, : len(window) - 1] = window, True
-        data = torch.from_numpy(batch).to(rt.device, non_blocking=True)
+    length, rows, said = cfg.train_seq_len, max(1, cfg.val_batch_size // 8 // cfg.train_seq_len), 0
+    starts, total = np.arange(0, len(tokens) - 1, length)[rt.mine], torch.zeros((), dtype=torch.float64)
+    starts, began = np.pad(starts, (0, -len(starts) % rows), constant_values=len(tokens)), time.perf_counter()
+    for i in range(0, len(starts), rows):  # all passes have one shape, so that compiled code serves every one
+        places = starts[i : i + rows, None] + np.arange(length + 1)
+        data = torch.from_numpy(tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64)).to(rt.device)
         with rt.autocast(): nats = loss_fn(data[:, :-1], data[:, 1:])
-        total += nats.cpu().double()[torch.from_numpy(counted)].sum()
-        if label and rt.rank == 0 and time.perf_counter() - spoke > 5:
-            spoke, part = time.perf_counter(), min(1.0, (i + rows) / len(starts))
-            print(f"{label} {100 * part:.0f}% eta:{(spoke - began) * (1 / part - 1):.0f}s", file=sys.stderr, flush=True)
+        total += nats.cpu().double()[torch.from_numpy(places[:, 1:] < len(tokens))].sum()
+        part, seconds = (i + rows) / len(starts), time.perf_counter() - began
+        if label and rt.rank == 0 and seconds > 5 * (said + 1):
+            said = seconds // 5
+            print(f"{label} {100 * part:.0f}% eta:{seconds / part - seconds:.0f}s", file=sys.stderr, flush=True)
     all_reduce_flat([total := total.to(rt.device) if rt.world > 1 else total], rt)  # MPS has no float64, nor company
     return float(total) / (len(tokens) - 1)
 
@@ -1126,7 +1122,7 @@ class Run:
     def elapsed(self) -> float:
         return self.train_s + (time.perf_counter() - self.clock if self.clock is not None else 0.0)
     def set_clock(self, running: bool) -> None:
-        self.rt.synchronize()
+        if self.rt.device.type != "cpu": torch.accelerator.synchronize()
         self.train_s, self.clock = self.elapsed(), time.perf_counter() if running else None
 
 def set_up(cfg: Config, rt: Runtime, data: Data, log: Log) -> Run:
