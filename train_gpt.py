@@ -74,10 +74,10 @@ class Config:
     mlp_mult: float = knob(2.0, "MLP width, in model widths", 0.25, 16)
     leaky_slope: float = knob(0.0, "squared LeakyReLU of this slope; 0 = squared ReLU", 0, 1)
     logit_softcap: float = knob(30.0, "logits stay within plus and minus this", 1, 1e4)
-    tied_embed_init_std: float = knob(0.005, "initial spread of the tied embedding", 0)
+    tied_embed_init_std: float = knob(0.005, "initial spread of the tied embedding", 0, 1e3)
     rope_base: float = knob(10_000.0, "RoPE: how much slower the slowest dimension turns", 1, 1e9)
     rope_dims: int = knob(0, "dimensions of a head that rotate; 0 = all", 0, 16_384)
-    qk_gain_init: float = knob(1.5, "initial gain of normalised queries", 0)
+    qk_gain_init: float = knob(1.5, "initial gain of normalised queries", 0, 1e3)
     ortho_init: bool = knob(False, "orthogonal initial matrices")
     smear_gate: bool = knob(False, "mix each embedding with the one before it, never across BOS")
     bigram_vocab_size: int = knob(0, "buckets of the hashed bigram embedding; 0 = none", 0, 1 << 20)
@@ -160,7 +160,7 @@ def parse_value(f: dataclasses.Field, text: str) -> Any:
 def check_value(f: dataclasses.Field, value: Any) -> None:
     """Type, range and choice of one setting, wherever it came from: environment or artifact."""
     kind, name, (low, high, choices) = type(f.default), f.name.upper(), map(f.metadata.get, ("low", "high", "choices"))
-    need(type(value) is kind or (kind is float and type(value) is int), f"{name} is {value!r}, not {kind.__name__}")
+    need(type(value) is kind, f"{name} is {value!r:.60}, not {kind.__name__}")
     need(not choices or value in choices, f"{name} is {value!r}; it must be one of {', '.join(filter(None, choices))}")
     inside = kind in (str, bool) or (low is None or value >= low) and value <= (math.inf if high is None else high)
     need(inside and value != math.inf, f"{name} is {value}; it must be from {low} to {high or 'any finite value'}")
@@ -236,7 +236,6 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     header = np.zeros(256, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
     with replacing(path) as f: f.write(header.tobytes() + np.ascontiguousarray(tokens, dtype="<u2").tobytes())
-
 def read_shard(path: str | Path, vocab_size: int = 0) -> np.ndarray:
     """Map a shard's tokens, read only, after checking header, length and, if given, vocabulary."""
     try:
@@ -286,12 +285,15 @@ def audit_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> int:
     """Decode every document, compare its UTF-8 length with the table; return the bytes in all."""
     def gap(ids: np.ndarray) -> int:
         return len(tokenizer.decode(ids[1:].tolist()).encode()) - int(table.count(ids).sum())
+    def whole(ids: np.ndarray, n: int) -> int:  # no character is cut there
+        return n if n == len(ids) or not tokenizer.is_byte(int(ids[n])) else whole(ids, n + 1)
     bounds = document_bounds(tokens)
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         ids = np.asarray(tokens[start:end])
         ids = ids if ids[0] == BOS_ID else np.concatenate([[BOS_ID], ids])
         if missed := gap(ids):
-            at = bisect.bisect_left(range(2, len(ids)), True, key=lambda n, ids=ids: gap(ids[:n]) != 0) + 1
+            at = 2 + bisect.bisect_left(range(2, len(ids)), True, key=lambda n, ids=ids: gap(ids[: whole(ids, n)]) != 0)
+            at -= bool(gap(ids[:at]))
             raise ShardError(f"the document at token {start} decodes to {missed:+d} bytes beside the byte table, "
                              f"from token {ids[at]} ({tokenizer.id_to_piece(int(ids[at]))!r}) on; no BPB without them")
     return int(table.count(tokens).sum())
@@ -422,7 +424,6 @@ def bisect_k(state: Mapping[str, Tensor], target: float, cfg: Config) -> float:
     """The least k (the finest steps) whose predicted size is at most `target` bytes, or the largest there is."""
     at = bisect.bisect_left(K_GRID, True, key=lambda k: predicted_bytes(state, k, cfg) <= target)
     return float(K_GRID[min(at, len(K_GRID) - 1)])
-
 def gptq_codes(weight: Tensor, hessian: Tensor, step: Tensor, bits: int, block: int = 128) -> Tensor:
     """Codes on the same grid, each column's rounding error pushed onto the columns after it so that the layer's output
     moves least (GPTQ, arXiv 2210.17323). hessian: sum of x x^T over the layer's inputs."""
@@ -496,7 +497,6 @@ def decompress_brotli(payload: bytes, limit: int) -> bytes:
     data = decoder.process(payload, output_buffer_limit=limit + 1)
     need(decoder.is_finished() and len(data) <= limit, "brotli: truncated or too long", CodecError)
     return data
-
 def units_of(plane: np.ndarray, layout: int) -> np.ndarray:
     """The runs that share a frequency table: 0 the whole plane, 1 its rows, 2 its columns."""
     return (plane.reshape(1, -1), plane, plane.T)[layout]
@@ -506,7 +506,6 @@ def best_layout(plane: np.ndarray) -> int:
     bits = -np.log2(np.maximum(counts, 1) / plane.size).astype(np.float32)[plane]
     gains = [bits.mean(axis=a).var() - bits.var() / plane.shape[a] if plane.shape[a] >= 32 else 0.0 for a in (1, 0)]
     return int(np.argmax([0.0, *gains]))
-
 def code_lengths(counts: np.ndarray) -> np.ndarray:
     """Bits of every symbol under each class; an unseen one costs the coder's 24."""
     p = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -535,7 +534,6 @@ def coding_order(units: Planes, ids: np.ndarray) -> Iterator[tuple[int, np.ndarr
     """Plane by plane and class by class: (class, units of the plane, which of them)."""
     for u, own in zip(units, np.split(ids, np.cumsum([len(u) for u in units])[:-1]), strict=True):
         yield from ((int(c), u, np.flatnonzero(own == c)) for c in np.unique(own))
-
 def pack_ans(planes: Planes) -> bytes:
     layouts = [best_layout(p) for p in planes]
     units = [units_of(p, layout) for p, layout in zip(planes, layouts, strict=True)]
@@ -582,7 +580,7 @@ CODECS = {codec.name: codec for codec in (
 # Prelude, JSON header, payload, tokenizer: docs/ARTIFACT.md. Nothing is unpickled, no size is believed unchecked.
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"FAIRWAY\x00", 1
 PRELUDE = struct.Struct("<8sII32s")  # magic, version, bytes of the header, SHA-256 of the header
-MOST_HEADER_BYTES, MOST_WEIGHTS, MOST_TOKENIZER_BYTES = 1 << 20, 64_000_000, 1 << 23
+MOST_FILE_BYTES, MOST_HEADER_BYTES, MOST_WEIGHTS, MOST_TOKENIZER_BYTES = 1 << 28, 1 << 20, 64_000_000, 1 << 23
 # What a reader needs in order to build the model again: the settings under "Model", context and widths.
 NAMES = [f.name for f in fields(Config)]
 WIDTHS = ["train_seq_len", "attn_bits", "mlp_bits", "embed_bits"]
@@ -638,7 +636,10 @@ def read_artifact(path: str | Path) -> Artifact:
         for bits, *shape in header["tensors"].values():
             shapes += [(2, math.prod(shape))] if bits == PLAIN_BITS else [tuple(shape), (2, shape[0])]
         weights = dict(read_weights(header["tensors"], iter(CODECS[header["codec"]].decode(payload, shapes))))
-        return Artifact(cfg, weights, decompress_brotli(inside, MOST_TOKENIZER_BYTES) if inside else b"", header)
+        tokenizer = decompress_brotli(inside, MOST_TOKENIZER_BYTES) if inside else b""
+        same = not inside or hashlib.sha256(tokenizer).hexdigest() == header["tokenizer_sha256"]
+        need(same, "the tokenizer inside is not the one that the header names", ArtifactError)
+        return Artifact(cfg, weights, tokenizer, header)
     except OSError as e:
         raise ArtifactError(f"{path}: cannot be read ({e.strerror})") from None
     except (UserError, CodecError, brotli.error) as e:
@@ -649,13 +650,15 @@ def read_header(f: BinaryIO, size: int) -> dict[str, Any]:
     start = f.read(PRELUDE.size)
     need(len(start) == PRELUDE.size and start.startswith(ARTIFACT_MAGIC), "not a Fairway artifact", ArtifactError)
     _, version, length, checksum = PRELUDE.unpack(start)
+    need(size <= MOST_FILE_BYTES, f"{size} bytes, more than any artifact has", ArtifactError)
     need(version == ARTIFACT_VERSION, f"version {version}; this reader knows {ARTIFACT_VERSION}", ArtifactError)
     left = size - PRELUDE.size - length
     need(length <= MOST_HEADER_BYTES and left >= 0, f"no room for a header of {length} bytes: damaged", ArtifactError)
     text = f.read(length)
     need(hashlib.sha256(text).digest() == checksum, "the header does not match its checksum: damaged", ArtifactError)
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=lambda p: dict(p) if len(dict(p)) == len(p) else p)  # no key twice
+        json.dumps(header, allow_nan=False)  # nor NaN, nor infinity
     except (ValueError, RecursionError):
         raise ArtifactError("the header is not JSON") from None
     right = type(header) is dict and {n: type(v) for n, v in header.items()} == HEADER_KINDS
@@ -673,7 +676,7 @@ def header_config(header: Mapping[str, Any]) -> Config:
     need(cfg.num_layers <= len(tensors), f"{cfg.num_layers} layers, but {len(tensors)} tensors", ArtifactError)
     need(cfg.train_seq_len * cfg.model_dim <= MOST_WEIGHTS, "TRAIN_SEQ_LEN x MODEL_DIM is out of range", ArtifactError)
     with torch.device("meta"): expected = {n: [tensor_bits(n, cfg), *p.shape] for n, p in GPT(cfg).named_parameters()}
-    odd = next((n for n in [*expected, *tensors] if expected.get(n) != tensors.get(n)), None)
+    odd = next((n for n in [*expected, *tensors] if repr(expected.get(n)) != repr(tensors.get(n))), None)
     need(odd is None, f"tensor {odd!r:.60} is {tensors.get(odd)!s:.60}, not {expected.get(odd)}", ArtifactError)
     weights = sum(math.prod(shape) for _, *shape in expected.values())
     need(weights <= MOST_WEIGHTS, f"{weights} weights; at most {MOST_WEIGHTS} are read", ArtifactError)
@@ -708,7 +711,6 @@ def normalised(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 def linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
-
 def rope_tables(length: int, dims: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin, [length, dims/2], in fp32: bf16 frequencies collapse half of 1,024 positions."""
     frequency = base ** -(torch.arange(0, dims, 2, dtype=torch.float32) / dims)
@@ -720,7 +722,6 @@ def rotate(x_BHTC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     a, b, rest = x_BHTC.split([half, half, x_BHTC.size(-1) - 2 * half], dim=-1)
     turned = torch.cat([a * cos_TR + b * sin_TR, b * cos_TR - a * sin_TR], dim=-1).type_as(x_BHTC)
     return torch.cat([turned, rest], dim=-1)
-
 def attend(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
     """Causal attention, the one place that does it; PyTorch picks the best kernel that it has."""
     grouped = q_BHTC.size(1) != k_BGTC.size(1)
@@ -905,7 +906,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         group, by_shape = self.param_groups[0], {}
         for p in group["params"]:
-            by_shape.setdefault(p.shape, []).append(p)
+            if p.grad is not None: by_shape.setdefault(p.shape, []).append(p)
         moved = ([self.direction(p, group["momentum"]) for p in params] for params in by_shape.values())
         stacks = [self.share(torch.stack(directions)) for directions in moved]
         all_reduce_flat(stacks, self.rt)
@@ -1157,7 +1158,6 @@ def need_room(size: int, cfg: Config) -> None:
     over = size - size_target(cfg)
     need(over <= 0, f"the artifact has {size} bytes at the coarsest step, {over} more than SIZE_BUDGET_BYTES="
          f"{cfg.size_budget_bytes} leaves beside code and margin; lower NUM_LAYERS, MODEL_DIM or MLP_MULT")
-
 def predict_size(run: Run, when: str, state: Mapping[str, Tensor]) -> None:
     """Find the k that meets the budget; a model that never can is told so before it costs anything."""
     cfg, target = run.cfg, size_target(run.cfg)
@@ -1248,7 +1248,6 @@ def agree(run: Run) -> tuple[float, int]:
     shared = torch.tensor([run.elapsed(), run.signum], device=run.rt.device)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     return float(shared[0]), int(shared[1])
-
 def log_step(run: Run, elapsed: float, progress: float, last: tuple[int, float]) -> tuple[int, float]:
     cfg, loss = run.cfg, run.loss.item()
     speed = (run.step - last[0]) * cfg.train_batch_tokens / max(elapsed - last[1], 1e-9)
@@ -1299,7 +1298,6 @@ FREE_ON_RESUME = set("resume run_id out_dir data_path wandb_mode train_log_every
 
 def checkpoint_path(cfg: Config) -> Path:
     return Path(cfg.out_dir) / "checkpoint.pt"
-
 def save(path: Path, state: Any) -> None:
     buffer = io.BytesIO()  # torch turns what happens to a file into a RuntimeError, without its cause
     torch.save(state, buffer)
@@ -1456,7 +1454,6 @@ def print_help() -> None:
     for f in fields(Config): print(f"{f.name.upper():27} {shown(f.default)!s:>9}  {f.metadata['help']}")
     for name, values in PRESETS.items():
         print(f"\nPRESET={name}: " + " ".join(f"{n.upper()}={shown(v)}" for n, v in values.items()))
-
 def main(env: Mapping[str, str] = os.environ) -> None:
     preset = env.get("PRESET") or ("consensus" if best_device() == "cuda" else "cpu")
     cfg = Config.from_env(env, preset)

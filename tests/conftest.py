@@ -1,0 +1,119 @@
+"""What tests share: a tiny corpus on disk, and the trainer run as its users run it, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch and numpy are imported: workers of the tests share few cores
+
+import hypothesis
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from train_gpt import BOS_ID, write_shard
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("default", max_examples=30, deadline=None)
+hypothesis.settings.register_profile("ci", max_examples=60, deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+WORDS = """the of and to in a is that for it as was with be by on not he his but at are this have from or had an they
+which one you were all her she there would their we him been has when who will no more if out so up said what its about
+than into them can only other time new some could these two may first then do any like my now over such our man me even
+most made after also did many off before must well back through years where much your way down should because long each
+people just state those between own under never day same another know while last might great old year come since against
+go came right used take three small world house water country government congress nation peace war law public citizens
+""".split()
+SAMPLES = ["naïve", "Zürich", "€100", "“quoted”", "日本", "x²", "🙂", "\n", "  ", "1,776"]  # not all in the vocabulary
+
+
+def english_like(seed: int, documents: int) -> list[str]:
+    """Documents in which a word depends on the one before it, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    followers = np.random.default_rng(1).integers(0, len(WORDS), (len(WORDS), 4))
+    texts = []
+    for length in rng.integers(4, 60, documents):
+        at, words = int(rng.integers(len(WORDS))), []
+        for choice, end in zip(rng.integers(0, 4, length), rng.random((length, 2)), strict=True):
+            at = int(followers[at, choice])
+            words.append(SAMPLES[at % len(SAMPLES)] if end[0] < 0.01 else WORDS[at] + "." * int(end[1] < 0.1))
+        texts.append(" ".join(words).capitalize())
+    return texts
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, **options) -> bytes:
+    """A SentencePiece model as data/prepare.py makes it: BPE with byte fallback, text kept exactly."""
+    model = BytesIO()
+    sentencepiece.SentencePieceTrainer.train(**dict(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
+        character_coverage=0.999, pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3, num_threads=1, minloglevel=2) | options)
+    return model.getvalue()
+
+
+def to_tokens(tokenizer, texts: list[str]) -> np.ndarray:
+    return np.array([token for ids in tokenizer.encode(texts) for token in (BOS_ID, *ids)], dtype="<u2")
+
+
+class Corpus(NamedTuple):
+    folder: Path
+    vocab_size: int
+    tokenizer: sentencepiece.SentencePieceProcessor
+    texts: list[str]  # of the training shards
+
+
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+    events: list[dict]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Corpus:
+    """3,000 training and 100 validation documents in three shards, tokenizer.model beside them."""
+    folder, vocab_size, texts = tmp_path_factory.mktemp("corpus"), 384, english_like(0, 3000)
+    model = train_tokenizer(texts, vocab_size)
+    (folder / "tokenizer.model").write_bytes(model)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    write_shard(folder / "tiny_train_000000.bin", to_tokens(tokenizer, texts[:2000]))
+    write_shard(folder / "tiny_train_000001.bin", to_tokens(tokenizer, texts[2000:]))
+    write_shard(folder / "tiny_val_000000.bin", to_tokens(tokenizer, english_like(2, 100)))
+    return Corpus(folder, vocab_size, tokenizer, texts)
+
+
+@pytest.fixture(scope="session")
+def trainer_env(corpus):
+    """`trainer_env(out_dir, **settings)`: a clean environment for train_gpt.py; a setting of None is left out."""
+    def build(out_dir, **settings) -> dict[str, str]:
+        env = dict(PATH=os.environ["PATH"], HOME=str(out_dir), OMP_NUM_THREADS="1", PRESET="smoke", RUN_ID="test",
+                   DATA_PATH=corpus.folder, VOCAB_SIZE=corpus.vocab_size, CHECKPOINT_SECONDS=0, OUT_DIR=out_dir)
+        return {name: str(value) for name, value in (env | settings).items() if value is not None}
+    return build
+
+
+@pytest.fixture(scope="session")
+def run_trainer(trainer_env):
+    """`run_trainer(out_dir, timeout=120, **settings)`: runs `python train_gpt.py` to its end, in `out_dir`."""
+    def run(out_dir, timeout: float = 120, **settings) -> Result:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        env = trainer_env(out_dir, **settings)
+        done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=out_dir, timeout=timeout,
+                              capture_output=True, text=True)
+        return Result(done.returncode, done.stdout, done.stderr, read_events(Path(out_dir), env.get("RUN_ID", "test")))
+    return run
+
+
+def read_events(out_dir: Path, run_id: str = "test") -> list[dict]:
+    log = out_dir / "logs" / f"{run_id}.jsonl"
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
