@@ -12,7 +12,7 @@ Shapes in names: B sequences, T positions, D model width, H query heads, G key/v
 from __future__ import annotations
 
 import bisect, contextlib, dataclasses, difflib, functools, hashlib, io, json, math, os, platform, shutil, signal
-import struct, subprocess, sys, time, uuid, warnings
+import struct, subprocess, sys, time, uuid, warnings, zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -197,12 +197,13 @@ FRONTIER = CONSENSUS | dict(
     min_lr=0.1, muon_polar_express=True, muon_wd=0.09, embed_wd=0.085, adam_wd=0.02, matrix_lr=0.026, scalar_lr=0.02,
     beta2=0.99, tied_embed_lr=0.03, warmdown_frac=0.75, swa_start_frac=1.0, ema_decay=0.9965, qat_start_frac=1.0)
 CPU = CONSENSUS | dict(
-    num_layers=4, model_dim=192, num_heads=6, num_kv_heads=3, train_seq_len=256, train_batch_tokens=4096, compile=False,
+    num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, train_seq_len=256, train_batch_tokens=2048, compile=False,
     val_batch_size=131_072, warmup_steps=0, holdout_tokens=32_768, checkpoint_seconds=60.0, val_loss_every=0,
-    train_log_every=20, muon_momentum=0.95, muon_momentum_warmup_steps=50, swa_every=5, max_wallclock_seconds=150.0)
+    train_log_every=50, muon_momentum=0.95, muon_momentum_warmup_steps=50, swa_start_frac=0.9, swa_every=10,
+    max_wallclock_seconds=150.0)
 SMOKE = CPU | dict(
-    num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2, train_seq_len=64, train_batch_tokens=2048, iterations=20,
-    bigram_vocab_size=64, bigram_dim=32, holdout_tokens=4096, train_log_every=5)
+    num_layers=2, model_dim=64, train_seq_len=64, iterations=20, bigram_vocab_size=64, bigram_dim=32, holdout_tokens=4096,
+    train_log_every=5)
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": CPU, "baseline": dict(compile=True), "consensus": CONSENSUS, "frontier": FRONTIER, "smoke": SMOKE,
     "mixed": CONSENSUS | dict(num_layers=12, mlp_bits=5)}  # int5 MLP pays for a twelfth layer (#180)
@@ -1323,6 +1324,7 @@ def read_checkpoint(cfg: Config) -> dict[str, Any]:
     path = checkpoint_path(cfg)
     need(path.is_file(), f"RESUME is 1, but there is no {path}; set OUT_DIR to the run's folder, or unset RESUME")
     try:
+        need(zipfile.ZipFile(path).testzip() is None, "a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         then, now = saved["settings"], dataclasses.asdict(cfg)
     except Exception as e:  # a damaged zip raises almost anything

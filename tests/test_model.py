@@ -13,8 +13,8 @@ from train_gpt import BOS_ID, GPT, PRESETS, Config, Runtime
 SMALL = dict(vocab_size=97, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=16,
              train_batch_tokens=128, mlp_mult=2.0)
 ALL_ON = dict(num_layers=7, smear_gate=True, bigram_vocab_size=32, bigram_dim=8, xsa_last_n=7, rope_dims=4,
-              ln_scale=True, attn_gate=True, leaky_slope=0.5, parallel_start_layer=5, loop_start=2, loop_end=4, num_loops=2,
-              loop_adaln=True, ortho_init=True)
+              ln_scale=True, attn_gate=True, leaky_slope=0.5, parallel_start_layer=5, loop_start=2, loop_end=4,
+              num_loops=2, loop_adaln=True, ortho_init=True)
 LOOPS = dict(num_layers=7, loop_start=2, loop_end=4, num_loops=2)
 FEATURES = {
     "plain": {}, "smear": dict(smear_gate=True), "bigram": dict(bigram_vocab_size=32, bigram_dim=8),
