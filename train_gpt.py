@@ -202,8 +202,8 @@ CPU = CONSENSUS | dict(
     train_log_every=50, muon_momentum=0.95, muon_momentum_warmup_steps=50, swa_start_frac=0.9, swa_every=10,
     max_wallclock_seconds=150.0)
 SMOKE = CPU | dict(
-    num_layers=2, model_dim=64, train_seq_len=64, iterations=20, bigram_vocab_size=64, bigram_dim=32, holdout_tokens=4096,
-    train_log_every=5)
+    num_layers=2, model_dim=64, train_seq_len=64, iterations=20, bigram_vocab_size=64, bigram_dim=32,
+    holdout_tokens=4096, train_log_every=5)
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": CPU, "baseline": dict(compile=True), "consensus": CONSENSUS, "frontier": FRONTIER, "smoke": SMOKE,
     "mixed": CONSENSUS | dict(num_layers=12, mlp_bits=5)}  # int5 MLP pays for a twelfth layer (#180)
