@@ -374,7 +374,7 @@ def check_tokenizer(cfg: Config, path: Path, val: np.ndarray) -> ByteTable:
 # or short runs, whose weights are still small.
 PLAIN_BITS = 16  # vectors, gates and scalars: fp16
 LEAST_K = {4: 3.0, 5: 3.6, 6: 4.4, 7: 5.2, 8: 6.0}  # below, clipping a row costs more than finer steps gain
-K_GRID = np.geomspace(3.0, 64.0, 3000)
+K_GRID = [float(k) for k in np.geomspace(3.0, 64.0, 3000)]
 
 def levels(bits: int) -> int:
     return 2 ** (bits - 1) - 1  # codes run from -31 to 31 at 6 bits
@@ -424,7 +424,7 @@ def predicted_bytes(state: Mapping[str, Tensor], k: float, cfg: Config) -> int:
 def bisect_k(state: Mapping[str, Tensor], target: float, cfg: Config) -> float:
     """The least k (the finest steps) whose predicted size is at most `target` bytes, or the largest there is."""
     at = bisect.bisect_left(K_GRID, True, key=lambda k: predicted_bytes(state, k, cfg) <= target)
-    return float(K_GRID[min(at, len(K_GRID) - 1)])
+    return K_GRID[min(at, len(K_GRID) - 1)]
 def gptq_codes(weight: Tensor, hessian: Tensor, step: Tensor, bits: int, block: int = 128) -> Tensor:
     """Codes on the same grid, each column's rounding error pushed onto the columns after it so that the layer's output
     moves least (GPTQ, arXiv 2210.17323). hessian: sum of x x^T over the layer's inputs."""
@@ -786,8 +786,8 @@ class Block(nn.Module):
             written, to = self.mlp_scale.type_as(x) * self.mlp(self.read(lane, condition)), self.lane_mix.type_as(x)
             new = tuple(old + to[i, 0] * attended + to[i, 1] * written for i, old in enumerate((mixed, lane)))
         if condition is None: return new
-        gate = (1 + condition[2]).type_as(x)
-        return x + gate * (new[0] - x), lane + gate * (new[1] - lane)
+        more = condition[2].type_as(x)  # than a plain pass: written so that zero is exactly none
+        return new[0] + more * (new[0] - x), new[1] + more * (new[1] - lane)
 
 class BigramHash(nn.Module):
     """An embedding of the last two tokens, hashed into a small table."""
@@ -1226,7 +1226,7 @@ def train(run: Run) -> None:
         progress = progress_of(run.step, elapsed, cfg)
         need(run.loss is None or math.isfinite(run.loss.item()), f"the loss of step {run.step} is not finite; the "
              f"last checkpoint: {saved if saved.exists() else None}; lower MATRIX_LR or set GRAD_CLIP_NORM")
-        if run.step and (run.step % cfg.train_log_every == 0 or run.step <= 10 or progress >= 1):
+        if run.step > last[0] and (run.step % cfg.train_log_every == 0 or run.step <= 10 or progress >= 1):
             last = log_step(run, elapsed, progress, last)
         if signum or cfg.checkpoint_seconds and time.perf_counter() - run.saved_at >= cfg.checkpoint_seconds:
             save_checkpoint(run)
@@ -1398,12 +1398,15 @@ def fit_artifact(run: Run, hessians: Mapping[str, Tensor]) -> tuple[bytes, dict[
     tokenizer, codec = run.data.tokenizer_path.read_bytes(), "ans" if run.cfg.codec == "auto" else run.cfg.codec
     missed = len(compress_brotli(tokenizer)) if cfg.embed_tokenizer else 0
     encoded = lambda codec: encode_artifact(rounded, run.k, cfg, run.model.looping, codec, tokenizer)  # noqa: E731
-    for _ in range(10):
+    best = (b"", {}, 0.0)
+    for _ in range(8):
         run.k = bisect_k(state, target - missed, cfg)
         rounded = quantised(state, run.k, cfg, hessians)
         blob = encoded(codec)
-        if len(blob) <= target: break
-        missed = len(blob) - predicted_bytes(state, run.k, cfg) + 500
+        if len(best[0]) < len(blob) <= target: best = blob, rounded, run.k
+        if 0.998 * target <= len(blob) <= target or run.k == K_GRID[0 if len(blob) <= target else -1]: break
+        missed = len(blob) - predicted_bytes(state, run.k, cfg) + (0.001 * target if len(blob) > target else 0)
+    blob, rounded, run.k = best if best[0] else (blob, rounded, run.k)
     for other in CODECS if cfg.codec == "auto" else ():
         tried = encoded(other)
         run.log(f"codec:{other} bytes:{len(tried)}", "codec", codec=other, bytes=len(tried))
@@ -1482,13 +1485,18 @@ def run_main() -> int:
               ModuleNotFoundError: "; pip install -r requirements.txt", UserError: "", OSError: ""}
     try:
         main()
-        return 0
+        if dist.is_initialized(): dist.destroy_process_group()
+    except SystemExit as stop:
+        return int(stop.code)
     except tuple(advice) as e:
         text = next(text for kind, text in advice.items() if isinstance(e, kind))
         print(f"train_gpt: error: {str(e).splitlines()[0]}{text}", file=sys.stderr)
         return 1
-    finally:
-        if dist.is_initialized(): dist.destroy_process_group()
+    return 0
 
 if __name__ == "__main__":
-    sys.exit(run_main())
+    code = run_main()
+    sys.stdout.flush()
+    # Ranks leave at once: gloo's threads, waiting for ranks that are gone, abort an orderly exit now and then.
+    if "WORLD_SIZE" in os.environ: os._exit(code)
+    sys.exit(code)

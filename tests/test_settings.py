@@ -161,7 +161,7 @@ def test_parsing_keeps_the_declared_type():
 # ---- Names -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("name", "right"), [
-    ("MUON_WEIGHT_DECAY", "MUON_WD"), ("NUM_LAYER", "NUM_LAYERS"), ("LAYERS_NUM", "NUM_LAYERS"),
+    ("MUON_WEIGHT_DECAY", "MUON_WD"), ("NUM_LAYER", "NUM_LAYERS"), ("LAYERS_NUM", "NUM_LAYERS"), ("WD_MUON", "MUON_WD"),
     ("WARMDOWN_ITERS", "WARMDOWN_FRAC"), ("matrix_lr", "MATRIX_LR"), ("Matrix_Lr", "MATRIX_LR"),
     ("NUM_LAYRES", "NUM_LAYERS"), ("ITERATION", "ITERATIONS"), ("PRESETS", "PRESET"), ("preset", "PRESET"),
     ("MATRIX_BITS", "ATTN_BITS and MLP_BITS"), ("QAT_ENABLED", "QAT_START_FRAC"), ("EMBED_LR", "TIED_EMBED_LR"),

@@ -241,6 +241,15 @@ def test_the_audit_is_not_led_astray_by_characters_of_several_bytes(corpus):
             audit_bytes(corpus.tokenizer, table, np.array([BOS_ID, *ids]))
 
 
+def test_the_audit_bears_long_runs_of_byte_pieces(corpus):
+    """A page of a script that the vocabulary lacks is thousands of byte pieces in a row."""
+    the, table = corpus.tokenizer.piece_to_id("▁the"), ByteTable.of(corpus.tokenizer, 384)
+    table.base[the] += 1
+    ids = corpus.tokenizer.encode(" the" + "ꙮ" * 1000)
+    with pytest.raises(ShardError, match=rf"token {the} \('▁the'\)"):
+        audit_bytes(corpus.tokenizer, table, np.array([BOS_ID, *ids]))
+
+
 def test_the_audit_finds_bytes_that_no_text_has(corpus):
     """A lone continuation byte decodes to U+FFFD, three bytes: such tokens were not written from text."""
     lone = corpus.tokenizer.piece_to_id("<0x80>")
