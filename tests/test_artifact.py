@@ -376,9 +376,9 @@ HOSTILE = {
     "training setting": model_change("the model must state exactly", train_batch_tokens=8),
     "missing setting": ("the model must state exactly", lambda p: p.forged(
         model={n: v for n, v in p.header["model"].items() if n != "vocab_size"})),
-    "16 G weights": ("at most 64000000 are read", lambda p: p.forged(**described(
+    "16 G weights": ("at most 48000000 are read", lambda p: p.forged(**described(
         p, vocab_size=65_536, model_dim=16_384, num_heads=8, mlp_mult=16.0))),
-    "just too many weights": ("at most 64000000 are read", lambda p: p.forged(**described(
+    "just too many weights": ("at most 48000000 are read", lambda p: p.forged(**described(
         p, vocab_size=63_000, model_dim=1024, bigram_vocab_size=0))),
     "rope tables": ("out of range", lambda p: p.forged(**described(p, train_seq_len=65_536, model_dim=1024))),
     # The header
@@ -438,8 +438,8 @@ HOSTILE = {
 def largest(blob: bytes, codec: str) -> bytes:
     """As many weights as are read, all zero: a hundred kilobytes that ask for as much memory as any may."""
     parts = Parts(blob)
-    header = described(parts, vocab_size=57_500, model_dim=1024, num_heads=1, num_kv_heads=1, bigram_vocab_size=0,
-                       num_layers=1, mlp_mult=0.25, train_seq_len=60_000)
+    header = described(parts, vocab_size=42_000, model_dim=1024, num_heads=1, num_kv_heads=1, bigram_vocab_size=0,
+                       num_layers=1, mlp_mult=0.25, train_seq_len=46_000)
     sizes = [2 * np.prod(shape) if bits == 16 else np.prod(shape) + 2 * shape[0]
              for bits, *shape in header["tensors"].values()]
     zeros = bytes(int(sum(sizes)))

