@@ -316,9 +316,8 @@ class TokenStream:
         return tokens
 
 class Data(NamedTuple):
-    """All that a run reads: training shards less the held-out tail, validation, byte table, tokenizer."""
     folder: Path
-    train: list[np.ndarray]
+    train: list[np.ndarray]  # less the held-out tail
     holdout: np.ndarray
     val: np.ndarray
     val_bytes: int
@@ -966,8 +965,7 @@ class Averages:
             self.ema, self.seen = self.ema or [p.detach().clone() for p in params], progress
             torch._foreach_lerp_(self.ema, params, 1 - math.exp(-horizons))
     def candidates(self) -> dict[str, list[Tensor]]:
-        swa = {"swa": [s / self.swa_count for s in self.swa]} if self.swa_count else {}
-        return swa | ({"ema": self.ema} if self.ema else {})
+        return {n: v for n, v in (("swa", [s / self.swa_count for s in self.swa]), ("ema", self.ema)) if v}
 
 @contextlib.contextmanager
 def weights_replaced(params: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
@@ -1477,17 +1475,19 @@ def run_main() -> int:
     if len(sys.argv) > 1:
         print_help()
         return 0 if sys.argv[1] in ("-h", "--help") else 2
-    advice = {torch.OutOfMemoryError: "; set MICRO_BATCH_TOKENS to half of what a pass takes now",
-              dist.DistError: "; another rank ended: RESUME=1 continues from the checkpoint",
-              ModuleNotFoundError: "; pip install -r requirements.txt", UserError: "", OSError: ""}
+    less, ranks = "; set MICRO_BATCH_TOKENS to half of what a pass takes", "; RESUME=1 continues from the checkpoint"
+    advice = {(torch.OutOfMemoryError, ""): less, (RuntimeError, "allocate memory"): less, (MemoryError, ""): less,
+              (dist.DistError, ""): ranks, (RuntimeError, "gloo"): ranks, (UserError, ""): "", (OSError, ""): "",
+              (ModuleNotFoundError, ""): "; pip install -r requirements.txt"}
     try:
         main()
         if dist.is_initialized(): dist.destroy_process_group()
     except SystemExit as stop:
         return int(stop.code)
-    except tuple(advice) as e:
-        text = next(text for kind, text in advice.items() if isinstance(e, kind))
-        print(f"train_gpt: error: {str(e).splitlines()[0]}{text}", file=sys.stderr)
+    except Exception as e:
+        text = next((text for (kind, part), text in advice.items() if isinstance(e, kind) and part in str(e)), None)
+        if text is None: raise  # a bug of ours: show where
+        print(f"train_gpt: error: {(str(e) or 'out of memory').splitlines()[0]}{text}", file=sys.stderr)
         return 1
     return 0
 

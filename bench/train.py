@@ -1,6 +1,6 @@
 """What the consensus features are worth at the cpu shape: equal tokens, equal seeds, embedded corpus, CPU.
 
-    python bench/train.py [--steps 350] [--seeds 1337,42,2025] [--out FOLDER]
+    python bench/train.py [--steps 500] [--seeds 1337,42,2025] [--out FOLDER]
 
 `consensus` is PRESET=cpu: SmearGate, BigramHash, MLP 3x, orthogonal start, Muon with weight decay, clipping, QAT at 6
 bits and SWA. `baseline` is the same shape with the challenge's starter settings: none of these, MLP 2x, 8 bits. The
@@ -55,7 +55,7 @@ def run(features: str, seed: int, steps: int, out: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=350)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", default="1337,42,2025", help="separated by commas")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench_train", help="folder for the runs")
     args = parser.parse_args()

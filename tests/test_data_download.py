@@ -34,7 +34,7 @@ class Standin(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        path, server = self.path.removeprefix("/root/"), self.server
+        path, server = self.path.removeprefix("/hub/"), self.server
         server.asked.append((path, self.headers.get("Range")))
         trouble = server.trouble.get(path, [])
         now = trouble.pop(0) if trouble else None
@@ -96,7 +96,7 @@ def published() -> dict[str, bytes]:
 def fetch(server: http.server.HTTPServer, out: Path, n: int = 2) -> None:
     download_fineweb.main([
         "--variant", "sp1024", "--train-shards", str(n), "--out", str(out), "--retry-wait", "0",
-        "--base-url", f"http://127.0.0.1:{server.server_port}/root"])
+        "--base-url", f"http://127.0.0.1:{server.server_port}/hub"])
 
 
 def bytes_below(out: Path) -> dict[str, bytes]:
