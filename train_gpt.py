@@ -265,7 +265,6 @@ class ByteTable:
     base: np.ndarray  # int16[V] bytes without the leading ▁
     space: np.ndarray  # bool[V] piece starts with ▁
     boundary: np.ndarray  # bool[V] control, unknown, unused: no bytes, and swallow the next ▁
-
     @classmethod
     def of(cls, tokenizer, vocab_size: int) -> ByteTable:
         base, space, boundary = np.zeros(vocab_size, np.int16), np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
@@ -338,8 +337,8 @@ def load_data(cfg: Config) -> Data:
     train, val = shards["train"], np.concatenate(shards["val"] or [np.zeros(0, "<u2")])
     digest = hashlib.sha256(val)  # and both ends of every training shard: a second, where all of 16 GB takes a minute
     for s in train: digest.update(b"%d " % len(s) + s[: 1 << 19].tobytes() + s[-1 << 19 :].tobytes())
-    total = sum(map(len, train))
-    need(total > 99 and len(val) > 1, f"{folder}: {total} training and {len(val)} validation tokens are too few")
+    need((total := sum(map(len, train))) > 99 and len(val) > 1, f"{folder}: {total} training and {len(val)} validation "
+         "tokens are too few")
     kept = min(cfg.holdout_tokens, len(train[-1]) // 10)
     holdout, train[-1] = np.array(train[-1][-kept - 1 :]), train[-1][: -kept - 1]
     places = [Path(cfg.tokenizer_path)] if cfg.tokenizer_path else [
@@ -992,7 +991,6 @@ class Runtime(NamedTuple):
     world: int
     device: torch.device
     name: str
-
     @property
     def mine(self) -> slice:
         return slice(self.rank, None, self.world)  # of any work that ranks share
@@ -1037,10 +1035,11 @@ class Log:
             self.wandb = wandb.init(project="fairway", name=run_id, mode=cfg.wandb_mode, dir=folder, config=vars(cfg))
     def __call__(self, line: str, event: str = "", screen: bool = True, **data: Any) -> None:
         if not self.on: return
-        if screen: print(line, flush=True)
-        with contextlib.suppress(OSError):  # a full disk costs lines of the log, never the run
+        with contextlib.suppress(OSError):  # a full disk or a closed pipe costs lines of the log, never the run
             self.text.write(line + "\n")
             if event: self.events.write(json.dumps({"event": event, "time": round(time.time(), 3), **data}) + "\n")
+        if screen:
+            with contextlib.suppress(OSError): print(line, flush=True)
         numbers = {f"{event}/{n}": v for n, v in data.items() if type(v) in (int, float)}
         if self.wandb and numbers: self.wandb.log(numbers)
     def close(self, artifact: Path) -> None:
@@ -1473,6 +1472,7 @@ def main(env: Mapping[str, str] = os.environ) -> None:
 
 def run_main() -> int:
     if len(sys.argv) > 1:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in silence
         print_help()
         return 0 if sys.argv[1] in ("-h", "--help") else 2
     less, ranks = "; set MICRO_BATCH_TOKENS to half of what a pass takes", "; RESUME=1 continues from the checkpoint"
@@ -1493,7 +1493,7 @@ def run_main() -> int:
 
 if __name__ == "__main__":
     code = run_main()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError): sys.stdout.flush()
     # Ranks leave at once: gloo's threads, waiting for ranks that are gone, abort an orderly exit now and then.
     if "WORLD_SIZE" in os.environ: os._exit(code)
     sys.exit(code)

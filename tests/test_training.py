@@ -587,3 +587,12 @@ def test_compiled_and_plain_runs_agree_and_rounding_is_not_frozen(run_trainer, t
     assert compiled.losses == pytest.approx(plain.losses, abs=1e-4)
     difference = compiled.one("qat")["max_loss_difference"]
     assert difference > 1e-4 and difference == pytest.approx(plain.one("qat")["max_loss_difference"], rel=0.05)
+
+
+def test_a_reader_that_leaves_costs_nothing(trainer_env, tmp_path):
+    """`| head -1`: --help ends in silence, and a run goes on to its artifact."""
+    for command, made in (("--help", False), ("", True)):
+        done = subprocess.run(f"{sys.executable} {train_gpt.__file__} {command} | head -1", shell=True, text=True,
+                              capture_output=True, timeout=120, env=trainer_env(tmp_path, **QUICK | dict(ITERATIONS=2)))
+        assert len(done.stdout.splitlines()) == 1 and "Traceback" not in done.stderr
+        assert (tmp_path / "final_model.int6.ptz").exists() == made
