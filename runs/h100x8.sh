@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# 8xH100, the challenge's setting: FineWeb, 600 s of training, three seeds. About $12 of machine time.
+# 8xH100, the challenge's setting: FineWeb, 600 s of training, three seeds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

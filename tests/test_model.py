@@ -126,7 +126,7 @@ def test_rope_makes_scores_depend_on_distance_alone_and_leaves_the_rest(dims):
 
 
 def test_smear_gate_never_reads_across_bos():
-    """FIELD 5: the smeared output at every BOS equals its unsmeared input; elsewhere it mixes by the gate."""
+    """The smeared output at every BOS equals its unsmeared input; elsewhere it mixes by the gate."""
     gate, x, tokens = train_gpt.SmearGate(6), torch.randn(2, 10, 6), torch.full((2, 10), 5)
     tokens[0, 4] = tokens[1, 0] = tokens[1, 9] = BOS_ID
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_xsa_and_lanes_sit_in_the_layers_that_were_asked_for():
 def test_loops_run_in_the_order_of_the_field():
     model = GPT(config(num_layers=11, loop_start=3, loop_end=5, num_loops=2))
     order = [layer for layer, _ in model.passes(True)]
-    assert order == [0, 1, 2, 3, 4, 5, 3, 4] + [5, 3, 4, 5, 6, 7, 8, 9, 10]  # FIELD 3.2: encoder, decoder
+    assert order == [0, 1, 2, 3, 4, 5, 3, 4] + [5, 3, 4, 5, 6, 7, 8, 9, 10]  # as in #1855: encoder, decoder
     assert [extra for _, extra in model.passes(True)] == [0] * 6 + [1] * 3 + [2] * 3 + [0] * 5
     assert model.passes(False) == [(i, 0) for i in range(11)]
     assert model.skip_weights.shape == (8, 32)
@@ -302,7 +302,7 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 def test_consensus_has_the_parameters_of_the_record_198():
-    """FIELD 3.1: 26,829,913, with five skips of 512 out of eleven layers. Ours is equal to the unit."""
+    """#198 has 26,829,913, with five skips of 512 out of eleven layers. Ours is equal to the unit."""
     with torch.device("meta"):
         model = GPT(Config(**PRESETS["consensus"]))
     assert sum(p.numel() for p in model.parameters()) == 26_829_913

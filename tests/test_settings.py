@@ -277,7 +277,7 @@ def test_each_preset_constructs(preset):
 
 
 def test_consensus_is_the_record_that_it_says_it_is():
-    """FIELD.md 3.1, column #198: the command-line values, not that record's file defaults."""
+    """The record #198: the command-line values, not that record's file defaults."""
     cfg = Config(**PRESETS["consensus"])
     assert (cfg.vocab_size, cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads) == (1024, 11, 512, 8, 4)
     assert (cfg.mlp_mult, cfg.leaky_slope, cfg.logit_softcap, cfg.smear_gate, cfg.ortho_init) == (3, 0, 30, True, True)

@@ -131,7 +131,7 @@ def test_the_log_file_opens_with_the_source_and_has_what_the_screen_has(whole):
 
 
 def test_the_challenges_parsers_find_their_lines(whole):
-    """FIELD 4.2, in the order in which a run prints them."""
+    """The lines of the challenge, in the order in which a run prints them."""
     number, four, eight = r"\d+", r"\d+\.\d{4}", r"\d+\.\d{8}"
     wanted = [
         r"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=\S+",
