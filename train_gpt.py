@@ -175,14 +175,14 @@ EMBED_LR=TIED_EMBED_LR; HEAD_LR=TIED_EMBED_LR; TIE_EMBEDDINGS=nothing (it is alw
 CONTROL_TENSOR_NAME_PATTERNS=nothing (what is no matrix is fp16); BATCH_SIZE=TRAIN_BATCH_TOKENS; MAX_STEPS=ITERATIONS
 """.replace("\n", " ").strip().split("; "))
 
-def refuse_near_misses(env: Mapping[str, str]) -> None:
+def refuse_near_misses(env: Mapping[str, str], *others: type) -> None:
     """MUON_WEIGHT_DECAY=.04 is an error that names MUON_WD; PATH and NCCL_DEBUG are none of ours."""
-    known = {f.name.upper() for f in fields(Config)} | {"PRESET"}
+    known = {f.name.upper() for kind in (Config, *others) for f in fields(kind)} | {"PRESET"}
     by_words = {tuple(sorted(name.split("_"))): name for name in known}
     for name in sorted(env.keys() - known):
         near = difflib.get_close_matches(name.upper(), known, 1, 0.87) if len(name) > 4 else []
         right = FOREIGN_NAMES.get(name.upper()) or by_words.get(tuple(sorted(name.upper().split("_")))) or "".join(near)
-        need(not right, f"{name}={env[name]} is no setting of this trainer; did you mean {right}? (--help lists all)")
+        need(not right, f"{name}={env[name]} is no setting; did you mean {right}? (--help lists all)")
 
 # Values of the records; schedules are parts of a run, so that they keep their shape on a slower machine.
 CONSENSUS: dict[str, Any] = dict(
@@ -253,7 +253,6 @@ def read_shard(path: str | Path, vocab_size: int = 0) -> np.ndarray:
     need(top < vocab_size or not vocab_size, f"{path}: holds token {top}, but VOCAB_SIZE is {vocab_size}; set "
          "VOCAB_SIZE, or DATA_PATH, so that the two agree", ShardError)
     return tokens
-
 def document_bounds(tokens: np.ndarray) -> np.ndarray:
     """Where documents start, and the end: `[0, ..., len]`, cut before each BOS."""
     return np.unique(np.concatenate([[0], np.flatnonzero(tokens == BOS_ID), [len(tokens)]]))
@@ -349,14 +348,16 @@ def load_data(cfg: Config) -> Data:
     return Data(folder, train, holdout, val, int(table.count(val).sum()), table, path, digest.hexdigest())
 
 def check_tokenizer(cfg: Config, path: Path, val: np.ndarray) -> ByteTable:
-    """The byte table of a tokenizer that is shown to have written these tokens."""
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
         raise UserError(f"{path} is no SentencePiece model; set TOKENIZER_PATH to one") from None
     need(tokenizer.vocab_size() == cfg.vocab_size, f"VOCAB_SIZE is {cfg.vocab_size}, but {path} has "
          f"{tokenizer.vocab_size()} pieces; set VOCAB_SIZE or TOKENIZER_PATH so that the two agree")
-    table, bounds = ByteTable.of(tokenizer, cfg.vocab_size), document_bounds(val)
+    return proven_table(tokenizer, path, val)
+def proven_table(tokenizer, path: Path | str, val: np.ndarray) -> ByteTable:
+    """The byte table of a tokenizer that is shown to have written these tokens."""
+    table, bounds = ByteTable.of(tokenizer, tokenizer.vocab_size()), document_bounds(val)
     ids = [val[a:b][val[a:b] != BOS_ID].tolist() for a, b in zip(bounds[:20], bounds[1:21], strict=False)]
     odd = sum(tokenizer.encode(tokenizer.decode(i)) != i for i in ids)
     need(2 * odd <= len(ids), f"{path} did not write these shards: {odd} of {len(ids)} documents encode otherwise; "
@@ -471,7 +472,6 @@ class Codec(NamedTuple):
         except (zstandard.ZstdError, brotli.error) as e:
             raise CodecError(f"{self.name}: {e}") from None
         return planes
-
 def joined(planes: Planes) -> bytes:
     return b"".join(p.tobytes() for p in planes)
 def fill(planes: Planes, data: bytes) -> None:
@@ -692,7 +692,6 @@ def read_weights(tensors: Mapping[str, list[int]], planes: Iterator[np.ndarray])
             weight = codes * torch.from_numpy(steps.view("<f4"))[:, None]
         need(bool(torch.isfinite(weight).all()), f"tensor {name!r} is not finite", ArtifactError)
         yield name, weight
-
 def joined_values(planes: np.ndarray) -> np.ndarray:
     return (planes[0].astype("<u2") << 8) | planes[1]
 def build_model(artifact: Artifact, device: torch.device | str = "cpu") -> GPT:
@@ -709,10 +708,10 @@ def normalised(x: Tensor) -> Tensor:
 def linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 def rope_tables(length: int, dims: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, [length, dims/2], in fp32: bf16 frequencies collapse half of 1,024 positions."""
-    frequency = base ** -(torch.arange(0, dims, 2, dtype=torch.float32) / dims)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
+    """cos and sin, [length, dims/2], of float64 angles: bf16 frequencies collapse half of 1,024 positions."""
+    frequency = base ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
+    return angle.cos().float(), angle.sin().float()
 def rotate(x_BHTC: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """RoPE on the first 2R channels of each head; the others pass."""
     half = cos_TR.size(-1)
@@ -737,11 +736,11 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj = linear(D, H * C), linear(D, G * C), linear(D, G * C), linear(D, D)
         self.q_gain = nn.Parameter(torch.full((H,), cfg.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(H, min(12, D))) if cfg.attn_gate else None  # 12 inputs do (#1787)
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], attention: Callable) -> Tensor:
         B, T, D = x_BTD.shape
         q, k, v = (part(x_BTD).view(B, T, -1, self.width).transpose(1, 2) for part in (self.q, self.k, self.v))
         q, k = rotate(normalised(q), *rope), rotate(normalised(k), *rope)
-        y = attend(q * self.q_gain.type_as(q)[:, None, None], k, v)
+        y = attention(q * self.q_gain.type_as(q)[:, None, None], k, v)
         y = (without_own_value(y, v) if self.exclusive else y).transpose(1, 2)
         if self.gate is not None:  # twice a sigmoid: one at the start
             y = y * (2 * torch.sigmoid(F.linear(x_BTD[..., : self.gate.size(1)], self.gate))).type_as(y)[..., None]
@@ -769,11 +768,11 @@ class Block(nn.Module):
         """A sub-layer's input; on an extra pass, scaled and shifted for that pass (AdaLN)."""
         x = normalised(x) * self.norm_scale
         return x if condition is None else x * (1 + condition[0]).type_as(x) + condition[1].type_as(x)
-    def forward(self, x: Tensor, lane: Tensor, x0: Tensor, rope, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, lane: Tensor, x0: Tensor, rope, attention, condition) -> tuple[Tensor, Tensor]:
         """Both lanes after this block; where they have not parted, one tensor stands for both."""
         keep, again = self.resid_mix.type_as(x)
         mixed = keep * x + again * x0
-        attended = self.attn_scale.type_as(x) * self.attn(self.read(mixed, condition), rope)
+        attended = self.attn_scale.type_as(x) * self.attn(self.read(mixed, condition), rope, attention)
         if self.lane_mix is None:
             mixed = mixed + attended
             mixed = mixed + self.mlp_scale.type_as(x) * self.mlp(self.read(mixed, condition))
@@ -826,11 +825,10 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
     def passes(self, looping: bool) -> list[tuple[int, int]]:
         """(layer, extra pass) in the order in which they run: 0 1 2 3 4 5 3 4 5 3 4 5 6 ..."""
-        cfg, order = self.cfg, [(layer, 0) for layer in range(self.cfg.num_layers)]
-        if looping and cfg.num_loops:
-            order[cfg.loop_end + 1 : cfg.loop_end + 1] = [(layer, extra) for extra in range(1, cfg.num_loops + 1)
-                                                          for layer in range(cfg.loop_start, cfg.loop_end + 1)]
-        return order
+        cfg, once = self.cfg, [(layer, 0) for layer in range(self.cfg.num_layers)]
+        again = [(layer, extra) for extra in range(1, (cfg.num_loops if looping else 0) + 1)
+                 for layer in range(cfg.loop_start, cfg.loop_end + 1)]
+        return once[: cfg.loop_end + 1] + again + once[cfg.loop_end + 1 :]
     def embed(self, tokens_BT: Tensor) -> Tensor:
         x = self.tok_emb(tokens_BT)
         x = normalised(x if self.bigram is None else x + self.bigram(tokens_BT)).to(self.stream_dtype)
@@ -840,16 +838,19 @@ class GPT(nn.Module):
         return self.to(device)
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """[B, T, V] in fp32: what each position says of the token after it."""
-        T, order, skips = tokens_BT.size(1), self.passes(self.looping), []
+        T = tokens_BT.size(1)
         need(T <= len(self.cos), f"{T} tokens in a sequence, but the model's TRAIN_SEQ_LEN is {len(self.cos)}")
-        x = x0 = lane = self.embed(tokens_BT)
+        return self.from_embedded(self.embed(tokens_BT), (self.cos[:T], self.sin[:T]))
+    def from_embedded(self, x0: Tensor, rope: tuple[Tensor, Tensor], attention: Callable = attend) -> Tensor:
+        """`logits` of embeddings: with other rotations, or with an attention that also sees what was cached."""
+        x, lane, order, skips = x0, x0, self.passes(self.looping), []
         for i, (layer, extra) in enumerate(order):
             if i >= len(order) // 2 and skips:
                 skip = self.skip_weights[i - len(order) // 2].type_as(x) * skips.pop()
                 x, lane = x + skip, lane + skip
             condition = None if self.loop_conditions is None or not extra else (
                 self.loop_conditions[extra - 1, layer - self.cfg.loop_start])
-            x, lane = self.blocks[layer](x, lane, x0, (self.cos[:T], self.sin[:T]), condition)
+            x, lane = self.blocks[layer](x, lane, x0, rope, attention, condition)
             if i < len(order) // 2: skips.append(x)
         x = F.linear(normalised((x + lane) / 2), self.tok_emb.weight)
         return self.cfg.logit_softcap * torch.tanh(x.float() / self.cfg.logit_softcap)
@@ -1088,7 +1089,6 @@ def mean_nats(loss_fn: Callable, tokens: np.ndarray, cfg: Config, rt: Runtime, l
             print(f"{label} {100 * part:.0f}% eta:{seconds / part - seconds:.0f}s", file=sys.stderr, flush=True)
     all_reduce_flat([total := total.to(rt.device) if rt.world > 1 else total], rt)  # MPS has no float64, nor company
     return float(total) / (len(tokens) - 1)
-
 def bits_per_byte(nats_per_token: float, data: Data) -> float:
     return nats_per_token * (len(data.val) - 1) / math.log(2) / data.val_bytes
 

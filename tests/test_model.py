@@ -222,15 +222,15 @@ def test_a_lane_takes_both_outputs_at_first_and_only_its_own_if_told_so():
     rope = train_gpt.rope_tables(16, 8, 10_000.0)
     keep, again = block.resid_mix
     mixed = keep * x + again * x0
-    attended = block.attn_scale * block.attn(train_gpt.normalised(mixed), rope)
+    attended = block.attn_scale * block.attn(train_gpt.normalised(mixed), rope, train_gpt.attend)
     written = block.mlp_scale * block.mlp(train_gpt.normalised(lane))
     fresh = initial(parallel_start_layer=2).blocks[2]
     assert torch.equal(fresh.lane_mix, torch.ones(2, 2))
     block.lane_mix.fill_(1.0)
-    for got, old in zip(block(x, lane, x0, rope, None), (mixed, lane), strict=True):
+    for got, old in zip(block(x, lane, x0, rope, train_gpt.attend, None), (mixed, lane), strict=True):
         assert torch.allclose(got, old + attended + written, atol=1e-5)
     block.lane_mix.copy_(torch.eye(2))
-    first, second = block(x, lane, x0, rope, None)
+    first, second = block(x, lane, x0, rope, train_gpt.attend, None)
     assert torch.allclose(first, mixed + attended, atol=1e-5) and torch.allclose(second, lane + written, atol=1e-5)
 
 
@@ -265,7 +265,7 @@ def test_the_first_forward_pass_passes_the_embedding_through_and_knows_nothing(n
     x0 = model.embed(tokens)
     rope, x = (model.cos, model.sin), torch.randn_like(x0)
     for block in model.blocks:
-        for out in block(x, x, x0, rope, None):
+        for out in block(x, x, x0, rope, train_gpt.attend, None):
             assert torch.equal(out, x)
     wide = initial(**PRESETS["smoke"] | dict(vocab_size=1024))
     tokens = torch.randint(0, 1024, (4, 65), generator=torch.Generator().manual_seed(0))
