@@ -305,6 +305,6 @@ def test_mixed_is_consensus_but_for_one_line():
 def test_the_trainer_says_it_in_one_line_and_leaves_nothing(run_trainer, tmp_path):
     done = run_trainer(tmp_path, MUON_WEIGHT_DECAY="0.04")
     assert done.returncode == 1 and done.stdout == "" and done.events == []
-    assert done.stderr == ("train_gpt: error: MUON_WEIGHT_DECAY=0.04 is no setting of this trainer; "
+    assert done.stderr == ("train_gpt: error: MUON_WEIGHT_DECAY=0.04 is no setting; "
                            "did you mean MUON_WD? (--help lists all)\n")
     assert list(tmp_path.iterdir()) == []

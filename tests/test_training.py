@@ -524,7 +524,7 @@ def test_a_tight_budget_is_met_by_every_codec(codec, quick, train_here, tmp_path
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(MUON_WEIGHT_DECAY=0.04), "MUON_WEIGHT_DECAY=0.04 is no setting of this trainer; did you mean MUON_WD? "
+    (dict(MUON_WEIGHT_DECAY=0.04), "MUON_WEIGHT_DECAY=0.04 is no setting; did you mean MUON_WD? "
                                    "(--help lists all)"),
     (dict(NUM_LAYERS=0), "NUM_LAYERS is 0; it must be from 1 to 256"),
     (dict(DATA_PATH="not/here"), "no train shards (*_train_*.bin) in not/here; run `make data`, or set DATA_PATH")],
