@@ -34,13 +34,14 @@ def allocate(path: Path, rows: int, kind: str) -> None:
 
 
 class Columns:
-    """`columns["nats"]` is an array over rows, backed by a file; `covered` counts how often each row was filled."""
+    """`columns["logp"]` is an array over rows; `covered` counts how often each row was filled."""
 
-    def __init__(self, folder: Path, rows: int, names: list[str]):
-        self.folder, self.rows = folder, rows
-        self.arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r+" if rows else None) for n in [*names, COVERED]}
-        odd = next((n for n, a in self.arrays.items() if a.shape != (rows,)), None)
-        need(odd is None, f"{folder}/{odd}.npy has not {rows} rows: damaged; delete the folder")
+    def __init__(self, arrays: dict[str, np.ndarray]):
+        self.arrays = arrays
+
+    @property
+    def rows(self) -> int:
+        return len(self.covered)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
@@ -77,7 +78,7 @@ def open_columns(folder: str | Path, rows: int, kinds: Mapping[str, str], key: M
                 allocate(folder / f"{name}.npy", rows, kind)
             with replacing(manifest) as f:  # last: a folder without it is no columns
                 f.write(json.dumps(wanted).encode())
-        return Columns(folder, rows, list(kinds))
+        return Columns({name: mapped(folder, name, rows) for name in [*kinds, COVERED]})
     except (OSError, ValueError) as e:
         size = rows * (1 + sum(np.dtype(kind).itemsize for kind in kinds.values()))
         if make and not manifest.exists():
@@ -85,6 +86,16 @@ def open_columns(folder: str | Path, rows: int, kinds: Mapping[str, str], key: M
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         raise UserError(f"{folder}: no columns of {rows} rows ({size} bytes): {reason}; free space, or set OUT_DIR "
                         "to another disk") from None
+
+
+def columns_in_memory(rows: int, kinds: Mapping[str, str]) -> Columns:
+    return Columns({name: np.zeros(rows, kind) for name, kind in {**kinds, COVERED: "u1"}.items()})
+
+
+def mapped(folder: Path, name: str, rows: int) -> np.ndarray:
+    array = np.load(folder / f"{name}.npy", mmap_mode="r+" if rows else None)  # nothing of an empty file can be mapped
+    need(array.shape == (rows,), f"{folder}/{name}.npy has not {rows} rows: damaged; delete the folder")
+    return array
 
 
 def same(manifest: Path, wanted: Mapping[str, Any]) -> bool:

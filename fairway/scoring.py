@@ -6,7 +6,6 @@ on follows from the tokens before it alone: never from the text's length, the ba
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from train_gpt import GPT, Runtime, document_bounds, need
 
 TEMPERATURES = {"sharp": 0.85, "flat": 1.2}  # so that a mixture can sharpen or flatten the model without its logits
 KINDS = {"logp": "f8", "sharp": "f8", "flat": "f8", "hint": "f8", "entropy": "f4"}
+Told = Callable[[np.ndarray, np.ndarray], None]  # hears of rows and their log-probabilities, for a progress bar
 ROUND = 64  # windows are padded to a multiple of it, so that those of short documents share shapes
 PIECE = 128  # tokens that a cached stream reads at a time: a matter of speed alone
 WARM = 8  # a cached stream scores this many contexts' worth of rows, after reading one to warm up
@@ -59,9 +59,13 @@ def coverage(windows: Windows, rows: int) -> np.ndarray:
     return np.cumsum(steps[:-1])
 
 
+def in_float64(logits: Tensor) -> Tensor:
+    return (logits.cpu() if logits.device.type == "mps" else logits).double()  # MPS has none
+
+
 def measure(logits: Tensor, targets: np.ndarray, hints: np.ndarray | None, names: list[str]) -> dict[str, np.ndarray]:
     """The named columns of some rows, from logits [r, V]; hints are tokens whose log-probability is wanted, or -1."""
-    z = (logits.cpu() if logits.device.type == "mps" else logits).double()
+    z = in_float64(logits)
     total = z.logsumexp(dim=1)
     pick = lambda z, ids: z.gather(1, torch.from_numpy(ids.astype(np.int64)).to(z.device)[:, None])[:, 0]  # noqa: E731
     columns: dict[str, Callable[[], Tensor]] = {
@@ -130,27 +134,42 @@ class Neural:
             if some.any():
                 yield inputs[:, at : at + step][some], logits[torch.from_numpy(some).to(logits.device)]
 
-    def fill(self, tokens: np.ndarray, columns: Columns, hints: np.ndarray | None = None,
-             told: Callable[[np.ndarray, np.ndarray], None] | None = None) -> float:
-        """Fill every row that is not yet filled, this rank's share of them; seconds that it took. `told(rows, logp)`
-        hears of each piece, for a progress bar."""
-        began, windows = time.perf_counter(), self.plan(tokens)
-        assert (coverage(windows, columns.rows) == 1).all(), "the plan must score each row once"
-        left = [i for i in range(len(windows.first)) if not columns.covered[windows.first[i] : windows.end[i]].all()]
-        todo = Windows(*(part[left] for part in windows))
-        if self.rt.world > 1:
-            dist.barrier()  # every rank has seen what is left before any begins
-        for batch in self.batches(todo)[self.rt.mine]:
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """What test-time training adds to logits; nothing here."""
+        return logits
+
+    def score(self, tokens: np.ndarray, windows: Windows, columns: Columns, hints: np.ndarray | None,
+              told: Told | None) -> None:
+        """Fill the rows of some windows, this rank's share of them."""
+        for batch in self.batches(windows)[self.rt.mine]:
             for i in batch[batch >= 0]:
-                columns.covered[todo.first[i] : todo.end[i]] = 0  # a run killed between its pieces left some
-            for rows, logits in self.passes(tokens, todo, batch):
-                found = measure(logits, tokens[rows + 1], None if hints is None else hints[rows], columns.names)
+                columns.covered[windows.first[i] : windows.end[i]] = 0  # a run killed between its pieces left some
+            for rows, logits in self.passes(tokens, windows, batch):
+                found = measure(self.adjusted(logits), tokens[rows + 1], None if hints is None else hints[rows],
+                                columns.names)
                 need(np.isfinite(found["logp"]).all(), f"the model gives no number for token {rows[0] + 1}: its "
                      "weights are damaged or too large; train again")
                 columns.put(rows, found)
                 if told:
                     told(rows, found["logp"])
-        return time.perf_counter() - began
+
+    def fill(self, tokens: np.ndarray, columns: Columns, hints: np.ndarray | None = None,
+             told: Told | None = None) -> None:
+        """Fill every row that is not yet filled. Under torchrun each rank does its share, and all wait for the last."""
+        windows = self.plan(tokens)
+        assert (coverage(windows, columns.rows) == 1).all(), "the plan must score each row once"
+        left = [i for i in range(len(windows.first)) if not columns.covered[windows.first[i] : windows.end[i]].all()]
+        self.wait()  # every rank has seen what is left before any begins
+        self.score(tokens, Windows(*(part[left] for part in windows)), columns, hints, told)
+        self.wait()
+
+    def wait(self) -> None:
+        if self.rt.world > 1:
+            dist.barrier()
+
+    def digest(self) -> str:
+        """Of what scoring has learnt from the text: nothing."""
+        return ""
 
     def distributions(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """float64[len(rows), V]: what the model held for these rows; of tokens it sees those up to each row only."""
@@ -160,7 +179,7 @@ class Neural:
         order = np.argsort(rows, kind="stable")
         for batch in self.batches(todo):
             for got, logits in self.passes(tokens, todo, batch):
-                z = (logits.cpu() if logits.device.type == "mps" else logits).double().softmax(dim=1).cpu().numpy()
+                z = in_float64(self.adjusted(logits)).softmax(dim=1).cpu().numpy()
                 for row, p in zip(got, z, strict=True):
                     found[order[np.searchsorted(rows[order], row)]] = p
         return found
