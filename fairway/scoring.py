@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fairway.columns import Columns
+from fairway.experts.mixing import TEMPERATURES
 from fairway.memory import Memory, rotations
 from fairway.settings import EvalConfig
 from train_gpt import GPT, Runtime, document_bounds, need
 
-TEMPERATURES = {"sharp": 0.85, "flat": 1.2}  # so that a mixture can sharpen or flatten the model without its logits
-KINDS = {"logp": "f8", "sharp": "f8", "flat": "f8", "hint": "f8", "entropy": "f4"}
+KINDS = {"logp": "f8", "sharp": "f8", "flat": "f8", "hint": "f8", "entropy": "f8"}  # what a mixture reads
 Told = Callable[[np.ndarray, np.ndarray], None]  # hears of rows and their log-probabilities, for a progress bar
 ROUND = 64  # windows are padded to a multiple of it, so that those of short documents share shapes
 PIECE = 128  # tokens that a cached stream reads at a time: a matter of speed alone

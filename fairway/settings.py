@@ -37,7 +37,7 @@ class EvalConfig:
     mix_lr: float = knob(1.0, "exponential weights: power of each expert's probability", 0, 100)
     mix_floor: float = knob(0.01, "exponential weights: least weight, before renormalising", 0, 0.2)
     mix_share: float = knob(0.1, "share: part of the weight dealt out anew at each token", 0, 1)
-    mix_rate: float = knob(0.02, "em and sets: how fast weights move", 0, 1)
+    mix_rate: float = knob(0.05, "em and sets: how fast weights move", 1e-4, 1)
     mix_neural: float = knob(0.5, "initial weight of the neural expert; the others share the rest", 0.01, 0.99)
     mix_guard: float = knob(0.0001, "bits a byte that mixing may ever cost over the neural score; 0 = no bound", 0, 10)
     # Test-time training
