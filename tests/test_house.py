@@ -170,6 +170,7 @@ ours = {str(ROOT)!r} + os.sep
 def told(event, args):
     if event == "open" and type(args[0]) is str and type(args[1]) is str and set(args[1]) & set("wax+"):
         if "__pycache__" not in args[0]: sys.stderr.write(f"{{args[0]}} opened for writing\\n")
+    elif event == "os.mkdir" and "__pycache__" in str(args[0]): pass  # where numba keeps what it compiles
     elif event in ("subprocess.Popen", "socket.connect", "os.putenv", "os.mkdir", "os.remove"):
         sys.stderr.write(f"{{event}} {{args}}\\n")
 sys.addaudithook(told)
