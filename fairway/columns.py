@@ -1,7 +1,7 @@
 """Columns on disk: one row for each target token, one file for each quantity.
 
-Neural scoring fills them once, a mixture reads them as often as it likes. A folder belongs to one key (artifact, text and
-settings, as hashes); a run that was killed goes on from the rows that it had, and another key starts the folder anew.
+Neural scoring fills them once, a mixture reads them as often as it likes. A folder belongs to one key (artifact, text
+and settings, as hashes); a run that was killed goes on from the rows it had, and another key starts the folder anew.
 """
 
 from __future__ import annotations

@@ -82,8 +82,10 @@ class Neural:
 
     def __init__(self, model: GPT, cfg: EvalConfig, rt: Runtime):
         self.model, self.cfg, self.rt = model.eval(), cfg, rt
+        self.digests: list[tuple[int, str]] = []  # of what test-time training had learnt before a row; nothing here
         self.length = cfg.eval_seq_len or model.cfg.train_seq_len
         self.cached, self.stride = cfg.eval_mode == "cached", min(cfg.eval_stride, self.length)
+        self.fixed = rt.device.type == "cuda"  # one shape for all: in bf16 another one would change scores visibly
         span = self.length * (WARM + 1) + PIECE if self.cached else self.length + ROUND
         stretch = max(1.0, self.length / model.cfg.train_seq_len) if cfg.ntk_rope else 1.0
         self.rope = rotations(model, span, stretch)
@@ -106,13 +108,19 @@ class Neural:
         width = PIECE if self.cached else max(length, 1)
         return max(1, min(self.cfg.eval_batch_tokens, MOST_LOGITS // self.model.cfg.vocab_size) // width)
 
+    def padded(self, lengths: np.ndarray) -> np.ndarray:
+        """Lengths as they run: of few values, since the shape decides the rounding."""
+        if self.cached:
+            return -(-lengths // PIECE) * PIECE
+        return np.full_like(lengths, self.length) if self.fixed else -(-lengths // ROUND) * ROUND
+
     def batches(self, windows: Windows) -> list[np.ndarray]:
         """Windows of like length together, in order; -1 fills up, so that batches of a length have few shapes."""
-        padded = -(-(windows.end - windows.start) // ROUND) * ROUND
+        padded = self.padded(windows.end - windows.start)
         found = []
         for length in np.unique(padded):
             own, size = np.flatnonzero(padded == length), self.batch_size(int(length))
-            own = np.pad(own, (0, -len(own) % min(size, 4)), constant_values=-1)
+            own = np.pad(own, (0, -len(own) % (size if self.fixed else min(size, 4))), constant_values=-1)
             found += np.split(own, range(size, len(own), size))
         return found
 
@@ -120,8 +128,8 @@ class Neural:
     def passes(self, tokens: np.ndarray, windows: Windows, batch: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(rows, their logits [r, V]) of a batch, in pieces that fit."""
         mine = Windows(*(np.where(batch < 0, 0, part[batch]) for part in windows))
-        lengths, unit = np.where(batch < 0, 0, mine.end - mine.start), PIECE if self.cached else ROUND
-        width = -(-int(lengths.max()) // unit) * unit  # shapes, and so roundings, that few things change
+        lengths = np.where(batch < 0, 0, mine.end - mine.start)
+        width = int(self.padded(lengths).max())
         inputs = mine.start[:, None] + np.arange(width)
         x = torch.from_numpy(tokens[np.minimum(inputs, len(tokens) - 1)].astype(np.int64)).to(self.rt.device)
         wanted = (inputs >= mine.first[:, None]) & (np.arange(width) < lengths[:, None])
@@ -166,10 +174,6 @@ class Neural:
     def wait(self) -> None:
         if self.rt.world > 1:
             dist.barrier()
-
-    def digest(self) -> str:
-        """Of what scoring has learnt from the text: nothing."""
-        return ""
 
     def distributions(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """float64[len(rows), V]: what the model held for these rows; of tokens it sees those up to each row only."""
