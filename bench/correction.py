@@ -1,0 +1,198 @@
+"""Bytes an entry of each correction codec, against its computed floor, and what a table is worth once it is charged.
+
+    python bench/correction.py [--artifact final_model.int6.ptz --val 'data/embedded/*_val_*.bin'] [--rows 62000000]
+
+Two sources. *Synthetic*: 908 thousand entries, drawn evenly from 62 million rows (`--rows` scales both), V = 1024, for
+the codecs that ask no model. *Real*: all targets of a split to which an artifact gives less than 2^-10 and less than
+2^-13, in windows of the model's length side by side; without `--artifact`, PRESET=cpu is trained for a minute. Floors:
+varint, the sum of its code lengths; rice, entries at random positions and log2 V a token; modelled, the sum of -log2 of
+its own chances. `flags` is the entropy of the flags given the octave of the tail alone, in bits an entry: a static
+bound, which a codec that also sees bursts may pass. The table is made from the text that it corrects, so no
+oracle_bpb is a score. The last line is JSON.
+"""
+
+import argparse
+import glob
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_gpt  # noqa: E402
+from fairway.correction import table  # noqa: E402
+from fairway.correction.entries import Entries, View, scatter_bits  # noqa: E402
+
+ENTRIES, ROWS = 907_927, 62_021_845  # of the table that was published in #232, and targets of the challenge's split
+BITS = (10, 13)
+BATCH = 32  # windows at a time, always the same ones together, so that a row's numbers never change
+
+
+class Model:
+    """An artifact's opinion of a text: columns of one pass, and distributions again on request."""
+
+    def __init__(self, artifact: str, tokens: np.ndarray):
+        self.model = train_gpt.build_model(train_gpt.read_artifact(artifact)).eval()
+        self.tokens, self.length = tokens.astype(np.int64), self.model.cfg.train_seq_len
+        self.rows, self.span = len(tokens) - 1, BATCH * self.length
+        self.columns()
+
+    @torch.no_grad()
+    def batch(self, start: int) -> np.ndarray:
+        """float64[n, V]: the distributions of rows `start` to `start + span`, or to the end."""
+        places = np.minimum(start + np.arange(self.span), self.rows).reshape(BATCH, self.length)
+        logits = self.model.logits(torch.from_numpy(self.tokens[places])).double()
+        return torch.softmax(logits, -1).flatten(0, 1).numpy()[: self.rows - start]
+
+    def columns(self) -> None:
+        """float64[rows] log-probability of each target, float32[rows] tail mass below each threshold."""
+        self.logp, self.tails = np.empty(self.rows), {b: np.empty(self.rows, np.float32) for b in BITS}
+        began = said = time.perf_counter()
+        for start in range(0, self.rows, self.span):
+            p = self.batch(start)
+            rows = slice(start, start + len(p))
+            self.logp[rows] = np.log(p[np.arange(len(p)), self.tokens[1:][rows]])
+            for bits, tail in self.tails.items():
+                tail[rows] = np.where(p < 2.0**-bits, p, 0).sum(1)
+            if time.perf_counter() - said > 5:
+                said, part = time.perf_counter(), (start + len(p)) / self.rows
+                print(f"scoring {100 * part:.0f} % eta:{(said - began) * (1 / part - 1):.0f}s", file=sys.stderr,
+                      flush=True)
+
+    def distributions(self, positions: np.ndarray) -> np.ndarray:
+        """float64[m, V] of increasing rows."""
+        starts = positions // self.span * self.span
+        return np.concatenate([self.batch(s)[positions[starts == s] - s] for s in np.unique(starts).tolist()])
+
+    def view(self, bits: int, listed: np.ndarray) -> View:
+        """Listed rows are held where they fit, so that the clock sees codecs alone: `measure` asks first."""
+        view = View(self.rows, self.model.cfg.vocab_size, 2.0**-bits, self.tails[bits], self.distributions)
+        return view.holding(listed)
+
+
+def trained(folder: str) -> str:
+    print("no --artifact: training PRESET=cpu for a minute", file=sys.stderr, flush=True)
+    env = {**os.environ, "PRESET": "cpu", "OUT_DIR": folder, "MAX_WALLCLOCK_SECONDS": "60", "RUN_ID": "bench"}
+    subprocess.run([sys.executable, ROOT / "train_gpt.py"], env=env, check=True, stdout=subprocess.DEVNULL)
+    return str(Path(folder) / "final_model.int6.ptz")
+
+
+def text_bytes(artifact: str, tokens: np.ndarray, beside: Path) -> int:
+    """Bytes of the targets, by the tokenizer inside the artifact or beside the shards."""
+    held = train_gpt.read_artifact(artifact)
+    model = beside / "tokenizer.model"
+    train_gpt.need(held.tokenizer or model.is_file(), f"{artifact} holds no tokenizer and there is no {model}")
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=held.tokenizer or model.read_bytes())
+    return int(train_gpt.ByteTable.of(tokenizer, held.config.vocab_size).count(tokens).sum())
+
+
+def static_flag_bits(entries: Entries, view: View) -> float:
+    """Bits an entry of the flags, each octave of the tail having its own constant rate."""
+    octaves = np.frexp(np.maximum(view.tail, 2.0**-30))[1]
+    listed = octaves[entries.positions]
+    sizes = {o: int((octaves == o).sum()) for o in np.unique(octaves)}
+    return sum(scatter_bits(int((listed == o).sum()), n) for o, n in sizes.items()) / len(entries.positions)
+
+
+def timed(function):
+    began = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - began
+
+
+def measure(label: str, entries: Entries, view: View, logp: np.ndarray | None, size: int) -> list[dict]:
+    """A row of figures for each codec that this view can serve; prints them."""
+    rows, count = [], len(entries.positions)
+    for name, codec in table.CODECS.items():
+        if name == "modelled" and view.tail is None:
+            continue
+        few = Entries(entries.positions[:9], entries.tokens[:9])
+        codec.decode(codec.encode(few, view), view)  # compiled, and distributions held
+        payload, encode = timed(lambda codec=codec: codec.encode(entries, view))
+        back, decode = timed(lambda codec=codec, payload=payload: codec.decode(payload, view))
+        assert all(np.array_equal(a, b) for a, b in zip(entries, back, strict=True)), f"{name} is not lossless"
+        floor, bits = codec.floor_bits(entries, view), 8 * len(payload)
+        row = dict(
+            source=label, codec=name, rows=view.rows, entries=count, bytes=len(payload), bits_an_entry=bits / count,
+            floor=floor / count, over_floor=bits / floor - 1, encode_seconds=encode, decode_seconds=decode)
+        rows.append(row)
+        row["of_varint"] = len(payload) / rows[0]["bytes"]
+        line = (f"{label:20}{name:9}{count:>8}{len(payload) / count:>9.3f}{bits / count:>9.3f}{floor / count:>9.3f}"
+                f"{100 * row['over_floor']:>+8.2f} %{row['of_varint']:>8.4f}{encode:>8.2f}{decode:>8.2f}")
+        if logp is not None:
+            told = table.charge(logp, entries, table.size(entries, view, name), size)
+            row |= told._asdict() | dict(saved_an_entry=told.saved_bits / count, text_bytes=size)
+            line += f"{row['saved_an_entry']:>8.2f}{told.oracle_bpb:>9.4f}{told.charged_bpb:>9.4f}"
+        print(line, flush=True)
+    return rows
+
+
+def synthetic(rows: int) -> list[dict]:
+    rng = np.random.default_rng(0)
+    positions = np.sort(rng.choice(rows, max(1, round(rows * ENTRIES / ROWS)), replace=False, shuffle=False))
+    entries = Entries(positions, rng.integers(0, 1024, len(positions)))
+    return measure("synthetic, even", entries, View(rows, 1024), None, 0)
+
+
+def real(artifact: str, pattern: str) -> list[dict]:
+    paths = sorted(glob.glob(pattern))
+    train_gpt.need(paths, f"no shard matches {pattern}; set --val")
+    vocab_size = train_gpt.read_artifact(artifact).config.vocab_size
+    tokens = np.concatenate([train_gpt.read_shard(p, vocab_size) for p in paths])
+    train_gpt.need(len(tokens) > 1, f"{pattern} holds {len(tokens)} tokens; 2 are the least that can be scored")
+    size, model, rows = text_bytes(artifact, tokens, Path(paths[0]).parent), Model(artifact, tokens), []
+    plain = -model.logp.sum() / math.log(2) / size
+    print(f"{model.rows} real targets, {size} bytes, {plain:.6f} bits per byte without a table", flush=True)
+    for bits in BITS:
+        listed = np.flatnonzero(model.logp < -bits * math.log(2))
+        view, entries = model.view(bits, listed), Entries(listed, model.tokens[1:][listed])
+        train_gpt.need(len(listed), f"no target costs over {bits} bits: nothing to measure; set --val to more text")
+        found = measure(f"real, over {bits} bits", entries, view, model.logp, size)
+        static = static_flag_bits(entries, view)
+        print(f"{'':20}flags {static:.3f} bits an entry given the tail's octave, "
+              f"{scatter_bits(len(listed), view.rows) / len(listed):.3f} given nothing", flush=True)
+        pay = {name: len(table.choose(model.logp, model.tokens[1:], view, name).positions) for name in table.CODECS}
+        print(f"{'':20}entries that pay for themselves: {', '.join(f'{n} {c}' for n, c in pay.items())}", flush=True)
+        rows += [row | dict(plain_bpb=plain, static_flags=static, paying=pay[row["codec"]]) for row in found]
+    return rows
+
+
+def applying() -> dict:
+    """A million entries on four million rows."""
+    rng = np.random.default_rng(0)
+    logp, targets = -20 * rng.random(4_000_000), rng.integers(0, 1024, 4_000_000).astype(np.uint16)
+    entries = Entries(np.arange(0, 4_000_000, 4), targets[::4].astype(np.int64))
+    _, seconds = timed(lambda: table.apply(logp, entries, targets))
+    print(f"{len(entries.positions)} entries applied to {len(logp)} rows in {seconds:.3f} s", flush=True)
+    return dict(source="apply", rows=len(logp), entries=len(entries.positions), seconds=seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--artifact", default="", help="an artifact of train_gpt.py; unset: trained for a minute")
+    parser.add_argument("--val", default=str(ROOT / "data" / "embedded" / "*_val_*.bin"), help="pattern of shards")
+    parser.add_argument("--rows", type=int, default=ROWS, help="rows of the synthetic table")
+    args = parser.parse_args()
+    print(f"{'source':20}{'codec':9}{'entries':>8}{'bytes':>9}{'bits':>9}{'floor':>9}{'over':>10}{'varint':>8}{'encode':>8}"
+          f"{'decode':>8}{'saved':>8}{'oracle':>9}{'charged':>9}", flush=True)
+    rows = synthetic(args.rows)
+    with tempfile.TemporaryDirectory() as folder:
+        rows += real(args.artifact or trained(folder), args.val)
+    rows.append(applying())
+    print(json.dumps({"bench": "correction", "threads": torch.get_num_threads(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except train_gpt.UserError as e:
+        sys.exit(f"correction: error: {e}")
