@@ -43,15 +43,16 @@ class EvalConfig:
     # Test-time training
     ttt: str = knob("none", "chunks: train on each chunk once scored; lora: adapters for each document; bias: a "
                     "vocabulary bias", choices=("none", "chunks", "lora", "bias"))
-    ttt_chunk: int = knob(2048, "tokens that are scored, then trained on", 2, 1 << 24)
+    ttt_chunk: int = knob(0, "tokens that are scored, then trained on; 0 = what suits TTT", 0, 1 << 24)
     ttt_lr: float = knob(0.0, "its learning rate; 0 = what suits TTT", 0, 1e3)
-    ttt_epochs: int = knob(1, "passes over a chunk that has been scored", 1, 100)
-    ttt_rank: int = knob(8, "of the adapters", 1, 4096)
-    ttt_seconds: float = knob(0.0, "no training after so long; every token is scored still; 0 = no limit", 0)
+    ttt_epochs: int = knob(1, "chunks, lora: steps on a chunk that has been scored", 1, 100)
+    ttt_rank: int = knob(32, "of the adapters", 1, 4096)
+    ttt_seconds: float = knob(0.0, "no training after so long: scores then hang on the machine; 0 = no limit", 0)
     # Correction table and certificate
     use_correction: bool = knob(False, "also build, or read, a correction table: an oracle, apart from the score")
     correction_codec: str = knob("modelled", "its coding", choices=("varint", "rice", "modelled"))
-    correction_bytes: int = knob(0, "its size at most; 0 = only entries that save more than they cost", 0)
+    correction_bytes: int = knob(-1, "its size at most; 0 = only entries that save more than they cost; -1 = a byte "
+                                 "for each 25 tokens", -1)
     certify_seconds: float = knob(60.0, "time that --certify may take, about", 1)
     extra_code_files: str = knob("", "files counted as code beside those imported, separated by commas")
     size_budget_bytes: int = knob(16_000_000, "artifact and code together", 1)
