@@ -1,9 +1,10 @@
-# make run    environment, embedded corpus, training (PRESET=cpu), artifact, score
+# make run    environment, embedded corpus, training (PRESET=cpu), artifact, score, certificate
 # make test   the fast tests; make test-slow: those behind the marker; make lint; make bench
 
 PYTHON ?= python3
 PRESET ?= cpu
 OUT := $(if $(filter cpu,$(PRESET)),.,out/$(PRESET))
+CERTIFY_SECONDS := $(if $(filter smoke,$(PRESET)),5,45)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CORPUS := data/embedded/manifest.json
@@ -13,14 +14,21 @@ export GOMP_SPINCOUNT := 10000
 .PHONY: run data test test-slow lint bench clean
 .DELETE_ON_ERROR:
 
-run: $(OUT)/logs/$(PRESET).done
+run: $(OUT)/logs/eval.done
 	@grep -E '^(Total submission size|final_.*_exact)' $(OUT)/logs/$(PRESET).txt
-	@echo "artifact: $$(ls $(OUT)/final_model.*.ptz)   log: $(OUT)/logs/$(PRESET).txt"
+	@sed -n '/^rule /,$$p' $(OUT)/logs/eval.txt
+	@echo "artifact: $$(ls $(OUT)/final_model.*.ptz)   logs: $(OUT)/logs/$(PRESET).txt, eval.txt   scores: $(OUT)/eval/"
 
 # Trained once for each preset; again when the trainer or the corpus changes.
 $(OUT)/logs/$(PRESET).done: train_gpt.py $(CORPUS)
 	@mkdir -p $(OUT)/logs
 	PRESET=$(PRESET) OUT_DIR=$(OUT) RUN_ID=$(PRESET) DATA_PATH=data/embedded $(BIN)/python train_gpt.py
+	@touch $@
+
+# Scored again when the artifact or the scorer changes; columns that are still right are read from disk.
+$(OUT)/logs/eval.done: $(OUT)/logs/$(PRESET).done eval_final.py $(shell find fairway -name '*.py')
+	CHECKPOINT=$$(ls $(OUT)/final_model.*.ptz) OUT_DIR=$(OUT) DATA_PATH=data/embedded \
+	  CERTIFY_SECONDS=$(CERTIFY_SECONDS) $(BIN)/python eval_final.py --certify
 	@touch $@
 
 data: $(CORPUS)
@@ -49,6 +57,10 @@ lint: $(INSTALLED)
 bench: $(INSTALLED) $(CORPUS)
 	$(BIN)/python bench/artifact.py
 	$(BIN)/python bench/train.py
+	$(BIN)/python bench/experts.py
+	$(BIN)/python bench/mixing.py
+	$(BIN)/python bench/adapt.py
+	$(BIN)/python bench/correction.py
 
 clean:
-	rm -rf .venv out data/embedded logs final_model.* checkpoint.pt .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv out data/embedded logs eval final_model.* checkpoint.pt .pytest_cache .ruff_cache .hypothesis

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from fairway.settings import EvalConfig
 from train_gpt import Runtime, UserError, best_device, build_model, file_sha256, need, read_artifact
 
 
-def arguments() -> argparse.Namespace:
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artifact", default="final_model.int6.ptz", help="default: %(default)s")
     parser.add_argument("--val", default="", metavar="GLOB", help="shards (default: the embedded split)")
@@ -34,7 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", metavar="FILE", help="where the table goes (default: nowhere)")
     parser.add_argument("--attach", action="store_true", help="put it beside the artifact, within 16,000,000 bytes; "
                         "eval_final.py finds it there with USE_CORRECTION=1")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def build(given: argparse.Namespace) -> dict:
@@ -60,8 +61,8 @@ def build(given: argparse.Namespace) -> dict:
                 neural_bpb=text.bpb(columns["logp"]), **cost._asdict())
 
 
-def main() -> int:
-    given = arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = parsed(arguments)
     try:
         found = build(given)
     except (UserError, OSError) as e:

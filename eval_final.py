@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
@@ -20,11 +21,11 @@ from fairway.settings import EvalConfig, settings_help
 from train_gpt import Config, Log, UserError, set_up_runtime
 
 
-def main(env: dict[str, str] | os._Environ = os.environ) -> int:
+def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter,
                                      description=f"{__doc__}\n{settings_help()}")
     parser.add_argument("--certify", action="store_true", help="run the scorer against the rules")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
         cfg = EvalConfig.from_env(env)
         rt = set_up_runtime(Config(device=cfg.device), env)
@@ -33,9 +34,12 @@ def main(env: dict[str, str] | os._Environ = os.environ) -> int:
         if dist.is_initialized():
             dist.barrier()
         return int(certificate is not None and not certificate.passed)
-    except (UserError, OSError) as e:
+    except UserError as e:
         print(f"eval_final: error: {str(e).splitlines()[0]}", file=sys.stderr)
-        return 1
+    except OSError as e:
+        print(f"eval_final: error: {e.filename or 'OUT_DIR'}: {e.strerror or e}; free space, or set OUT_DIR to another "
+              "folder", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

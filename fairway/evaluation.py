@@ -18,14 +18,14 @@ import torch
 from tqdm import tqdm
 
 from fairway.adapt import adapting
-from fairway.certificate import Certificate, certify
+from fairway.certificate import LEAST_TOKENS, Certificate, certify
 from fairway.columns import Columns, open_columns
 from fairway.experts.match import Matches
 from fairway.experts.mixing import EXPERTS
 from fairway.scorer import MixedScorer, Text, ablation, as_rows, code_sizes, delayed, find_matches, load_text
 from fairway.scoring import KINDS, Neural
 from fairway.settings import EvalConfig
-from train_gpt import Log, Runtime, build_model, file_sha256, read_artifact, replacing
+from train_gpt import Log, Runtime, build_model, file_sha256, need, read_artifact, replacing
 
 DELAY = 1024  # tokens: what is left of the experts' gain when they may use older text only
 # Settings that decide the neural columns; with other values they are made anew.
@@ -63,6 +63,8 @@ class Evaluation:
     # ==== STAGES ======================================================================================================
     def run(self, with_certificate: bool) -> Certificate | None:
         cfg, text = self.cfg, self.text
+        need(not with_certificate or len(text.tokens) >= LEAST_TOKENS, f"{text.name} holds {len(text.tokens)} tokens; "
+             f"--certify needs {LEAST_TOKENS}")
         size, sha256 = Path(cfg.checkpoint).stat().st_size, self.hashes["artifact"]
         self.log(f"artifact:{cfg.checkpoint} bytes:{size} sha256:{sha256}")
         self.log(f"val_loader:shards pattern={text.name} tokens:{len(text.tokens) - 1} bytes:{text.bytes} "
@@ -77,7 +79,7 @@ class Evaluation:
         self.try_others(columns, matches)
         if cfg.use_correction:
             self.correct(columns, logp)
-        certificate = self.certificate(scorer, logp) if with_certificate else None
+        certificate = self.certificate(logp) if with_certificate else None
         self.finish(logp, certificate, scorer)
         return certificate
 
@@ -169,16 +171,18 @@ class Evaluation:
                  f"saved_bits:{cost.saved_bits:.0f} paid_bits:{cost.paid_bits:.0f}\noracle_bpb:{cost.oracle_bpb:.8f}\n"
                  f"charged_bpb:{cost.charged_bpb:.8f}", "correction", **self.score["correction"])
 
-    def certificate(self, scorer: MixedScorer, logp: np.ndarray) -> Certificate:
+    def certificate(self, logp: np.ndarray) -> Certificate:
+        """A scorer made anew, run against every rule and against what was counted."""
+        alone = Runtime(0, 1, self.rt.device, self.rt.name)  # its calls follow the clock: no other rank could
         with self.stage("certificate"), tqdm(total=100, desc="certificate", delay=3, leave=False) as bar:
             def told(rule: str, fraction: float) -> None:
                 bar.set_postfix_str(rule)
                 bar.update(100 * fraction - bar.n)
 
             certificate = certify(
-                scorer, self.text.tokens, byte_table=self.text.table, tokenizer=self.text.tokenizer, claimed=logp,
-                sizes=self.sizes(), budget_bytes=self.cfg.size_budget_bytes, seconds=self.cfg.certify_seconds,
-                progress=told)
+                MixedScorer(self.model, self.cfg, alone, self.text.table), self.text.tokens,
+                byte_table=self.text.table, tokenizer=self.text.tokenizer, claimed=logp, sizes=self.sizes(),
+                budget_bytes=self.cfg.size_budget_bytes, seconds=self.cfg.certify_seconds, progress=told)
         self.log(certificate.table(), "certificate", **certificate.as_json())
         return certificate
 

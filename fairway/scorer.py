@@ -56,8 +56,10 @@ def load_text(cfg: EvalConfig, artifact: Artifact) -> Text:
     pattern = cfg.val_files or str(folder / "*_val_*.bin")
     paths = [Path(p) for p in sorted(glob.glob(pattern))]
     need(paths, f"no shards match {pattern}; run `make data`, or set VAL_FILES or DATA_PATH")
-    tokens = np.concatenate([read_shard(p, artifact.config.vocab_size) for p in paths])
+    tokens, size = np.concatenate([read_shard(p) for p in paths]), artifact.config.vocab_size
     need(len(tokens) > 1, f"{pattern} holds {len(tokens)} tokens; at least 2 are needed to predict one")
+    need(tokens.max() < size, f"{pattern} holds token {tokens.max()}, but the artifact knows {size}; set VAL_FILES to "
+         "shards that its tokenizer wrote")
     tokenizer, origin = load_tokenizer(cfg, artifact, paths[0].parent)
     table = proven_table(tokenizer, origin, tokens)
     sizes = table.count(tokens).astype(np.int64)
