@@ -4,3 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 make data
 PRESET=cpu DEVICE=mps MAX_WALLCLOCK_SECONDS=200 RUN_ID=mac .venv/bin/python train_gpt.py
+DEVICE=mps DATA_PATH=data/embedded .venv/bin/python eval_final.py --certify
