@@ -6,6 +6,7 @@ and settings, as hashes); a run that was killed goes on from the rows it had, an
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -20,11 +21,18 @@ from train_gpt import UserError, need, replacing
 COVERED = "covered"  # how often each row was filled: must end as all ones
 
 
+def header(rows: int, kind: str) -> bytes:
+    """What a column's file begins with: that of a .npy file."""
+    f = io.BytesIO()
+    np.lib.format.write_array_header_1_0(f, dict(descr=np.dtype(kind).str, fortran_order=False, shape=(rows,)))
+    return f.getvalue()
+
+
 def allocate(path: Path, rows: int, kind: str) -> None:
     """A file of zeros with its space taken: a memory map of a sparse one would die by signal on a full disk."""
     with open(path, "wb") as f:
-        np.lib.format.write_array_header_1_0(
-            f, dict(descr=np.dtype(kind).str, fortran_order=False, shape=(rows,)))
+        f.write(header(rows, kind))
+        f.flush()
         if size := rows * np.dtype(kind).itemsize:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(f.fileno(), f.tell(), size)
@@ -78,24 +86,31 @@ def open_columns(folder: str | Path, rows: int, kinds: Mapping[str, str], key: M
                 allocate(folder / f"{name}.npy", rows, kind)
             with replacing(manifest) as f:  # last: a folder without it is no columns
                 f.write(json.dumps(wanted).encode())
-        return Columns({name: mapped(folder, name, rows) for name in [*kinds, COVERED]})
-    except (OSError, ValueError) as e:
+        need(same(manifest, wanted), f"{folder}: holds no columns of this artifact, text and settings; all ranks must "
+             "have the same, and the same OUT_DIR")
+        return Columns({name: mapped(folder, name, rows, kind) for name, kind in {**kinds, COVERED: "u1"}.items()})
+    except OSError as e:
         size = rows * (1 + sum(np.dtype(kind).itemsize for kind in kinds.values()))
         if make and not manifest.exists():
             shutil.rmtree(folder, ignore_errors=True)
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
-        raise UserError(f"{folder}: no columns of {rows} rows ({size} bytes): {reason}; free space, or set OUT_DIR "
-                        "to another disk") from None
+        raise UserError(f"{folder}: no columns of {rows} rows ({size} bytes): {e.strerror or e}; free space, or set "
+                        "OUT_DIR to another disk") from None
 
 
 def columns_in_memory(rows: int, kinds: Mapping[str, str]) -> Columns:
     return Columns({name: np.zeros(rows, kind) for name, kind in {**kinds, COVERED: "u1"}.items()})
 
 
-def mapped(folder: Path, name: str, rows: int) -> np.ndarray:
-    array = np.load(folder / f"{name}.npy", mmap_mode="r+" if rows else None)  # nothing of an empty file can be mapped
-    need(array.shape == (rows,), f"{folder}/{name}.npy has not {rows} rows: damaged; delete the folder")
-    return array
+def mapped(folder: Path, name: str, rows: int, kind: str) -> np.ndarray:
+    """The column of a file that is whole: np.load would lengthen one that was cut short, with rows of zeros."""
+    path, start = folder / f"{name}.npy", header(rows, kind)
+    size = len(start) + rows * np.dtype(kind).itemsize
+    whole = False
+    if path.is_file():
+        with open(path, "rb") as f:
+            whole = (f.read(len(start)), path.stat().st_size) == (start, size)
+    need(whole, f"{path}: not {rows} rows of {kind} in {size} bytes: damaged; delete {folder}")
+    return np.memmap(path, kind, "r+", len(start), (rows,)) if rows else np.zeros(0, kind)  # no map of nothing
 
 
 def same(manifest: Path, wanted: Mapping[str, Any]) -> bool:

@@ -71,10 +71,11 @@ class Evaluation:
                  f"sha256:{text.sha256}")
         with self.stage("match"):
             matches = find_matches(text.tokens, self.model.cfg.vocab_size, cfg)
-        columns = self.neural_stages(matches)
+        columns, neural = self.neural_stages(matches)
         if self.rt.rank > 0:
             return None
         scorer = MixedScorer(self.model, cfg, self.rt, text.table)
+        scorer.neural = neural  # the one that filled the columns: it holds what was learnt before each chunk
         logp = self.mix(scorer, columns, matches)
         self.try_others(columns, matches)
         if cfg.use_correction:
@@ -83,9 +84,10 @@ class Evaluation:
         self.finish(logp, certificate, scorer)
         return certificate
 
-    def neural_stages(self, matches: Matches) -> Columns:
-        """The ladder's first rungs, each read from disk where it was computed before."""
-        cfg, last = self.cfg, None
+    def neural_stages(self, matches: Matches) -> tuple[Columns, Neural]:
+        """The ladder's first rungs, each read from disk where it was computed before; the last one's columns and
+        scorer."""
+        cfg = self.cfg
         length = cfg.eval_seq_len or self.model.cfg.train_seq_len
         plain = replace(cfg, eval_mode="sliding", eval_stride=length, eval_documents=False, ttt="none")
         frozen = replace(cfg, ttt="none")
@@ -95,10 +97,11 @@ class Evaluation:
             rungs.append((f"ttt_{cfg.ttt}", f"+ test-time training ({cfg.ttt})", "legal_ttt", cfg))
         for name, rung, label, settings in rungs:
             wanted = KINDS if name == rungs[-1][0] else {"logp": "f8"}
-            last = self.neural(name, adapting(self.model, settings, self.rt), wanted, matches)
+            neural = adapting(self.model, settings, self.rt)
+            columns = self.neural(name, neural, wanted, matches)
             extra = f" stride:{settings.eval_stride}" if name == "sliding" else ""
-            self.rung(rung, last["logp"], name, label, extra)
-        return last
+            self.rung(rung, columns["logp"], name, label, extra)
+        return columns, neural
 
     def open(self, name: str, neural: Neural, kinds: dict[str, str], matches: Matches) -> Columns:
         """The columns of a rung: the first rank makes them or finds them, the others follow."""
@@ -174,10 +177,12 @@ class Evaluation:
     def certificate(self, logp: np.ndarray) -> Certificate:
         """A scorer made anew, run against every rule and against what was counted."""
         alone = Runtime(0, 1, self.rt.device, self.rt.name)  # its calls follow the clock: no other rank could
-        with self.stage("certificate"), tqdm(total=100, desc="certificate", delay=3, leave=False) as bar:
+        with self.stage("certificate"), tqdm(
+                total=1.0, desc="certificate", delay=3, leave=False,
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
             def told(rule: str, fraction: float) -> None:
-                bar.set_postfix_str(rule)
-                bar.update(100 * fraction - bar.n)
+                bar.set_postfix_str(rule, refresh=False)
+                bar.update(fraction - bar.n)
 
             certificate = certify(
                 MixedScorer(self.model, self.cfg, alone, self.text.table), self.text.tokens,

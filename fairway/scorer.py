@@ -6,6 +6,7 @@ import glob
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ class Text(NamedTuple):
     """A split that is to be scored, and how many bytes each of its targets stands for."""
 
     tokens: np.ndarray  # uint16[n]
-    sizes: np.ndarray  # int64[n - 1]
+    sizes: np.ndarray  # int16[n - 1]
     table: ByteTable
     tokenizer: sentencepiece.SentencePieceProcessor
     name: str
@@ -62,7 +63,7 @@ def load_text(cfg: EvalConfig, artifact: Artifact) -> Text:
          "shards that its tokenizer wrote")
     tokenizer, origin = load_tokenizer(cfg, artifact, paths[0].parent)
     table = proven_table(tokenizer, origin, tokens)
-    sizes = table.count(tokens).astype(np.int64)
+    sizes = table.count(tokens)
     need(sizes.sum() > 0, f"the tokens of {pattern} stand for no bytes; bits per byte need some")
     return Text(tokens, sizes, table, tokenizer, pattern, hashlib.sha256(tokens).hexdigest())
 
@@ -102,20 +103,20 @@ def find_matches(tokens: np.ndarray, vocab_size: int, cfg: EvalConfig, delay: in
 class Chunk(NamedTuple):
     first: int  # row
     inputs: Inputs
-    state: str  # digest of the n-gram and match experts before these rows
+    state: str  # digest of the n-gram expert before these rows: of all tokens before them, which the match expert read
 
 
 def chunks(tokens: np.ndarray, sizes: np.ndarray, columns: Columns, matches: Matches, grams: NGram,
            starts: list[int] | None = None) -> Iterator[Chunk]:
     """Rows in order, with all that a mixture reads about them; the n-gram expert learns each chunk as it is made."""
-    rows = len(tokens) - 1
-    starts = starts or list(range(0, rows, COMMIT_ROWS))
-    for first, end in zip(starts, [*starts[1:], rows], strict=True):
+    starts = starts or list(range(0, columns.rows, COMMIT_ROWS))
+    for first, end in pairwise([*starts, columns.rows]):
         at = slice(first, end)
         state, targets = grams.digest(), tokens[at.start + 1 : at.stop + 1]
         yield Chunk(first, Inputs(
             *(np.array(columns[name][at]) for name in ("logp", "sharp", "flat", "hint", "entropy")),
-            grams.fill(targets), Matches(*(part[at] for part in matches)), targets.astype(np.int64), sizes[at]), state)
+            grams.fill(targets), Matches(*(part[at] for part in matches)), targets.astype(np.int64),
+            sizes[at].astype(np.int64)), state)
 
 
 def make_ngram(vocab_size: int, cfg: EvalConfig, tokens: np.ndarray, delay: int = 0) -> NGram:
@@ -140,7 +141,8 @@ class MixedScorer:
         self.mixture, self.grams = Mixture(self.vocab_size, cfg, DEFAULT_EXPERTS), None  # as the last score left them
 
     def score(self, tokens: np.ndarray) -> np.ndarray:
-        matches, columns = find_matches(tokens, self.vocab_size, self.cfg), columns_in_memory(len(tokens) - 1, KINDS)
+        matches = find_matches(tokens, self.vocab_size, self.cfg)
+        columns = columns_in_memory(len(matches.hint), KINDS)
         self.neural.fill(tokens, columns, matches.hint)
         return self.mixed(tokens, columns, matches)
 
@@ -148,7 +150,7 @@ class MixedScorer:
               told: Callable[[int], None] | None = None) -> np.ndarray:
         """The mixture over columns that are filled, logged chunk by chunk in `commits`."""
         self.mixture, self.commits = Mixture(self.vocab_size, self.cfg, DEFAULT_EXPERTS), []
-        sizes, out, chain = self.table.count(tokens).astype(np.int64), np.empty(len(tokens) - 1), CHAIN_START
+        sizes, out, chain = self.table.count(tokens), np.empty(columns.rows), CHAIN_START
         self.grams, learnt = make_ngram(self.vocab_size, self.cfg, tokens), dict(self.neural.digests)
         for first, inputs, state in chunks(tokens, sizes, columns, matches, self.grams, sorted(learnt)):
             before = hashlib.sha256((state + self.mixture.digest() + learnt.get(first, "")).encode()).hexdigest()

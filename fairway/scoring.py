@@ -177,13 +177,11 @@ class Neural:
 
     def distributions(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """float64[len(rows), V]: what the model held for these rows; of tokens it sees those up to each row only."""
-        windows, rows = self.plan(tokens), np.asarray(rows, np.int64)
+        windows, (rows, places) = self.plan(tokens), np.unique(np.asarray(rows, np.int64), return_inverse=True)
         at = np.searchsorted(windows.first, rows, side="right") - 1
         todo, found = Windows(windows.start[at], rows, rows + 1), np.empty((len(rows), self.model.cfg.vocab_size))
-        order = np.argsort(rows, kind="stable")
         for batch in self.batches(todo):
             for got, logits in self.passes(tokens, todo, batch):
                 z = in_float64(self.adjusted(logits)).softmax(dim=1).cpu().numpy()
-                for row, p in zip(got, z, strict=True):
-                    found[order[np.searchsorted(rows[order], row)]] = p
-        return found
+                found[np.searchsorted(rows, got)] = z
+        return found[places]

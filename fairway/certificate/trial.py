@@ -127,7 +127,7 @@ class Trial:
         """One call of the scorer, on a copy of `tokens`: whatever goes wrong becomes one line."""
         if self.dead:
             raise Failed(self.dead)
-        limit, what = max(self.seconds, 2.0), f"{name}() of {len(tokens):,} tokens"
+        limit, what = max(self.seconds, 8.0), f"{name}() of {len(tokens):,} tokens"
         try:
             with time_limit(limit):
                 return getattr(self.scorer, name)(np.array(tokens), *more)

@@ -69,7 +69,7 @@ def name_buckets(history, first, least, buckets, out):
         out[j] = (((mixed * FACTOR) >> 32) & WORD) * buckets >> 32
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def longest(history, at, bucket, start, least):
     """Place after the longest match of the tokens before `at`, the most recent of equals, and its length; or -1, 0."""
     pointer, length = -1, 0
@@ -84,7 +84,7 @@ def longest(history, at, bucket, start, least):
     return pointer, length
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def group(length):
     """Lengths that share a rate: each up to 16, then from 17, 24, 32, 48, 64, 128, 256 and 512 on."""
     if length <= 16:
@@ -93,14 +93,14 @@ def group(length):
             + (length >= 256) + (length >= 512))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def rate_of(rates, goes_on, length):
     """How often such hints were right so far, the prior's included."""
     g = group(length)
     return (rates[goes_on, g, 0] + PRIOR * PRIORS[goes_on, g]) / (rates[goes_on, g, 1] + PRIOR)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def learn(counts, right):
     """One more hint, right or wrong, in counts [2]."""
     counts[0] += right
@@ -109,7 +109,7 @@ def learn(counts, right):
         counts[0], counts[1] = counts[0] / 2, counts[1] / 2
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def ask_early(history, table, candidates, names, j):
     """Ask for the bucket of a target a little ahead, and for the old text that the bucket of a nearer one names."""
     if j + 2 * AHEAD < len(names) and names[j + 2 * AHEAD] >= 0:
@@ -120,7 +120,7 @@ def ask_early(history, table, candidates, names, j):
             prefetch(history, i - 4)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def remember(table, candidates, name, place):
     """Put a place first in its bucket; the oldest one falls out."""
     first = name * candidates
@@ -129,7 +129,7 @@ def remember(table, candidates, name, place):
     table[first] = place
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def look_up(history, table, candidates, running, name, at, least):
     """Place of the hint, length of its match, and 1 if it goes on from a hint that came true (0: it was looked up)."""
     if running[POINTER] >= 0:

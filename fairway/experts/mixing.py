@@ -24,6 +24,7 @@ from fairway.settings import EvalConfig
 EXPERTS = ("neural", "sharp", "flat", "ngram", "bigram", "match", "chain", "tilt")
 NEURAL, SHARP, FLAT, NGRAM, BIGRAM, MATCH, CHAIN, TILT = range(len(EXPERTS))
 TEMPERATURES = {"sharp": 0.85, "flat": 1.2}  # the neural model again, so that a mixture can correct how sure it is
+COUNT = len(EXPERTS)
 WEIGHTS = ("exponential", "share", "em", "sets", "gate")
 EXPONENTIAL, SHARE, EM, SETS, GATE = range(len(WEIGHTS))
 
@@ -39,7 +40,12 @@ LENGTHS, LONGEST, ADVANTAGES = len(LENGTH_EDGES) + 1, 5, len(ADVANTAGE_EDGES) + 
 MEMORY = 0.02  # the part of that advantage which the newest token has
 FEATURES = LENGTHS + LONGEST + 3  # of the gate: those sets, entropy, advantage, and one
 GATE_RATE, LIFT_RATE, POOL_RATE = 0.02, 0.05, 0.002
-SURE_BITS = 60.0  # an account so full cannot be emptied by one token
+MOST_LIFT, LEAST_RATE = 25.0, 1e-9  # what no honest hint reaches, and beyond which exponentials are no numbers
+SURE_BITS = 60.0  # what 2^-60 of the neural probability would add to a sum is lost in rounding
+TINY, LN2 = 1e-300, math.log(2.0)
+# `bucket` of every count or length up to the last edge, where all above it belong too: one load instead of branches.
+SEEN_BUCKETS = np.searchsorted(SEEN_EDGES, np.arange(SEEN_EDGES[-1] + 1), side="right")
+LENGTH_BUCKETS = np.searchsorted(LENGTH_EDGES, np.arange(LENGTH_EDGES[-1] + 1), side="right")
 
 
 class Inputs(NamedTuple):
@@ -80,8 +86,12 @@ def initial_state(orders: int, experts: tuple[str, ...], neural: float) -> State
                  lift, np.zeros(1), np.zeros(2))
 
 
+# Called at every token: as calls, passing their arrays alone took longer than what they do.
+part = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+
+
 # ==== WHAT EACH EXPERT SAYS ===========================================================================================
-@njit(cache=True, nogil=True, error_model="numpy")
+@part
 def bucket(value, edges):
     """How many edges a value has reached."""
     n = 0
@@ -90,80 +100,78 @@ def bucket(value, edges):
     return n
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@part
 def kinds_bucket(kinds, seen):
     """0: only one token ever followed; 4: never the same one twice."""
-    if kinds == 1:
-        return 0
-    return 1 if 4 * kinds <= seen else 2 if 2 * kinds <= seen else 3 if kinds < seen else 4
+    return (kinds > 1) * (1 + (4 * kinds > seen) + (2 * kinds > seen) + (kinds >= seen))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def chain_probability(j, logp, entropy, grams, matches, target, trust, places, steps):
-    """The neural probability, then each context's counts in turn, then the match's hint, each believed as far as such
-    evidence has proved right: p <- t * counted + (1 - t) * p. Also how many there were; `places` and `steps` keep,
-    for learning, which trusts were used and what part of p each gave."""
-    hits, seen, kinds = grams
-    orders, p, used = hits.shape[1], math.exp(logp), 0
-    sure = 0 if entropy < 1.0 else 1 if entropy < 3.0 else 2
+@part
+def chain_probability(j, p, entropy, grams, matches, target, trust, places, steps):
+    """The neural p, then each context's counts in turn, then the match's hint, each believed as far as such evidence
+    has proved right: p <- t * counted + (1 - t) * p. Also how many there were; `places` and `steps` keep, for
+    learning, which rows of `trust` [*, 2] were used and what part of p each gave."""
+    (hits, seen, kinds), (hint, length, rate) = grams, matches
+    orders, used = hits.shape[1], 0
+    sure = (entropy >= 1.0) + (entropy >= 3.0)
     for k in range(orders + 1):
         if k < orders and seen[j, k] > 0:
-            counted = hits[j, k] / seen[j, k]
-            a, b = bucket(seen[j, k], SEEN_EDGES), kinds_bucket(kinds[j, k], seen[j, k])
-        elif k == orders and matches[0][j] >= 0:
-            counted = 1.0 if matches[0][j] == target else 0.0
-            a, b = bucket(matches[1][j], LENGTH_EDGES), min(int(matches[2][j] * 5), 4)
+            hit, every = np.int64(hits[j, k]), np.int64(seen[j, k])
+            a, b = SEEN_BUCKETS[min(every, SEEN_EDGES[-1])], kinds_bucket(np.int64(kinds[j, k]), every)
+        elif k == orders and hint[j] >= 0:
+            hit, every = np.int64(hint[j] == target), 1
+            a, b = LENGTH_BUCKETS[min(length[j], LENGTH_EDGES[-1])], min(int(rate[j] * 5), 4)
         else:
             continue
-        t = trust[k, a, b, sure, 0] / trust[k, a, b, sure, 1]
-        new = t * counted + (1 - t) * p
-        places[used, 0], places[used, 1], places[used, 2], places[used, 3] = k, a, b, sure
-        steps[used] = t * counted / max(new, 1e-300)
-        used, p = used + 1, new
+        at = ((k * TRUSTS[0] + a) * TRUSTS[1] + b) * TRUSTS[2] + sure
+        right, uses = trust[at, 0], trust[at, 1]
+        from_here, from_below = right * hit, (uses - right) * every * p  # of the new p, both times uses * every
+        places[used], steps[used] = at, from_here / max(from_here + from_below, TINY)
+        used, p = used + 1, (from_here + from_below) * (1.0 / (uses * every))
     return p, used
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def lifted(logp, hint_logp, is_hint, lift):
-    """log p once the hint's logit has risen: divided by 1 + p(hint) (e^lift - 1), so that the sum stays one (#1514)."""
-    return logp + (lift if is_hint else 0.0) - math.log1p(math.exp(hint_logp) * math.expm1(lift))
+@part
+def within(lift):
+    return min(max(lift, -MOST_LIFT), MOST_LIFT)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def opinions(j, inputs, counted, state, p, places, steps, vocab_size):
-    """Each expert's probability of the target, into p; an expert without an opinion has the neural model's. Also how
-    many trusts the chain used, and log-probability and odds of the logarithmic pool."""
-    logp, hint_logp, matches, target = inputs.logp[j], inputs.hint[j], inputs.matches, inputs.targets[j]
-    p[NEURAL], p[SHARP], p[FLAT] = math.exp(logp), math.exp(inputs.sharp[j]), math.exp(inputs.flat[j])
-    p[NGRAM], p[BIGRAM], p[MATCH] = counted[0][j], counted[1][j], counted[2][j]
-    p[CHAIN], used = chain_probability(
-        j, logp, inputs.entropy[j], inputs.grams, matches, target, state.trust, places, steps)
-    if matches[0][j] < 0:
-        p[MATCH] = p[TILT] = p[NEURAL]
-        return used, logp, 0.0
-    is_hint, a = matches[0][j] == target, bucket(matches[1][j], LENGTH_EDGES)
-    p[TILT] = math.exp(lifted(logp, hint_logp, is_hint, state.lift[a, 0]))
-    odds = math.log(matches[2][j] / (1 - matches[2][j]) * (vocab_size - 1))
-    return used, lifted(logp, hint_logp, is_hint, state.lift[a, 1] * odds), odds
+@part
+def lifted(p, hint, is_hint, growth):
+    """p once e^logit of the hint is `growth` times as large: divided by 1 + p(hint) (growth - 1), so that the sum stays
+    one (#1514)."""
+    return (p * growth if is_hint else p) / (1 + hint * (growth - 1))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def situation(j, inputs, state, kind, features):
+def opinions(inputs: Inputs, vocab_size: int) -> tuple[np.ndarray, ...]:
+    """About m targets, eight of float64[m]: probabilities by the first six experts, above zero, the neural probability
+    of the hint, and its odds by the match expert, as a logarithm. Without a hint, the match expert's is the neural."""
+    neural, sharp, flat = (np.maximum(np.exp(logp), TINY) for logp in (inputs.logp, inputs.sharp, inputs.flat))
+    hint, rate = inputs.matches.hint, np.clip(inputs.matches.rate, LEAST_RATE, 1 - LEAST_RATE)
+    matched = match.probabilities(inputs.matches, inputs.targets, vocab_size)
+    return (neural, sharp, flat, ngram.probabilities(inputs.grams, vocab_size),
+            ngram.bigram_probabilities(inputs.grams, vocab_size), np.where(hint < 0, neural, matched),
+            np.exp(inputs.hint), np.log(rate / (1 - rate) * (vocab_size - 1)))
+
+
+@part
+def situation(j, length, seen, entropy, recent, kind, features):
     """Which set of weights a target uses, and the gate's features of it: of the text before it only."""
-    seen, longest = inputs.grams[1], 0
+    longest = 0
     while longest < seen.shape[1] and seen[j, longest] > 0:
         longest += 1
-    a, b = bucket(inputs.matches[1][j], LENGTH_EDGES), min(max(longest - 2, 0), LONGEST - 1)
-    for f in range(FEATURES):
-        features[f] = 0.0
-    features[a] = features[LENGTHS + b] = features[FEATURES - 1] = 1.0
-    features[LENGTHS + LONGEST] = inputs.entropy[j] / 3.0
-    features[LENGTHS + LONGEST + 1] = min(max(4 * state.recent[0], -2.0), 2.0)
-    return (a * LONGEST + b) * ADVANTAGES + bucket(state.recent[0], ADVANTAGE_EDGES) if kind == SETS else 0
+    a, b = LENGTH_BUCKETS[min(length, LENGTH_EDGES[-1])], min(max(longest - 2, 0), LONGEST - 1)
+    if kind == GATE:
+        for f in range(FEATURES):
+            features[f] = 0.0
+        features[a] = features[LENGTHS + b] = features[FEATURES - 1] = 1.0
+        features[LENGTHS + LONGEST] = entropy / 3.0
+        features[LENGTHS + LONGEST + 1] = min(max(4 * recent, -2.0), 2.0)
+    return (a * LONGEST + b) * ADVANTAGES + bucket(recent, ADVANTAGE_EDGES) if kind == SETS else 0
 
 
 # ==== WEIGHTS =========================================================================================================
-@njit(cache=True, nogil=True, error_model="numpy")
+@part
 def dot(a, b):
     """In a loop, as all below: at eight experts an array expression costs more than its arithmetic."""
     total = 0.0
@@ -172,21 +180,24 @@ def dot(a, b):
     return total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def weigh(kind, state, which, features, w):
+@part
+def weigh(kind, weights, gate, which, features, w):
     """The weights of this target, into w; they sum to one. The gate's are the first ones times e^(gate . features)."""
     for e in range(len(w)):
-        w[e] = state.weights[which, e]
+        w[e] = weights[which, e]
     if kind == GATE:
         total = 0.0
         for e in range(len(w)):
-            w[e] *= math.exp(min(dot(state.gate[e], features), 300.0))
+            sway = 0.0
+            for f in range(len(features)):
+                sway += gate[e, f] * features[f]
+            w[e] *= math.exp(min(sway, 300.0))
             total += w[e]
         for e in range(len(w)):
             w[e] /= total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@part
 def learn_gate(gate, features, w, p, q):
     """Up the gradient of log q."""
     for e in range(len(w)):
@@ -195,93 +206,113 @@ def learn_gate(gate, features, w, p, q):
             gate[e, f] += step * features[f]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def learn_em(state, which, w, p, q, rate):
+@part
+def learn_em(weights, visits, which, w, p, q, rate):
     """Towards each expert's part of the mixture; by large steps at first."""
-    state.visits[which] += 1
-    step = max(rate, 1.0 / (state.visits[which] + 1.5 / rate))
+    visits[which] += 1
+    step = max(rate, 1.0 / (visits[which] + 1.5 / rate))
+    scale = step / q
     for e in range(len(w)):
-        state.weights[which, e] += step * (w[e] * p[e] / q - w[e])
+        weights[which, e] += w[e] * (p[e] * scale - step)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def learn_exponential(own, w, p, lr, floor, share):
+@part
+def learn_exponential(weights, which, w, p, lr, floor, share):
     """w * p^lr, no less than the floor, to sum one again; then a share of it is dealt out evenly."""
     total, live = 0.0, 0
     for e in range(len(w)):
         if w[e] > 0:
             live += 1
-            own[e] = max(w[e] * (p[e] if lr == 1.0 else p[e] ** lr), floor, 1e-300)
-            total += own[e]
+            weights[which, e] = max(w[e] * (p[e] if lr == 1.0 else p[e] ** lr), floor, TINY)
+            total += weights[which, e]
     for e in range(len(w)):
         if w[e] > 0:
-            own[e] = (1 - share) * own[e] / total + share / live
+            weights[which, e] = (1 - share) * weights[which, e] / total + share / live
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def learn_weights(kind, state, which, features, w, p, q, rates):
+@part
+def learn_weights(kind, weights, visits, gate, which, features, w, p, q, rates):
     """Move the weights that were used towards the experts that were right."""
     lr, floor, share, rate = rates
     if kind == GATE:
-        learn_gate(state.gate, features, w, p, q)
+        learn_gate(gate, features, w, p, q)
     elif kind == EXPONENTIAL or kind == SHARE:
-        learn_exponential(state.weights[which], w, p, lr, floor if kind == EXPONENTIAL else 0.0,
+        learn_exponential(weights, which, w, p, lr, floor if kind == EXPONENTIAL else 0.0,
                           share if kind == SHARE else 0.0)
     else:
-        learn_em(state, which, w, p, q, rate)
+        learn_em(weights, visits, which, w, p, q, rate)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@part
 def learn_trust(trust, used, places, steps):
     for i in range(used):
-        k, a, b, sure = places[i, 0], places[i, 1], places[i, 2], places[i, 3]
-        right, every = trust[k, a, b, sure, 0], trust[k, a, b, sure, 1]
+        right, every = trust[places[i], 0], trust[places[i], 1]
         fade = 0.5 if every >= MOST_TRUSTED else 1.0
-        trust[k, a, b, sure, 0], trust[k, a, b, sure, 1] = fade * right + steps[i], fade * every + 1.0
+        trust[places[i], 0], trust[places[i], 1] = fade * right + steps[i], fade * every + 1.0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def learn_lift(j, inputs, lift, odds):
+@part
+def learn_lift(a, hint, hit, odds, growth, pool_growth, lift):
     """Both lifts go up their gradient: whether the hint came true, less the probability that it had."""
-    a, hint, hit = bucket(inputs.matches[1][j], LENGTH_EDGES), inputs.hint[j], inputs.matches[0][j] == inputs.targets[j]
-    lift[a, 0] += LIFT_RATE * (hit - math.exp(lifted(hint, hint, True, lift[a, 0])))
-    lift[a, 1] += POOL_RATE * odds * (hit - math.exp(lifted(hint, hint, True, lift[a, 1] * odds)))
+    lift[a, 0] += LIFT_RATE * (hit - lifted(hint, hint, True, growth))
+    lift[a, 1] += POOL_RATE * odds * (hit - lifted(hint, hint, True, pool_growth))
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@part
 def insured(mixed, logp, account, guard):
     """log of part * mixture + (1 - part) * neural. The part is what the account, all gains so far and `guard` bits for
     each byte, could pay if the mixture gave the target nothing: so it never costs more than `guard` bits a byte."""
-    funds = account[0] + guard * account[1]
-    if guard == 0.0 or funds > SURE_BITS:
+    funds = max(account[0] + guard * account[1], 0.0)
+    if guard == 0.0 or (funds > SURE_BITS and mixed > logp - SURE_BITS * LN2):
         return mixed
-    part = -math.expm1(-max(funds, 0.0) * math.log(2.0))
-    return math.log(part * math.exp(mixed) + (1 - part) * math.exp(logp))
+    if funds == 0.0:
+        return logp
+    least, most = logp - funds * LN2, mixed + math.log(-math.expm1(-funds * LN2))
+    return max(least, most) + math.log1p(math.exp(-abs(most - least)))
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def mix(inputs, counted, state, vocab_size, kind, pooled, rates, guard, learn, out, used_weights):
+def mix(inputs, said, state, kind, pooled, rates, guard, learn, out, used_weights):
     """The pass: out[j] = log-probability of target j, then learn it. Without `learn` the rows are candidates for one
-    place, and nothing moves. `counted` is what n-gram, bigram and match give the targets."""
-    orders, experts = inputs.grams[0].shape[1], len(used_weights)
-    p, w, features = np.empty(experts), np.empty(experts), np.empty(FEATURES)
-    places, steps = np.empty((orders + 1, 4), np.int64), np.empty(orders + 1)
+    place, and nothing moves. `said` is what `opinions` returned."""
+    # Each array has its name before the loop: taking one out of a tuple counts references, at every token.
+    logp, entropy, targets, sizes, grams, matches = (
+        inputs.logp, inputs.entropy, inputs.targets, inputs.sizes, inputs.grams, inputs.matches)
+    (_, seen, _), (hint, length, _) = grams, matches
+    neural, sharp, flat, ngrams, bigrams, matched, hints, odds = said
+    weights, visits, gate = state.weights, state.visits, state.gate
+    lift, recent, account = state.lift, state.recent, state.account
+    orders, trust = seen.shape[1], state.trust.reshape(-1, 2)
+    p, w, features = np.empty(COUNT), np.empty(COUNT), np.empty(FEATURES)
+    places, steps = np.empty(orders + 1, np.int64), np.empty(orders + 1)
     for j in range(len(out)):
-        used, pool, odds = opinions(j, inputs, counted, state, p, places, steps, vocab_size)
-        which = situation(j, inputs, state, kind, features)
-        weigh(kind, state, which, features, w)
-        q = max(dot(w, p), 1e-300)
-        out[j] = insured(pool if pooled else math.log(q), inputs.logp[j], state.account, guard)
+        p[NEURAL], p[SHARP], p[FLAT], p[NGRAM], p[BIGRAM], p[MATCH] = (
+            neural[j], sharp[j], flat[j], ngrams[j], bigrams[j], matched[j])
+        p[TILT] = neural[j]
+        believed, used = chain_probability(j, neural[j], entropy[j], grams, matches, targets[j], trust, places, steps)
+        p[CHAIN] = max(believed, TINY)
+        which = situation(j, length[j], seen, entropy[j], recent[0], kind, features)
+        pool, hit, a, growth, pool_growth = logp[j], hint[j] == targets[j], 0, 1.0, 1.0
+        if hint[j] >= 0:
+            a = LENGTH_BUCKETS[min(length[j], LENGTH_EDGES[-1])]
+            pool_lift = within(lift[a, 1] * odds[j])
+            growth, pool_growth = math.exp(within(lift[a, 0])), math.exp(pool_lift)
+            p[TILT] = max(lifted(neural[j], hints[j], hit, growth), TINY)
+            if pooled:
+                pool += (pool_lift if hit else 0.0) - math.log1p(hints[j] * (pool_growth - 1))
+        weigh(kind, weights, gate, which, features, w)
+        q = max(dot(w, p), TINY)
+        out[j] = insured(pool if pooled else math.log(q), logp[j], account, guard)
         if learn:
-            for e in range(experts):
+            for e in range(COUNT):
                 used_weights[e] += w[e]
-            learn_weights(kind, state, which, features, w, p, q, rates)
-            learn_trust(state.trust, used, places, steps)
-            if inputs.matches[0][j] >= 0:
-                learn_lift(j, inputs, state.lift, odds)
-            state.recent[0] += MEMORY * (math.log(max(p[CHAIN], 1e-300)) - inputs.logp[j] - state.recent[0])
-            state.account[0] += (out[j] - inputs.logp[j]) / math.log(2.0)
-            state.account[1] += inputs.sizes[j]
+            learn_weights(kind, weights, visits, gate, which, features, w, p, q, rates)
+            learn_trust(trust, used, places, steps)
+            if hint[j] >= 0:
+                learn_lift(a, hints[j], hit, odds[j], growth, pool_growth, lift)
+            recent[0] += MEMORY * (math.log(p[CHAIN]) - logp[j] - recent[0])
+            account[0] += (out[j] - logp[j]) / LN2
+            account[1] += sizes[j]
 
 
 # ==== THE MIXTURE =====================================================================================================
@@ -295,10 +326,8 @@ class Mixture:
 
     def _mix(self, inputs: Inputs, learn: bool) -> np.ndarray:
         cfg, out, used = self.cfg, np.empty(len(inputs.logp)), np.zeros(len(EXPERTS))
-        counted = (ngram.probabilities(inputs.grams, self.vocab_size),
-                   ngram.bigram_probabilities(inputs.grams, self.vocab_size),
-                   match.probabilities(inputs.matches, inputs.targets, self.vocab_size))
-        mix(inputs, counted, self.state, self.vocab_size, WEIGHTS.index(cfg.mix_weights), cfg.mix_mode == "log",
+        mix(inputs, opinions(inputs, self.vocab_size), self.state,
+            WEIGHTS.index(cfg.mix_weights), cfg.mix_mode == "log",
             (cfg.mix_lr, cfg.mix_floor, cfg.mix_share, cfg.mix_rate), cfg.mix_guard, learn, out, used)
         if learn and len(out):
             self.trace.append(used / len(out))
@@ -311,7 +340,7 @@ class Mixture:
     def distribution(self, p: np.ndarray, grams: Evidence, hint: tuple[int, int, float]) -> np.ndarray:
         """float64[V] for the next place, given the neural distribution p, the n-gram's evidence about every candidate,
         and the match expert's (hint, length, rate)."""
-        size, logp = self.vocab_size, np.log(np.maximum(p, 1e-300))
+        size, logp = self.vocab_size, np.log(np.maximum(p, TINY))
         again = {name: logp / t - np.log(np.exp(logp / t).sum()) for name, t in TEMPERATURES.items()}
         token, length, rate = hint
         matches = Matches(np.full(size, token, np.int32), np.full(size, length, np.uint16), np.full(size, rate))

@@ -48,7 +48,7 @@ class Evidence(NamedTuple):
 
 
 # ==== COUNTING ========================================================================================================
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def home(parent, token, root, capacity):
     """Where the search for a gram begins: 32 well-mixed bits scaled to the hashed entries. Signed words wrap."""
     mixed = (parent << 16 | token) * -7046029254386353131
@@ -57,7 +57,7 @@ def home(parent, token, root, capacity):
     return root + 1 + ((((mixed >> 32) & WORD) * capacity) >> 32)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def find(table, root, capacity, parent, token):
     """The entry of a gram, or the free one where it would go (its count is 0)."""
     if parent == root:
@@ -70,7 +70,7 @@ def find(table, root, capacity, parent, token):
     return place
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def look_up(table, root, capacity, parent, token):
     """Entry, hits, seen and kinds of a token after a context; entry -1 where the context has none."""
     if parent < 0:
@@ -79,7 +79,7 @@ def look_up(table, root, capacity, parent, token):
     return place, table[2 * place + 1] >> 32, table[2 * parent + 1] & WORD, table[2 * parent] & KINDS
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, forceinline=True)
 def insert(table, root, limit, counters, log, parent, token, place):
     """Count a gram at its entry. A new one is made unless the table is full: then -1, and nothing was counted."""
     if (table[2 * place + 1] >> 32) == 0:
@@ -97,6 +97,13 @@ def insert(table, root, limit, counters, log, parent, token, place):
     return place
 
 
+@njit(cache=True, nogil=True, forceinline=True)
+def ask_early(table, word):
+    """A cache line and the next one, which a search often reaches once the table is well filled."""
+    prefetch(table, word)
+    prefetch(table, word + 8)
+
+
 @njit(cache=True, nogil=True)
 def pass_order(table, root, capacity, limit, counters, log, k, x, reads, read, y, writes, write, writing, evidence):
     """One order over a block: evidence about targets x after the contexts reads, then count followers y after writes.
@@ -110,9 +117,9 @@ def pass_order(table, root, capacity, limit, counters, log, k, x, reads, read, y
     apart = writing and y is not x
     for j in range(len(x)):
         if k and j + AHEAD < len(x):
-            prefetch(table, 2 * home(reads[j + AHEAD], x[j + AHEAD], root, capacity))
+            ask_early(table, 2 * home(reads[j + AHEAD], x[j + AHEAD], root, capacity))
             if apart:
-                prefetch(table, 2 * home(writes[j + AHEAD], y[j + AHEAD], root, capacity))
+                ask_early(table, 2 * home(writes[j + AHEAD], y[j + AHEAD], root, capacity))
         place, hits[j, k], seen[j, k], kinds[j, k] = look_up(table, root, capacity, reads[j], x[j])
         found = place >= 0 and (k == 0 or hits[j, k] > 0)
         if writing:
@@ -288,7 +295,7 @@ class NGram:
         return np.array([self.vocab_size, self.orders, self.delay, self.reset, self.capacity], np.int64)
 
     def _empty_evidence(self, m: int) -> Evidence:
-        return Evidence(*(np.zeros((m, self.orders), np.uint32) for _ in range(3)))
+        return Evidence(*(np.empty((m, self.orders), np.uint32) for _ in range(3)))
 
     def fill(self, tokens: np.ndarray) -> Evidence:
         """Evidence about each token before it was seen, then learn it. How the text is cut into calls is no matter."""

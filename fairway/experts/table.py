@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -104,7 +105,7 @@ def reading_state(path: str | Path, kind: str) -> Iterator[Mapping[str, np.ndarr
                     raise ValueError("of another kind")
                 yield arrays
     except (ValueError, KeyError, IndexError, TypeError, EOFError, MemoryError, NotImplementedError, RuntimeError,
-            OverflowError, SyntaxError, struct.error, zipfile.BadZipFile, zlib.error, UserError):
+            OverflowError, SyntaxError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, UserError):
         raise UserError(f"{path}: not a whole file of {kind} state; delete it and score from the start") from None
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror or e}); score from the start") from None
