@@ -65,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parsed(arguments)
     try:
         found = build(given)
+    except KeyboardInterrupt:
+        print("build_correction_table: interrupted; nothing was written", file=sys.stderr)
+        return 130
     except (UserError, OSError) as e:
         print(f"build_correction_table: error: {str(e).splitlines()[0]}", file=sys.stderr)
         return 1

@@ -36,6 +36,9 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] | None = 
         return int(certificate is not None and not certificate.passed)
     except UserError as e:
         print(f"eval_final: error: {str(e).splitlines()[0]}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("eval_final: interrupted; run it again, and it goes on from its columns", file=sys.stderr)
+        return 130
     except OSError as e:
         print(f"eval_final: error: {e.filename or 'OUT_DIR'}: {e.strerror or e}; free space, or set OUT_DIR to another "
               "folder", file=sys.stderr)

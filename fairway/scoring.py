@@ -106,7 +106,8 @@ class Neural:
 
     def batch_size(self, length: int) -> int:
         width = PIECE if self.cached else max(length, 1)
-        return max(1, min(self.cfg.eval_batch_tokens, MOST_LOGITS // self.model.cfg.vocab_size) // width)
+        tokens = self.cfg.eval_batch_tokens or (8192 if self.rt.device.type == "cpu" else 65_536)
+        return max(1, min(tokens, MOST_LOGITS // self.model.cfg.vocab_size) // width)
 
     def padded(self, lengths: np.ndarray) -> np.ndarray:
         """Lengths as they run: of few values, since the shape decides the rounding."""

@@ -24,7 +24,7 @@ class EvalConfig:
     eval_stride: int = knob(64, "tokens between sliding windows", 1, 65_536)
     eval_documents: bool = knob(False, "windows start anew at each BOS")
     ntk_rope: bool = knob(True, "slow RoPE down when EVAL_SEQ_LEN is longer than in training")
-    eval_batch_tokens: int = knob(8192, "tokens a forward pass, at most (but one window at least)", 1)
+    eval_batch_tokens: int = knob(0, "tokens of a forward pass at most; 0 = 8192 on a CPU, else 65536", 0)
     # Experts
     ngram_orders: int = knob(6, "longest gram that is counted", 1, 16)
     ngram_memory_mb: int = knob(2304, "memory of the counts at most", 1, 1 << 20)

@@ -56,7 +56,7 @@ def test_help_has_a_line_for_each_setting():
     ("EVAL_STRIDE", "2.5", "it must be a whole number (default 64)"), ("EVAL_STRIDE", "", "a whole number"),
     ("EVAL_STRIDE", "0", "it must be from 1 to 65536"), ("EVAL_SEQ_LEN", "65537", "it must be from 0 to 65536"),
     ("EVAL_SEQ_LEN", "-1", "it must be from 0"), ("EVAL_MODE", "slide", "it must be one of sliding, cached"),
-    ("EVAL_DOCUMENTS", "yes", "it must be 0 or 1"), ("EVAL_BATCH_TOKENS", "0", "from 1 to any finite value"),
+    ("EVAL_DOCUMENTS", "yes", "it must be 0 or 1"), ("EVAL_BATCH_TOKENS", "-1", "from 0 to any finite value"),
     ("NGRAM_ORDERS", "17", "it must be from 1 to 16"), ("MATCH_LEAST", "0", "it must be from 1 to 64"),
     ("MIX_MODE", "geometric", "it must be one of linear, log"), ("MIX_LR", "fast", "it must be a number (default 1.0)"),
     ("MIX_LR", "-1", "it must be from 0 to 100"), ("MIX_FLOOR", "0.21", "it must be from 0 to 0.2"),
