@@ -4,7 +4,7 @@
 PYTHON ?= python3
 PRESET ?= cpu
 OUT := $(if $(filter cpu,$(PRESET)),.,out/$(PRESET))
-CERTIFY_SECONDS := $(if $(filter smoke,$(PRESET)),5,45)
+CERTIFY_SECONDS := $(if $(filter smoke,$(PRESET)),5,30)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CORPUS := data/embedded/manifest.json

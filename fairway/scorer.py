@@ -27,7 +27,7 @@ from fairway.settings import EvalConfig
 from train_gpt import GPT, Artifact, ByteTable, Runtime, need, normalised, proven_table, read_shard
 
 ROOT = Path(train_gpt.__file__).resolve().parent
-COMMIT_ROWS = 2048  # rows that are scored, then committed, then learnt from
+COMMIT_ROWS = 1024  # rows that are scored, then committed, then learnt from
 DEFAULT_EXPERTS = tuple(e for e in EXPERTS if e not in ("bigram", "tilt"))  # those two say nothing that chain does not
 
 
