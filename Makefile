@@ -16,7 +16,7 @@ export GOMP_SPINCOUNT := 10000
 
 run: $(OUT)/logs/eval.done
 	@grep -E '^(Total submission size|final_.*_exact)' $(OUT)/logs/$(PRESET).txt
-	@sed -n '/^rule /,$$p' $(OUT)/logs/eval.txt
+	@grep -E '^(ladder|val_bpb):' $(OUT)/logs/eval.txt
 	@echo "artifact: $$(ls $(OUT)/final_model.*.ptz)   logs: $(OUT)/logs/$(PRESET).txt, eval.txt   scores: $(OUT)/eval/"
 
 # Trained once for each preset; again when the trainer or the corpus changes.
