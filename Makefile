@@ -55,10 +55,11 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 
-bench: $(INSTALLED) $(CORPUS)
+bench: $(OUT)/logs/eval.done
 	$(BIN)/python bench/artifact.py
 	$(BIN)/python bench/train.py
 	$(BIN)/python bench/experts.py
+	$(BIN)/python bench/scoring.py
 	$(BIN)/python bench/mixing.py
 	$(BIN)/python bench/adapt.py
 	$(BIN)/python bench/correction.py

@@ -28,6 +28,7 @@ from fairway.settings import EvalConfig
 from train_gpt import Log, Runtime, build_model, file_sha256, need, read_artifact, replacing
 
 DELAY = 1024  # tokens: what is left of the experts' gain when they may use older text only
+TRACE_POINTS = 256  # of the weights over the split, in score.json
 # Settings that decide the neural columns; with other values they are made anew.
 NEURAL_SETTINGS = ("eval_mode", "eval_seq_len", "eval_stride", "eval_documents", "ntk_rope", "ttt", "ttt_chunk",
                    "ttt_lr", "ttt_epochs", "ttt_rank", "ttt_seconds")
@@ -216,7 +217,8 @@ class Evaluation:
         self.score.update(
             val_bpb=final["bpb"], val_loss=final["loss"], tokens=len(logp), bytes=self.text.bytes, ladder=self.ladder,
             seconds=self.seconds, sizes=sizes, sha256=self.hashes, settings=dataclasses.asdict(self.cfg),
-            weights=dict(experts=EXPERTS, trace=np.round(scorer.mixture.trace, 4).tolist()),
+            weights=dict(experts=EXPERTS, trace=[np.round(np.mean(part, axis=0), 4).tolist() for part in np.array_split(
+                scorer.mixture.trace, min(TRACE_POINTS, len(scorer.mixture.trace)))]),
             device=self.rt.name, world_size=self.rt.world, torch=str(torch.__version__),
             certificate=None if certificate is None else dict(
                 passed=certificate.passed, rules={v.rule: v.verdict for v in certificate.verdicts}))

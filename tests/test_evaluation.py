@@ -83,6 +83,8 @@ def test_a_run_prints_the_ladder_and_leaves_scores_that_agree_with_it(finished, 
     text = "".join(corpus.tokenizer.decode(part.tolist()) for part in np.split(tokens, np.flatnonzero(tokens == 1)))
     assert score["bytes"] == len(text.encode())
     assert score["val_bpb"] < score["ladder"][1]["bpb"]  # this corpus repeats itself
+    trace = np.array(score["weights"]["trace"])
+    assert trace.shape[1] == len(score["weights"]["experts"]) and np.allclose(trace.sum(axis=1), 1, atol=1e-3)
     assert set(score["sizes"]["code"]) >= {"train_gpt.py", "eval_final.py", "fairway/scoring.py"}
     assert score["sizes"]["artifact"] == artifact.stat().st_size
 
