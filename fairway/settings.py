@@ -60,7 +60,7 @@ class EvalConfig:
     def __post_init__(self):
         for f in fields(self):
             check_value(f, getattr(self, f.name))
-        need(not self.eval_seq_len or self.eval_stride <= self.eval_seq_len,
+        need(self.eval_mode == "cached" or not self.eval_seq_len or self.eval_stride <= self.eval_seq_len,
              f"EVAL_STRIDE is {self.eval_stride}; it must be at most EVAL_SEQ_LEN={self.eval_seq_len}")
 
     @classmethod
