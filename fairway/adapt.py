@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -53,7 +54,7 @@ def hexed(*numbers: int) -> str:
     return hashlib.sha256(" ".join(map(str, numbers)).encode()).hexdigest()
 
 
-class Adapting(Neural):
+class Adapting(Neural, ABC):
     """Rows in chunks. `digests` holds, once a text is filled, (first row of a chunk, digest of all that had been
     learned before the chunk was scored), in the order of the text."""
 
@@ -62,19 +63,17 @@ class Adapting(Neural):
         self.rate, self.chunk = cfg.ttt_lr or self.usual_rate(), cfg.ttt_chunk or self.usual_chunk()
         self.spent, self.digests = 0.0, []
 
+    @abstractmethod
     def usual_rate(self) -> float:
         """What TTT_LR=0 stands for; as the others, chosen on text of the embedded corpus' training shard."""
-        raise NotImplementedError
 
+    @abstractmethod
     def usual_chunk(self) -> int:
         """What TTT_CHUNK=0 stands for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunk_starts(self, tokens: np.ndarray) -> np.ndarray:
-        return np.arange(0, len(tokens) - 1, self.chunk)
-
-    def plan(self, tokens: np.ndarray) -> Windows:
-        return clipped(super().plan(tokens), self.chunk_starts(tokens))
+        """First rows of the chunks."""
 
     def boundaries(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         return {**super().boundaries(tokens), "chunk": self.chunk_starts(tokens)}
@@ -94,13 +93,6 @@ class Adapting(Neural):
         finally:
             self.rt = rt
 
-    def reread(self, tokens: np.ndarray, windows: Windows) -> None:
-        """Of a chunk whose rows are there already: what learning needs from its scoring."""
-
-    def learn(self, tokens: np.ndarray, first: int, end: int) -> None:
-        """From rows `first` to `end` and what lies before them."""
-        raise NotImplementedError
-
     def timed(self, learn: Callable[[], None]) -> None:
         """Learn, unless the time for it is spent; all ranks go by the same clock."""
         if 0 < self.cfg.ttt_seconds <= self.spent:
@@ -113,6 +105,38 @@ class Adapting(Neural):
             took = torch.tensor([time.perf_counter() - began], device=self.rt.device)
             all_reduce_flat([took], self.rt)
             self.spent += float(took) / self.rt.world
+
+    def losses(self, tokens: np.ndarray, windows: Windows, width: int) -> Tensor:
+        """Nats of the windows' rows, [B, width], zero elsewhere, with what a gradient needs."""
+        inputs = windows.start[:, None] + np.arange(width)
+        wanted = (inputs >= windows.first[:, None]) & (inputs < windows.end[:, None])
+        data = torch.from_numpy(tokens[np.minimum(inputs[..., None] + [0, 1], len(tokens) - 1)].astype(np.int64))
+        x, y = data.to(self.rt.device).unbind(-1)
+        with self.rt.autocast():
+            logits = self.model.from_embedded(self.model.embed(x), tuple(table[:width] for table in self.rope))
+            nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+        return nats * torch.from_numpy(wanted).to(nats.device)
+
+
+class Streaming(Adapting):
+    """What learns from the stream, chunk after chunk, whatever documents it holds."""
+
+    def chunk_starts(self, tokens: np.ndarray) -> np.ndarray:
+        return np.arange(0, len(tokens) - 1, self.chunk)
+
+    def plan(self, tokens: np.ndarray) -> Windows:
+        return clipped(super().plan(tokens), self.chunk_starts(tokens))
+
+    def reread(self, tokens: np.ndarray, windows: Windows) -> None:
+        """Of a chunk whose rows are there already: what learning needs from its scoring."""
+
+    @abstractmethod
+    def learn(self, tokens: np.ndarray, first: int, end: int) -> None:
+        """From rows `first` to `end` and what lies before them."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Of all that has been learned."""
 
     def chunks(self, tokens: np.ndarray, last: int) -> Iterator[tuple[int, int, Windows]]:
         """(first row, one past the last, windows) of each chunk up to the one with row `last`, each learned from
@@ -156,17 +180,6 @@ class Adapting(Neural):
                     self.reread(tokens, windows)
         return found[back]
 
-    def losses(self, tokens: np.ndarray, windows: Windows, width: int) -> Tensor:
-        """Nats of the windows' rows, [B, width], zero elsewhere, with what a gradient needs."""
-        inputs = windows.start[:, None] + np.arange(width)
-        wanted = (inputs >= windows.first[:, None]) & (inputs < windows.end[:, None])
-        data = torch.from_numpy(tokens[np.minimum(inputs[..., None] + [0, 1], len(tokens) - 1)].astype(np.int64))
-        x, y = data.to(self.rt.device).unbind(-1)
-        with self.rt.autocast():
-            logits = self.model.from_embedded(self.model.embed(x), tuple(table[:width] for table in self.rope))
-            nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
-        return nats * torch.from_numpy(wanted).to(nats.device)
-
 
 class Adam:
     """Adam in place, over tensors [lanes, n] of which each lane has begun at a time of its own."""
@@ -197,7 +210,7 @@ class Adam:
             value -= rate * (mean / share) / ((square / shared).sqrt() + self.EPS)
 
 
-class Chunks(Adapting):
+class Chunks(Streaming):
     """All weights take a step of Adam on each chunk. SGD with momentum and a clipped gradient, used in records (#549),
     gave an eighth of the gain on training text, whatever its rate."""
 
@@ -243,7 +256,7 @@ class Chunks(Adapting):
             self.adam.step(self.gradients(tokens, first, end), self.rate)
 
 
-class Bias(Adapting):
+class Bias(Streaming):
     """A number for each token, added to its logit, learned by online gradient descent: the gradient of the mean loss is
     what was expected less what came, so there is no backward pass, and the forward pass is scoring's own. Steps stay as
     long as they were: AdaGrad, and steps that shrink, gained half as much on training text."""

@@ -75,8 +75,7 @@ class Evaluation:
         columns, neural = self.neural_stages(matches)
         if self.rt.rank > 0:
             return None
-        scorer = MixedScorer(self.model, cfg, self.rt, text.table)
-        scorer.neural = neural  # the one that filled the columns: it holds what was learnt before each chunk
+        scorer = MixedScorer(neural, cfg, text.table)
         logp = self.mix(scorer, columns, matches)
         self.try_others(columns, matches)
         if cfg.use_correction:
@@ -104,7 +103,7 @@ class Evaluation:
             self.rung(rung, columns["logp"], name, label, extra)
         return columns, neural
 
-    def open(self, name: str, neural: Neural, kinds: dict[str, str], matches: Matches) -> Columns:
+    def columns_of(self, name: str, neural: Neural, kinds: dict[str, str], matches: Matches) -> Columns:
         """The columns of a rung: the first rank makes them or finds them, the others follow."""
         key = dict(self.hashes, **{n: getattr(neural.cfg, n) for n in NEURAL_SETTINGS}, device=self.rt.device.type,
                    hints=hashlib.sha256(matches.hint).hexdigest() if "hint" in kinds else "")
@@ -116,7 +115,7 @@ class Evaluation:
 
     def neural(self, name: str, neural: Neural, kinds: dict[str, str], matches: Matches) -> Columns:
         with self.stage(name):
-            columns, rows = self.open(name, neural, kinds, matches), len(self.text.tokens) - 1
+            columns, rows = self.columns_of(name, neural, kinds, matches), len(self.text.tokens) - 1
             if there := int(np.count_nonzero(columns.covered)):
                 self.log(f"columns:{name} {100 * there / rows:.0f}% were there already")
             with self.bar(name, -(-(rows - there) // self.rt.world)) as bar:
@@ -186,7 +185,7 @@ class Evaluation:
                 bar.update(fraction - bar.n)
 
             certificate = certify(
-                MixedScorer(self.model, self.cfg, alone, self.text.table), self.text.tokens,
+                MixedScorer(adapting(self.model, self.cfg, alone), self.cfg, self.text.table), self.text.tokens,
                 byte_table=self.text.table, tokenizer=self.text.tokenizer, claimed=logp, sizes=self.sizes(),
                 budget_bytes=self.cfg.size_budget_bytes, seconds=self.cfg.certify_seconds, progress=told)
         self.log(certificate.table(), "certificate", **certificate.as_json())

@@ -15,7 +15,6 @@ import sentencepiece
 import torch
 
 import train_gpt
-from fairway.adapt import adapting
 from fairway.certificate import CHAIN_START, Commit, chained
 from fairway.certificate.rules import imported_code
 from fairway.columns import Columns, columns_in_memory
@@ -24,7 +23,7 @@ from fairway.experts.mixing import EXPERTS, Inputs, Mixture
 from fairway.experts.ngram import NGram
 from fairway.scoring import KINDS, Neural
 from fairway.settings import EvalConfig
-from train_gpt import GPT, Artifact, ByteTable, Runtime, need, normalised, proven_table, read_shard
+from train_gpt import Artifact, ByteTable, need, normalised, proven_table, read_shard
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 COMMIT_ROWS = 1024  # rows that are scored, then committed, then learnt from
@@ -134,9 +133,8 @@ class MixedScorer:
 
     tolerance = 2e-5  # of log-probabilities: a shorter text runs in other shapes, which round otherwise
 
-    def __init__(self, model: GPT, cfg: EvalConfig, rt: Runtime, table: ByteTable):
-        self.cfg, self.table, self.vocab_size = cfg, table, model.cfg.vocab_size
-        self.neural: Neural = adapting(model, cfg, rt)
+    def __init__(self, neural: Neural, cfg: EvalConfig, table: ByteTable):
+        self.neural, self.cfg, self.table, self.vocab_size = neural, cfg, table, neural.model.cfg.vocab_size
         self.commits: list[Commit] = []
         self.mixture, self.grams = Mixture(self.vocab_size, cfg, DEFAULT_EXPERTS), None  # as the last score left them
 
@@ -164,7 +162,7 @@ class MixedScorer:
 
     def distribution(self, tokens: np.ndarray, i: int) -> np.ndarray:
         """float64[V] for position i, from tokens[:i] alone: all of it is scored and learnt again."""
-        known = np.append(tokens[:i], tokens[:1] * 0).astype(tokens.dtype)  # a placeholder stands for what is asked
+        known = np.append(tokens[:i], 0).astype(tokens.dtype)  # a row has a target; any token serves, it is not read
         p = self.neural.distributions(known, np.array([i - 1]))[0]
         self.score(tokens[:i])
         match = make_match(self.vocab_size, self.cfg)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, english_like, train_tokenizer
 
+from fairway.adapt import adapting
 from fairway.certificate import certify, verify_chain
 from fairway.columns import columns_in_memory
 from fairway.experts.mixing import Mixture
@@ -55,7 +56,8 @@ def text(artifact, corpus):
 
 
 def made(model, text, **settings) -> MixedScorer:
-    return MixedScorer(model, EvalConfig(**(dict(eval_stride=32) | settings)), ALONE, text.table)
+    cfg = EvalConfig(**(dict(eval_stride=32) | settings))
+    return MixedScorer(adapting(model, cfg, ALONE), cfg, text.table)
 
 
 def neural_columns(scorer: MixedScorer, tokens: np.ndarray):
