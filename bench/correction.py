@@ -4,15 +4,14 @@
 
 Two sources. *Synthetic*: 908 thousand entries, drawn evenly from 62 million rows (`--rows` scales both), V = 1024, for
 the codecs that ask no model. *Real*: all targets of a split to which an artifact gives less than 2^-10 and less than
-2^-13, in windows of the model's length side by side; without `--artifact`, PRESET=cpu is trained for a minute. Floors:
-varint, the sum of its code lengths; rice, entries at random positions and log2 V a token; modelled, the sum of -log2 of
-its own chances. `flags` is the entropy of the flags given the octave of the tail alone, in bits an entry: a static
-bound, which a codec that also sees bursts may pass. The table is made from the text that it corrects, so no
+2^-13, as build_correction_table.py scores and reads them; without `--artifact`, PRESET=cpu is trained for a minute.
+Floors: varint, the sum of its code lengths; rice, entries at random positions and log2 V a token; modelled, the sum of
+-log2 of its own chances. `flags` is the entropy of the flags given the octave of the tail alone, in bits an entry: a
+static bound, which a codec that also sees bursts may pass. The table is made from the text that it corrects, so no
 oracle_bpb is a score. The last line is JSON.
 """
 
 import argparse
-import glob
 import json
 import math
 import os
@@ -23,60 +22,21 @@ import time
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
+from fairway.columns import columns_in_memory  # noqa: E402
 from fairway.correction import table  # noqa: E402
 from fairway.correction.entries import Entries, View, scatter_bits  # noqa: E402
+from fairway.correction.oracle import model_view, viewer  # noqa: E402
+from fairway.scorer import load_text  # noqa: E402
+from fairway.settings import EvalConfig  # noqa: E402
 
 ENTRIES, ROWS = 907_927, 62_021_845  # of the table that was published in #232, and targets of the challenge's split
 BITS = (10, 13)
-BATCH = 32  # windows at a time, always the same ones together, so that a row's numbers never change
-
-
-class Model:
-    """An artifact's opinion of a text: columns of one pass, and distributions again on request."""
-
-    def __init__(self, artifact: str, tokens: np.ndarray):
-        self.model = train_gpt.build_model(train_gpt.read_artifact(artifact)).eval()
-        self.tokens, self.length = tokens.astype(np.int64), self.model.cfg.train_seq_len
-        self.rows, self.span = len(tokens) - 1, BATCH * self.length
-        self.columns()
-
-    @torch.no_grad()
-    def batch(self, start: int) -> np.ndarray:
-        """float64[n, V]: the distributions of rows `start` to `start + span`, or to the end."""
-        places = np.minimum(start + np.arange(self.span), self.rows).reshape(BATCH, self.length)
-        logits = self.model.logits(torch.from_numpy(self.tokens[places])).double()
-        return torch.softmax(logits, -1).flatten(0, 1).numpy()[: self.rows - start]
-
-    def columns(self) -> None:
-        """float64[rows] log-probability of each target, float32[rows] tail mass below each threshold."""
-        self.logp, self.tails = np.empty(self.rows), {b: np.empty(self.rows, np.float32) for b in BITS}
-        began = said = time.perf_counter()
-        for start in range(0, self.rows, self.span):
-            p = self.batch(start)
-            rows = slice(start, start + len(p))
-            self.logp[rows] = np.log(p[np.arange(len(p)), self.tokens[1:][rows]])
-            for bits, tail in self.tails.items():
-                tail[rows] = np.where(p < 2.0**-bits, p, 0).sum(1)
-            if time.perf_counter() - said > 5:
-                said, part = time.perf_counter(), (start + len(p)) / self.rows
-                print(f"scoring {100 * part:.0f} % eta:{(said - began) * (1 / part - 1):.0f}s", file=sys.stderr,
-                      flush=True)
-
-    def distributions(self, positions: np.ndarray) -> np.ndarray:
-        """float64[m, V] of increasing rows."""
-        starts = positions // self.span * self.span
-        return np.concatenate([self.batch(s)[positions[starts == s] - s] for s in np.unique(starts).tolist()])
-
-    def view(self, bits: int, listed: np.ndarray) -> View:
-        """Listed rows are held where they fit, so that the clock sees codecs alone: `measure` asks first."""
-        view = View(self.rows, self.model.cfg.vocab_size, 2.0**-bits, self.tails[bits], self.distributions)
-        return view.holding(listed)
 
 
 def trained(folder: str) -> str:
@@ -84,15 +44,6 @@ def trained(folder: str) -> str:
     env = {**os.environ, "PRESET": "cpu", "OUT_DIR": folder, "MAX_WALLCLOCK_SECONDS": "60", "RUN_ID": "bench"}
     subprocess.run([sys.executable, ROOT / "train_gpt.py"], env=env, check=True, stdout=subprocess.DEVNULL)
     return str(Path(folder) / "final_model.int6.ptz")
-
-
-def text_bytes(artifact: str, tokens: np.ndarray, beside: Path) -> int:
-    """Bytes of the targets, by the tokenizer inside the artifact or beside the shards."""
-    held = train_gpt.read_artifact(artifact)
-    model = beside / "tokenizer.model"
-    train_gpt.need(held.tokenizer or model.is_file(), f"{artifact} holds no tokenizer and there is no {model}")
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=held.tokenizer or model.read_bytes())
-    return int(train_gpt.ByteTable.of(tokenizer, held.config.vocab_size).count(tokens).sum())
 
 
 def static_flag_bits(entries: Entries, view: View) -> float:
@@ -143,24 +94,31 @@ def synthetic(rows: int) -> list[dict]:
     return measure("synthetic, even", entries, View(rows, 1024), None, 0)
 
 
-def real(artifact: str, pattern: str) -> list[dict]:
-    paths = sorted(glob.glob(pattern))
-    train_gpt.need(paths, f"no shard matches {pattern}; set --val")
-    vocab_size = train_gpt.read_artifact(artifact).config.vocab_size
-    tokens = np.concatenate([train_gpt.read_shard(p, vocab_size) for p in paths])
-    train_gpt.need(len(tokens) > 1, f"{pattern} holds {len(tokens)} tokens; 2 are the least that can be scored")
-    size, model, rows = text_bytes(artifact, tokens, Path(paths[0]).parent), Model(artifact, tokens), []
-    plain = -model.logp.sum() / math.log(2) / size
-    print(f"{model.rows} real targets, {size} bytes, {plain:.6f} bits per byte without a table", flush=True)
+def progress(what: str, rows: int) -> tqdm:
+    return tqdm(total=rows, desc=what, unit="tok", unit_scale=True, delay=3, leave=False)
+
+
+def real(path: str, pattern: str) -> list[dict]:
+    artifact, rows, device = train_gpt.read_artifact(path), [], torch.device("cpu")
+    text = load_text(EvalConfig(val_files=pattern), artifact)
+    neural = viewer(train_gpt.build_model(artifact), train_gpt.Runtime(0, 1, device, "cpu"))
+    columns, targets = columns_in_memory(len(text.sizes), {"logp": "f8"}), text.tokens[1:].astype(np.int64)
+    with progress("scoring", len(targets)) as bar:
+        neural.fill(text.tokens, columns, told=lambda own, _: bar.update(len(own)))
+    logp, plain = columns["logp"], text.bpb(columns["logp"])
+    print(f"{len(logp)} real targets, {text.bytes} bytes, {plain:.6f} bits per byte without a table", flush=True)
     for bits in BITS:
-        listed = np.flatnonzero(model.logp < -bits * math.log(2))
-        view, entries = model.view(bits, listed), Entries(listed, model.tokens[1:][listed])
+        listed = np.flatnonzero(logp < -bits * math.log(2))
         train_gpt.need(len(listed), f"no target costs over {bits} bits: nothing to measure; set --val to more text")
-        found = measure(f"real, over {bits} bits", entries, view, model.logp, size)
+        # Held where they fit, so that the clock sees codecs alone: `measure` asks first.
+        with progress("tails", len(targets)) as bar:
+            view = model_view(neural, text.tokens, 2.0**-bits, bar.update).holding(listed)
+        entries = Entries(listed, targets[listed])
+        found = measure(f"real, over {bits} bits", entries, view, logp, text.bytes)
         static = static_flag_bits(entries, view)
         print(f"{'':20}flags {static:.3f} bits an entry given the tail's octave, "
               f"{scatter_bits(len(listed), view.rows) / len(listed):.3f} given nothing", flush=True)
-        pay = {name: len(table.choose(model.logp, model.tokens[1:], view, name).positions) for name in table.CODECS}
+        pay = {name: len(table.choose(logp, targets, view, name).positions) for name in table.CODECS}
         print(f"{'':20}entries that pay for themselves: {', '.join(f'{n} {c}' for n, c in pay.items())}", flush=True)
         rows += [row | dict(plain_bpb=plain, static_flags=static, paying=pay[row["codec"]]) for row in found]
     return rows
