@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_model import FEATURES, some_tokens, trained
 
-from fairway.memory import Memory, rotations
-from train_gpt import GPT, rope_tables
+from fairway.memory import KEPT, REWIND, Memory, bytes_a_token, first_layers, rotations
+from train_gpt import GPT, UserError, rope_tables
 
 ALL = [name for name in FEATURES if name not in ("loops_off", "ln_scale", "leaky")]
 MODELS: dict[str, GPT] = {}
@@ -22,7 +22,7 @@ def model_of(name: str) -> GPT:
 
 @torch.no_grad()
 def fed(model: GPT, tokens: torch.Tensor, window: int, cuts: list[int]) -> torch.Tensor:
-    memory = Memory(model, window, rotations(model, tokens.size(1)))
+    memory = Memory(model, window)
     return torch.cat([memory.logits(piece) for piece in tokens.tensor_split(cuts, dim=1) if piece.size(1)], dim=1)
 
 
@@ -70,16 +70,18 @@ def test_nothing_further_back_than_the_windows_reach_changes_anything(name, laye
         assert layers > 2 or moved[5 : last + 1].all()
 
 
+@pytest.mark.parametrize("kept", ["model", "bf16", "int8"])
 @pytest.mark.parametrize("window", [1, 3, 16])
-def test_what_is_kept_does_not_grow(window):
-    model, tokens = model_of("all"), some_tokens(length=64)
-    memory = Memory(model, window, rotations(model, 64))
+@torch.no_grad()
+def test_what_is_kept_grows_as_computed_and_then_no_more(window, kept):
+    model, tokens = model_of("all"), some_tokens(length=640)
+    memory, a_token = Memory(model, window, kept=kept), 2 * bytes_a_token(model, kept)  # in two streams
     for piece in tokens.split(5, dim=1):
-        with torch.no_grad():
-            memory.logits(piece)
-        assert len(memory.keys) == len(memory.values) == len(model.passes(True))
-        assert {kept.size(2) for kept in (*memory.keys, *memory.values)} == {min(window - 1, memory.read)}
-    assert memory.read == 64
+        memory.logits(piece)
+        least, most = min(memory.read, window + 1 + REWIND), 3 * (window + REWIND + 5)
+        assert least * a_token <= memory.held <= min(memory.read, most) * a_token
+        assert memory.read > 60 or memory.held == memory.read * a_token
+    assert memory.read == 640
 
 
 @torch.no_grad()
@@ -88,6 +90,113 @@ def test_streams_of_a_batch_know_nothing_of_each_other():
     together = fed(model, tokens, 6, [5, 9])
     for row in range(3):
         assert torch.allclose(fed(model, tokens[row : row + 1], 6, [5, 9])[0], together[row], atol=1e-5)
+
+
+# ---- Cropping and picking --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, kept, far", [  # coarse: a code or two may round the other way
+    ("plain", "model", 1e-5), ("all", "fp32", 1e-5), ("plain", "bf16", 0.1), ("all", "int8", 0.1)])
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 8)), min_size=1, max_size=12), st.integers(1, 20))
+@torch.no_grad()
+def test_cropping_and_going_on_is_never_having_read_it(name, kept, far, steps, window):
+    """Pieces are read and partly taken back; the same text read without detours, in the same pieces, agrees."""
+    model, plain = model_of(name), []
+    memory, other = Memory(model, window, kept=kept), some_tokens(length=400, seed=1)
+    for nth, (read, back) in enumerate(steps):
+        memory.logits(torch.cat([other[:, nth : nth + read], other[:, -back:]], dim=1) if back else
+                      other[:, nth : nth + read])
+        memory.crop(memory.read - back)
+        plain.append(other[:, nth : nth + read])
+    straight = Memory(model, window, kept=kept)
+    for piece in plain:
+        straight.logits(piece)
+    assert memory.read == straight.read == sum(read for read, _ in steps)
+    assert torch.allclose(memory.logits(other[:, :3]), straight.logits(other[:, :3]), atol=far)
+
+
+@torch.no_grad()
+def test_everything_can_be_cropped_until_the_window_has_slid_and_then_not_what_left_it():
+    model, tokens = model_of("plain"), some_tokens(length=300)
+    memory = Memory(model, 120)
+    before = memory.logits(tokens[:, :100])
+    memory.crop(0)
+    assert torch.equal(memory.logits(tokens[:, :100]), before)
+    for piece in tokens[:, 100:].split(1, dim=1):
+        memory.logits(piece)
+    with pytest.raises(ValueError, match="300 tokens were read, .* cannot be cropped to 10"):
+        memory.crop(10)
+    with pytest.raises(ValueError, match="cropped to 301"):
+        memory.crop(301)
+    memory.crop(300 - REWIND)
+    assert memory.read == 300 - REWIND
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@torch.no_grad()
+def test_picked_streams_go_on_as_the_old_ones(kept):
+    model, tokens = model_of("all"), some_tokens(rows=3)
+    memory, rows = Memory(model, 8, kept=kept), torch.tensor([2, 0, 0, 1])
+    memory.logits(tokens[:, :10])
+    memory.pick(rows)
+    apart = Memory(model, 8, kept=kept)
+    apart.logits(tokens[rows, :10])
+    assert torch.allclose(memory.logits(tokens[rows, 10:]), apart.logits(tokens[rows, 10:]), atol=1e-5)
+
+
+# ---- How keys and values are kept ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kept, far", [("fp32", 1e-5), ("bf16", 0.15), ("int8", 0.3)])
+@torch.no_grad()
+def test_coarser_keys_and_values_move_logits_little_but_do_move_them(kept, far):
+    model, tokens = model_of("plain"), some_tokens(length=16)
+    memory = Memory(model, kept=kept)
+    found = torch.cat([memory.logits(piece) for piece in tokens.split(1, dim=1)], dim=1)
+    apart = (found - model.logits(tokens)).abs().max().item()
+    assert apart < far and (kept == "fp32" or apart > 1e-4)
+
+
+@pytest.mark.parametrize("kept", ["bf16", "int8"])
+@torch.no_grad()
+def test_a_coarse_memory_does_not_depend_on_the_pieces(kept):
+    """What a position reads of itself and of its piece is as coarse as what it reads of older ones."""
+    model, tokens = model_of("all"), some_tokens(length=16)
+    whole = Memory(model, kept=kept).logits(tokens)
+    memory = Memory(model, kept=kept)
+    parts = torch.cat([memory.logits(piece) for piece in tokens.split([1, 5, 2, 8], dim=1)], dim=1)
+    assert (whole - parts).abs().max() < 0.05  # a code or two may round the other way
+
+
+def test_bytes_a_token_are_keys_and_values_of_each_pass_and_head():
+    model = model_of("all")  # 7 layers, 3 of them twice more; 2 heads of 8
+    assert [bytes_a_token(model, kept) for kept in ("fp32", "bf16", "int8")] == [
+        13 * 2 * 2 * size for size in (8 * 4, 8 * 2, 8 + 2)]
+
+
+def test_an_unknown_way_to_keep_them_is_refused_by_name():
+    with pytest.raises(UserError, match="'int3'; take one of model, fp32, bf16, int8"):
+        Memory(model_of("plain"), kept="int3")
+
+
+# ---- The first layers as a draft -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["plain", "all", "loops", "lanes"])
+@torch.no_grad()
+def test_the_first_layers_are_blocks_of_the_model_under_its_head(name):
+    model, tokens = model_of(name), some_tokens()
+    for count in range(1, model.cfg.num_layers):
+        draft = first_layers(model, count)
+        x = x0 = lane = model.embed(tokens)
+        for block in model.blocks[:count]:
+            x, lane = block(x, lane, x0, (model.cos, model.sin), lambda q, k, v: F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True), None)
+        x = F.linear(F.rms_norm((x + lane) / 2, (x.size(-1),)), model.tok_emb.weight)
+        expected = model.cfg.logit_softcap * torch.tanh(x / model.cfg.logit_softcap)
+        assert torch.allclose(draft.logits(tokens), expected, atol=1e-5)
+        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(
+            draft.blocks.parameters(), model.blocks[:count].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("count", [0, 3, -1])
+def test_a_draft_of_no_layers_or_of_all_is_refused(count):
+    with pytest.raises(UserError, match=f"first {count} layers: the model has 3; take 1 to 2"):
+        first_layers(model_of("plain"), count)
 
 
 # ---- Rotations -------------------------------------------------------------------------------------------------------
