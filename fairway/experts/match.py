@@ -5,6 +5,7 @@ compared with the text itself, token by token backwards, so a collision costs ti
 whose hint came true goes on to the next token; only then is nothing looked up.
 """
 
+import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,7 +174,7 @@ def match_all(history, table, buckets, settings, running, rates, at, matches):
     """`match_block` over history[at:], a block at a time."""
     least, delay, reset, candidates = settings
     hint, length, rate = matches
-    names, behind = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.int64)
+    names, behind = np.empty((2, min(BLOCK, len(hint))), np.int64)
     for row in range(0, len(hint), BLOCK):
         m = min(BLOCK, len(hint) - row)
         name_buckets(history, at + row, least, buckets, names[:m])
@@ -262,6 +263,19 @@ class Match:
 
     def update(self, token: int) -> None:
         self.fill(np.array([token]))
+
+    def side_by_side(self, streams: int, longest: int) -> list["Match"]:
+        """Experts for streams of at most `longest` tokens that are read in step: each has its part of one history, in
+        which all look for matches. Between two steps `end_at_unread` must be called."""
+        history, found = np.zeros(streams * longest, np.uint16), [copy.copy(self) for _ in range(streams)]
+        for nth, expert in enumerate(found):
+            expert.history, expert.position, expert.running = history, nth * longest, self.running.copy()
+        return found
+
+    def end_at_unread(self, longest: int) -> None:
+        """A match in another stream's text may have come to where that stream has not been yet: there it ends."""
+        if self.running[POINTER] % longest >= self.position % longest:
+            self.running[POINTER] = -1
 
     def hint(self) -> tuple[int, int, float]:
         """Of the next token: hint or -1, length of the match, rate."""

@@ -10,6 +10,7 @@ free has count 0. `seen` and `kinds` count followers that have entries: also whe
 and the number of the counts below, so the distribution stays exact.
 """
 
+import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -310,6 +311,13 @@ class NGram:
 
     def update(self, token: int) -> None:
         self.fill(np.array([token]))
+
+    def side_by_side(self, streams: int) -> list["NGram"]:
+        """Experts for as many streams, each with contexts of its own, that share all counts."""
+        found = [copy.copy(self) for _ in range(streams)]
+        for expert in found:
+            expert.contexts = self.contexts.copy()
+        return found
 
     def evidence(self) -> Evidence:
         """About every candidate for the next token; m = V."""
