@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_gpt import GPT, attend, need, rope_tables
+from train_gpt import GPT, Runtime, attend, need, rope_tables
 
 KEPT = {"model": None, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}  # None: as it computes them
 REWIND = 64  # tokens that can be cropped once older ones have left the window
@@ -54,6 +54,7 @@ class Memory:
         need(kept in KEPT, f"keys and values cannot be kept as {kept!r}; take one of {', '.join(KEPT)}")
         self.model, self.window, self.kept = model, window or model.cfg.train_seq_len, kept
         self.rope, self.grows = rope or (model.cos, model.sin), rope is None
+        self.rt = Runtime(0, 1, model.cos.device, model.cos.device.type)
         self.read, self.used, self.turn, self.mask = 0, 0, 0, None
         # The last `used` of the tokens read, and what the passes made of them; the rest of each is room for more.
         self.tokens: Tensor | None = None  # [B, room]
@@ -67,10 +68,11 @@ class Memory:
         self.make_room(tokens_BT)
         first = max(0, self.used - 2)  # the smear gate looks back by one token, at a bigram that does so too
         self.tokens[:, self.used : self.used + T] = tokens_BT
-        x = self.model.embed(self.tokens[:, first : self.used + T])[:, -T:]
         self.mask, self.turn = self.seen(T), 0
         cos, sin = (table[self.read : self.read + T] for table in self.rope)
-        out = self.model.from_embedded(x, (cos, sin), self.attention)
+        with self.rt.autocast():
+            x = self.model.embed(self.tokens[:, first : self.used + T])[:, -T:]
+            out = self.model.from_embedded(x, (cos, sin), self.attention)
         self.read, self.used = self.read + T, self.used + T
         return out
 

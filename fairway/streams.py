@@ -17,23 +17,20 @@ from fairway.memory import Memory
 from fairway.scorer import DEFAULT_EXPERTS, make_match
 from fairway.scoring import Neural, in_float64
 from fairway.settings import EvalConfig
-from train_gpt import BOS_ID, GPT, ByteTable, Runtime, need
+from train_gpt import BOS_ID, GPT, ByteTable, need
 
 
 class Rolling:
     """B streams in one batch. Each has its own context, which rolls on: nothing is ever read twice."""
 
     def __init__(self, model: GPT, first: np.ndarray):
-        device = model.cos.device
-        self.rt, self.memory, self.streams = Runtime(0, 1, device, device.type), Memory(model.eval()), len(first)
+        self.memory, self.streams = Memory(model.eval()), len(first)
         self.learn(first)
 
     @torch.no_grad()
     def learn(self, tokens: np.ndarray) -> None:
         """int64[B]: what came in each stream."""
-        with self.rt.autocast():
-            logits = self.memory.logits(torch.from_numpy(tokens)[:, None].to(self.rt.device))
-        self.logits = logits[:, -1]
+        self.logits = self.memory.logits(torch.from_numpy(tokens)[:, None].to(self.memory.rt.device))[:, -1]
 
     def probabilities(self) -> np.ndarray:
         """float64[B, V]: of the next token of each stream."""
@@ -63,8 +60,7 @@ class Windowed:
         if fresh:
             self.start, self.memory = start, Memory(neural.model, neural.length, neural.rope)
         piece = torch.from_numpy(self.tokens[start:] if fresh else tokens)
-        with neural.rt.autocast():
-            self.logits = self.memory.logits(piece[None].to(neural.rt.device))[:, -1]
+        self.logits = self.memory.logits(piece[None].to(neural.rt.device))[:, -1]
 
     def probabilities(self) -> np.ndarray:
         return checked(in_float64(self.logits).softmax(dim=1))

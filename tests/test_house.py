@@ -165,7 +165,7 @@ def test_importing_every_module_leaves_no_trace(tmp_path):
     code = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, numpy, sentencepiece, zstandard, brotli, constriction, tqdm, numba, numba.extending  # theirs, not ours
+import torch, numpy, sentencepiece, zstandard, brotli, constriction, tqdm, rich, numba, numba.extending  # not ours
 ours = {str(ROOT)!r} + os.sep
 def told(event, args):
     if event == "open" and type(args[0]) is str and type(args[1]) is str and set(args[1]) & set("wax+"):
