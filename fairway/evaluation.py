@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from fairway.adapt import adapting
-from fairway.certificate import LEAST_TOKENS, Certificate, certify
+from fairway.certificate import LEAST_TOKENS, Certificate, Verdict, certify
 from fairway.columns import Columns, open_columns
 from fairway.experts.match import Matches
 from fairway.experts.mixing import EXPERTS
@@ -62,8 +62,11 @@ class Evaluation:
         return tqdm(total=rows, desc=what, unit="tok", unit_scale=True, delay=3, leave=False, disable=self.rt.rank > 0)
 
     # ==== STAGES ======================================================================================================
-    def run(self, with_certificate: bool) -> Certificate | None:
+    def run(self, with_certificate: bool, prove: int = 0) -> Certificate | None:
         cfg, text = self.cfg, self.text
+        need(prove == 0 or prove >= 2, f"--prove is {prove}; it takes 2 tokens or more: the first has no price")
+        need(prove == 0 or cfg.ttt == "none", f"TTT is {cfg.ttt}, but --prove decodes with a model that stays as it "
+             "is; leave one of them out")
         need(not with_certificate or len(text.tokens) >= LEAST_TOKENS, f"{text.name} holds {len(text.tokens)} tokens; "
              f"--certify needs {LEAST_TOKENS}")
         size, sha256 = Path(cfg.checkpoint).stat().st_size, self.hashes["artifact"]
@@ -80,7 +83,7 @@ class Evaluation:
         self.try_others(columns, matches)
         if cfg.use_correction:
             self.correct(columns, logp)
-        certificate = self.certificate(logp) if with_certificate else None
+        certificate = self.judged(logp, with_certificate, prove)
         self.finish(logp, certificate, scorer)
         return certificate
 
@@ -174,6 +177,16 @@ class Evaluation:
                  f"saved_bits:{cost.saved_bits:.0f} paid_bits:{cost.paid_bits:.0f}\noracle_bpb:{cost.oracle_bpb:.8f}\n"
                  f"charged_bpb:{cost.charged_bpb:.8f}", "correction", **self.score["correction"])
 
+    def judged(self, logp: np.ndarray, with_certificate: bool, prove: int) -> Certificate | None:
+        """The verdicts that were asked for: of every rule, and of a decoder that has never seen the text."""
+        found = self.certificate(logp) if with_certificate else None
+        if prove:
+            verdict = self.decoded(logp, min(prove, len(self.text.tokens)))
+            found = replace(found or Certificate([], {}), verdicts=[*(found.verdicts if found else []), verdict])
+        if found is not None:
+            self.log(found.table(), "certificate", **found.as_json())
+        return found
+
     def certificate(self, logp: np.ndarray) -> Certificate:
         """A scorer made anew, run against every rule and against what was counted."""
         alone = Runtime(0, 1, self.rt.device, self.rt.name)  # its calls follow the clock: no other rank could
@@ -184,12 +197,18 @@ class Evaluation:
                 bar.set_postfix_str(rule, refresh=False)
                 bar.update(fraction - bar.n)
 
-            certificate = certify(
+            return certify(
                 MixedScorer(adapting(self.model, self.cfg, alone), self.cfg, self.text.table), self.text.tokens,
                 byte_table=self.text.table, tokenizer=self.text.tokenizer, claimed=logp, sizes=self.sizes(),
                 budget_bytes=self.cfg.size_budget_bytes, seconds=self.cfg.certify_seconds, progress=told)
-        self.log(certificate.table(), "certificate", **certificate.as_json())
-        return certificate
+
+    def decoded(self, logp: np.ndarray, count: int) -> Verdict:
+        """eval/proof.fwy: the first tokens at the price that was counted, as another process decodes them."""
+        from fairway import proof  # code that counts where it is used, and only there
+
+        with self.stage("proof"), self.bar("encoding", count - 1) as bar:
+            return proof.prove(self.cfg, self.text.tokens[:count], logp[: count - 1], self.folder / "proof.fwy",
+                               bar.update)
 
     # ==== WHAT IS SAID AND WRITTEN ====================================================================================
     def rung(self, name: str, logp: np.ndarray, stage: str, label: str, extra: str) -> None:
