@@ -1,0 +1,180 @@
+"""generate.py as its users run it: text to standard output, one line to standard error, one line for a mistake."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, train_tokenizer
+from test_writing import make_artifact
+
+import generate
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("generate")
+    make_artifact(folder, corpus)
+    make_artifact(folder, corpus, "small.ptz", num_layers=1)
+    make_artifact(folder, corpus, "stranger.ptz", train_tokenizer(corpus.texts[:500], corpus.vocab_size - 16))
+    make_artifact(folder, corpus, "bare.ptz", inside=False)
+    damaged = bytearray((folder / "model.ptz").read_bytes())
+    damaged[-3000] ^= 1
+    (folder / "damaged.ptz").write_bytes(damaged)
+    (folder / "prompt.txt").write_bytes(b"The people\n")
+    (folder / "bytes.txt").write_bytes(b"\xff\xfe people \xc3")
+    return folder
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """`run("--tokens 5", stdin=b"...")`: status, standard output, lines of standard error."""
+    monkeypatch.chdir(folder)
+
+    def call(options: str, *more: str, stdin: bytes = b"") -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        status = generate.main(["--artifact", "model.ptz", "--device", "cpu", *options.split(), *more])
+        out, told = capsys.readouterr()
+        return status, out, told.splitlines()
+    return call
+
+
+# ---- Text ------------------------------------------------------------------------------------------------------------
+def test_a_prompt_comes_as_an_option_a_file_or_a_pipe(run):
+    texts = [run("--seed 1 --tokens 9 --prompt", "The people"), run("--seed 1 --tokens 9 --prompt-file prompt.txt"),
+             run("--seed 1 --tokens 9", stdin=b"The people\n"),
+             run("--seed 1 --tokens 9 --prompt -", stdin=b"The people")]
+    assert len({out for _, out, _ in texts}) == 1 and all(status == 0 for status, _, _ in texts)
+    assert run("--seed 1 --tokens 9 --prompt", "The nation")[1] != texts[0][1]
+
+
+def test_one_line_tells_tokens_speed_likelihood_and_the_seed(run):
+    _, out, told = run("--tokens 7 --prompt the")
+    assert len(told) == 1 and told[0].startswith("7 tokens, ") and "tokens/s, mean log-probability -" in told[0]
+    seed = told[0].split("seed ")[1]
+    assert run(f"--tokens 7 --prompt the --seed {seed}")[1] == out
+    assert "seed" not in run("--tokens 7 --prompt the --strategy greedy")[2][0]
+
+
+@pytest.mark.parametrize("options, name", [
+    ("--strategy greedy", "greedy"), ("--temperature 1.3", "top-p"), ("--top-k 3", "top-k"), ("--top-p 0.5", "top-p"),
+    ("--min-p 0.2", "min-p"), ("--typical 0.5", "typical"), ("--beams 3", "beam"),
+    ("--strategy temperature --repetition-penalty 1.5", "temperature")])
+def test_every_strategy_writes_and_is_named_by_its_option(run, options, name):
+    status, out, _ = run(f"{options} --seed 3 --tokens 6 --prompt the --json out.json")
+    with open("out.json", encoding="utf-8") as f:
+        found = json.load(f)
+    assert status == 0 and out.endswith("\n") and found["texts"][0]["text"] + "\n" == out
+    assert found["strategy"] == name
+    assert len(found["texts"][0]["tokens"]) == len(found["texts"][0]["logps"]) <= 6
+
+
+def test_every_draft_reports_acceptance_tokens_a_verification_and_wall_clock(run):
+    expected = run("--strategy greedy --tokens 30 --prompt the")[1]
+    for draft in ("ngram", "suffix", "layers", "layers:2", "small.ptz"):
+        status, out, told = run(f"--strategy greedy --tokens 30 --prompt the --draft {draft}")
+        assert (status, out) == (0, expected) and len(told) == 1
+        assert f"; {draft}: " in told[0] and "guesses accepted (" in told[0] and "tokens a verification" in told[0]
+        assert told[0].endswith("x as fast as plain decoding")
+    assert "plain" not in run("--tokens 5 --prompt the --draft ngram --no-measure")[2][0]
+
+
+def test_the_n_best_are_numbered(run):
+    status, out, told = run("--beams 4 --n-best 3 --tokens 4 --prompt the")
+    assert status == 0 and all(f"[{n}] " in out and f"[{n}] -" in told[0] for n in (1, 2, 3))
+
+
+def test_a_stop_string_is_not_printed(run):
+    _, whole, _ = run("--strategy greedy --tokens 20 --prompt the")
+    stop = whole[5:8]
+    assert run("--strategy greedy --tokens 20 --prompt the --stop", stop)[1] == whole[: whole.index(stop)] + "\n"
+
+
+def test_a_prompt_longer_than_the_context_is_read_and_said_so(run):
+    status, out, told = run("--strategy greedy --tokens 5 --draft suffix", stdin=b"the people of the nation " * 20)
+    assert status == 0 and len(out) > 3 and len(told) == 2
+    assert told[0].startswith("prompt: ") and "the model sees 32 at a time" in told[0] and "slides" in told[0]
+
+
+@pytest.mark.parametrize("options", ["--prompt-file bytes.txt", "--prompt="])
+def test_bytes_that_are_no_text_and_no_prompt_at_all_serve(run, options):
+    status, out, told = run(f"{options} --tokens 5 --seed 0")
+    assert status == 0 and out and len(told) == 1
+
+
+@pytest.mark.parametrize("kept", ["fp32", "bf16", "int8"])
+def test_keys_and_values_can_be_kept_coarser(run, kept):
+    assert run(f"--cache {kept} --tokens 5 --prompt the --strategy greedy")[0] == 0
+
+
+# ---- Side by side ----------------------------------------------------------------------------------------------------
+def test_compare_prints_tables_and_writes_them_as_json(run):
+    status, out, told = run("--compare --samples 2 --tokens 6 --prompt the --prompt of --draft small.ptz --json x.json")
+    with open("x.json", encoding="utf-8") as f:
+        found = json.load(f)
+    assert status == 0 and told == []
+    assert all(words in out for words in ("After 'the'", "After 'of'", "All prompts", "Speculative decoding"))
+    assert [row["draft"] for row in found["drafts"]][::2] == ["ngram", "suffix", "layers", "small.ptz"]
+    assert {row["strategy"] for row in found["texts"]} >= {"greedy", "top-k", "typical", "beam"}
+
+
+# ---- What is wrong ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options, message", [
+    ("--strategy nucleus", "'nucleus'; take one of greedy, temperature, top-k, top-p, min-p, typical, beam"),
+    ("--temperature 0", "--temperature is 0; it must be more than 0 (for the best token always: --strategy greedy)"),
+    ("--temperature -1", "--temperature is -1"), ("--temperature nan", "--temperature is nan"),
+    ("--temperature warm", "argument --temperature: invalid float value: 'warm'; see --help"),
+    ("--top-k 0", "--top-k is 0"), ("--top-p 1.5", "--top-p is 1.5"), ("--min-p 1", "--min-p is 1"),
+    ("--repetition-penalty 0.5", "--repetition-penalty is 0.5"), ("--tokens 0", "--tokens is 0"),
+    ("--seed -1", "--seed is -1"), ("--beams 0", "--beams is 0; it must be 1 to 256"), ("--n-best 9", "--n-best is 9"),
+    ("--stop=", "--stop is empty"),
+    ("--strategy greedy --temperature 2", "--temperature does nothing with --strategy greedy"),
+    ("--top-k 3 --top-p 0.5", "--top-p does nothing with --strategy top-k"),
+    ("--beams 3 --draft ngram", "--draft does nothing with --strategy beam"),
+    ("--strategy top-p --beams 3", "--beams does nothing with --strategy top-p"),
+    ("--beams 3 --top-k 3", "--top-k does nothing with --strategy beam"),
+    ("--samples 3", "--samples does nothing with --strategy top-p"), ("--compare --samples 0", "--samples is 0"),
+    ("--compare --stop x", "--stop does nothing with --compare"),
+    ("--prompt of", "2 prompts are given; several go with --compare"),
+    ("--prompt-file prompt.txt", "--prompt and --prompt-file are both given"),
+    ("--bogus", "unrecognized arguments: --bogus"),
+    ("--artifact missing.ptz", "missing.ptz: cannot be read (No such file or directory)"),
+    ("--artifact damaged.ptz", "damaged.ptz: the payload does not match its checksum: damaged"),
+    ("--artifact bare.ptz", "holds no tokenizer"), ("--cache int3", "argument --cache: invalid choice: 'int3'"),
+    ("--draft stranger.ptz", "--draft stranger.ptz was trained with tokenizer"), ("--drafts 0", "--drafts is 0"),
+    ("--draft missing.ptz", "--draft is 'missing.ptz', which is no file")])
+def test_a_mistake_is_one_line_that_names_the_option(run, options, message):
+    status, out, told = run(f"--prompt the --tokens 4 {options}")
+    assert (status, out) == (1, "") and len(told) == 1
+    assert told[0].startswith("generate: error: ") and message in told[0]
+
+
+def test_a_prompt_file_that_is_not_there_is_named(run):
+    assert run("--prompt-file nowhere.txt") == (
+        1, "", ["generate: error: --prompt-file nowhere.txt: No such file or directory"])
+
+
+# ---- Ended from outside ----------------------------------------------------------------------------------------------
+@pytest.fixture
+def process(folder):
+    options = "--artifact model.ptz --device cpu --prompt the --tokens 1000000 --strategy greedy"
+    return subprocess.Popen([sys.executable, str(ROOT / "generate.py"), *options.split()], cwd=folder, env=os.environ,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_ctrl_c_ends_the_text_cleanly(process):
+    begun = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    rest, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and (begun + rest).endswith(b"\n") and len(begun) == 20
+    assert told.count(b"\n") == 1 and told.endswith(b", interrupted\n") and b"tokens/s" in told
+
+
+def test_a_reader_that_has_had_enough_is_no_error(process):
+    assert len(process.stdout.read(20)) == 20
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0 and process.stderr.read() == b""
+    process.stderr.close()
