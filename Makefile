@@ -63,6 +63,8 @@ bench: $(OUT)/logs/eval.done
 	$(BIN)/python bench/mixing.py
 	$(BIN)/python bench/adapt.py
 	$(BIN)/python bench/correction.py
+	$(BIN)/python bench/compress.py
+	$(BIN)/python bench/decode.py
 
 clean:
 	rm -rf .venv out data/embedded logs eval final_model.* checkpoint.pt .pytest_cache .ruff_cache .hypothesis

@@ -46,6 +46,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     decode.add_argument("--force", action="store_true", help="replace files that are there")
     for verb in (encode, decode):
         verb.add_argument("--artifact", default="final_model.int6.ptz", help="default: %(default)s")
+        verb.add_argument("--tokenizer", default="", metavar="FILE", help="where the artifact holds none")
         verb.add_argument("--device", choices=("cpu", "cuda", "mps"), default="", help="default: the best there is to "
                           "encode, and the one that encoded to decode")
     verbs.add_parser("info", help="what a bitstream says of itself", **style).add_argument("file", metavar="F.fwy")
@@ -72,7 +73,7 @@ def encode(given: argparse.Namespace, env: Mapping[str, str]) -> None:
     need(given.streams >= 0, f"--streams is {given.streams}; it must be 1 or more")
     files = [read_text(name) for name in given.texts]
     settings = EvalConfig.from_env(env) if given.experts else None
-    coder = Coder.of(given.artifact, given.device)
+    coder = Coder.of(given.artifact, given.device, given.tokenizer)
     began = time.perf_counter()
     with progress("encoding") as bar:
         coded = coder.encode(files, settings, given.streams, bar.update, lambda count: setattr(bar, "total", count))
@@ -97,7 +98,7 @@ def decode(given: argparse.Namespace) -> None:
     folder = Path(given.out)
     there = [name for name, _ in header.files or () if given.out != "-" and (folder / name).exists()]
     need(not there or given.force, f"{folder / (there or [''])[0]} is there already; choose another --out, or --force")
-    coder = Coder.of(given.artifact, given.device or made_on)
+    coder = Coder.of(given.artifact, given.device or made_on, given.tokenizer)
     began = time.perf_counter()
     try:
         with progress("decoding", header.count) as bar:

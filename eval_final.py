@@ -4,8 +4,9 @@
 
 Neural windows, then experts that learn from what has been scored, mixed; --certify then runs the scorer against every
 rule of docs/LEGALITY.md and exits with 1 if it breaks one. --prove N writes the first N tokens at the price that was
-counted for them, and lets a process that sees only the artifact and that file decode them. Under torchrun the windows are shared out. USE_CORRECTION=1
-adds a correction table's oracle_bpb and charged_bpb, apart from the score. Results: OUT_DIR/eval/. Settings:
+counted for them, and lets a process that sees only the artifact and that file decode them. Under torchrun the windows
+are shared out. USE_CORRECTION=1 adds a correction table's oracle_bpb and charged_bpb, apart from the score. Results:
+OUT_DIR/eval/. Settings:
 """
 
 from __future__ import annotations

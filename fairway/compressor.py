@@ -31,12 +31,12 @@ from fairway.bitstream import (
     encode_tokens,
     packed,
 )
-from fairway.scorer import load_tokenizer
+from fairway.loading import load
 from fairway.scoring import Neural
 from fairway.settings import EvalConfig
 from fairway.spelling import Speller
 from fairway.streams import Mixed, Windowed, make_predictor
-from train_gpt import BOS_ID, GPT, Config, Runtime, build_model, file_sha256, need, read_artifact, set_up_runtime
+from train_gpt import BOS_ID, GPT, Runtime, file_sha256, need
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,13 @@ class Coder:
 
     model: GPT
     speller: Speller
-    sha256: bytes
     runtime: Runtime
+    sha256: bytes
 
     @classmethod
-    def of(cls, path: str | Path, device: str = "", tokenizer_path: str = "") -> Coder:
-        artifact = read_artifact(path)
-        tokenizer, _ = load_tokenizer(EvalConfig(tokenizer_path=tokenizer_path), artifact, Path(path).parent)
-        runtime = set_up_runtime(Config(device=device), {})
-        model = build_model(artifact, runtime.device).eval()
-        return cls(model, Speller(tokenizer, artifact.config.vocab_size), bytes.fromhex(file_sha256(path)), runtime)
+    def of(cls, path: str | Path, device: str = "", tokenizer: str = "") -> Coder:
+        _, model, speller, runtime = load(path, tokenizer, device)
+        return cls(model, speller, runtime, bytes.fromhex(file_sha256(path)))
 
     def made_on(self) -> MadeOn:
         kind = self.runtime.device.type

@@ -60,22 +60,24 @@ def load_text(cfg: EvalConfig, artifact: Artifact) -> Text:
     need(len(tokens) > 1, f"{pattern} holds {len(tokens)} tokens; at least 2 are needed to predict one")
     need(tokens.max() < size, f"{pattern} holds token {tokens.max()}, but the artifact knows {size}; set VAL_FILES to "
          "shards that its tokenizer wrote")
-    tokenizer, origin = load_tokenizer(cfg, artifact, paths[0].parent)
+    tokenizer, origin = load_tokenizer(cfg.tokenizer_path, artifact, paths[0].parent)
     table = proven_table(tokenizer, origin, tokens)
     sizes = table.count(tokens)
     need(sizes.sum() > 0, f"the tokens of {pattern} stand for no bytes; bits per byte need some")
     return Text(tokens, sizes, table, tokenizer, pattern, hashlib.sha256(tokens).hexdigest())
 
 
-def load_tokenizer(cfg: EvalConfig, artifact: Artifact, beside: Path) -> tuple[Any, str]:
-    """The tokenizer that the artifact was trained with: inside it, or a file with its hash."""
-    path = Path(cfg.tokenizer_path) if cfg.tokenizer_path else beside / "tokenizer.model"
-    if artifact.tokenizer and not cfg.tokenizer_path:
+def load_tokenizer(given: str, artifact: Artifact, beside: Path, option: str = "TOKENIZER_PATH") -> tuple[Any, str]:
+    """The tokenizer that the artifact was trained with: inside it, or a file with its hash. `option` is how the user
+    gives one."""
+    path = Path(given) if given else beside / "tokenizer.model"
+    if artifact.tokenizer and not given:
         return sentencepiece.SentencePieceProcessor(model_proto=artifact.tokenizer), "the artifact's tokenizer"
-    need(path.is_file(), f"no tokenizer in the artifact nor at {path}; set TOKENIZER_PATH to what wrote the shards")
+    absent = f"no tokenizer at {path}" if given else f"no tokenizer in the artifact nor at {path}"
+    need(path.is_file(), f"{absent}; set {option} to the one that the artifact was trained with")
     ours, theirs = train_gpt.file_sha256(path), artifact.header["tokenizer_sha256"]
     need(ours == theirs, f"{path} is tokenizer {ours[:12]}, but the artifact was trained with {theirs[:12]}; unset "
-         "TOKENIZER_PATH or set it to that one")
+         f"{option} or set it to that one")
     return sentencepiece.SentencePieceProcessor(model_file=str(path)), str(path)
 
 

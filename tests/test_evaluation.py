@@ -130,6 +130,20 @@ def test_a_second_run_reads_its_columns_and_says_the_same(finished, env, here):
     assert "columns:sliding" not in other.stdout and other.stdout.splitlines()[-1] != done.stdout.splitlines()[-1]
 
 
+def test_a_proof_joins_the_certificate(finished, env, here):
+    """Also alone, and of a split that is shorter than what was asked for."""
+    folder, done, score = finished
+    proved = here(eval_final.main, env(folder), ["--prove", "300"])
+    assert proved.returncode == 0 and proved.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    certificate = json.loads((folder / "eval/certificate.json").read_text())
+    (rule,), d = certificate["rules"], certificate["rules"][0]["details"]
+    assert certificate["passed"] and (rule["rule"], rule["verdict"], d["tokens"]) == ("decoded", "ok", 300)
+    logp = np.load(folder / "eval/final_logp.npy")[:299]
+    assert d["claimed_bits"] == pytest.approx(-logp.sum() / np.log(2), abs=1e-9)
+    assert d["file_bits"] == 8 * (folder / "eval/proof.fwy").stat().st_size
+    assert d["ratio"] == pytest.approx(d["file_bits"] / d["claimed_bits"])
+
+
 def test_a_killed_run_goes_on_from_its_columns(finished, env, tmp_path, here):
     _, done, _ = finished
     process = subprocess.Popen([sys.executable, str(ROOT / "eval_final.py")], env=env(tmp_path, EVAL_BATCH_TOKENS=64),

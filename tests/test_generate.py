@@ -143,7 +143,8 @@ def test_compare_prints_tables_and_writes_them_as_json(run):
     ("--bogus", "unrecognized arguments: --bogus"),
     ("--artifact missing.ptz", "missing.ptz: cannot be read (No such file or directory)"),
     ("--artifact damaged.ptz", "damaged.ptz: the payload does not match its checksum: damaged"),
-    ("--artifact bare.ptz", "holds no tokenizer"), ("--cache int3", "argument --cache: invalid choice: 'int3'"),
+    ("--artifact bare.ptz", "set --tokenizer to the one that"),
+    ("--cache int3", "argument --cache: invalid choice: 'int3'"),
     ("--draft stranger.ptz", "--draft stranger.ptz was trained with tokenizer"), ("--drafts 0", "--drafts is 0"),
     ("--draft missing.ptz", "--draft is 'missing.ptz', which is no file")])
 def test_a_mistake_is_one_line_that_names_the_option(run, options, message):

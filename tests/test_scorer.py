@@ -133,7 +133,7 @@ def test_which_tokenizer_is_taken(artifact, corpus, text, tmp_path):
     for kind in (artifact, bare):
         message = refusal(kind, data_path=corpus.folder, tokenizer_path=other)
         assert message.startswith(f"{other} is tokenizer ") and "but the artifact was trained with" in message
-        assert f"nor at {tmp_path}; set TOKENIZER_PATH" in refusal(
+        assert f"no tokenizer at {tmp_path}; set TOKENIZER_PATH" in refusal(
             bare, data_path=corpus.folder, tokenizer_path=tmp_path)
     write_shard(tmp_path / "x_val_0.bin", text.tokens)
     assert f"no tokenizer in the artifact nor at {tmp_path}/tokenizer.model" in refusal(bare, data_path=tmp_path)

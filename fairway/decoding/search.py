@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from fairway.decoding.strategies import Strategy, draw, log_softmax
-from train_gpt import Runtime, need
+from train_gpt import need
 
 PIECE = 128  # tokens of a prompt that are read at once
 MOST_BEAMS = 256
-CPU = Runtime(0, 1, torch.device("cpu"), "cpu")
 
 
 class Engine(Protocol):
@@ -28,8 +27,8 @@ class Engine(Protocol):
 class Reader:
     """An engine with tokens going in and float64 logits coming out; never more than `most` tokens at once."""
 
-    def __init__(self, engine: Engine, runtime: Runtime = CPU, most: int = PIECE):
-        self.engine, self.runtime, self.most = engine, runtime, most
+    def __init__(self, engine: Engine, device: torch.device | str = "cpu", most: int = PIECE):
+        self.engine, self.device, self.most = engine, device, most
 
     @property
     def length(self) -> int:
@@ -38,8 +37,8 @@ class Reader:
 
     def batch(self, tokens_BT: Sequence[Sequence[int]]) -> np.ndarray:
         """float64[B, T, V]: what each position says of the token after it."""
-        tokens = torch.tensor(tokens_BT, dtype=torch.int64, device=self.runtime.device)
-        with torch.inference_mode(), self.runtime.autocast():
+        tokens = torch.tensor(tokens_BT, dtype=torch.int64, device=self.device)
+        with torch.inference_mode():
             return self.engine.logits(tokens).float().cpu().numpy().astype(np.float64)
 
     def read(self, tokens: Sequence[int]) -> np.ndarray:
@@ -62,7 +61,7 @@ class Reader:
     def pick(self, rows: Sequence[int]) -> None:
         """The streams become those of these numbers."""
         with torch.inference_mode():
-            self.engine.pick(torch.tensor(rows, dtype=torch.int64, device=self.runtime.device))
+            self.engine.pick(torch.tensor(rows, dtype=torch.int64, device=self.device))
 
 
 class Step(NamedTuple):

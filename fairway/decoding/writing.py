@@ -9,16 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
-import torch
 
 from fairway.decoding.drafts import Draft, Model, NGram, Suffix
 from fairway.decoding.search import Reader, Step, beam, plain
 from fairway.decoding.speculative import Speculation, Stats
 from fairway.decoding.strategies import Strategy
+from fairway.loading import load
 from fairway.memory import Memory, first_layers
 from fairway.spelling import Speller
-from train_gpt import BOS_ID, GPT, Artifact, Runtime, best_device, build_model, file_sha256, need, read_artifact
+from train_gpt import BOS_ID, GPT, build_model, need, read_artifact
 
 EOS_ID = 2
 ENDS = (BOS_ID, EOS_ID)  # a document ends where the next one begins
@@ -27,28 +26,12 @@ DRAFTS = ("none", "ngram", "suffix", "layers", "layers:K")
 
 
 # ==== WHAT IS LOADED ==================================================================================================
-def tokenizer_of(artifact: Artifact, path: str) -> sentencepiece.SentencePieceProcessor:
-    """The tokenizer inside the artifact, or in a file that has its hash."""
-    if artifact.tokenizer and not path:
-        return sentencepiece.SentencePieceProcessor(model_proto=artifact.tokenizer)
-    need(path, "the artifact holds no tokenizer; give the one that it was trained with: --tokenizer PATH")
-    need(Path(path).is_file(), f"--tokenizer {path}: no such file")
-    ours, theirs = file_sha256(path), artifact.header["tokenizer_sha256"]
-    need(ours == theirs, f"--tokenizer {path} is tokenizer {ours[:12]}, but the artifact was trained with "
-         f"{theirs[:12]}; give that one")
-    return sentencepiece.SentencePieceProcessor(model_file=path)
-
-
 class Writer:
     """A model, its tokenizer, the device that it runs on, and how it keeps keys and values."""
 
     def __init__(self, path: str, tokenizer: str = "", device: str = "", kept: str = "model"):
-        kind = device or best_device()
-        need(kind in ("cpu", best_device()), f"--device is {kind}, but PyTorch sees only {best_device()} here")
-        self.runtime, self.kept = Runtime(0, 1, torch.device(kind), kind), kept
-        self.artifact = read_artifact(path)
-        self.model = build_model(self.artifact, self.runtime.device).eval()
-        self.speller = Speller(tokenizer_of(self.artifact, tokenizer), self.model.cfg.vocab_size)
+        self.artifact, self.model, self.speller, self.runtime = load(path, tokenizer, device)
+        self.kept = kept
 
     @property
     def context(self) -> int:
@@ -58,7 +41,7 @@ class Writer:
         return [BOS_ID, *self.speller.tokens(prompt)]
 
     def reader(self, model: GPT | None = None) -> Reader:
-        return Reader(Memory(model or self.model, kept=self.kept), self.runtime)
+        return Reader(Memory(model or self.model, kept=self.kept), self.runtime.device)
 
     def read(self, prompt: Sequence[int], told: Callable[[int], None] | None = None) -> Reader:
         """A reader that has read the prompt but for its last token."""
