@@ -46,25 +46,29 @@ def shown(found: dict[str, float], form: str = ".2f") -> str:
 
 # ==== THE CACHE =======================================================================================================
 def cached_step(writer: Writer, tokens: list[int], kept: str, steps: int) -> tuple[float, int]:
-    """Seconds a token once all of `tokens` are read, and bytes held."""
+    """Median seconds of a token once all of `tokens` are read, and bytes held."""
     memory = Memory(writer.model, window=2 * len(tokens), kept=kept)
     reader = Reader(memory)
     reader.last(tokens)
-    held, began = memory.held, time.perf_counter()
+    held, seconds = memory.held, []
     for token in tokens[:steps]:
+        began = time.perf_counter()
         reader.read([token])
-    return (time.perf_counter() - began) / steps, held
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds), held
 
 
 @torch.inference_mode()
 def recomputed_step(writer: Writer, tokens: list[int], steps: int) -> float:
     """The same without a cache: each token takes a pass over all before it."""
-    rope, text, began = rotations(writer.model, len(tokens) + steps), list(tokens), time.perf_counter()
+    rope, text, seconds = rotations(writer.model, len(tokens) + steps), list(tokens), []
     for token in tokens[:steps]:
         text.append(token)
+        began = time.perf_counter()
         x = writer.model.embed(torch.tensor([text]))
         writer.model.from_embedded(x, tuple(table[: len(text)] for table in rope))[0, -1].double().numpy()
-    return (time.perf_counter() - began) / steps
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def bench_cache(writer: Writer, stream: list[int], repeats: int, told: tqdm) -> list[dict]:
