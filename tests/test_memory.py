@@ -71,17 +71,17 @@ def test_nothing_further_back_than_the_windows_reach_changes_anything(name, laye
 
 
 @pytest.mark.parametrize("kept", ["model", "bf16", "int8"])
-@pytest.mark.parametrize("window", [1, 3, 16])
+@pytest.mark.parametrize("window", [1, 16])
 @torch.no_grad()
 def test_what_is_kept_grows_as_computed_and_then_no_more(window, kept):
-    model, tokens = model_of("all"), some_tokens(length=640)
+    model, tokens = model_of("all"), some_tokens(length=400)
     memory, a_token = Memory(model, window, kept=kept), 2 * bytes_a_token(model, kept)  # in two streams
     for piece in tokens.split(5, dim=1):
         memory.logits(piece)
         least, most = min(memory.read, window + 1 + REWIND), 3 * (window + REWIND + 5)
         assert least * a_token <= memory.held <= min(memory.read, most) * a_token
         assert memory.read > 60 or memory.held == memory.read * a_token
-    assert memory.read == 640
+    assert memory.read == 400
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def test_streams_of_a_batch_know_nothing_of_each_other():
 # ---- Cropping and picking --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, kept, far", [  # coarse: a code or two may round the other way
     ("plain", "model", 1e-5), ("all", "fp32", 1e-5), ("plain", "bf16", 0.1), ("all", "int8", 0.1)])
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 8)), min_size=1, max_size=12), st.integers(1, 20))
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 8)), min_size=1, max_size=8), st.integers(1, 20))
 @torch.no_grad()
 def test_cropping_and_going_on_is_never_having_read_it(name, kept, far, steps, window):
     """Pieces are read and partly taken back; the same text read without detours, in the same pieces, agrees."""

@@ -6,28 +6,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_artifact import TINY, encoded, trained, write
 
 from fairway import proof
 from fairway.adapt import adapting
-from fairway.bitstream import read_bitstream
+from fairway.bitstream import read_bitstream, unpacked
+from fairway.compressor import Coder
 from fairway.scorer import MixedScorer, load_text
 from fairway.settings import EvalConfig
-from train_gpt import Runtime, UserError, build_model, read_artifact, read_shard
+from train_gpt import Config, Runtime, UserError, build_model, read_artifact, read_shard
 
 COUNT = 600
 
 
+def make_artifact(path: Path, corpus, **changed) -> Path:
+    """Of a small model that is not trained, but not blank either."""
+    model = trained(Config(**TINY | dict(vocab_size=corpus.vocab_size) | changed))
+    return write(path, encoded(model, tokenizer=(corpus.folder / "tokenizer.model").read_bytes()))
+
+
 @pytest.fixture(scope="module")
-def artifact(run_trainer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("proved")
-    done = run_trainer(folder, ITERATIONS=30, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, BIGRAM_DIM=8)
-    assert done.returncode == 0, done.stderr
-    return folder / "final_model.int6.ptz"
+def artifact(corpus, tmp_path_factory) -> Path:
+    return make_artifact(tmp_path_factory.mktemp("proved") / "a.ptz", corpus)
 
 
 @pytest.fixture(scope="module")
 def cfg(artifact, corpus) -> EvalConfig:
-    return EvalConfig(checkpoint=str(artifact), data_path=str(corpus.folder), eval_stride=32)
+    return EvalConfig(checkpoint=str(artifact), data_path=str(corpus.folder), eval_stride=8)
 
 
 def scored(cfg: EvalConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -60,18 +65,21 @@ def test_a_score_is_decoded_at_the_price_that_it_claims(counted, proved):
     path, verdict = proved
     check(verdict, counted[1])
     header, _ = read_bitstream(path)
-    assert header.count == COUNT - 1 and header.experts == dict(eval_stride=32)
+    assert header.count == COUNT - 1 and header.experts == dict(eval_stride=8)
 
 
 @pytest.mark.parametrize("settings", [dict(eval_mode="cached", mix_weights="exponential"),
                                       dict(eval_documents=True, expert_reset=True, mix_mode="log", mix_rate=0.1)],
                          ids=["cached-exponential", "documents-log"])
-def test_so_is_one_by_other_settings(cfg, settings, tmp_path):
+def test_so_is_one_by_other_settings(cfg, settings):
+    """In this process: what another one adds is the same for all."""
     cfg, told = replace(cfg, **settings), []
-    tokens, logp = scored(cfg)
-    check(proof.prove(cfg, tokens, logp, tmp_path / "proof.fwy", told.append), logp)
-    assert sum(told) == COUNT - 1
-    assert read_bitstream(tmp_path / "proof.fwy")[0].experts == dict(eval_stride=32) | settings
+    (tokens, logp), coder = scored(cfg), Coder.of(cfg.checkpoint, "cpu")
+    coded = coder.encode_proof(tokens, cfg, told.append)
+    header, payload = unpacked(coded, "proof.fwy")
+    back = coder.decode_proof(header, payload, told.append)
+    check(proof.verdict(tokens, back, -float(logp.sum()) / np.log(2), 8 * len(coded), 0.0), logp)
+    assert sum(told) == 2 * (COUNT - 1) and header.experts == dict(eval_stride=8) | settings
 
 
 def test_a_score_that_claims_too_much_is_found_out(counted, proved):
@@ -107,16 +115,15 @@ def test_what_cannot_be_decoded_is_one_line(artifact, proved, tmp_path, capsys):
         assert error.startswith("proof: error: ") and why in error and error.count("\n") == 1 and not out.exists()
 
 
-def test_the_error_of_another_process_is_told(cfg, counted, proved, tmp_path, run_trainer):
-    assert run_trainer(tmp_path, ITERATIONS=2, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, BIGRAM_DIM=8).returncode == 0
-    other = replace(cfg, checkpoint=str(tmp_path / "final_model.int6.ptz"))
+def test_the_error_of_another_process_is_told(cfg, corpus, proved, tmp_path):
+    other = replace(cfg, checkpoint=str(make_artifact(tmp_path / "b.ptz", corpus, num_layers=1)))
     said = proof.decoded_elsewhere(other, proved[0])
     assert isinstance(said, str) and said.startswith("proof: error: ") and "was made with artifact" in said
 
 
 def test_a_model_that_trains_as_it_reads_is_refused_before_it_is_scored(cfg, tmp_path):
     from fairway.evaluation import Evaluation
-    from train_gpt import Config, Log
+    from train_gpt import Log
 
     rt = Runtime(0, 1, torch.device("cpu"), "cpu")
     for settings, prove, why in ((dict(ttt="bias"), 100, "TTT is bias, but --prove"), (dict(), 1, "--prove is 1"),
