@@ -43,24 +43,28 @@ class Windowed:
     streams = 1
 
     def __init__(self, neural: Neural, first: np.ndarray):
-        need(not neural.digests and type(neural) is Neural, "a model that trains as it reads is not decoded; unset TTT")
-        self.neural, self.tokens, self.start = neural, np.zeros(0, np.int64), -1
-        self.document = 0  # where it began, for windows that start anew there
+        need(type(neural) is Neural, "a model that trains as it reads is not decoded; unset TTT")
+        self.neural, self.start = neural, -1
+        self.recent: list[int] = []  # tokens that the next window may begin with
+        self.read, self.document = 0, 0  # tokens; where the document began, for windows that start anew there
         self.learn(first)
 
     @torch.no_grad()
     def learn(self, tokens: np.ndarray) -> None:
-        if tokens[0] == BOS_ID and self.neural.cfg.eval_documents:
-            self.document = len(self.tokens)
-        self.tokens = np.append(self.tokens, tokens)
-        neural, since = self.neural, self.tokens[self.document :]
-        # One more token, so that the last one has a row: where a row looks back to never hangs on its target.
-        start = self.document + int(neural.plan(np.append(since, 0)).start[-1])
-        fresh = start != self.start
-        if fresh:
+        neural = self.neural
+        if tokens[0] == BOS_ID and neural.cfg.eval_documents:
+            self.document = self.read
+        self.recent.append(int(tokens[0]))
+        self.read += 1
+        # One more token, so that the last one has a row. Where a row looks back to hangs on how many came before.
+        many = np.broadcast_to(np.int64(0), self.read - self.document + 1)
+        start = self.document + int(neural.plan(many).start[-1])
+        if start == self.start:
+            piece = self.recent[-1:]
+        else:
             self.start, self.memory = start, Memory(neural.model, neural.length, neural.rope)
-        piece = torch.from_numpy(self.tokens[start:] if fresh else tokens)
-        self.logits = self.memory.logits(piece[None].to(neural.rt.device))[:, -1]
+            piece = self.recent = self.recent[start - self.read :]
+        self.logits = self.memory.logits(torch.tensor([piece], device=neural.rt.device))[:, -1]
 
     def probabilities(self) -> np.ndarray:
         return checked(in_float64(self.logits).softmax(dim=1))
