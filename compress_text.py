@@ -135,8 +135,11 @@ def main(arguments: Sequence[str] | None = None, env: Mapping[str, str] = os.env
     except KeyboardInterrupt:
         print("compress_text: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except (UserError, OSError) as e:
+    except UserError as e:
         print(f"compress_text: error: {str(e).splitlines()[0]}", file=sys.stderr)
+    except OSError as e:
+        where = e.filename or vars(given).get("out")
+        print(f"compress_text: error: {where}: {e.strerror or e}", file=sys.stderr)
     return 1
 
 

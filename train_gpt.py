@@ -220,6 +220,7 @@ class ShardError(UserError):
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Write a file beside `path`, then rename it: readers see the old file or the new, never half of one."""
     path = Path(path)
+    need(path.is_file() or not path.exists(), f"{path} is no regular file, so that it cannot be replaced; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     try:

@@ -1,5 +1,6 @@
 """Shards, byte table and token stream: what the trainer reads is what was written, or it says why not."""
 
+import os
 import shutil
 import struct
 
@@ -133,6 +134,15 @@ def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path):
     with replacing(path) as f:
         f.write(b"new")
     assert path.read_bytes() == b"new" and [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_replacing_leaves_alone_what_is_no_regular_file(tmp_path):
+    """A device, above all: as root, a rename would put a file in its place."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UserError, match="is no regular file, so that it cannot be replaced"), replacing(path) as f:
+            f.write(b"x")
+    assert (tmp_path / "pipe").is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_replacing_where_nothing_can_be_written_says_so(tmp_path):
