@@ -2,7 +2,7 @@
 
     python generate.py --prompt "The people of the United States"
     echo "Fellow citizens," | python generate.py --strategy min-p --temperature 1.2 --tokens 200
-    python generate.py --prompt-file speech.txt --draft ngram --stop "\\n"
+    python generate.py --prompt-file speech.txt --draft ngram --stop $'\\n'
     python generate.py --prompt "We must" --beams 4 --n-best 2
     python generate.py --compare --samples 8 --json compare.json
 
