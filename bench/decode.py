@@ -3,7 +3,7 @@
     python bench/decode.py [--artifact A] [--val GLOB] [--draft ARTIFACT] [--tokens N] [--repeats R]
 
 One artifact, one thread. Each mode runs in turn with plain decoding, so that a busy machine slows both alike: ratios
-are the figures to read; each is a median over prompts and repeats, with the lowest and highest of them. A small model
+are the figures to read; each is a median over prompts and repeats, with what 80 % of them lie between. A small model
 repeats itself greedily, whatever it is given: free text is free where it is sampled. The last line is JSON. Without
 arguments: the artifact and the embedded validation split of `make run`.
 """
@@ -30,6 +30,7 @@ from fairway.scorer import load_text  # noqa: E402
 from fairway.settings import EvalConfig  # noqa: E402
 from train_gpt import document_bounds  # noqa: E402
 
+ROUNDS = 160  # of the cache's timing, for each repeat
 LENGTHS = (64, 256, 1024)  # tokens that have been read when a token is timed
 KEPT = ("fp32", "bf16", "int8")
 PROMPT, PROMPTS, MOST = 64, 4, 8
@@ -37,7 +38,9 @@ REPEATED = 24  # tokens of a passage that is written four times over
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    return dict(median=statistics.median(values), low=min(values), high=max(values))
+    """The median, and what 80 % of the values lie between."""
+    low, *_, high = statistics.quantiles(values, n=10, method="inclusive")
+    return dict(median=statistics.median(values), low=low, high=high)
 
 
 def shown(found: dict[str, float], form: str = ".2f") -> str:
@@ -45,46 +48,47 @@ def shown(found: dict[str, float], form: str = ".2f") -> str:
 
 
 # ==== THE CACHE =======================================================================================================
-def cached_step(writer: Writer, tokens: list[int], kept: str, steps: int) -> tuple[float, int]:
-    """Median seconds of a token once all of `tokens` are read, and bytes held."""
-    memory = Memory(writer.model, window=2 * len(tokens), kept=kept)
-    reader = Reader(memory)
+def begun(writer: Writer, tokens: list[int], kept: str) -> Reader:
+    """A reader that has read so many tokens, and sees all of them."""
+    reader = Reader(Memory(writer.model, window=2 * len(tokens), kept=kept))
     reader.last(tokens)
-    held, seconds = memory.held, []
-    for token in tokens[:steps]:
-        began = time.perf_counter()
-        reader.read([token])
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds), held
+    return reader
+
+
+def cached_step(reader: Reader, token: int) -> float:
+    """Seconds of one token more, which is then taken back."""
+    began = time.perf_counter()
+    reader.read([token])
+    taken = time.perf_counter() - began
+    reader.crop(reader.length - 1)
+    return taken
 
 
 @torch.inference_mode()
-def recomputed_step(writer: Writer, tokens: list[int], steps: int) -> float:
-    """The same without a cache: each token takes a pass over all before it."""
-    rope, text, seconds = rotations(writer.model, len(tokens) + steps), list(tokens), []
-    for token in tokens[:steps]:
-        text.append(token)
-        began = time.perf_counter()
-        x = writer.model.embed(torch.tensor([text]))
-        writer.model.from_embedded(x, tuple(table[: len(text)] for table in rope))[0, -1].double().numpy()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+def recomputed_step(writer: Writer, tokens: list[int], token: int) -> float:
+    """The same without a cache: a pass over all tokens."""
+    rope, text = rotations(writer.model, len(tokens) + 1), torch.tensor([[*tokens, token]])
+    began = time.perf_counter()
+    writer.model.from_embedded(writer.model.embed(text), rope)[0, -1].double().numpy()
+    return time.perf_counter() - began
 
 
-def bench_cache(writer: Writer, stream: list[int], repeats: int, told: tqdm) -> list[dict]:
-    rows = []
-    for length in LENGTHS:
-        tokens, seconds, held = stream[:length], {way: [] for way in (*KEPT, "recomputed")}, {}
-        for _ in range(repeats):
-            for kept in KEPT:
-                found, held[kept] = cached_step(writer, tokens, kept, 32)
-                seconds[kept].append(found)
-            seconds["recomputed"].append(recomputed_step(writer, tokens, 4 if length > 256 else 8))
-            told.update(1)
-        for way, values in seconds.items():
-            rows.append(dict(tokens=length, way=way, ms={k: 1e3 * v for k, v in spread(values).items()}))
-            if way in held:
-                rows[-1] |= dict(held=held[way], expected=length * bytes_a_token(writer.model, way))
+def bench_cache(writer: Writer, stream: list[int], rounds: int, told: tqdm) -> list[dict]:
+    """Every length and way in turn, round after round: what slows the machine down for a while slows all alike."""
+    readers = {(kept, length): begun(writer, stream[:length], kept) for kept in KEPT for length in LENGTHS}
+    seconds = {(way, length): [] for way in (*KEPT, "recomputed") for length in LENGTHS}
+    for nth in range(rounds):
+        for key, reader in readers.items():
+            seconds[key].append(cached_step(reader, stream[nth]))
+        if nth % 8 == 0:
+            for length in LENGTHS:
+                seconds["recomputed", length].append(recomputed_step(writer, stream[:length], stream[nth]))
+        told.update(1)
+    rows = [dict(tokens=length, way=way, ms=spread([1e3 * s for s in found]))
+            for (way, length), found in seconds.items()]
+    for row in rows:
+        if (key := (row["way"], row["tokens"])) in readers:
+            row |= dict(held=readers[key].engine.held, expected=key[1] * bytes_a_token(writer.model, key[0]))
     return rows
 
 
@@ -161,9 +165,9 @@ def main() -> None:
     drafts = ["ngram", "suffix", *(["layers"] if layers > 1 else []), *([given.draft] if given.draft else [])]
     strategies = [Strategy("greedy"), Strategy("top-p")]
     timed(writer, texts["free"][0], strategies[0], 0, "ngram", 64)  # what is compiled or allocated once
-    total = given.repeats * (len(LENGTHS) + len(drafts) * sum(map(len, texts.values())) * len(strategies))
+    total = given.repeats * (ROUNDS + len(drafts) * sum(map(len, texts.values())) * len(strategies))
     with tqdm(total=total, desc="timing", delay=3, leave=False) as told:
-        cache, rows = bench_cache(writer, stream.tolist(), given.repeats, told), []
+        cache, rows = bench_cache(writer, stream.tolist(), given.repeats * ROUNDS, told), []
         for text, own in texts.items():
             for strategy in strategies:
                 rows += [dict(text=text) | bench_draft(writer, draft, own, strategy, given.tokens, given.repeats, told)
