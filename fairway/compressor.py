@@ -35,7 +35,7 @@ from fairway.loading import load
 from fairway.scoring import Neural
 from fairway.settings import EvalConfig
 from fairway.spelling import Speller
-from fairway.streams import Mixed, Windowed, make_predictor
+from fairway.streams import Mixed, Rolling, Windowed
 from train_gpt import BOS_ID, GPT, Runtime, file_sha256, need
 
 
@@ -61,12 +61,13 @@ class Coder:
 
     def predictor(self, h: Header) -> Predictor:
         """A proof is read in the windows of its score; a text rolls on, in several streams."""
+        first, cfg = h.first_tokens(), h.settings()
         if h.files is None:
-            cfg, first = h.settings(), h.first_tokens()
             need(h.streams == 1 and cfg is not None, "a proof is one stream, with experts", BitstreamError)
-            windowed = Windowed(Neural(self.model, cfg, self.runtime), first)
-            return Mixed(windowed, self.speller.table, cfg, first, h.count)
-        return make_predictor(self.model, self.speller.table, h.streams, h.first_tokens(), h.settings(), h.count)
+            neural = Windowed(Neural(self.model, cfg, self.runtime), first)
+        else:
+            neural = Rolling(self.model, first)
+        return neural if cfg is None else Mixed(neural, self.speller.table, cfg, first, h.count)
 
     def header(self, data: bytes, **known: Any) -> Header:
         return Header(self.sha256[:HASH_BYTES], digest_of(data), self.made_on(), **known)

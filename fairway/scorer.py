@@ -120,10 +120,14 @@ def chunks(tokens: np.ndarray, sizes: np.ndarray, columns: Columns, matches: Mat
             sizes[at].astype(np.int64)), state)
 
 
+def empty_ngram(vocab_size: int, cfg: EvalConfig, expected_tokens: int, delay: int = 0) -> NGram:
+    return NGram(vocab_size, cfg.ngram_orders, cfg.ngram_memory_mb << 20, delay=delay, reset=cfg.expert_reset,
+                 expected_tokens=expected_tokens)
+
+
 def make_ngram(vocab_size: int, cfg: EvalConfig, tokens: np.ndarray, delay: int = 0) -> NGram:
     """The n-gram expert, having read the first token, which no row is about."""
-    expert = NGram(vocab_size, cfg.ngram_orders, cfg.ngram_memory_mb << 20, delay=delay, reset=cfg.expert_reset,
-                   expected_tokens=max(len(tokens), 1))
+    expert = empty_ngram(vocab_size, cfg, max(len(tokens), 1), delay)
     expert.fill(tokens[:1])
     return expert
 

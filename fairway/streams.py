@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fairway.experts.match import Matches
 from fairway.experts.mixing import TEMPERATURES, TINY, Inputs, Mixture
-from fairway.experts.ngram import Evidence, NGram
+from fairway.experts.ngram import Evidence
 from fairway.memory import Memory
-from fairway.scorer import DEFAULT_EXPERTS, make_match
+from fairway.scorer import DEFAULT_EXPERTS, empty_ngram, make_match
 from fairway.scoring import Neural, in_float64
 from fairway.settings import EvalConfig
 from train_gpt import BOS_ID, GPT, ByteTable, need
@@ -77,16 +77,14 @@ def checked(p: Tensor) -> np.ndarray:
 
 class Mixed:
     """A neural predictor, mixed with experts that all streams share: each has contexts and a history of its own, but
-    what one learns, all know at the next step."""
+    what one learns, all know at the next step. `count` tokens will come, after those of `first`, one a stream."""
 
     def __init__(self, neural: Rolling | Windowed, table: ByteTable, cfg: EvalConfig, first: np.ndarray, count: int):
         self.neural, self.table, self.streams, self.last = neural, table, neural.streams, first
         need(self.streams == 1 or not cfg.expert_reset, "experts that forget at each BOS cannot be shared by streams; "
              "set EXPERT_RESET=0")
         vocab_size, self.longest = len(table.base), 2 + count // self.streams
-        grams = NGram(vocab_size, cfg.ngram_orders, cfg.ngram_memory_mb << 20, reset=cfg.expert_reset,
-                      expected_tokens=count + self.streams)
-        self.grams = grams.side_by_side(self.streams)
+        self.grams = empty_ngram(vocab_size, cfg, count + self.streams).side_by_side(self.streams)
         self.matches = make_match(vocab_size, cfg).side_by_side(self.streams, self.longest)
         self.mixture = Mixture(vocab_size, cfg, DEFAULT_EXPERTS)
         self.read(first)
@@ -121,11 +119,3 @@ class Mixed:
         return Inputs(logp[rows, tokens], again["sharp"][rows, tokens], again["flat"][rows, tokens],
                       logp[rows, np.maximum(matches.hint, 0)], -(self.held * logp).sum(axis=1),
                       grams, matches, tokens, sizes.astype(np.int64))
-
-
-def make_predictor(model: GPT, table: ByteTable, streams: int, first: np.ndarray, settings: EvalConfig | None,
-                   count: int) -> Rolling | Mixed:
-    """For `count` tokens in streams that each begin after a token of `first`; with experts, or (None) without."""
-    assert len(first) == streams, "each stream begins after a token"
-    neural = Rolling(model, first)
-    return neural if settings is None else Mixed(neural, table, settings, first, count)

@@ -14,7 +14,7 @@ from fairway.memory import Memory
 from fairway.scorer import MixedScorer
 from fairway.scoring import Neural
 from fairway.settings import EvalConfig
-from fairway.streams import Mixed, Rolling, Windowed, make_predictor
+from fairway.streams import Mixed, Rolling, Windowed
 from train_gpt import BOS_ID, ByteTable, Runtime, UserError
 
 V = 97
@@ -52,6 +52,11 @@ def costs(predictor, streams: list[np.ndarray]) -> np.ndarray:
     return np.array(found)
 
 
+def mixed(model, streams: int, cfg: EvalConfig, count: int) -> Mixed:
+    first = np.full(streams, BOS_ID)
+    return Mixed(Rolling(model, first), TABLE, cfg, first, count)
+
+
 # ---- One stream: what a score counted --------------------------------------------------------------------------------
 @pytest.mark.parametrize("settings", SCORES, ids=lambda s: "-".join(map(str, s.values())) or "default")
 def test_one_stream_costs_what_the_score_says(model, settings):
@@ -72,7 +77,7 @@ def test_a_model_that_trains_as_it_reads_is_refused(model):
 @torch.no_grad()
 def test_without_experts_streams_know_nothing_of_each_other(model):
     texts = [some_text(50, seed) for seed in range(3)]
-    together = costs(make_predictor(model, TABLE, 3, np.full(3, BOS_ID), None, 150), texts)
+    together = costs(Rolling(model, np.full(3, BOS_ID)), texts)
     for nth, text in enumerate(texts):
         logits = Memory(model).logits(torch.from_numpy(np.append(BOS_ID, text))[None])[0]
         alone = logits.double().log_softmax(dim=1).numpy()[np.arange(50), text]
@@ -83,14 +88,14 @@ def test_with_experts_a_stream_learns_from_the_others(model):
     """The second stream reads what the first has read a little earlier, the third what nobody has."""
     cfg, text = EvalConfig(), np.random.default_rng(0).integers(2, V, 440)
     texts = [text[40:240], text[20:220], text[240:440]]
-    costs_apart = [costs(make_predictor(model, TABLE, 1, np.array([BOS_ID]), cfg, 200), [t]).mean() for t in texts]
-    together = costs(make_predictor(model, TABLE, 3, np.full(3, BOS_ID), cfg, 600), texts).mean(axis=0)
+    costs_apart = [costs(mixed(model, 1, cfg, 200), [t]).mean() for t in texts]
+    together = costs(mixed(model, 3, cfg, 600), texts).mean(axis=0)
     assert together[1] > costs_apart[1] + 1 and abs(together[2] - costs_apart[2]) < 0.5
 
 
 def test_the_same_steps_give_the_same_bits(model):
     texts = [some_text(60, seed) for seed in range(4)]
-    runs = [costs(make_predictor(model, TABLE, 4, np.full(4, BOS_ID), EvalConfig(), 240), texts) for _ in range(2)]
+    runs = [costs(mixed(model, 4, EvalConfig(), 240), texts) for _ in range(2)]
     assert np.array_equal(*runs)
 
 
@@ -134,8 +139,8 @@ def test_counts_are_shared_and_contexts_are_not():
 def test_experts_that_forget_cannot_be_shared(model):
     cfg = EvalConfig(expert_reset=True)
     with pytest.raises(UserError, match="set EXPERT_RESET=0"):
-        make_predictor(model, TABLE, 2, np.full(2, BOS_ID), cfg, 10)
-    assert isinstance(make_predictor(model, TABLE, 1, np.array([BOS_ID]), cfg, 10), Mixed)
+        mixed(model, 2, cfg, 10)
+    assert isinstance(mixed(model, 1, cfg, 10), Mixed)
 
 
 def test_a_model_that_gives_no_number_is_one_line():
