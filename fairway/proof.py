@@ -30,11 +30,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SLACK, SLACK_BYTES = 0.001, 64  # what the file may exceed its claim by: a part of it, and the header's bytes
 
 
-def prove(cfg: EvalConfig, tokens: np.ndarray, logp: np.ndarray, path: Path, told: Callable[[int], object]) -> Verdict:
-    """Of tokens, and the log-probabilities that were counted for all but the first; the bitstream stays at `path`."""
+def write_proof(cfg: EvalConfig, tokens: np.ndarray, path: Path, told: Callable[[int], object]) -> None:
+    """The bitstream of a split's first tokens, from the artifact as it is on disk."""
     coded = Coder.of(cfg.checkpoint, cfg.device, cfg.tokenizer_path).encode_proof(tokens, cfg, told)
     with replacing(path) as f:
         f.write(coded)
+
+
+def prove(cfg: EvalConfig, tokens: np.ndarray, logp: np.ndarray, path: Path) -> Verdict:
+    """Of the bitstream at `path`: whether it gives back the tokens, and for the bits that were counted for all but the
+    first."""
     began = time.perf_counter()
     back = decoded_elsewhere(cfg, path)
     return verdict(tokens, back, -float(logp.sum()) / np.log(2), 8 * path.stat().st_size, time.perf_counter() - began)

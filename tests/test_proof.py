@@ -51,7 +51,8 @@ def counted(cfg) -> tuple[np.ndarray, np.ndarray]:
 def proved(cfg, counted, tmp_path_factory):
     """(path of the proof, its verdict)"""
     path = tmp_path_factory.mktemp("proof") / "proof.fwy"
-    return path, proof.prove(cfg, *counted, path, lambda done: None)
+    proof.write_proof(cfg, counted[0], path, lambda done: None)
+    return path, proof.prove(cfg, *counted, path)
 
 
 def check(verdict, logp: np.ndarray) -> None:
