@@ -1,6 +1,6 @@
 """Decoding from scratch: how a language model's numbers become text, in one file of plain Python.
 
-    python docs/decoding_from_scratch.py            # about a minute: two models learn, write in every way, are compared
+    python docs/decoding_from_scratch.py            # a minute or two: models learn, write in every way, are compared
     python docs/decoding_from_scratch.py --quick    # seconds: the same road with hardly any training
 
 Read it from top to bottom; each part uses only what stands above it.

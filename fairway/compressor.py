@@ -70,7 +70,10 @@ class Coder:
         return neural if cfg is None else Mixed(neural, self.speller.table, cfg, first, h.count)
 
     def header(self, data: bytes, **known: Any) -> Header:
-        return Header(self.sha256[:HASH_BYTES], digest_of(data), self.made_on(), **known)
+        """Checked before hours are spent on what it announces."""
+        header = Header(self.sha256[:HASH_BYTES], digest_of(data), self.made_on(), **known)
+        check_header(header)
+        return header
 
     def encode(self, files: Sequence[tuple[str, bytes]], settings: EvalConfig | None = None, streams: int = 0,
                told: Told | None = None, began: Told | None = None) -> bytes:
@@ -82,7 +85,6 @@ class Coder:
             b"".join(data for _, data in files), streams=streams or default_streams(len(tokens)), count=len(tokens),
             first=BOS_ID, files=tuple((name, len(data)) for name, data in files),
             experts=described(settings, EXPERT_SETTINGS))
-        check_header(header)  # before hours are spent
         if began:
             began(len(tokens))
         return packed(header, self.coded(header, tokens, told))

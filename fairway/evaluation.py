@@ -206,11 +206,12 @@ class Evaluation:
         """eval/proof.fwy: the first tokens at the price that was counted, as another process decodes them."""
         from fairway import proof  # code that counts where it is used, and only there
 
+        cfg = replace(self.cfg, tokenizer_path=self.text.tokenizer_path)  # it may lie beside the shards
         tokens, path = self.text.tokens[:count], self.folder / "proof.fwy"
         with self.stage("proof"):
             with self.bar("encoding", count - 1) as bar:
-                proof.write_proof(self.cfg, tokens, path, bar.update)
-            return proof.prove(self.cfg, tokens, logp[: count - 1], path)
+                proof.write_proof(cfg, tokens, path, bar.update)
+            return proof.prove(cfg, tokens, logp[: count - 1], path)
 
     # ==== WHAT IS SAID AND WRITTEN ====================================================================================
     def rung(self, name: str, logp: np.ndarray, stage: str, label: str, extra: str) -> None:

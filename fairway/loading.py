@@ -24,8 +24,8 @@ class Loaded(NamedTuple):
 def load(path: str | Path, tokenizer: str = "", device: str = "") -> Loaded:
     """The tokenizer is the artifact's own, or one beside it, or the one given; the device the best there is.
 
-    A step of a small model is over before a second thread has woken up: on a busy machine two took twenty times as
-    long as one, on an idle one as long. So it gets one."""
+    A step of a small model is over before a second thread has woken up: on an idle machine two take as long as one, on
+    a busy one many times as long. So it gets one."""
     kind = device or best_device()
     need(kind in ("cpu", best_device()), f"--device is {kind}, but PyTorch sees only {best_device()} here; leave it "
          "out")

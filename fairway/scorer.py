@@ -37,6 +37,7 @@ class Text(NamedTuple):
     sizes: np.ndarray  # int16[n - 1]
     table: ByteTable
     tokenizer: sentencepiece.SentencePieceProcessor
+    tokenizer_path: str  # empty: it is the artifact's own
     name: str
     sha256: str
 
@@ -64,7 +65,8 @@ def load_text(cfg: EvalConfig, artifact: Artifact) -> Text:
     table = proven_table(tokenizer, origin, tokens)
     sizes = table.count(tokens)
     need(sizes.sum() > 0, f"the tokens of {pattern} stand for no bytes; bits per byte need some")
-    return Text(tokens, sizes, table, tokenizer, pattern, hashlib.sha256(tokens).hexdigest())
+    own = artifact.tokenizer and not cfg.tokenizer_path
+    return Text(tokens, sizes, table, tokenizer, "" if own else origin, pattern, hashlib.sha256(tokens).hexdigest())
 
 
 def load_tokenizer(given: str, artifact: Artifact, beside: Path, option: str = "TOKENIZER_PATH") -> tuple[Any, str]:

@@ -12,17 +12,19 @@ from fairway import proof
 from fairway.adapt import adapting
 from fairway.bitstream import read_bitstream, unpacked
 from fairway.compressor import Coder
+from fairway.evaluation import Evaluation
 from fairway.scorer import MixedScorer, load_text
 from fairway.settings import EvalConfig
-from train_gpt import Config, Runtime, UserError, build_model, read_artifact, read_shard
+from train_gpt import Config, Log, Runtime, UserError, build_model, read_artifact, read_shard
 
 COUNT = 600
 
 
-def make_artifact(path: Path, corpus, **changed) -> Path:
+def make_artifact(path: Path, corpus, inside: bool = True, **changed) -> Path:
     """Of a small model that is not trained, but not blank either."""
     model = trained(Config(**TINY | dict(vocab_size=corpus.vocab_size) | changed))
-    return write(path, encoded(model, tokenizer=(corpus.folder / "tokenizer.model").read_bytes()))
+    tokenizer = (corpus.folder / "tokenizer.model").read_bytes()
+    return write(path, encoded(model, tokenizer=tokenizer, embed_tokenizer=inside))
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +124,20 @@ def test_the_error_of_another_process_is_told(cfg, corpus, proved, tmp_path):
     assert isinstance(said, str) and said.startswith("proof: error: ") and "was made with artifact" in said
 
 
-def test_a_model_that_trains_as_it_reads_is_refused_before_it_is_scored(cfg, tmp_path):
-    from fairway.evaluation import Evaluation
-    from train_gpt import Log
+def test_a_tokenizer_beside_the_shards_is_found_and_what_cannot_be_written_is_said_before_it_is_coded(
+        cfg, corpus, tmp_path):
+    bare, rt = make_artifact(tmp_path / "bare.ptz", corpus, inside=False), Runtime(0, 1, torch.device("cpu"), "cpu")
+    settings = replace(cfg, checkpoint=str(bare), out_dir=str(tmp_path), eval_mode="cached", ngram_memory_mb=2305)
+    evaluation = Evaluation(settings, rt, Log(Config(out_dir=str(tmp_path)), rt, "eval"))
+    (tmp_path / "eval").mkdir()
+    with pytest.raises(UserError, match="NGRAM_MEMORY_MB is 2305; a bitstream may ask for 2304"):
+        evaluation.decoded(np.zeros(49), 50)
+    evaluation.cfg = replace(settings, ngram_memory_mb=64)
+    told = evaluation.decoded(np.zeros(49) - 6.0, 50)
+    assert told.details["tokens"] == 50 and "could not decode" not in told.figure
 
+
+def test_a_model_that_trains_as_it_reads_is_refused_before_it_is_scored(cfg, tmp_path):
     rt = Runtime(0, 1, torch.device("cpu"), "cpu")
     for settings, prove, why in ((dict(ttt="bias"), 100, "TTT is bias, but --prove"), (dict(), 1, "--prove is 1"),
                                  (dict(), -5, "--prove is -5")):

@@ -127,7 +127,7 @@ def test_which_tokenizer_is_taken(artifact, corpus, text, tmp_path):
     bare, beside = artifact._replace(tokenizer=b""), corpus.folder / "tokenizer.model"
     for settings in (dict(data_path=corpus.folder), dict(data_path=corpus.folder, tokenizer_path=beside)):
         found = load_text(EvalConfig(**{name: str(value) for name, value in settings.items()}), bare)
-        assert found.bytes == text.bytes
+        assert found.bytes == text.bytes and found.tokenizer_path == str(beside) and text.tokenizer_path == ""
     other = tmp_path / "other.model"
     other.write_bytes(train_tokenizer(english_like(7, 400), 384))
     for kind in (artifact, bare):
