@@ -33,8 +33,9 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] | None = 
     try:
         cfg = EvalConfig.from_env(env)
         rt = set_up_runtime(Config(device=cfg.device), env)
-        log = Log(Config(out_dir=cfg.out_dir), rt, "eval")
+        log = Log(Config(out_dir=cfg.out_dir, wandb_mode=cfg.wandb_mode), rt, "eval")
         certificate = Evaluation(cfg, rt, log).run(given.certify, given.prove)
+        log.close()
         if dist.is_initialized():
             dist.barrier()
         return int(certificate is not None and not certificate.passed)

@@ -231,7 +231,6 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
 def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
@@ -418,7 +417,6 @@ def predicted_bytes(state: Mapping[str, Tensor], k: float, cfg: Config) -> int:
         bits += 640 + (14 * weight.numel() if width == PLAIN_BITS else 10 * len(weight) + entropy_bits(
             to_codes(weight, row_steps(weight, k, width), width)))
     return int(bits / 8)
-
 def bisect_k(state: Mapping[str, Tensor], target: float, cfg: Config) -> float:
     """The least k (the finest steps) whose predicted size is at most `target` bytes, or the largest there is."""
     at = bisect.bisect_left(K_GRID, True, key=lambda k: predicted_bytes(state, k, cfg) <= target)
@@ -527,7 +525,6 @@ def coder_models(tables: np.ndarray) -> list:
     counts[np.arange(len(counts)), tables.argmax(axis=1)] += TABLE_SUM - counts.sum(axis=1)
     # constriction scales these by exactly 1.0 (their partial sums are integers below 2^24): nothing is rounded.
     return [constriction.stream.model.Categorical(row, perfect=False, lazy=False) for row in counts.astype(np.float64)]
-
 def coding_order(units: Planes, ids: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Plane by plane and class by class: (class, units of the plane, which of them)."""
     for u, own in zip(units, np.split(ids, np.cumsum([len(u) for u in units])[:-1]), strict=True):
@@ -595,7 +592,6 @@ class Artifact(NamedTuple):
     weights: dict[str, Tensor]
     tokenizer: bytes
     header: dict[str, Any]
-
 def byte_planes(values: np.ndarray) -> np.ndarray:
     """16-bit values as two rows, high bytes and low bytes: they compress 8 % better apart."""
     raw = np.ascontiguousarray(values).view("<u2").ravel()
@@ -977,7 +973,6 @@ def weights_replaced(params: list[nn.Parameter], values: list[Tensor]) -> Iterat
         yield
     finally:
         with torch.no_grad(): torch._foreach_copy_(params, own)
-
 def rounded_parameters(model: GPT, k: float, values: list[Tensor] | None = None,
                        hessians: Mapping[str, Tensor] | None = None) -> list[Tensor]:
     """What the artifact would hold at this k for each parameter, in order."""
@@ -1024,19 +1019,19 @@ def all_reduce_flat(tensors: list[Tensor], rt: Runtime) -> None:
 
 class Log:
     """The challenge's `key:value` lines on the screen and in logs/RUN_ID.txt; the same events as JSON lines in
-    logs/RUN_ID.jsonl and, when asked for, in Weights & Biases. Rank 0 alone writes."""
-
+    logs/RUN_ID.jsonl and, when asked for, in Weights & Biases; their sum in runs.jsonl. Rank 0 alone writes."""
     def __init__(self, cfg: Config, rt: Runtime, run_id: str):
-        self.run_id, self.on, self.wandb, folder = run_id, rt.rank == 0, None, Path(cfg.out_dir) / "logs"
+        self.run_id, self.on, self.wandb, self.out, self.summary = run_id, rt.rank == 0, None, Path(cfg.out_dir), {}
         if not self.on: return
-        folder.mkdir(parents=True, exist_ok=True)
-        self.text, self.events = (open(folder / (run_id + suffix), "a" if cfg.resume else "w", encoding="utf-8",
-                                       buffering=1) for suffix in (".txt", ".jsonl"))
+        (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        self.text, self.events = (open(self.out / "logs" / (run_id + suffix), "a" if cfg.resume else "w",
+                                       encoding="utf-8", buffering=1) for suffix in (".txt", ".jsonl"))
         if cfg.wandb_mode in ("online", "offline"):
             import wandb
-            self.wandb = wandb.init(project="fairway", name=run_id, mode=cfg.wandb_mode, dir=folder, config=vars(cfg))
+            self.wandb = wandb.init(project="fairway", name=run_id, mode=cfg.wandb_mode, dir=self.out / "logs")
     def __call__(self, line: str, event: str = "", screen: bool = True, **data: Any) -> None:
         if not self.on: return
+        if event in ("start", "val", "artifact", "final"): self.summary[event] = data
         with contextlib.suppress(OSError):  # a full disk or a closed pipe costs lines of the log, never the run
             self.text.write(line + "\n")
             if event: self.events.write(json.dumps({"event": event, "time": round(time.time(), 3), **data}) + "\n")
@@ -1044,9 +1039,15 @@ class Log:
             with contextlib.suppress(OSError): print(line, flush=True)
         numbers = {f"{event}/{n}": v for n, v in data.items() if type(v) in (int, float)}
         if self.wandb and numbers: self.wandb.log(numbers)
-    def close(self, artifact: Path) -> None:
+        if self.wandb and event == "start": self.wandb.config.update(data["settings"])
+    def close(self, artifact: Path | None = None) -> None:
+        """One line more in the history: settings, hashes, scores, bytes, hardware and time of a run that has ended."""
+        if not self.on: return
+        line = json.dumps({"time": round(time.time(), 3), "run_id": self.run_id, **self.summary}) + "\n"
+        with contextlib.suppress(OSError), open(self.out / "runs.jsonl", "a", encoding="utf-8") as f: f.write(line)
         if not self.wandb: return
-        self.wandb.log_artifact(str(artifact), name=f"model-{self.run_id}", type="model")
+        self.wandb.summary.update(self.summary)
+        if artifact: self.wandb.log_artifact(str(artifact), name=f"model-{self.run_id}", type="model")
         self.wandb.finish()
 
 def log_header(log: Log, cfg: Config, rt: Runtime, data: Data, preset: str) -> None:
@@ -1059,9 +1060,9 @@ def log_header(log: Log, cfg: Config, rt: Runtime, data: Data, preset: str) -> N
              "tokenizer": data.tokenizer_path.read_bytes()}
     hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()} | {"data": data.fingerprint}
     start = dict(run_id=log.run_id, preset=preset, device=rt.name, torch=str(torch.__version__))
-    log(" ".join(f"{name}:{value}" for name, value in start.items()))
-    log(" ".join(f"{name}_sha256:{value}" for name, value in hashes.items()), "start", settings=settings, sha256=hashes,
-        world_size=rt.world, python=sys.version, **start)
+    lines = (start, {f"{name}_sha256": value for name, value in hashes.items()})
+    log("\n".join(" ".join(f"{name}:{value}" for name, value in line.items()) for line in lines), "start",
+        settings=settings, sha256=hashes, world_size=rt.world, python=sys.version, **start)
 
 def attention_backend(cfg: Config, rt: Runtime) -> str:
     dtype, width = torch.bfloat16 if rt.device.type == "cuda" else torch.float32, cfg.model_dim // cfg.num_heads
@@ -1238,7 +1239,6 @@ def train(run: Run) -> None:
         run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{run.step}/{cfg.iterations}")
     save_checkpoint(run)  # whatever happens to the export, the weights are safe
     run.set_clock(False)
-
 def agree(run: Run) -> tuple[float, int]:
     """Elapsed seconds and any signal: one answer for all ranks, whatever their clocks say."""
     if run.rt.world == 1: return run.elapsed(), run.signum

@@ -28,6 +28,7 @@ from fairway.settings import EvalConfig
 from train_gpt import Log, Runtime, build_model, file_sha256, need, read_artifact, replacing
 
 DELAY = 1024  # tokens: what is left of the experts' gain when they may use older text only
+BESIDE = ("ablation", "delayed", "correction", "certificate", "proof")  # stages that the score does not need
 TRACE_POINTS = 256  # of the weights over the split, in score.json
 # Settings that decide the neural columns; with other values they are made anew.
 NEURAL_SETTINGS = ("eval_mode", "eval_seq_len", "eval_stride", "eval_documents", "ntk_rope", "ttt", "ttt_chunk",
@@ -39,7 +40,7 @@ class Evaluation:
     Under torchrun all ranks share the neural stages, and the first does the rest alone."""
 
     def __init__(self, cfg: EvalConfig, rt: Runtime, log: Log):
-        self.cfg, self.rt, self.log, self.seconds = cfg, rt, log, {}
+        self.cfg, self.rt, self.log, self.seconds, self.timed = cfg, rt, log, {}, True
         self.folder = Path(cfg.out_dir) / "eval"
         with self.stage("load"):
             artifact = read_artifact(cfg.checkpoint)
@@ -72,7 +73,8 @@ class Evaluation:
         size, sha256 = Path(cfg.checkpoint).stat().st_size, self.hashes["artifact"]
         self.log(f"artifact:{cfg.checkpoint} bytes:{size} sha256:{sha256}")
         self.log(f"val_loader:shards pattern={text.name} tokens:{len(text.tokens) - 1} bytes:{text.bytes} "
-                 f"sha256:{text.sha256}")
+                 f"sha256:{text.sha256}", "start", settings=dataclasses.asdict(cfg), sha256=self.hashes,
+                 device=self.rt.name, torch=str(torch.__version__), world_size=self.rt.world)
         with self.stage("match"):
             matches = find_matches(text.tokens, self.model.cfg.vocab_size, cfg)
         columns, neural = self.neural_stages(matches)
@@ -132,7 +134,21 @@ class Evaluation:
 
                 neural.fill(self.text.tokens, columns, matches.hint, told)
         assert columns.complete(), "each row must be scored exactly once"
+        self.count_earlier(name, there == rows, there > 0)
         return columns
+
+    def count_earlier(self, name: str, complete: bool, begun: bool) -> None:
+        """Columns that were read back took time as well: a run that made them alone left its seconds beside them."""
+        path = self.folder / "columns" / name / "seconds.json"
+        if self.rt.rank > 0:
+            return
+        if not begun:
+            with replacing(path) as f:
+                f.write(json.dumps(self.seconds[name]).encode())
+        elif complete and path.is_file():
+            self.seconds[name] += float(json.loads(path.read_text()))
+        else:
+            self.timed = False
 
     def mix(self, scorer: MixedScorer, columns: Columns, matches: Matches) -> np.ndarray:
         with self.stage("mixture"), self.bar("mixture", columns.rows) as bar:
@@ -228,16 +244,18 @@ class Evaluation:
         """The ladder on the screen, everything in eval/."""
         sizes, final = self.sizes(), self.ladder[-1]
         code = sum(sizes["code"].values())
+        needed = sum(s for name, s in self.seconds.items() if name not in BESIDE)
         for rung in self.ladder:
             self.log(f"ladder:{rung['name']:32} val_bpb:{rung['bpb']:.8f} gain:{rung['gain']:+.8f} "
                      f"seconds:{rung['seconds']:.1f}")
+        total = f"{1000 * needed:.0f}ms" if self.timed else "unknown (an interrupted run made part of the columns)"
         self.log("stages:" + " ".join(f"{name}:{s:.1f}s" for name, s in self.seconds.items())
-                 + f" total_eval_time:{1000 * sum(self.seconds.values()):.0f}ms")
+                 + f" total_eval_time:{total}")
         self.log(f"Total submission size: {sizes['artifact'] + code} bytes (artifact:{sizes['artifact']} code:{code} "
                  f"in {len(sizes['code'])} files, budget:{self.cfg.size_budget_bytes})")
         self.score.update(
             val_bpb=final["bpb"], val_loss=final["loss"], tokens=len(logp), bytes=self.text.bytes, ladder=self.ladder,
-            seconds=self.seconds, sizes=sizes, sha256=self.hashes, settings=dataclasses.asdict(self.cfg),
+            seconds=self.seconds, timed=self.timed, sizes=sizes, sha256=self.hashes, settings=dataclasses.asdict(self.cfg),
             weights=dict(experts=EXPERTS, trace=[np.round(np.mean(part, axis=0), 4).tolist() for part in np.array_split(
                 scorer.mixture.trace, min(TRACE_POINTS, len(scorer.mixture.trace)))]),
             device=self.rt.name, world_size=self.rt.world, torch=str(torch.__version__),
@@ -250,7 +268,8 @@ class Evaluation:
         with replacing(self.folder / "final_logp.npy") as f:
             np.save(f, logp)
         self.log(f"val_bpb:{final['bpb']:.8f} val_loss:{final['loss']:.8f}", "final", bpb=final["bpb"],
-                 loss=final["loss"], tokens=len(logp), bytes=self.text.bytes)
+                 loss=final["loss"], tokens=len(logp), bytes=self.text.bytes, seconds=needed if self.timed else None,
+                 artifact_bytes=sizes["artifact"], code_bytes=code, certified=certificate and certificate.passed)
 
     def write(self, name: str, text: str) -> None:
         with replacing(self.folder / name) as f:

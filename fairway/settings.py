@@ -17,6 +17,7 @@ class EvalConfig:
     tokenizer_path: str = knob("", "SentencePiece model; unset: the one inside the artifact")
     out_dir: str = knob(".", "where eval/ (columns, score.json, certificate.json) is written")
     device: str = knob("", "unset: the best there is", choices=("", "cpu", "cuda", "mps"))
+    wandb_mode: str = knob("", "Weights & Biases, when asked for", choices=("", "online", "offline", "disabled"))
     # Neural scoring
     eval_mode: str = knob("sliding", "sliding: windows anew; cached: each piece reads keys and values of those before",
                           choices=("sliding", "cached"))

@@ -132,7 +132,8 @@ def test_one_environment_serves_trainer_and_evaluation():
     for name, value in ours.items():
         Config.from_env({"PRESET": "smoke", name: value}, "cpu")
     shared = set(NAMES) & {f.name for f in fields(Config)}
-    assert shared == {"data_path", "tokenizer_path", "out_dir", "device", "extra_code_files", "size_budget_bytes"}
+    assert shared == {"data_path", "tokenizer_path", "out_dir", "device", "wandb_mode", "extra_code_files",
+                      "size_budget_bytes"}
 
 
 def test_settings_have_one_home():

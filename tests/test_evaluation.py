@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def here(capsys):
 def finished(tmp_path_factory, env):
     """One whole run, certificate and correction included."""
     folder = tmp_path_factory.mktemp("scored")
-    done = run(env(folder, USE_CORRECTION=1, CERTIFY_SECONDS=4), "--certify")
+    done = run(env(folder, USE_CORRECTION=1, CERTIFY_SECONDS=4, WANDB_MODE="offline"), "--certify")
     return folder, done, json.loads((folder / "eval/score.json").read_text())
 
 
@@ -87,6 +88,16 @@ def test_a_run_prints_the_ladder_and_leaves_scores_that_agree_with_it(finished, 
     assert trace.shape[1] == len(score["weights"]["experts"]) and np.allclose(trace.sum(axis=1), 1, atol=1e-3)
     assert set(score["sizes"]["code"]) >= {"train_gpt.py", "eval_final.py", "fairway/scoring.py"}
     assert score["sizes"]["artifact"] == artifact.stat().st_size
+
+
+def test_a_run_adds_a_line_to_the_history_and_weights_and_biases_has_it_too(finished):
+    folder, _, score = finished
+    line = json.loads((folder / "runs.jsonl").read_text().splitlines()[0])
+    assert line["final"]["bpb"] == score["val_bpb"] and line["final"]["certified"] is True
+    assert line["start"]["sha256"] == score["sha256"] and line["start"]["settings"] == score["settings"]
+    assert line["final"]["artifact_bytes"] + line["final"]["code_bytes"] == (
+        score["sizes"]["artifact"] + sum(score["sizes"]["code"].values()))
+    assert len(list(folder.rglob("run-*.wandb"))) == 1
 
 
 def test_the_plain_rung_is_what_training_printed(finished, artifact):
@@ -126,6 +137,8 @@ def test_a_second_run_reads_its_columns_and_says_the_same(finished, env, here):
     again = here(eval_final.main, env(folder), [])
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
     assert "columns:blocks 100% were there already" in again.stdout
+    first, second = (float(re.search(r"sliding:([\d.]+)s", out)[1]) for out in (done.stdout, again.stdout))
+    assert second >= first > 0 and json.loads((folder / "eval/score.json").read_text())["timed"]  # of both runs
     other = here(eval_final.main, env(folder, EVAL_STRIDE=16), [])
     assert "columns:sliding" not in other.stdout and other.stdout.splitlines()[-1] != done.stdout.splitlines()[-1]
 
@@ -160,6 +173,7 @@ def test_a_killed_run_goes_on_from_its_columns(finished, env, tmp_path, here):
     assert again.returncode == 0 and "were there already" in again.stdout
     first, second = (float(d.stdout.splitlines()[-1].split()[0].split(":")[1]) for d in (done, again))
     assert second == pytest.approx(first, abs=1e-9)
+    assert "total_eval_time:unknown" in again.stdout  # what the killed run took is lost
 
 
 def test_two_ranks_give_the_score_of_one(finished, env, tmp_path):

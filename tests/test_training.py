@@ -571,6 +571,9 @@ def test_wandb_offline_needs_no_network(run_trainer, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "_roundtrip_exact val_loss:" in done.stdout
     assert len(list(tmp_path.rglob("run-*.wandb"))) == 1
+    history = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len(history) == 1 and {"time", "run_id", "start", "val", "artifact", "final"} == history[0].keys()
+    assert history[0]["final"]["bpb"] > 0 and history[0]["start"]["settings"]["wandb_mode"] == "offline"
     assert {p.name for p in tmp_path.iterdir()} >= {"final_model.int6.ptz", "logs"}
 
 
