@@ -1,0 +1,94 @@
+"""Files that may be anyone's: read within limits, refused in one line, written whole or not at all."""
+
+import hashlib
+import json
+import math
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fairway.records.files import (
+    RecordError,
+    need,
+    parse_json,
+    read_bytes,
+    read_events,
+    read_json,
+    read_text,
+    replacing,
+    sha256,
+    write_text,
+)
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(RecordError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    return str(caught.value)
+
+
+@given(VALUES)
+def test_json_comes_back(value):
+    assert parse_json(json.dumps(value), "x") == value
+
+
+@given(st.text(max_size=60) | st.binary(max_size=60).map(lambda b: b.decode("latin-1")))
+def test_any_text_is_json_or_one_line(text):
+    try:
+        value = parse_json(text, "x.json")
+    except RecordError as e:
+        assert str(e).startswith("x.json is no JSON: ")
+    else:
+        assert json.dumps(value, allow_nan=False)
+
+
+@pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": -Infinity}', "1e999", "-1e999", "[" * 100_000,
+                                  '{"a":' * 100_000, "9" * 5000, "", "{", '{"a": 1}}'])
+def test_what_json_does_not_have_is_refused(text):
+    assert refusal(parse_json, text, "x.json").startswith("x.json is no JSON: ")
+
+
+def test_only_regular_files_within_the_limit_are_read(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc\xff")
+    assert read_bytes(path, 4) == b"abc\xff" and read_text(path) == "abc\ufffd"
+    assert "has 4 bytes; at most 3 are read" in refusal(read_bytes, path, 3)
+    with open(tmp_path / "vast", "wb") as f:
+        f.truncate(1 << 40)
+    assert "at most" in refusal(read_text, tmp_path / "vast")
+    os.mkfifo(tmp_path / "pipe")  # a reader that opened it plainly would wait for ever
+    os.symlink(tmp_path / "loop", tmp_path / "loop")
+    for name in ("pipe", "loop", "absent", "."):
+        assert str(tmp_path / name) in refusal(read_bytes, tmp_path / name)
+    assert "no regular file" in refusal(read_bytes, "/dev/zero")
+    assert refusal(read_bytes, "a\0b")
+
+
+def test_lines_that_are_no_objects_are_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"event": "a"}\n\n[1]\n{"event": NaN}\n{"event": "b"}\n{"event": "c', encoding="utf-8")
+    assert read_events(path) == ([{"event": "a"}, {"event": "b"}], 3)
+
+
+def test_a_file_takes_its_name_once_it_is_whole(tmp_path):
+    path = tmp_path / "a.json"
+    write_text(path, "[1]")
+    with pytest.raises(ZeroDivisionError), replacing(path) as f:
+        f.write(b"[2")
+        assert read_json(path) == [1]
+        f.write(b"%d" % (1 / 0))
+    assert read_json(path) == [1] and os.listdir(tmp_path) == ["a.json"]
+    write_text(path, "[3]")
+    assert read_json(path) == [3] and sha256(path) == hashlib.sha256(b"[3]").hexdigest()
+
+
+def test_need_speaks_only_when_something_is_missing():
+    need(1, "silent")
+    assert refusal(need, math.nan != math.nan and 0, "said") == "said"
