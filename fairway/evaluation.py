@@ -22,7 +22,17 @@ from fairway.certificate import LEAST_TOKENS, Certificate, Verdict, certify
 from fairway.columns import Columns, open_columns
 from fairway.experts.match import Matches
 from fairway.experts.mixing import EXPERTS
-from fairway.scorer import MixedScorer, Text, ablation, as_rows, code_sizes, delayed, find_matches, load_text
+from fairway.scorer import (
+    MixedScorer,
+    Text,
+    ablation,
+    as_rows,
+    code_hashes,
+    code_sizes,
+    delayed,
+    find_matches,
+    load_text,
+)
 from fairway.scoring import KINDS, Neural
 from fairway.settings import EvalConfig
 from train_gpt import Log, Runtime, build_model, file_sha256, need, read_artifact, replacing
@@ -255,7 +265,8 @@ class Evaluation:
                  f"in {len(sizes['code'])} files, budget:{self.cfg.size_budget_bytes})")
         self.score.update(
             val_bpb=final["bpb"], val_loss=final["loss"], tokens=len(logp), bytes=self.text.bytes, ladder=self.ladder,
-            seconds=self.seconds, timed=self.timed, sizes=sizes, sha256=self.hashes, settings=dataclasses.asdict(self.cfg),
+            seconds=self.seconds, timed=self.timed, sizes=sizes, sha256=self.hashes,
+            code=code_hashes(sizes["code"]), settings=dataclasses.asdict(self.cfg),
             weights=dict(experts=EXPERTS, trace=[np.round(np.mean(part, axis=0), 4).tolist() for part in np.array_split(
                 scorer.mixture.trace, min(TRACE_POINTS, len(scorer.mixture.trace)))]),
             device=self.rt.name, world_size=self.rt.world, torch=str(torch.__version__),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -89,6 +89,11 @@ def code_sizes(extra: str) -> dict[str, int]:
     for path in named:
         need(path.is_file(), f"EXTRA_CODE_FILES names {path}, which is no file")
     return imported_code() | {str(path): path.stat().st_size for path in named}
+
+
+def code_hashes(names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of each file that `code_sizes` names: a record must ship these and no others."""
+    return {name: train_gpt.file_sha256(ROOT / name if (ROOT / name).is_file() else name) for name in names}
 
 
 # ==== THE EXPERTS OVER A TEXT =========================================================================================

@@ -18,7 +18,7 @@ import build_correction_table
 import eval_final
 from fairway.certificate import Commit, verify_chain
 from fairway.settings import EvalConfig
-from train_gpt import read_shard, write_shard
+from train_gpt import file_sha256, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 LADDER = ["neural, windows side by side", "neural, sliding", "+ experts, mixed: final"]
@@ -88,6 +88,8 @@ def test_a_run_prints_the_ladder_and_leaves_scores_that_agree_with_it(finished, 
     assert trace.shape[1] == len(score["weights"]["experts"]) and np.allclose(trace.sum(axis=1), 1, atol=1e-3)
     assert set(score["sizes"]["code"]) >= {"train_gpt.py", "eval_final.py", "fairway/scoring.py"}
     assert score["sizes"]["artifact"] == artifact.stat().st_size
+    assert score["code"].keys() == score["sizes"]["code"].keys()
+    assert score["code"]["fairway/scoring.py"] == file_sha256(ROOT / "fairway/scoring.py")
 
 
 def test_a_run_adds_a_line_to_the_history_and_weights_and_biases_has_it_too(finished):
