@@ -1,0 +1,521 @@
+"""What a training or evaluation log says, as data, in the dialects that records come in: the baseline's, March's,
+April's, and ours. Nothing is guessed: what a log does not say is None. Any text at all gives a RunLog, in time that
+grows with its length: lines are cut at spaces and colons, and numbers are short or are none.
+
+    S/N train_loss: 2.1 train_time: 5.0m                        a step: training or validation
+    final_int6_roundtrip_exact val_loss:1.92 val_bpb:1.14       a score; the label says nothing of the method (#162)
+    Serialized model int6+lzma: 15887228 bytes                  a size
+    gptq:calibrated 66 layers in 6.7s                           a time
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fairway.records.files import RecordError, parse_json, read_text
+
+LONGEST_LINE = 4096  # characters: the longest line of 157 logs that says anything has 2,300
+LONGEST_SETTINGS = 1 << 16  # of the line in which our logs give all settings
+MOST_WORDS = 256  # of a line
+MOST_SETTINGS, MOST_TIMES = 2000, 500
+MOST_LINES = 100_000  # of more, those in the middle are left out
+
+RULE = re.compile(r"={100}\s*")
+NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{0,18})?([eE][+-]?[0-9]{1,3})?")
+DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,9})?)(ms|s|m)")
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+GPU = re.compile(r"\|\s{1,9}[0-9]{1,3}\s{1,9}((?:NVIDIA|AMD|Tesla|GeForce)[^|]{1,60}?)\s{2,40}")
+STAMP = re.compile(r"[0-9]{10}\.[0-9]{1,6} ")  # unix time, put before each line by one record's launcher (#1610)
+CALIBRATION = re.compile(r"(gptq|calib\w*):(calibrat|collect|generat|hessian)")
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0}
+IMPORT = re.compile(r"import [\w.]{1,80}(\s*$|\s?[,;]| as )|from [\w.]{1,80} import ")
+TOP = re.compile(r"\w{0,2}(\"\"\"|''')|#|import |from ")  # of a file of code
+PYTHON = re.compile(r"(def |class |async def |@\w|if __name__|exec\()")
+
+HEADERS = ("Hyperparameters:", "val_bpb:enabled tokenize")  # 24 characters of a run's first line but for its code
+# A part of a score, said once more beside it: no score of the run.
+PARTS = ("ablation:", "ladder:")
+# Of weights or windows that the claimed score does not come from; printed on the way.
+DIAGNOSTIC = ("diagnostic", "pre-quant", "prequant", "pre_quant")
+MARCH = ("swa:", "ema:", "gptq", "final_int6", "sliding", "ttt", "XSA:", "late_qat", "mtp_num_heads", "lawa")
+
+
+class Step(NamedTuple):
+    kind: str  # "train" or "val"
+    step: int
+    of: int | None
+    loss: float
+    bpb: float | None
+    seconds: float | None  # of training so far; April's logs give it in tenths of a minute
+    average_ms: float | None
+    line: int  # from 1
+
+
+class Score(NamedTuple):
+    label: str
+    loss: float | None
+    bpb: float | None
+    exact: bool  # six decimals or more
+    seconds: float | None  # that this evaluation took
+    line: int
+
+    @property
+    def diagnostic(self) -> bool:
+        return self.label.lower().startswith(DIAGNOSTIC)
+
+
+class Size(NamedTuple):
+    kind: str  # "code", "model" (raw), "artifact" (compressed) or "total"
+    label: str
+    bytes: int
+    line: int
+
+
+class RunLog(NamedTuple):
+    dialect: str  # "baseline", "march", "april", "fairway" or "unknown"
+    source: str  # the code printed at the top; "" if none
+    settings: dict[str, str]  # lower-case name -> value as written; the validation split's are val_tokens, val_bytes
+    steps: list[Step]
+    scores: list[Score]
+    sizes: list[Size]
+    hashes: dict[str, str]  # code, settings, tokenizer, data; artifact and val in an evaluation's
+    times: dict[str, float]  # seconds, by the words before them: "gptq:calibrated", "serialize: per-group", …
+    lines: dict[str, int]  # where each of `times` was said last; also "stopping_early" and "train_time" (its last)
+    trained: float | None  # the last train_time that no step follows: of stopping_early, or GPTQ inside the clock
+    gpus: dict[str, int]
+    runs: int  # that the text holds, one after the other; all of this is the last one's
+    text_lines: int
+    cut: bool  # the last line lacks its end
+
+    @property
+    def seed(self) -> int | None:
+        return whole(self.settings.get("seed", ""))
+
+    @property
+    def world_size(self) -> int | None:
+        return whole(self.settings.get("world_size", self.settings.get("ws", "")))
+
+    @property
+    def tokens(self) -> int | None:
+        """Scored targets of the validation split."""
+        return whole(self.settings.get("val_tokens", ""))
+
+    @property
+    def val_bytes(self) -> int | None:
+        return whole(self.settings.get("val_bytes", ""))
+
+    @property
+    def train_shards(self) -> int | None:
+        return whole(self.settings.get("train_shards", ""))
+
+    @property
+    def parameters(self) -> int | None:
+        return whole(self.settings.get("model_params", self.settings.get("params", "")))
+
+    @property
+    def vocab_size(self) -> int | None:
+        return whole(self.settings.get("vocab_size", ""))
+
+    @property
+    def hardware(self) -> str | None:
+        """`8x NVIDIA H100 80GB HBM3` as nvidia-smi listed them, else the device that our logs name."""
+        listed = ", ".join(f"{n}x {name}" for name, n in self.gpus.items())
+        return listed or self.settings.get("device_name") or None
+
+    @property
+    def last_step(self) -> int | None:
+        return self.steps[-1].step if self.steps else None
+
+    @property
+    def planned_steps(self) -> int | None:
+        said = next((s.of for s in reversed(self.steps) if s.of is not None), None)
+        return whole(self.settings.get("iterations", "")) if said is None else said
+
+    @property
+    def train_seconds(self) -> float | None:
+        """Of the line that ended training where there is one, since April's steps round to six seconds."""
+        said = next((s.seconds for s in reversed(self.steps) if s.seconds is not None), None)
+        return said if self.trained is None else self.trained
+
+    @property
+    def step_avg_ms(self) -> float | None:
+        return next((s.average_ms for s in reversed(self.steps) if s.average_ms is not None), None)
+
+    @property
+    def calibration_seconds(self) -> float | None:
+        """Of GPTQ: the largest that was said, since they may be running totals. It comes after the last step; whether
+        it was inside the training time shows in `train_seconds` + this, and in times["gptq:reserving"]."""
+        return max((s for name, s in self.times.items() if CALIBRATION.match(name)), default=None)
+
+    @property
+    def reserved_seconds(self) -> float | None:
+        """What training left of its time for calibration."""
+        return self.times.get("gptq:reserving")
+
+    @property
+    def eval_seconds(self) -> float | None:
+        """All scoring after training: every eval_time of a score (quantised, sliding windows, test-time training),
+        without those of diagnostics on the way; or the total_eval_time that the log gives, if that is more.
+        Loading, decompression and the compilation of kernels count only where they are inside one of the two."""
+        said = [s.seconds for s in self.scores if s.seconds is not None and not s.diagnostic]
+        if "total_eval_time" in self.times:
+            said = [max(sum(said), self.times["total_eval_time"])]
+        return round(sum(said), 6) if said else None
+
+    @property
+    def artifact_bytes(self) -> int | None:
+        return self.size("artifact")
+
+    @property
+    def code_bytes(self) -> int | None:
+        return self.size("code")
+
+    @property
+    def total_bytes(self) -> int | None:
+        return self.size("total")
+
+    def size(self, kind: str) -> int | None:
+        """The last of its kind; a total right after the raw model is that of nothing that ships."""
+        found, raw = None, False
+        for size in self.sizes:
+            raw = size.kind == "model" or (raw and size.kind != "artifact")
+            if size.kind == kind and not (kind == "total" and raw):
+                found = size.bytes
+        return found
+
+    @property
+    def final(self) -> Score | None:
+        """What the run claims: the last score, in its exact form where the log has that beside it."""
+        claimed = [s for s in self.scores if not s.diagnostic]
+        if not claimed:
+            return None
+        last = claimed[-1]
+        names = {last.label, f"{last.label}_exact"}
+        exact = [s for s in claimed if s.exact and s.label in names and abs(s.line - last.line) <= 2]
+        return last if last.exact or not exact else exact[-1]
+
+    @property
+    def truncated(self) -> bool:
+        return self.cut or self.final is None
+
+
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
+def number(text: str) -> float | None:
+    """`1.1465`, `-2e-5`; None for NaN, infinities, and what is longer than any log's numbers."""
+    if not NUMBER.fullmatch(text):
+        return None
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def whole(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
+
+
+def seconds(text: str) -> float | None:
+    """`1401ms`, `12.7s`, `10.0m`; None without a unit."""
+    found = DURATION.fullmatch(text)
+    return round(float(found[1]) * UNITS[found[2]], 6) if found else None
+
+
+def fields(line: str, apart: int = MOST_WORDS) -> dict[str, str]:
+    """`a:1 b: 2 c` -> {"a": "1", "b": "2"}; of a name said twice, the first. Only of the first `apart` words may the
+    value be a word of its own."""
+    found: dict[str, str] = {}
+    words = line.split(None, MOST_WORDS)[:MOST_WORDS]
+    for i, word in enumerate(words):
+        name, colon, value = word.partition(":")
+        if colon and name:
+            if not value and i < apart and i + 1 < len(words) and ":" not in words[i + 1]:
+                value = words[i + 1]
+            found.setdefault(name.strip("(,;"), value.strip("(),;"))
+    return found
+
+
+# ---- Lines -----------------------------------------------------------------------------------------------------------
+def read_step(text: str, line: int) -> Step | None:
+    named = text.startswith("step:")
+    head = text[5:].split(None, 1) if named else text.split(None, 1)
+    if not head or not head[0][:1].isdigit():
+        return None
+    at, slash, of = head[0].partition("/")
+    if whole(at) is None or (whole(of) is None if slash else not named):
+        return None
+    said = fields(text[5:] if named else text)
+    for kind, name in (("val", "val_loss"), ("train", "train_loss"), ("train", "loss")):
+        loss = number(said.get(name, ""))
+        if loss is not None:
+            return Step(kind, int(at), whole(of), loss, number(said.get("val_bpb", "")) if kind == "val" else None,
+                        seconds(said.get("train_time", said.get("t", ""))),
+                        milliseconds(said.get("step_avg", said.get("avg", ""))), line)
+    return None
+
+
+def milliseconds(text: str) -> float | None:
+    return number(text[:-2]) if text.endswith("ms") else None
+
+
+def read_score(text: str, line: int) -> Score | None:
+    """A line that starts with a label, or with the score itself as the last of an evaluation's does."""
+    if text[:1].isspace() or text.startswith(PARTS) or ("val_loss:" not in text and "val_bpb:" not in text):
+        return None
+    said = fields(text)
+    loss, bpb = said.get("val_loss", ""), said.get("val_bpb", "")
+    words = text[: min(at for at in (text.find("val_loss:"), text.find("val_bpb:")) if at >= 0)].split()
+    known = (number(loss) is not None) + (number(bpb) is not None)
+    if known < (1 if words else 2):
+        return None
+    decimals = [len(value.partition(".")[2]) for value in (loss, bpb) if number(value) is not None]
+    return Score(" ".join(w for w in words if ":" not in w or w.endswith(":")), number(loss), number(bpb),
+                 min(decimals) >= 6, seconds(said.get("eval_time", said.get("time", ""))), line)
+
+
+def read_sizes(text: str, line: int) -> list[Size]:
+    for start, kind in (("Serialized model", "artifact"), ("Code size", "code"), ("Total submission size", "total")):
+        if text.startswith(start):
+            label, colon, rest = text[len(start) :].partition(":")
+            words, label = rest.split(), label.strip()
+            if not colon or len(words) < 2 or whole(words[0]) is None or not words[1].startswith("bytes"):
+                return []
+            kind = "model" if kind == "artifact" and not label else kind
+            return [*parts_of_total(fields(rest), line), Size(kind, label, int(words[0]), line)]
+    said = fields(text) if text.startswith(("artifact:", "budget:")) else {}
+    if "bytes" in said and "sha256" in said:
+        said["artifact"] = said["bytes"]
+    total = whole(said.get("budget", "").partition("/")[0])
+    return [*parts_of_total(said, line), *([Size("total", "", total, line)] if total is not None else [])]
+
+
+def parts_of_total(said: dict[str, str], line: int) -> list[Size]:
+    """`(artifact:734192 code:329127 …)`"""
+    found = ((kind, whole(said.get(kind, ""))) for kind in ("artifact", "code"))
+    return [Size(kind, "", size, line) for kind, size in found if size is not None]
+
+
+def read_time(text: str) -> tuple[str, float] | None:
+    """What took how long: `… in 12.7s`, `… (137.6s)`, `… elapsed=407.5s`, `… time:76.2s`, `gptq:reserving 12s`."""
+    words = text.split(None, MOST_WORDS)[:MOST_WORDS]
+    if text[:1].isspace() or not words or ":" not in words[0] + (words[1] if len(words) > 1 else ""):
+        return None
+    name = words[0].lower().rstrip(":") if not words[0].endswith(":") else " ".join(words[:2]).lower()
+    if name == "gptq:reserving" and len(words) > 1:
+        took = seconds(words[1].rstrip(","))
+        return None if took is None else (name, took)
+    for before, word in zip(["", *words], words, strict=False):
+        key, mark, value = word.rpartition("=" if word.startswith("elapsed=") else ":")
+        if before == "in" or (word[0] == "(" and word[-1] == ")") or (mark and key in ("elapsed", "time")):
+            took = seconds((value if mark else word).strip("(),"))
+            if took is not None:
+                return name, took
+    return None
+
+
+# ---- The whole -------------------------------------------------------------------------------------------------------
+def code_parts(lines: list[str]) -> list[range]:
+    """Where the log holds code. Rules of 100 `=` part it; a part that imports is code, as are the parts after it that
+    define or import (code may hold a rule itself). Some logs lack the rule between code and what stands above it."""
+    bounds = [-1, *(i for i, line in enumerate(lines) if len(line) < 200 and RULE.fullmatch(line)), len(lines)]
+    found: list[range] = []
+    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        part = lines[low + 1 : high]
+        imports = any(IMPORT.match(x) for x in part)
+        if found and found[-1].stop == low and (imports or any(PYTHON.match(x) for x in part)):
+            found[-1] = range(found[-1].start, high)
+        elif imports:
+            found.append(range(low + 1 + log_above(part), high))
+    return found
+
+
+def log_above(part: list[str]) -> int:
+    """How many lines of log a part of code starts with: a block of settings, or an earlier run's end."""
+    if TOP.match(next(x for x in part if x.strip())):
+        return 0
+    first, above = next(i for i, x in enumerate(part) if IMPORT.match(x)), 0
+    for i, line in enumerate(part[:first]):
+        short = line if len(line) <= LONGEST_LINE else ""
+        setting = line.startswith("  ") and above == i and part[0].strip() == "Hyperparameters:"
+        if setting or line.strip() == "Hyperparameters:" or short.startswith(("stopping_early", "peak memory")):
+            above = i + 1
+        elif read_step(short, 0) or read_score(short, 0) or read_sizes(short, 0):
+            above = i + 1
+    return above
+
+
+class Reading:
+    """The log so far, of the last run in it: one that starts anew in the same file leaves nothing of the one before."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+        self.steps: list[Step] = []
+        self.begin()
+
+    def begin(self) -> None:
+        self.runs += 1
+        self.earlier = self.steps  # if this run continues the one before
+        self.starts: set[str] = set()
+        self.marks: set[str] = set()  # of the dialect
+        self.settings: dict[str, str] = {}
+        self.steps: list[Step] = []
+        self.scores: list[Score] = []
+        self.sizes: list[Size] = []
+        self.hashes: dict[str, str] = {}
+        self.times: dict[str, float] = {}
+        self.lines: dict[str, int] = {}
+        self.trained: float | None = None
+        self.gpus: Counter[str] = Counter()
+        self.block = ""  # the header of the block of settings that we are in
+
+    def start(self, mark: str) -> None:
+        """Code, or the first line of a header: seen twice, or after steps, it is another run's."""
+        if self.steps or mark in self.starts:
+            self.begin()
+        self.starts.add(mark)
+
+    def read(self, text: str, line: int) -> None:
+        mark = text[:24].strip()
+        if mark in HEADERS:
+            self.start(mark)
+        if text.startswith("settings: {") and len(text) <= LONGEST_SETTINGS:
+            self.marks.add("fairway")
+            self.flatten("", text.removeprefix("settings: "))
+        elif len(text) <= LONGEST_LINE and text:
+            self.marks.add(mark_of(text))
+            if step := read_step(text, line):
+                self.steps.append(step)
+                self.trained = None
+            elif score := read_score(text, line):
+                self.scores.append(score)
+            else:
+                self.read_other(text, line)
+
+    def flatten(self, name: str, value: Any) -> None:
+        """Our settings: JSON in one line."""
+        try:
+            value = parse_json(value, "settings") if not name else value
+        except RecordError:
+            return
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            full = f"{name}.{key}" if name else key
+            if isinstance(inner, dict) and full.count(".") < 4:
+                self.flatten(full, inner)
+            else:
+                self.set(full, str(inner))
+
+    def set(self, name: str, value: str) -> None:
+        if value and len(self.settings) < MOST_SETTINGS and len(value) <= LONGEST_LINE:
+            self.settings.setdefault(name.lower()[:200], value)
+
+    def read_other(self, text: str, line: int) -> None:
+        sizes = read_sizes(text, line)
+        self.sizes += sizes
+        if gpu := GPU.match(text):
+            self.gpus[re.sub(r"\s+(On|Off)$", "", gpu[1])] += 1
+        if not self.steps:
+            self.read_header(text)
+        if sizes:
+            return
+        said = fields(text)
+        if (total := seconds(said.get("total_eval_time", ""))) is not None:
+            self.note("total_eval_time", total, line)
+        elif (took := read_time(text)) and len(self.times) < MOST_TIMES:
+            self.note(*took, line)
+        if (trained := seconds(said.get("train_time", ""))) is not None:
+            self.trained, self.lines["train_time"] = trained, line
+        if text.startswith("stopping_early"):
+            self.lines["stopping_early"] = line
+        elif text.startswith("resumed step:") and self.earlier and (at := whole(said["step"])) is not None:
+            self.steps, self.earlier, self.runs = [s for s in self.earlier if s.step <= at], [], self.runs - 1
+
+    def note(self, name: str, took: float, line: int) -> None:
+        self.times[name], self.lines[name] = took, line
+
+    def read_header(self, text: str) -> None:
+        """Settings above the first step: `  name: value` in a block, `name=value …` below a heading, `name:value …`."""
+        if text.startswith("  ") and self.block == "Hyperparameters:":
+            name, _, value = text.strip().partition(":")
+            if NAME.fullmatch(name):
+                self.set(name, value.strip())
+            return
+        if self.block.startswith("--- Hyperparameters"):
+            for name, _, value in (word.partition("=") for word in text.split()):
+                if NAME.fullmatch(name):
+                    self.set(name, value)
+        self.block, said = text.strip(), fields(text, apart=1)
+        if text.startswith(("val_loader:", "train_loader:")):
+            prefix = text.partition("_")[0]
+            said = {name if name == "train_shards" else f"{prefix}_{name}": value for name, value in said.items()}
+            said["dataset"] = text.split()[0].split(":")[2] if text.startswith("train_loader:dataset:") else ""
+        if text.startswith("run_id:") and " device:" in text:  # the one value that holds spaces
+            self.set("device_name", text.partition(" device:")[2].partition(" torch:")[0].strip())
+        for name, value in said.items():
+            if name.endswith("sha256") and re.fullmatch("[0-9a-f]{64}", value):
+                self.hashes.setdefault({"sha256": "artifact", "val_sha256": "val"}.get(name, name[:-7]), value)
+            elif NAME.fullmatch(name) and not text[:1].isspace():
+                self.set(name, value)
+
+    def dialect(self) -> str:
+        if "fairway" in self.marks:
+            return "fairway"
+        if "april" in self.marks:
+            return "april"
+        if not self.marks & {"step", "zlib"} or not (self.steps or self.scores):
+            return "unknown"
+        return "march" if "march" in self.marks or any("sliding" in s.label or "ttt" in s.label
+                                                       for s in self.scores) else "baseline"
+
+
+def mark_of(text: str) -> str:
+    """What a line says of its dialect; "" if nothing."""
+    if text.startswith("code_sha256:") or (text.startswith("artifact:") and " sha256:" in text):
+        return "fairway"
+    if text.startswith("Hyperparameters:") or (text[:1].isdigit() and read_step(text, 0)):
+        return "april"
+    if text.startswith(MARCH):
+        return "march"
+    return "step" if text.startswith("step:") else "zlib" if text.startswith("final_int8_zlib_roundtrip") else ""
+
+
+def lines_of(text: str) -> list[str]:
+    if text.count("\n") > MOST_LINES:
+        found = text.split("\n", MOST_LINES // 2)[:-1] + text.rsplit("\n", MOST_LINES // 2)[1:]
+    else:
+        found = text.split("\n")
+    return [line[STAMP.match(line).end() :] if line[:1].isdigit() and STAMP.match(line) else line
+            for line in (line.rstrip("\r") for line in found)]
+
+
+def parse_log(text: str) -> RunLog:
+    """Any text gives a RunLog. Line numbers are those of the text, unless it has more than MOST_LINES."""
+    lines = lines_of(text)
+    codes, reading, at = code_parts(lines), Reading(), 0
+    for code in [*codes, range(len(lines), len(lines))]:
+        for i in range(at, code.start):
+            reading.read(lines[i], i + 1)
+        at = code.stop
+        if code:
+            reading.start("code")
+    source = "\n".join(lines[codes[-1].start : codes[-1].stop]) if codes and "code" in reading.starts else ""
+    last = "" if codes and codes[-1].stop == len(lines) else lines[-1]
+    return RunLog(reading.dialect(), source, reading.settings, reading.steps, reading.scores, reading.sizes,
+                  reading.hashes, reading.times, reading.lines, reading.trained, dict(reading.gpus), reading.runs,
+                  text_lines=len(lines) - (not lines[-1]), cut=cut_short(last))
+
+
+def cut_short(last: str) -> bool:
+    """Of a last line that no newline ends: a score of which one number has fewer decimals than the other, or whose
+    time has no unit. Some whole logs lack that newline."""
+    score = read_score(last, 0) if len(last) <= LONGEST_LINE else None
+    if score is None:
+        return bool(last) and last.startswith(("step:", "final_", "Serialized model", "Total submission"))
+    said = fields(last)
+    decimals = {len(said.get(name, "").partition(".")[2]) for name in ("val_loss", "val_bpb")}
+    return len(decimals) > 1 or ("eval_time" in said and score.seconds is None)
+
+
+def read_log(path: str | Path) -> RunLog:
+    """RecordError only where no text can be read at all."""
+    return parse_log(read_text(path))

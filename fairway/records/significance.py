@@ -1,0 +1,235 @@
+"""Is a new record better than the old one by more than chance? In nats, since the rule is in nats.
+
+The rule: at least 0.005 nats a token better than the standing record at p < 0.01. Two tests are in use, and both are
+printed: the new seeds against the old mean less the bar (one sample, n - 1 degrees of freedom), and the new seeds
+against the old ones without a bar (Welch: two samples, each with its own spread). Both ask in one direction only, and
+a positive t is an improvement; #1019 printed Welch's with the other sign.
+
+Nats a token and bits a byte differ by a factor that the validation split has: tokens, bytes, and so the tokenizer.
+It comes from the logs, never from a table. Under another tokenizer the old scores count in tokens of the new one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from fairway.records.files import RecordError, need, read_json
+from fairway.records.logs import RunLog, Score, read_log
+from fairway.records.schema import normal
+
+BAR = 0.005  # nats a token
+LEVEL = 0.01
+MOST_SEEDS = 1000  # of an outlook
+MOST_LOGS = 64  # of a folder
+NEAR = 6e-5  # BPB: a score of four digits is within that of its eight
+
+
+Errors = Callable[[int], tuple[float, float]]  # seeds -> standard error of the gain, degrees of freedom
+
+
+class Seeds(NamedTuple):
+    nats: list[float]  # a token, by seed
+    bpb: list[float]
+    tokens: int  # that were scored, and their bytes: as logged; 0 where no log says
+    bytes: int
+
+    @property
+    def factor(self) -> float:
+        """Nats a token for one bit a byte."""
+        return sum(self.nats) / sum(self.bpb)
+
+
+class Test(NamedTuple):
+    name: str
+    t: float | None  # None: no such test with so few seeds, which `missing` says
+    df: float | None
+    p: float | None
+    difference: tuple[float, float]  # old mean - new mean, in nats and in BPB: positive is better
+    missing: str  # until p < 0.01; "" if reached
+
+
+# ---- The tests -------------------------------------------------------------------------------------------------------
+def one_sample(new: Seeds, old_mean_nats: float, bar: float = BAR) -> Test:
+    """The new seeds against (old mean - bar)."""
+    n, mean = len(new.nats), statistics.fmean(new.nats)
+    better = old_mean_nats - mean
+    difference = (better, better / new.factor)
+    name = f"one sample, against {old_mean_nats:.6f} - {bar:g} nats"
+    if n < 2:
+        return Test(name, None, None, None, difference, "one seed has no spread: 2 at least, 3 as a rule")
+    spread = statistics.stdev(new.nats)
+
+    def at(seeds: int) -> tuple[float, float]:
+        return spread / math.sqrt(seeds), seeds - 1
+    return judged(name, better - bar, n, at, difference)
+
+
+def welch(new: Seeds, old: Seeds) -> Test:
+    """The new seeds against the old ones, which may differ in number and in spread."""
+    old_nats = in_tokens_of(new, old)
+    n, m = len(new.nats), len(old_nats)
+    better = statistics.fmean(old_nats) - statistics.fmean(new.nats)
+    difference, name = (better, better / new.factor), "Welch, two samples"
+    if min(n, m) < 2:
+        which = "the new record has" if n < 2 else "the old record has"
+        return Test(name, None, None, None, difference, f"{which} one seed: 2 of each at least")
+    a, b = statistics.variance(new.nats), statistics.variance(old_nats) / m
+
+    def at(seeds: int) -> tuple[float, float]:
+        mine = a / seeds
+        below = mine**2 / (seeds - 1) + b**2 / (m - 1)
+        return math.sqrt(mine + b), (mine + b) ** 2 / below if below > 0 else seeds + m - 2
+    return judged(name, better, n, at, difference)
+
+
+def judged(name: str, gain: float, n: int, at: Errors, difference: tuple[float, float]) -> Test:
+    error, df = at(n)
+    t = t_of(gain, error)
+    p = upper_tail(t, df)
+    return Test(name, t, df, p, difference, "" if p < LEVEL else outlook(gain, n, at))
+
+
+def t_of(gain: float, error: float) -> float:
+    """Without spread, any gain is certain."""
+    return gain / error if error > 0 else math.copysign(math.inf, gain) if gain else 0.0
+
+
+def upper_tail(t: float, df: float) -> float:
+    from scipy.special import stdtr
+    return float(stdtr(df, -t))
+
+
+def outlook(gain: float, n: int, at: Errors) -> str:
+    """How many seeds of this mean and spread reach p < 0.01, or how many nats more with these."""
+    from scipy.special import stdtrit
+    error, df = at(n)
+    lacking = float(stdtrit(df, 1 - LEVEL)) * error - gain
+    these = "this seed" if n == 1 else f"these {n} seeds"
+    more = f"{lacking:.6f} nats more with {these}"
+    if gain <= 0:
+        return f"no number of seeds, since the mean is {-gain:.6f} nats on the wrong side; {more}"
+    wanted = next((k for k in range(n + 1, MOST_SEEDS + 1) if upper_tail(t_of(gain, at(k)[0]), at(k)[1]) < LEVEL), None)
+    if wanted is None:
+        return f"more than {MOST_SEEDS} seeds of this mean and spread, or {more}"
+    return f"{wanted} seeds of this mean and spread, or {more}"
+
+
+def in_tokens_of(new: Seeds, old: Seeds) -> list[float]:
+    """The old scores in nats a token of the new tokenizer, through BPB; as they are where the two are one."""
+    if abs(old.factor / new.factor - 1) < 0.001:  # scores of four digits are that far off
+        return old.nats
+    return [bpb * new.factor for bpb in old.bpb]
+
+
+# ---- Seeds of a record folder ----------------------------------------------------------------------------------------
+def seeds_of(folder: Path) -> Seeds:
+    """The seeds that submission.json names, with the digits of their logs where these show the same score. Of a file
+    that lists no scores of seeds: the logs' scores of one label that have its headline among them, by seed; failing
+    that, its headline as one seed. RecordError names what is missing to have all of them in nats."""
+    folder = Path(folder)
+    need(folder.is_dir(), f"{folder} is no folder; name one with a submission.json and logs in it")
+    file = next(iter(sorted(folder.glob("submission*.json"))), None)
+    said, logs = normal(read_json(file) if file else None), logs_of(folder)
+    if said.seed_results:
+        found = {s: claimed_score(r.val_loss, r.val_bpb, logs.get(s, [])) for s, r in said.seed_results.items()}
+    else:
+        found = logged_scores(logs, said.val_bpb) or {-1: claimed_score(said.val_loss, said.val_bpb, [])}
+    need(any(s.bpb is not None or s.loss is not None for s in found.values()),
+         f"{folder} names no score: neither its submission.json nor a log in it has val_bpb")
+    tokens, size = split_of([log for seed in logs.values() for log in seed])
+    factor = factor_of(list(found.values()), tokens, size)
+    pairs = [in_both(folder, seed, score, factor) for seed, score in found.items()]
+    return Seeds([nats for nats, _ in pairs], [bpb for _, bpb in pairs], tokens, size)
+
+
+def logs_of(folder: Path) -> dict[int, list[RunLog]]:
+    """By seed, -1 where none is named: the file's name says it, else the log. Evaluations come first."""
+    found: dict[int, list[RunLog]] = {}
+    paths = sorted(p for pattern in ("*.log", "*.txt", "logs/*.log", "logs/*.txt") for p in folder.glob(pattern)
+                   if p.name != "requirements.txt" and p.is_file() and not p.is_symlink())
+    for path in sorted(paths[:MOST_LOGS], key=lambda p: (not p.name.startswith("eval"), "seed" not in p.name)):
+        log = read_log(path)
+        named = re.search(r"seed[_-]?([0-9]{1,15})", path.name)
+        seed = int(named[1]) if named else log.seed
+        if log.final is not None:
+            found.setdefault(-1 if seed is None else seed, []).append(log)
+    return found
+
+
+def claimed_score(loss: float | None, bpb: float | None, logs: list[RunLog]) -> Score:
+    """What is claimed, in full digits where one of the logs has it."""
+    near = [s for log in logs for s in reversed(log.scores) if s.exact and None not in (bpb, s.loss, s.bpb)
+            and abs(s.bpb - bpb) < NEAR]
+    return near[0] if near else Score("", loss, bpb, False, None, 0)
+
+
+def logged_scores(logs: dict[int, list[RunLog]], headline: float | None) -> dict[int, Score]:
+    """Of the labels that logs end with, the last one whose scores have the headline among them; {} where none has."""
+    labels = dict.fromkeys(s.label for log in [log for group in logs.values() for log in group]
+                           for s in (log.final, *reversed(log.scores)) if s is not None)
+    for label in labels:
+        found = {}
+        for seed, group in logs.items():
+            scores = [s for log in group for s in reversed(log.scores) if s.label == label and s.loss and s.bpb]
+            if scores:
+                found[seed] = min(scores, key=lambda s: abs(s.bpb - headline)) if headline else scores[0]
+        bpbs = [s.bpb for s in found.values()]
+        if bpbs and (headline is None or min(bpbs) - NEAR < headline < max(bpbs) + NEAR):
+            return found
+    return {}
+
+
+def split_of(logs: list[RunLog]) -> tuple[int, int]:
+    """Tokens and bytes of the validation split; 0 where no log says."""
+    tokens = next((log.tokens for log in logs if log.tokens), 0)
+    return tokens, next((log.val_bytes for log in logs if log.val_bytes and log.tokens == tokens), 0)
+
+
+def factor_of(scores: list[Score], tokens: int, size: int) -> float | None:
+    if tokens and size:
+        return math.log(2) * size / tokens
+    pairs = [s.loss / s.bpb for s in scores if s.loss and s.bpb]
+    return statistics.median(pairs) if pairs else None
+
+
+def in_both(folder: Path, seed: int, score: Score, factor: float | None) -> tuple[float, float]:
+    """(nats, BPB)"""
+    whose = f"{folder.name}: seed {seed}" if seed >= 0 else f"{folder.name}: its one run"
+    need(score.loss or score.bpb, f"{whose} has neither val_loss nor val_bpb; add its log, or both to submission.json")
+    if score.loss and score.bpb:
+        return score.loss, score.bpb
+    have, lack = ("val_bpb", "val_loss") if score.bpb else ("val_loss", "val_bpb")
+    if factor is None:
+        raise RecordError(f"{whose} has {have} but no {lack}, and no log says how many tokens and bytes of validation "
+                          f"text it scored; add its log, or {lack} to submission.json")
+    return (score.bpb * factor, score.bpb) if score.bpb else (score.loss, score.loss / factor)
+
+
+# ---- The table -------------------------------------------------------------------------------------------------------
+def report(new: Seeds, old: Seeds) -> str:
+    """Both records and both tests, for a terminal or a README."""
+    converted = in_tokens_of(new, old)
+    lines = ["         seeds  nats      std       BPB       std       each (BPB)"]
+    for name, nats, bpb in (("new", new.nats, new.bpb), ("old", converted, old.bpb)):
+        spread = [f"{statistics.stdev(v):.6f}" if len(v) > 1 else "-       " for v in (nats, bpb)]
+        lines.append(f"{name:8} {len(nats):5}  {statistics.fmean(nats):.6f}  {spread[0]}  {statistics.fmean(bpb):.6f}  "
+                     f"{spread[1]}  {' '.join(f'{v:.6f}' for v in bpb)}")
+    if converted is not old.nats:
+        lines.append(f"another tokenizer or split: {statistics.fmean(old.nats):.6f} nats of the old are "
+                     f"{statistics.fmean(converted):.6f} for each token of the new")
+    for test in (one_sample(new, statistics.fmean(converted)), welch(new, old)):
+        nats, bpb = test.difference
+        said = "no test" if test.t is None else f"t = {test.t:.2f}, df = {test.df:.2f}, p = {shown(test.p)}"
+        verdict = "" if test.t is None else ", p < 0.01" if not test.missing else ", not p < 0.01"
+        lines.append(f"{test.name}: {said}{verdict}; better by {nats:+.6f} nats, {bpb:+.6f} BPB")
+        lines += [f"    missing: {test.missing}"] if test.missing else []
+    return "\n".join(lines)
+
+
+def shown(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.001 else f"{p:.1e}"
