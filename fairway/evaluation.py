@@ -254,18 +254,18 @@ class Evaluation:
         """The ladder on the screen, everything in eval/."""
         sizes, final = self.sizes(), self.ladder[-1]
         code = sum(sizes["code"].values())
-        needed = sum(s for name, s in self.seconds.items() if name not in BESIDE)
+        needed = sum(s for name, s in self.seconds.items() if name not in BESIDE) if self.timed else None
         for rung in self.ladder:
             self.log(f"ladder:{rung['name']:32} val_bpb:{rung['bpb']:.8f} gain:{rung['gain']:+.8f} "
                      f"seconds:{rung['seconds']:.1f}")
-        total = f"{1000 * needed:.0f}ms" if self.timed else "unknown (an interrupted run made part of the columns)"
+        total = "unknown (an interrupted run made part of the columns)" if needed is None else f"{1000 * needed:.0f}ms"
         self.log("stages:" + " ".join(f"{name}:{s:.1f}s" for name, s in self.seconds.items())
                  + f" total_eval_time:{total}")
         self.log(f"Total submission size: {sizes['artifact'] + code} bytes (artifact:{sizes['artifact']} code:{code} "
                  f"in {len(sizes['code'])} files, budget:{self.cfg.size_budget_bytes})")
         self.score.update(
             val_bpb=final["bpb"], val_loss=final["loss"], tokens=len(logp), bytes=self.text.bytes, ladder=self.ladder,
-            seconds=self.seconds, timed=self.timed, sizes=sizes, sha256=self.hashes,
+            seconds=self.seconds, eval_seconds=needed, sizes=sizes, sha256=self.hashes,
             code=code_hashes(sizes["code"]), settings=dataclasses.asdict(self.cfg),
             weights=dict(experts=EXPERTS, trace=[np.round(np.mean(part, axis=0), 4).tolist() for part in np.array_split(
                 scorer.mixture.trace, min(TRACE_POINTS, len(scorer.mixture.trace)))]),
@@ -279,7 +279,7 @@ class Evaluation:
         with replacing(self.folder / "final_logp.npy") as f:
             np.save(f, logp)
         self.log(f"val_bpb:{final['bpb']:.8f} val_loss:{final['loss']:.8f}", "final", bpb=final["bpb"],
-                 loss=final["loss"], tokens=len(logp), bytes=self.text.bytes, seconds=needed if self.timed else None,
+                 loss=final["loss"], tokens=len(logp), bytes=self.text.bytes, seconds=needed,
                  artifact_bytes=sizes["artifact"], code_bytes=code, certified=certificate and certificate.passed)
 
     def write(self, name: str, text: str) -> None:
