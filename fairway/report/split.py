@@ -1,0 +1,281 @@
+"""The validation split beside its log-probabilities: the shards, the columns of an evaluation, the tokenizer, and what
+figures make of them. Everything is checked against the hashes and sizes in score.json; nothing here runs a model."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import io
+import math
+import os
+import re
+import stat
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fairway.records.run import Run, dict_at
+from fairway.report.artifact import MOST_TOKENIZER, read_artifact, unpacked
+from fairway.report.data import Missing, items, no_score, number, whole, words
+
+ROOT = Path(__file__).resolve().parents[2]
+BOS_ID = 1  # every document starts with it
+MOST_TOKENS = 1 << 28  # of a split: four times FineWeb's
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+PART = 1 << 22  # rows at a time
+PASSAGE = 48  # tokens
+PASSAGE_STRIDE = 12
+AGAIN = "run eval_final.py again"
+
+
+# ==== FILES ===========================================================================================================
+def column(folder: Path, name: str, rows: int, loss: float) -> np.ndarray:
+    """A mapped column of log-probabilities in nats: a .npy file of exactly these rows, checked against the loss that
+    was printed for it."""
+    path, start = folder / "eval" / name, io.BytesIO()
+    np.lib.format.write_array_header_1_0(start, dict(descr="<f8", fortran_order=False, shape=(rows,)))
+    header, size = beginning(path, len(start.getvalue()))
+    if header != start.getvalue() or size != len(header) + 8 * rows:
+        raise Missing(f"eval/{name} is not there, or not {rows:,} rows; {AGAIN}")
+    logp = np.memmap(path, "<f8", "r", len(header), (rows,))
+    if not abs(float(np.mean(logp)) + loss) < 1e-6 * max(1.0, abs(loss)):  # so NaN is refused as well
+        raise Missing(f"eval/{name} is of another evaluation than eval/score.json; {AGAIN}")
+    return logp
+
+
+def beginning(path: Path, count: int) -> tuple[bytes, int]:
+    """The first bytes of a regular file and its size; b"" and 0 where it is none."""
+    try:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as f:
+            found = os.fstat(f.fileno())
+            return (f.read(count), found.st_size) if stat.S_ISREG(found.st_mode) else (b"", 0)
+    except (OSError, ValueError):
+        return b"", 0
+
+
+def shard(path: Path) -> np.ndarray:
+    """The tokens of a shard, mapped; an empty array where it is none."""
+    start, size = beginning(path, 12)
+    count = (size - SHARD_HEADER_BYTES) // 2
+    said = [int.from_bytes(start[i : i + 4], "little") for i in (0, 4, 8)]
+    if said != [SHARD_MAGIC, SHARD_VERSION, count] or count <= 0 or size != SHARD_HEADER_BYTES + 2 * count:
+        return np.zeros(0, "<u2")
+    return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
+
+
+# ==== ONE RUN =========================================================================================================
+class Source:
+    """A run with its split and columns, read when first asked for; each may be Missing."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.settings, self.hashes = dict_at(run.score, "settings"), dict_at(run.score, "sha256")
+
+    @cached_property
+    def rows(self) -> int:
+        if self.run.score is None:
+            raise no_score(self.run)
+        rows = whole(self.run.score.get("tokens"))
+        if not rows or rows >= MOST_TOKENS:
+            raise Missing(f"eval/score.json states no tokens between 1 and {MOST_TOKENS:,}; {AGAIN}")
+        return rows
+
+    @cached_property
+    def mixture(self) -> np.ndarray:
+        return column(self.run.folder, "final_logp.npy", self.rows, number(self.run.score.get("val_loss")))
+
+    @cached_property
+    def neural(self) -> np.ndarray:
+        """The neural scorer's own column, whichever way it scored."""
+        ttt, mode = words(self.settings.get("ttt")), words(self.settings.get("eval_mode"))
+        name = mode if ttt in ("", "none") else f"ttt_{ttt}"
+        rungs = items(self.run.score.get("ladder")) if self.rows else []
+        if not re.fullmatch(r"[a-z_]{1,30}", name) or len(rungs) < 2:
+            raise Missing(f"eval/score.json names no neural column; {AGAIN}")
+        return column(self.run.folder, f"columns/{name}/logp.npy", self.rows, number(rungs[-2].get("loss")))
+
+    @cached_property
+    def columns(self) -> dict[str, np.ndarray]:
+        """mixture and, where it is there, neural: log-probabilities in nats [rows]."""
+        found = {"mixture": self.mixture}
+        try:
+            found["neural"] = self.neural
+        except Missing:
+            pass
+        return found
+
+    @cached_property
+    def shards(self) -> list[Path]:
+        """The split's files, by the names in the evaluation's settings."""
+        given, folder = (words(self.settings.get(k), 1000) for k in ("val_files", "data_path"))
+        pattern = Path(given or os.path.join(folder or "data/embedded", "*_val_*.bin"))
+        for base in dict.fromkeys([Path(), self.run.folder, ROOT]):
+            try:
+                there = sorted(fnmatch.filter(os.listdir(base / pattern.parent), pattern.name))
+            except (OSError, ValueError):
+                continue
+            if there:
+                return [base / pattern.parent / name for name in there[:10_000]]
+        raise Missing(f"no shards match {words(str(pattern), 200)} any more; put them back (make data), or score again "
+                      "with VAL_FILES")
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """uint16[rows + 1], as the evaluation saw them."""
+        parts, rows = [], self.rows
+        for path in self.shards:
+            parts.append(shard(path))
+            if sum(map(len, parts)) > rows + 1:
+                break
+        tokens = np.concatenate(parts)
+        if len(tokens) != rows + 1 or hashlib.sha256(tokens).hexdigest() != self.hashes.get("data"):
+            raise Missing(f"the shards beside {words(self.shards[0].name)} are not those that were scored ({rows + 1:,}"
+                          " tokens, by hash); put them back (make data), or score again with VAL_FILES")
+        return tokens
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The SentencePiece model of this split: out of the artifact, or from beside the shards."""
+        import sentencepiece
+
+        wanted = self.hashes.get("tokenizer")
+        for model in (self.embedded, self.beside):
+            data = model()
+            if data and hashlib.sha256(data).hexdigest() == wanted:
+                try:
+                    found = sentencepiece.SentencePieceProcessor(model_proto=data)
+                except (RuntimeError, ValueError):
+                    continue
+                if int(self.tokens.max()) < found.vocab_size():
+                    return found
+        raise Missing("no tokenizer with the evaluation's hash in the artifact, nor as tokenizer.model beside the "
+                      "shards; put it there")
+
+    def embedded(self) -> bytes:
+        try:
+            return unpacked(read_artifact(self.run).tokenizer)
+        except Missing:
+            return b""
+
+    def beside(self) -> bytes:
+        path = self.shards[0].parent / "tokenizer.model"
+        try:
+            return path.read_bytes() if path.is_file() and path.stat().st_size <= MOST_TOKENIZER else b""
+        except OSError:
+            return b""
+
+
+# ==== WHAT FIGURES MAKE OF THEM =======================================================================================
+class Means(NamedTuple):
+    """Binned means; arrays [bins]."""
+
+    x: np.ndarray  # where a bin lies
+    mean: np.ndarray  # nats a token
+    error: np.ndarray  # standard error of the mean, as if tokens were independent
+    share: np.ndarray  # of all tokens
+
+
+def means(source: Source, x: np.ndarray, bins: Callable[[int, int], np.ndarray]) -> dict[str, Means]:
+    """column → its means. `x` is the place of each bin; `bins` gives those of rows start to stop, asked for in order.
+    A part at a time, since a split may have 60 million rows."""
+    totals = {name: np.zeros((3, len(x))) for name in source.columns}
+    for start in range(0, source.rows, PART):
+        stop = min(start + PART, source.rows)
+        own = bins(start, stop)
+        for name, logp in source.columns.items():
+            loss = -logp[start:stop]
+            for total, weights in zip(totals[name], (None, loss, np.square(loss)), strict=True):
+                total += np.bincount(own, weights, len(x))
+    found = {}
+    for name, (count, total, squares) in totals.items():
+        held = count > 0
+        n, mean = count[held], total[held] / count[held]
+        error = np.sqrt(np.maximum(squares[held] / n - mean**2, 0) / n)
+        found[name] = Means(np.asarray(x, float)[held], mean, error, n / source.rows)
+    return found
+
+
+def by_split(source: Source) -> dict[str, Means]:
+    """column → loss along the split, in percent of it."""
+    count = int(np.clip(source.rows // 512, 2, 64))
+    return means(source, 100 * (np.arange(count) + 0.5) / count,
+                 lambda start, stop: np.arange(start, stop) * count // source.rows)
+
+
+def by_document(source: Source) -> dict[str, Means]:
+    """column → loss by how many tokens of its document stand before a token; bins double every three."""
+    edges = np.unique(np.round(2 ** (np.arange(3 * source.rows.bit_length() + 1) / 3)).astype(np.int64))
+    last = 0  # where the document of the row before began
+
+    def bins(start: int, stop: int) -> np.ndarray:
+        nonlocal last
+        at = np.arange(start, stop)
+        began = np.maximum.accumulate(np.where(source.tokens[start:stop] == BOS_ID, at, last))
+        last = int(began[-1])
+        return np.searchsorted(edges, at - began + 1, side="right") - 1
+
+    return means(source, middles(edges, source.rows), bins)
+
+
+def by_rank(source: Source) -> dict[str, Means]:
+    """column → loss by the target's rank in the split, the most frequent token first; bins double."""
+    targets = source.tokens[1:]
+    counts = np.bincount(targets)
+    rank = np.empty(len(counts), np.int64)
+    rank[np.argsort(-counts, kind="stable")] = np.arange(1, len(counts) + 1)
+    edges = 2 ** np.arange(0, len(counts).bit_length())
+    bins = np.searchsorted(edges, rank, side="right") - 1
+    return means(source, middles(edges, np.count_nonzero(counts)), lambda start, stop: bins[targets[start:stop]])
+
+
+def middles(edges: np.ndarray, last: int) -> np.ndarray:
+    """The geometric middle of each bin that begins at an edge; the last one ends at `last`."""
+    ends = np.append(edges[1:] - 1, last).clip(max=last)
+    return np.sqrt(edges * np.maximum(ends, edges))
+
+
+class Passage(NamedTuple):
+    first: int  # row of the first token
+    document: int  # counted from 1
+    mean: float  # bits a token
+    pieces: list[tuple[str, float]]  # text and its bits
+
+
+def worst_passages(source: Source, count: int) -> list[Passage]:
+    """The windows with the highest mean, none over another, worst first."""
+    tokens, tokenizer = source.tokens, source.tokenizer
+    length = min(PASSAGE, source.rows)
+    starts = np.arange(0, source.rows - length + 1, PASSAGE_STRIDE)
+    sums = np.concatenate([[0.0], np.cumsum(source.mixture)]) / -math.log(2)
+    dear, found = (sums[starts + length] - sums[starts]) / length, []
+    for i in np.argsort(-dear, kind="stable")[: 40 * count]:
+        first = int(starts[i])
+        if len(found) < count and all(abs(first - other.first) >= length for other in found):
+            bits = source.mixture[first : first + length] / -math.log(2)
+            document = np.count_nonzero(tokens[: first + 2] == BOS_ID)
+            pieces = spelled(tokenizer, tokens[first + 1 : first + length + 1].tolist(), bits.tolist())
+            found.append(Passage(first, document, float(dear[i]), pieces))
+    return found
+
+
+def spelled(tokenizer: Any, tokens: list[int], bits: list[float]) -> list[tuple[str, float]]:
+    """The text of each token; bytes that make one character together stand together, with the mean of their bits."""
+    found: list[tuple[str, float]] = []
+    held: list[float] = []
+    raw = b""
+    for token, cost in zip([*tokens, None], [*bits, 0.0], strict=True):
+        if token is not None and tokenizer.is_byte(token):
+            raw += bytes([int(tokenizer.id_to_piece(token)[3:5], 16)])
+            held.append(cost)
+            continue
+        if held:
+            found.append((raw.decode("utf-8", "replace"), sum(held) / len(held)))
+            raw, held = b"", []
+        if token is not None:
+            control = tokenizer.is_control(token) or tokenizer.is_unknown(token)
+            text = "⟨new document⟩" if token == BOS_ID else "⟨?⟩" if control else tokenizer.id_to_piece(token)
+            found.append((text[:64].replace("▁", " "), cost))
+    return found
