@@ -1,0 +1,256 @@
+"""Python as a record ships it: what its scripts reach, what that weighs, and what a packed stub really runs.
+
+Nothing here runs or imports the code it reads. What ships is what the entries reach: the files that train_gpt.py and
+eval_final.py import, at any depth, run or read as code. A readable copy beside a packed stub, tests, and scripts that
+only prepared data are reached by no entry, and the model runs without them; so they are not counted.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fairway.records.files import RecordError, read_bytes
+from fairway.records.syntax import constant, name_of, parse
+from fairway.records.unpack import LIMIT, MOST, members, unpacked
+
+ENTRIES = ("train_gpt.py", "eval_final.py")
+CODE_SUFFIXES = (".py", ".pyc", ".so", ".cpp", ".cc", ".c", ".h", ".cu", ".cuh", ".zip", ".xz", ".lzma", ".br", ".b85")
+DEEPEST = 8  # stubs within stubs
+MOST_CODE = 2 << 20  # characters of code that are parsed; the largest record has 350,000
+READABLE = "source"  # the folder in which readable code lies beside packed code
+# What the challenge's machine has, by the names under which it is imported (its requirements.txt).
+CHALLENGE = {"numpy", "tqdm", "torch", "triton", "huggingface_hub", "kernels", "setuptools", "typing_extensions",
+             "datasets", "tiktoken", "sentencepiece"}
+# Packages that many records import: not the folder's own modules, even where no file names them.
+PACKAGES = {"flash_attn", "flash_attn_interface", "brotli", "zstandard", "einops", "mamba_ssm", "causal_conv1d", "fla",
+            "scipy", "numba", "wandb", "constriction", "yaml", "psutil", "transformers", "tokenizers", "safetensors",
+            "matplotlib", "pandas", "requests", "rich", "cupy", "transformer_engine", "liger_kernel", "xformers"}
+NAMED_OTHERWISE = {"yaml": "pyyaml", "PIL": "pillow", "cv2": "opencv", "sklearn": "scikit-learn", "fla":
+                   "flash-linear-attention", "flash_attn_interface": "flash", "flash_attn": "flash"}
+
+
+class Source(NamedTuple):
+    """One Python file. `tree` and `nodes` are of the code that runs: of a stub, what it unpacks to."""
+
+    name: str
+    shipped: bytes
+    text: str  # that runs
+    layers: tuple[str, ...]  # base85, lzma …: of a packed stub; () for plain code
+    tree: ast.Module | None  # None: it does not parse
+    nodes: tuple[ast.AST, ...]
+    fault: str  # why it does not parse, or why the packing could not be undone
+
+    @property
+    def packed(self) -> bool:
+        return bool(self.layers)
+
+
+class Absent(NamedTuple):
+    """An import that is answered neither in the folder nor by the standard library."""
+
+    module: str
+    file: str
+    line: int
+    optional: bool  # stands in a `try` with an `except`
+
+
+class Code(NamedTuple):
+    sources: dict[str, Source]  # every Python file of the folder, readable copies included
+    entries: tuple[str, ...]
+    shipped: dict[str, int]  # what the entries reach: relative name → bytes
+    absent: tuple[Absent, ...]  # of what ships
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.shipped.values())
+
+    def running(self) -> list[Source]:
+        """The sources that ship, in the order of their names."""
+        return [self.sources[name] for name in sorted(self.shipped) if name in self.sources]
+
+
+def read_source(name: str, shipped: bytes) -> Source:
+    text = shipped.decode("utf-8", "replace").removeprefix("\ufeff")
+    tree, fault = parse(text)
+    layers: list[str] = []
+    for _ in range(DEEPEST):
+        inner = unpacked(tree, layers) if tree is not None else None
+        if inner is None:
+            break
+        text = inner
+        tree, fault = parse(text)
+    return Source(name, shipped, text, tuple(layers), tree, tuple(ast.walk(tree)) if tree else (), fault)
+
+
+# ---- What is reached -------------------------------------------------------------------------------------------------
+class Import(NamedTuple):
+    module: str  # absolute, dotted
+    names: tuple[str, ...]  # of `from module import names`
+    line: int
+    optional: bool
+
+
+def imports(source: Source) -> Iterator[Import]:
+    """All of them, at any depth: lazily in functions too, by importlib and `python -m` where the name is a constant."""
+    if source.tree is None:  # a newer Python's syntax, or none: what lines seem to import
+        for number, line in enumerate(source.text.splitlines(), 1):
+            if found := re.match(r"\s*(?:import|from)\s+([A-Za-z_][\w.]*)", line):
+                yield Import(found[1], (), number, True)
+    package = Path(source.name).parent.parts
+    guarded = {id(inner) for node in source.nodes if isinstance(node, ast.Try) and node.handlers
+               for statement in node.body for inner in ast.walk(statement)}
+    for node in source.nodes:
+        optional = id(node) in guarded
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, (), node.lineno, optional)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *filter(None, [node.module])])
+            yield Import(module, tuple(alias.name for alias in node.names), node.lineno, optional)
+        elif isinstance(node, ast.Call) and name_of(node.func) in ("importlib.import_module", "import_module",
+                                                                   "__import__"):
+            if node.args and isinstance(node.args[0], ast.Constant) and type(node.args[0].value) is str:
+                yield Import(node.args[0].value, (), node.lineno, optional)
+        elif isinstance(node, ast.List | ast.Tuple):
+            for flag, module in zip(node.elts, node.elts[1:], strict=False):
+                if constant(flag) == "-m" and re.fullmatch(r"[A-Za-z_][\w.]*", str(constant(module) or "")):
+                    yield Import(str(constant(module)), (), node.lineno, True)
+
+
+def answers(found: Import, script_folder: str, have: Sequence[str] | set[str]) -> list[str]:
+    """The files of the folder that an import loads: packages on the way, modules, names that are modules."""
+    reached = []
+    for home in dict.fromkeys((script_folder, "")):
+        parts = [*filter(None, [home]), *filter(None, found.module.split("."))]
+        start = len(Path(home).parts) if home else 0
+        for upto in range(start + 1, len(parts) + 1):
+            stem = "/".join(parts[:upto])
+            reached += [name for name in (f"{stem}.py", f"{stem}/__init__.py") if name in have]
+        stem = "/".join(parts)
+        reached += [name for inner in found.names for name in (f"{stem}/{inner}.py", f"{stem}/{inner}/__init__.py")
+                    if name in have]
+        if reached:
+            return reached
+    return reached
+
+
+def named_files(source: Source, have: Iterable[str]) -> list[str]:
+    """Files of code that a constant of the source names: run by exec(open(…)), compiled, or loaded as an archive."""
+    code = {name for name in have if name.endswith(CODE_SUFFIXES) and not name.startswith(f"{READABLE}/")}
+    if not code:
+        return []
+    by_name: dict[str, list[str]] = {}
+    for name in code:
+        by_name.setdefault(name.split("/")[-1], []).append(name)
+    found = [] if source.tree else [name for word in set(re.findall(r"[\w-]+\.\w+", source.text))
+                                    for name in by_name.get(word, [])]
+    docstrings = {id(node.value) for node in source.nodes if isinstance(node, ast.Expr)}
+    for node in source.nodes:
+        if isinstance(node, ast.Constant) and type(node.value) is str and len(node.value) < 200 \
+                and id(node) not in docstrings:
+            found += by_name.get(node.value.split("/")[-1], [])
+    return found
+
+
+def closure(root: str | Path, entries: Sequence[str] = ENTRIES) -> list[str]:
+    """Relative names of the Python files that these scripts reach, themselves included, sorted."""
+    root = Path(root)
+    have = Present(root)
+    return sorted(reach([e for e in entries if e in have], have, lambda name: read_source(
+        name, read_bytes(root / name, LIMIT))))
+
+
+class Present:
+    """`name in present`: is it a file of this folder? Asked one by one, so that a large folder is not walked."""
+
+    def __init__(self, root: Path):
+        self.root, self.known = root, {}
+
+    def __contains__(self, name: str) -> bool:
+        if name not in self.known:
+            self.known[name] = (self.root / name).is_file()
+        return self.known[name]
+
+
+def reach(entries: Iterable[str], have: Any, source_of: Callable[[str], Source | None]) -> dict[str, Source]:
+    """Which of the files in `have` these scripts load, by imports alone."""
+    todo, found = list(entries), {}
+    while todo:
+        name = todo.pop()
+        source = source_of(name) if name not in found else None
+        if source is not None:
+            found[name] = source
+            for wanted in imports(source):
+                todo += answers(wanted, script_folder(name), have)
+    return found
+
+
+def script_folder(name: str) -> str:
+    return "/".join(name.split("/")[:-1])
+
+
+# ---- The code of a record folder -------------------------------------------------------------------------------------
+def read_code(root: Path, files: dict[str, int]) -> Code:
+    """`files`: relative name → bytes of all regular files of the folder."""
+    sources: dict[str, Source] = {}
+    for name in sorted((n for n in files if n.endswith(".py")), key=lambda n: (n.count("/"), n))[:MOST]:
+        left = MOST_CODE - sum(len(s.text) for s in sources.values())
+        try:
+            sources[name] = read_source(name, read_bytes(root / name, max(left, 0)))
+        except RecordError as e:
+            sources[name] = Source(name, b"", "", (), None, (), str(e).removeprefix(f"{root / name} "))
+    entries = entries_of(files)
+    have = {name for name in files if script_folder(name) != READABLE and not name.startswith(f"{READABLE}/")}
+    todo, reached = list(entries), {}
+    while todo:
+        reached |= reach(todo, have, sources.get)
+        todo = [name for source in list(reached.values()) for name in named_files(source, have)
+                if name not in reached and name in sources]
+    archives = {n for s in reached.values() for n in named_files(s, have) if n not in sources}
+    for name in sorted(archives):
+        try:
+            inner = members(name, read_bytes(root / name, LIMIT))
+        except RecordError:
+            inner = {}
+        for key, content in inner.items() if sum(map(len, inner.values())) <= MOST_CODE else ():
+            sources[key] = read_source(key, content)
+    shipped = {name: files[name] for name in sorted({*reached, *archives})}
+    running = [*reached.values(), *(s for key, s in sources.items() if "!" in key)]
+    return Code(sources, entries, shipped, absent_from(running, have))
+
+
+def entries_of(files: Iterable[str]) -> tuple[str, ...]:
+    """train_gpt.py and eval_final.py; without the former, every train*.py beside submission.json."""
+    names = {name for name in files if "/" not in name and name.endswith(".py")}
+    if "train_gpt.py" in names:
+        return tuple(name for name in ENTRIES if name in names)
+    return tuple(sorted(name for name in names if name.startswith("train") or name == "eval_final.py"))
+
+
+def absent_from(sources: Iterable[Source], have: set[str]) -> tuple[Absent, ...]:
+    found, inner = [], {key.split("!")[1] for key in (s.name for s in sources) if "!" in key}
+    for source in sources:
+        home = script_folder(source.name.split("!")[-1])
+        for wanted in imports(source):
+            first = wanted.module.split(".")[0]
+            if first and first not in sys.stdlib_module_names and not whole(wanted.module, home, have | inner):
+                found.append(Absent(wanted.module, source.name, wanted.line, wanted.optional))
+    return tuple(found)
+
+
+def whole(module: str, home: str, have: set[str]) -> bool:
+    """Whether the folder holds all of `a.b.c`: that file, that package, or that folder of files."""
+    stems = ["/".join([*filter(None, [at]), *module.split(".")]) for at in {home, ""}]
+    return any(f"{stem}.py" in have or any(name.startswith(f"{stem}/") for name in have) for stem in stems)
+
+
+def distribution_of(module: str) -> str:
+    """The package under which requirements.txt would name an import."""
+    first = module.split(".")[0]
+    return NAMED_OTHERWISE.get(first, first)

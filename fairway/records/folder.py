@@ -1,0 +1,245 @@
+"""A record folder as data, whoever wrote it: what can be read is read within limits, what cannot is named a fault."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fairway.records.code import READABLE, Code, read_code
+from fairway.records.files import RecordError, read_json, read_text
+from fairway.records.logs import RunLog, Score, parse_log
+from fairway.records.schema import count, normal
+
+MOST_FILES, DEEPEST, MOST_LOGS, MOST_SEEDS, LOG_LIMIT = 5000, 12, 40, 100, 32 << 20
+TRACKS = ("10min_16mb", "non_record_16mb")
+
+
+class SeedRun(NamedTuple):
+    """One training run of the record and, where there was one, its evaluation."""
+
+    seed: int | None  # as the log states it, else as its name does
+    name: str  # of the training log
+    log: RunLog
+    eval_log: RunLog | None
+    score: dict[str, Any] | None
+    certificate: dict[str, Any] | None
+
+
+class Claim(NamedTuple):
+    """One score with its size: of a seed, or of the record."""
+
+    bpb: float | None
+    loss: float | None
+    bytes: int | None
+
+
+class Claims(NamedTuple):
+    """submission.json, whatever its keys are called."""
+
+    record: Claim
+    code: int | None
+    seeds: dict[int, Claim]  # every seed that is named
+    data: dict[str, Any]
+
+
+class Folder(NamedTuple):
+    path: Path
+    track: str  # one of TRACKS
+    files: dict[str, int]  # regular files: relative name → bytes
+    submission: Any  # None where there is none
+    readme: str
+    runs: list[SeedRun]
+    code: Code
+    faults: dict[str, str]  # relative name → why it could not be read, or should not be there
+    submission_name: str
+    texts: dict[str, str]  # of the logs: relative name → text
+    claims: Claims
+    record: list[SeedRun]  # the runs that the claim is about
+
+
+def read_folder(path: str | Path) -> Folder:
+    """Never raises for what lies in the folder."""
+    path = Path(path)
+    faults: dict[str, str] = {}
+    files = dict(regular_files(path, faults))
+    name = submission_name(files)
+    submission = attempt(read_json, path, name, faults) if name else None
+    readme = next((n for n in files if n.lower() == "readme.md"), "")
+    text = attempt(read_text, path, readme, faults, 4 << 20) if readme else ""
+    texts: dict[str, str] = {}
+    runs = read_runs(path, files, faults, texts)
+    said = claims_of(submission)
+    return Folder(path, track_of(path, submission), files, submission, text or "", runs, read_code(path, files), faults,
+                  name, texts, said, runs_claimed(runs, said))
+
+
+def attempt(read: Any, root: Path, name: str, faults: dict[str, str], *limit: int) -> Any:
+    """None where it cannot be read; why is noted in `faults`."""
+    try:
+        return read(root / name, *limit)
+    except RecordError as e:
+        faults[name] = str(e).removeprefix(f"{root / name}").lstrip(": ") or str(e)
+        return None
+
+
+def regular_files(root: Path, faults: dict[str, str]) -> Iterator[tuple[str, int]]:
+    """Names with / and bytes, sorted; links are not followed, and named with pipes and devices in `faults`."""
+    todo, count = [("", 0)], 0
+    found: list[tuple[str, int]] = []
+    while todo:
+        folder, depth = todo.pop()
+        try:
+            entries = sorted(os.scandir(root / folder), key=lambda e: e.name)
+        except OSError as e:
+            faults[folder or "."] = e.strerror or str(e)
+            continue
+        for entry in entries:
+            name, count = f"{folder}/{entry.name}".lstrip("/"), count + 1
+            if entry.name in ("__pycache__", ".git") or count > MOST_FILES:
+                continue
+            mode = entry.stat(follow_symlinks=False).st_mode
+            if stat.S_ISDIR(mode):
+                todo += [(name, depth + 1)] * (depth < DEEPEST)
+            elif stat.S_ISREG(mode):
+                found.append((name, entry.stat(follow_symlinks=False).st_size))
+            else:
+                faults[name] = "a link; a record holds the file itself" if stat.S_ISLNK(mode) else "no regular file"
+    if count > MOST_FILES:
+        faults["."] = f"{count} files, of which {MOST_FILES} were looked at"
+    yield from sorted(found)
+
+
+def submission_name(files: dict[str, int]) -> str:
+    """submission.json, else the only submission*.json."""
+    found = [name for name in files if re.fullmatch(r"submission\w*\.json", name)]
+    return "submission.json" if "submission.json" in found else found[0] if len(found) == 1 else ""
+
+
+def track_of(path: Path, submission: Any) -> str:
+    """Of the folder above; else as submission.json has it; else the record track, whose rules are the stricter ones."""
+    above = path.resolve().parent.name
+    said = submission.get("track") if isinstance(submission, dict) else None
+    name = above if above.startswith("track_") else said if isinstance(said, str) else ""
+    return TRACKS[1] if "non" in name and "record" in name else TRACKS[0]
+
+
+# ---- Logs ------------------------------------------------------------------------------------------------------------
+def seed_in(name: str) -> int | None:
+    found = re.search(r"seed[_-]?(\d{1,18})(?!\d)", name) or re.search(r"_s?(\d{1,18})\.\w+$", name)
+    return int(found[1]) if found else None
+
+
+def read_runs(root: Path, files: dict[str, int], faults: dict[str, str], texts: dict[str, str]) -> list[SeedRun]:
+    names = [n for n in files if n.endswith((".log", ".txt")) and not re.search(
+        rf"(^|/)(requirements[^/]*\.txt|eval_[^/]*\.log)$|^({READABLE}|tests?)/", n)][:MOST_LOGS]
+    runs = []
+    for name in names:
+        log = read_log_in(root, name, faults, texts)
+        # A .log that tells nothing is damaged; a .txt that tells nothing is some other text.
+        if log is None or not (log.steps or log.scores or name.endswith(".log")):
+            continue
+        seed, called = log.seed, seed_in(name)
+        key = called if called is not None else seed
+        beside = {kind: f"{kind}_seed{key}.{suffix}" for kind, suffix in
+                  (("eval", "log"), ("score", "json"), ("certificate", "json"))}
+        score, certificate = (json_object(root, beside[kind], files, faults) for kind in ("score", "certificate"))
+        eval_log = read_log_in(root, beside["eval"], faults, texts) if beside["eval"] in files else None
+        runs.append(SeedRun(seed if seed is not None else called, name, log, eval_log, score, certificate))
+    return runs
+
+
+def read_log_in(root: Path, name: str, faults: dict[str, str], texts: dict[str, str]) -> RunLog | None:
+    left = LOG_LIMIT - sum(map(len, texts.values()))
+    text = attempt(read_text, root, name, faults, left)
+    if text is None:
+        return None
+    texts[name] = text
+    if text.count("\0") > len(text) // 100 or not text.strip():
+        faults[name] = "no text" if text.strip() else "empty"
+    return parse_log(text)
+
+
+def json_object(root: Path, name: str, files: dict[str, int], faults: dict[str, str]) -> dict[str, Any] | None:
+    data = attempt(read_json, root, name, faults) if name in files else None
+    if data is not None and not isinstance(data, dict):
+        faults[name] = f"a JSON {type(data).__name__}, no object"
+    return data if isinstance(data, dict) else None
+
+
+# ---- What is claimed, and of which runs ------------------------------------------------------------------------------
+def decimals(text: str) -> int:
+    return len(text.partition(".")[2]) if "e" not in text else 8
+
+
+def agree(said: float, real: float, said_text: str = "") -> bool:
+    """Whether `said` is `real`, rounded or cut to the decimals that it is written with."""
+    return abs(said - real) <= 1.01 * 10.0 ** -min(max(decimals(said_text or repr(said)), 2), 8)
+
+
+def claims_of(submission: Any) -> Claims:
+    data = submission if isinstance(submission, dict) else {}
+    said = normal(data)
+    alone = [count(data.get("seed"))] if count(data.get("seed")) is not None and not said.seeds else []
+    record = Claim(said.val_bpb, said.val_loss, said.bytes_total)
+    seeds = {seed: record if alone else Claim(None, None, None) for seed in [*(said.seeds or []), *alone]}
+    seeds |= {seed: Claim(r.val_bpb, r.val_loss, r.bytes) for seed, r in said.seed_results.items()}
+    return Claims(record, said.bytes_code, dict(list(seeds.items())[:MOST_SEEDS]), data)
+
+
+def scored(run: SeedRun) -> RunLog:
+    """The log that holds the run's score."""
+    return run.eval_log if run.eval_log is not None and run.eval_log.final is not None else run.log
+
+
+def final(run: SeedRun) -> Score | None:
+    return scored(run).final
+
+
+def log_name(run: SeedRun) -> str:
+    return run.name if scored(run) is run.log else f"{'/'.join([*run.name.split('/')[:-1], ''])}eval_seed{run.seed}.log"
+
+
+def runs_claimed(runs: list[SeedRun], said: Claims) -> list[SeedRun]:
+    """The runs that the claim is about: one for each claimed seed, or else one for each seed; the other logs are of
+    what was tried beside it. Of a claimed seed it is the run with its score, if need be under another seed."""
+    left = list(runs)
+    if not said.seeds:
+        return [nearest(left, seed, said.record.bpb) for seed in dict.fromkeys(map(seed_called, left))]
+    chosen = []
+    for seed, claim in said.seeds.items():
+        claimed = said.record.bpb if claim.bpb is None else claim.bpb
+        same = [run for run in left if seed_called(run) == seed]
+        run = nearest(same, seed, claimed) if same else None
+        if claim.bpb is not None and (run is None or not has_score(run, claim.bpb)):
+            run = next((other for other in left if has_score(other, claim.bpb)), run)
+        if run is not None:
+            chosen.append(run)
+            left.remove(run)
+    return chosen or [nearest(left, seed, said.record.bpb) for seed in dict.fromkeys(map(seed_called, left))]
+
+
+def seed_called(run: SeedRun) -> int | None:
+    """By the name of its log, since that is what people compare; where the log says otherwise, `seeds` fails."""
+    called = seed_in(run.name) if "seed" in run.name else None
+    return run.seed if called is None else called
+
+
+def has_score(run: SeedRun, bpb: float) -> bool:
+    said = final(run)
+    return said is not None and said.bpb is not None and agree(bpb, said.bpb)
+
+
+def nearest(runs: list[SeedRun], seed: int | None, bpb: float | None) -> SeedRun:
+    return min((run for run in runs if seed_called(run) == seed), key=lambda run: distance(run, bpb))
+
+
+def distance(run: SeedRun, bpb: float | None) -> tuple[bool, float, bool, str]:
+    """For sorting: runs with a score first, then by how far it is from `bpb`, then those that a seed names."""
+    said = final(run)
+    known = said is not None and said.bpb is not None
+    far = round(abs(said.bpb - bpb), 6) if known and bpb is not None else 0.0
+    return not known, far, "seed" not in run.name, run.name

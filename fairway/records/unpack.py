@@ -1,0 +1,203 @@
+"""Packed code, undone without running it: stubs that execute what they decompress, and archives of sources.
+
+Whatever a stub holds, the work is bounded: in bytes, in depth, and in the memory of a decompressor's dictionary.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import binascii
+import bz2
+import io
+import lzma
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+from fairway.records.files import RecordError, parse_json
+from fairway.records.syntax import constant, name_of
+
+LIMIT, MOST = 16 << 20, 2000  # bytes that anything unpacks to, files of one archive
+
+
+class Unreadable(Exception):
+    """Not a constant that a known decoder turns into text within the limits."""
+
+
+def readable(holds: Any, why: str) -> None:
+    if not holds:
+        raise Unreadable(why)
+
+
+def unpacked(tree: ast.Module, layers: list[str]) -> str | None:
+    """The text that a stub's `exec(decompress(decode("…")))` would run; None if the module is no such stub."""
+    for statement in tree.body:
+        call = statement.value if isinstance(statement, ast.Expr) else None
+        if isinstance(call, ast.Call) and name_of(call.func) == "exec" and call.args:
+            found: list[str] = []
+            try:
+                value = Evaluator(tree, found).value(call.args[0])
+            except (Unreadable, ValueError, EOFError, RecursionError, MemoryError, binascii.Error, zlib.error,
+                    lzma.LZMAError, OSError):
+                continue
+            layers += found
+            return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return None
+
+
+class Evaluator:
+    """Constants, names bound to them at the top of the module, decoders and decompressors: nothing else."""
+
+    def __init__(self, tree: ast.Module, layers: list[str]):
+        self.layers, self.known, self.bound = layers, {}, {}
+        for node in tree.body:
+            if isinstance(node, ast.Import):
+                self.known |= {alias.asname or alias.name: alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                self.known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                self.bound[node.targets[0].id] = node.value
+
+    def value(self, node: ast.AST | None, depth: int = 0) -> Any:
+        readable(depth < 40, "packed too deep")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+            return node.value
+        if isinstance(node, ast.Name) and node.id in self.bound:
+            return self.value(self.bound[node.id], depth + 1)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return self.value(node.left, depth + 1) + self.value(node.right, depth + 1)
+        if isinstance(node, ast.Call):
+            return self.call(node, depth)
+        raise Unreadable
+
+    def call(self, node: ast.Call, depth: int) -> Any:
+        if isinstance(node.func, ast.Attribute) and node.func.attr in ("decode", "encode") \
+                and name_of(node.func.value) not in self.known:
+            value = self.value(node.func.value, depth + 1)
+            return (bytes.decode if node.func.attr == "decode" else str.encode)(value, "utf-8", "replace")
+        name = self.dotted(node.func)
+        readable(node.args, name)
+        value = self.value(node.args[0], depth + 1)
+        if name == "compile":
+            return value
+        if isinstance(value, str):
+            value = value.encode("latin-1")
+        module, _, function = name.rpartition(".")
+        if name in DECODERS:
+            self.layers.append(function.removesuffix("decode"))
+            return DECODERS[name](value)
+        readable(function == "decompress" and module in DECOMPRESSORS, name)
+        self.layers.append(module)
+        options = {k.arg: k.value for k in node.keywords if k.arg} | dict(zip(
+            ("format", "memlimit", "filters") if module == "lzma" else ("wbits",), node.args[1:], strict=False))
+        return DECOMPRESSORS[module](value, {key: self.option(v) for key, v in options.items()})
+
+    def dotted(self, node: ast.AST) -> str:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Call) and \
+                name_of(node.value.func) == "__import__" and node.value.args:
+            return f"{constant(node.value.args[0])}.{node.attr}"
+        first, _, rest = name_of(node).partition(".")
+        return ".".join(filter(None, [self.known.get(first, first), rest]))
+
+    def option(self, node: ast.AST) -> Any:
+        """lzma's constants, and the filters made of them; numbers."""
+        name = self.dotted(node).removeprefix("lzma.")
+        if re.fullmatch(r"(FORMAT|FILTER|MF|MODE|CHECK)_\w+|PRESET_\w+", name):
+            return getattr(lzma, name)
+        if isinstance(node, ast.List):
+            return [{str(constant(k)): self.option(v) for k, v in zip(f.keys, f.values, strict=True)}
+                    for f in node.elts if isinstance(f, ast.Dict)]
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -self.option(node.operand)
+        readable(type(constant(node)) is int, "an option that is no number")
+        return constant(node)
+
+
+def limited(data: bytes) -> bytes:
+    readable(len(data) <= LIMIT, f"unpacks to more than {LIMIT} bytes")
+    return data
+
+
+def of_lzma(data: bytes, options: dict[str, Any]) -> bytes:
+    filters = options.get("filters")
+    for one in filters or []:  # a raw stream's dictionary is allocated as its filter says
+        readable(0 < one.get("dict_size", 1) <= 256 << 20, "a dictionary too large")
+    raw = options.get("format") == lzma.FORMAT_RAW
+    decoder = lzma.LZMADecompressor(options.get("format", lzma.FORMAT_AUTO), None if raw else 512 << 20, filters)
+    return limited(decoder.decompress(data, LIMIT + 1))
+
+
+def of_zlib(data: bytes, options: dict[str, Any]) -> bytes:
+    return limited(zlib.decompressobj(options.get("wbits", 47)).decompress(data, LIMIT + 1))
+
+
+def of_bz2(data: bytes, _: dict[str, Any]) -> bytes:
+    return limited(bz2.BZ2Decompressor().decompress(data, LIMIT + 1))
+
+
+def of_brotli(data: bytes, _: dict[str, Any]) -> bytes:
+    import brotli
+
+    try:
+        return limited(brotli.Decompressor().process(data, output_buffer_limit=LIMIT + 1))
+    except brotli.error:
+        raise Unreadable from None
+
+
+def of_zstandard(data: bytes, _: dict[str, Any]) -> bytes:
+    import zstandard
+
+    try:
+        with zstandard.ZstdDecompressor(max_window_size=128 << 20).stream_reader(data) as reader:
+            return limited(reader.read(LIMIT + 1))
+    except zstandard.ZstdError:
+        raise Unreadable from None
+
+
+DECODERS: dict[str, Callable[[bytes], bytes]] = {
+    "base64.b85decode": base64.b85decode, "base64.a85decode": base64.a85decode, "base64.b64decode": base64.b64decode,
+    "base64.b32decode": base64.b32decode, "base64.b16decode": base64.b16decode, "bytes.fromhex": binascii.unhexlify,
+    "binascii.unhexlify": binascii.unhexlify, "binascii.a2b_base64": binascii.a2b_base64}
+DECOMPRESSORS = {"lzma": of_lzma, "zlib": of_zlib, "gzip": of_zlib, "bz2": of_bz2, "brotli": of_brotli,
+                 "zstandard": of_zstandard}
+
+
+def members(name: str, data: bytes) -> dict[str, bytes]:
+    """The Python files in an archive of code: zip, tar, or JSON of names and texts. {} where it is none of them."""
+    for unpack in (data.__getitem__, *DECOMPRESSORS.values()):
+        try:
+            plain = data if unpack == data.__getitem__ else unpack(data, {})
+            found = (of_zip(plain) if zipfile.is_zipfile(io.BytesIO(plain)) else of_json(plain, name)
+                     if plain.startswith(b"{") else of_tar(plain))
+        except (Unreadable, ValueError, EOFError, OSError, MemoryError, zlib.error, lzma.LZMAError, tarfile.TarError,
+                RecordError,
+                zipfile.BadZipFile, NotImplementedError, RuntimeError):
+            continue
+        if found:
+            return {f"{name}!{inner}": content for inner, content in found.items()}
+    return {}
+
+
+def of_zip(data: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        infos = [i for i in archive.infolist() if i.filename.endswith(".py")]
+        readable(len(infos) <= MOST and sum(i.file_size for i in infos) <= LIMIT, "too much in an archive")
+        return {i.filename: archive.open(i).read(LIMIT) for i in infos}
+
+
+def of_json(data: bytes, name: str) -> dict[str, bytes]:
+    texts = parse_json(data.decode("utf-8"), name)
+    return {key: text.encode("utf-8", "replace") for key, text in texts.items() if isinstance(text, str)}
+
+
+def of_tar(data: bytes) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+        while (info := archive.next()) is not None and len(found) < MOST:
+            if info.isfile() and info.name.endswith(".py"):
+                found[info.name] = archive.extractfile(info).read(LIMIT)
+    return found
