@@ -1,4 +1,5 @@
 # make run    environment, embedded corpus, training (PRESET=cpu), artifact, score, certificate
+# make report a page of pictures of that run
 # make test   the fast tests; make test-slow: those behind the marker; make lint; make bench
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ CORPUS := data/embedded/manifest.json
 # Threads that spin long make two slower than one on a shared machine; those that never spin do so always.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: run data test test-slow lint bench clean
+.PHONY: run report data test test-slow lint bench clean
 .DELETE_ON_ERROR:
 
 run: $(OUT)/logs/eval.done
@@ -30,6 +31,9 @@ $(OUT)/logs/eval.done: $(OUT)/logs/$(PRESET).done eval_final.py $(shell find fai
 	CHECKPOINT=$$(ls $(OUT)/final_model.*.ptz) OUT_DIR=$(OUT) DATA_PATH=data/embedded \
 	  CERTIFY_SECONDS=$(CERTIFY_SECONDS) $(BIN)/python eval_final.py --certify
 	@touch $@
+
+report: $(OUT)/logs/eval.done
+	$(BIN)/python submit.py report $(OUT)
 
 data: $(CORPUS)
 
@@ -67,4 +71,4 @@ bench: $(OUT)/logs/eval.done
 	$(BIN)/python bench/decode.py
 
 clean:
-	rm -rf .venv out data/embedded logs eval final_model.* checkpoint.pt .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv out data/embedded logs eval report runs.jsonl final_model.* checkpoint.pt .pytest_cache .ruff_cache .hypothesis

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # One CUDA GPU, ten minutes a preset, on text of your own:  runs/gpu1.sh out/wide TEXT.jsonl.xz…
-# Trained, then scored and certified; what scoring runs is counted as code in both. With the folder alone, shards that are already there are used. Presets: PRESETS="baseline consensus".
+# Trained, then scored and certified; the code that a record ships is counted in both. With the folder alone, shards that
+# are already there are used. Presets: PRESETS="baseline consensus".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:?usage: runs/gpu1.sh FOLDER [TEXT…]}; shift
 python=${PYTHON:-.venv/bin/python}
 [ $# -eq 0 ] || "$python" data/prepare.py --docs "$@" --tokenizer "${TOKENIZER:-train:1024}" --out "$folder"
 export EXTRA_CODE_FILES
-EXTRA_CODE_FILES=$(find eval_final.py fairway -name '*.py' | paste -sd,)
+EXTRA_CODE_FILES=$("$python" submit.py code)
 for preset in ${PRESETS:-baseline consensus}; do
   # An eighth of the batch is 98,304 tokens a pass: set MICRO_BATCH_TOKENS=16384 on a card of 24 GB.
   export DATA_PATH=$folder OUT_DIR=out/gpu1_$preset
