@@ -27,13 +27,13 @@ $(OUT)/logs/$(PRESET).done: train_gpt.py $(CORPUS)
 	@touch $@
 
 # Scored again when the artifact or the scorer changes; columns that are still right are read from disk.
-$(OUT)/logs/eval.done: $(OUT)/logs/$(PRESET).done eval_final.py $(shell find fairway -name '*.py')
+$(OUT)/logs/eval.done: $(OUT)/logs/$(PRESET).done eval_final.py $(shell find fairway -name '*.py' -not -path 'fairway/re*')
 	CHECKPOINT=$$(ls $(OUT)/final_model.*.ptz) OUT_DIR=$(OUT) DATA_PATH=data/embedded \
 	  CERTIFY_SECONDS=$(CERTIFY_SECONDS) $(BIN)/python eval_final.py --certify
 	@touch $@
 
 report: $(OUT)/logs/eval.done
-	$(BIN)/python submit.py report $(OUT)
+	$(BIN)/python submit.py report $(OUT) --out $(OUT)/report
 
 data: $(CORPUS)
 
@@ -69,6 +69,7 @@ bench: $(OUT)/logs/eval.done
 	$(BIN)/python bench/correction.py
 	$(BIN)/python bench/compress.py
 	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/records.py
 
 clean:
 	rm -rf .venv out data/embedded logs eval report runs.jsonl final_model.* checkpoint.pt .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from fairway.records.folder import claims_of, read_folder, runs_claimed
 from tests.zoo.records import BAD, GOOD, folder_name, good_files, table, write
 from tests.zoo.records.bad import submission_with, with_function, without
 from tests.zoo.records.good import make
+
+ROOT = Path(__file__).resolve().parents[1]
 
 UNTOLD = {"certificate", "step_time"}  # checks of what honest logs of some dialects do not state
 # Which checks read a file of that kind: what else they judge stays as it was.
@@ -36,6 +39,11 @@ def whole(found) -> bool:
 
 
 # ---- The zoo ---------------------------------------------------------------------------------------------------------
+def test_the_docs_name_every_check_and_every_bad_folder():
+    docs = (ROOT / "docs/LEGALITY.md").read_text(encoding="utf-8")
+    assert table() in docs and {name for name in [*CHECKS, "run"] if f"`{name}`" not in docs} == set()
+
+
 @pytest.mark.parametrize("name", GOOD)
 def test_good_folders_pass(name, tmp_path):
     found = verdicts(good_files(name), tmp_path / name)

@@ -167,6 +167,8 @@ def chosen(rows: list[Row], filters: Sequence[str]) -> list[Row]:
 
 def listing(rows: Sequence[Row]) -> str:
     """A table for a terminal, newest last."""
+    if not rows:
+        return "no such run: each that ends adds a line to OUT_DIR/runs.jsonl, looked for here and below out/"
     lines = [list(COLUMNS), *([shown(form, row.columns[name]) for name, form in COLUMNS.items()] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()

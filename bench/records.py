@@ -1,0 +1,55 @@
+"""What `submit.py check` says of record folders, and how long it takes: seconds of processor time a folder.
+
+    python bench/records.py [FOLDER…]
+
+Without arguments: the zoo of tests/zoo/records, good and bad. The last line is JSON.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from fairway.records.checks import check  # noqa: E402
+from tests.zoo.records import BAD, GOOD, folder_name, good_files, write  # noqa: E402
+
+
+def zoo(out: Path) -> list[Path]:
+    return [*(write(good_files(name), out / "good" / name) for name in GOOD),
+            *(write(fault.build(), out / "bad" / folder_name(name)) for name, fault in BAD.items())]
+
+
+def judged(folder: Path) -> dict:
+    began = time.process_time()
+    verdicts = check(folder)
+    seconds = time.process_time() - began
+    return dict(folder=f"{folder.parent.name}/{folder.name}", seconds=seconds,
+                verdicts=Counter(v.verdict for v in verdicts), failed=[v for v in verdicts if v.verdict == "FAIL"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
+    folders = parser.parse_args().folders
+    with tempfile.TemporaryDirectory() as out:
+        rows = [judged(folder) for folder in folders or zoo(Path(out))]
+    print(f"{'folder':95}   ok  FAIL  cannot tell  seconds")
+    for row in rows:
+        counts = [row["verdicts"][verdict] for verdict in ("ok", "FAIL", "cannot tell")]
+        print(f"{row['folder']:95} {counts[0]:4} {counts[1]:5} {counts[2]:12} {row['seconds']:8.2f}")
+        for verdict in row["failed"]:
+            print(f"    FAIL {verdict.check}: {verdict.text}")
+    times = sorted(row["seconds"] for row in rows)
+    print(json.dumps(dict(folders=len(rows), without_fail=sum(not row["failed"] for row in rows),
+                          fails=sum(len(row["failed"]) for row in rows), median_seconds=times[len(times) // 2],
+                          most_seconds=times[-1])))
+
+
+if __name__ == "__main__":
+    main()
