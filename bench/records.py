@@ -7,6 +7,7 @@ Without arguments: the zoo of tests/zoo/records, good and bad. The last line is 
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,12 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fairway.records.checks import check  # noqa: E402
-from tests.zoo.records import BAD, GOOD, folder_name, good_files, write  # noqa: E402
 
 
-def zoo(out: Path) -> list[Path]:
-    return [*(write(good_files(name), out / "good" / name) for name in GOOD),
-            *(write(fault.build(), out / "bad" / folder_name(name)) for name, fault in BAD.items())]
+def zoo(out: str) -> list[Path]:
+    subprocess.run([sys.executable, "-m", "tests.zoo.records", out], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return sorted(Path(out).glob("*/*"))
 
 
 def judged(folder: Path) -> dict:
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     folders = parser.parse_args().folders
     with tempfile.TemporaryDirectory() as out:
-        rows = [judged(folder) for folder in folders or zoo(Path(out))]
+        rows = [judged(folder) for folder in folders or zoo(out)]
     print(f"{'folder':95}   ok  FAIL  cannot tell  seconds")
     for row in rows:
         counts = [row["verdicts"][verdict] for verdict in ("ok", "FAIL", "cannot tell")]
