@@ -156,6 +156,10 @@ def test_code_of_any_depth_is_read_or_refused(text):
     list(imports(source))
 
 
+def test_odd_escapes_of_others_are_no_warning(recwarn):
+    assert read_source("a.py", b"x = '\\W'\n").tree is not None and not list(recwarn)
+
+
 @given(at=st.integers(0, 300), new=st.binary(max_size=8), cut=st.booleans())
 def test_damaged_stubs_are_read_as_something(at, new, cut):
     data = stub(REPORT).encode()

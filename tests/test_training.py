@@ -118,7 +118,7 @@ def one_line(stderr: str) -> str:
 
 # ---- What a run says and writes --------------------------------------------------------------------------------------
 def test_a_run_writes_its_artifact_its_model_and_two_logs(whole):
-    assert files(whole.folder) == LOGS | {"checkpoint.pt", "final_model.int6.ptz", "final_model.pt"}
+    assert files(whole.folder) == LOGS | {"checkpoint.pt", "final_model.int6.ptz", "final_model.pt", "runs.jsonl"}
 
 
 def test_the_log_file_opens_with_the_source_and_has_what_the_screen_has(whole):

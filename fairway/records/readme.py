@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fairway.records.run import Run, dict_at
+from fairway.records.syntax import parse
 
 PLACES = 6  # decimals of every score that is written: a thousandth of what seeds differ by
 ARCHIVE, READABLE = "code.xz", "source"
@@ -409,10 +410,7 @@ def evaluation_overrides(record: Record) -> list[str]:
 
 
 def tree_of(source: str) -> ast.Module:
-    try:
-        return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ast.Module([], [])
+    return parse(source)[0] or ast.Module([], [])
 
 
 def defaults(source: str, of: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from typing import Any
 
 
@@ -30,17 +31,23 @@ def parse(text: str) -> tuple[ast.Module | None, str]:
     """The tree, or None and why. Python 3.11 cannot read f-strings within f-strings as 3.12 writes them, and minified
     records have them: then it reads their expressions as tuples."""
     try:
-        return ast.parse(text), ""
+        return quietly(text), ""
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         why = f"line {getattr(e, 'lineno', None) or '?'}: {getattr(e, 'msg', None) or e or type(e).__name__}"
         if not isinstance(e, SyntaxError):
             return None, why
     if re.search(r"[fF][rR]?[\"']", text):
         try:
-            return ast.parse(without_f_strings(text)), ""
+            return quietly(without_f_strings(text)), ""
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             pass
     return None, why
+
+
+def quietly(text: str) -> ast.Module:
+    """Without Python's warnings about other people's escape sequences."""
+    with warnings.catch_warnings(action="ignore"):
+        return ast.parse(text)
 
 
 QUOTE = re.compile(r"(?<!\w)([rRbBuUfF]{0,2})(\"\"\"|\'\'\'|\"|\')|#[^\n]*")
