@@ -198,13 +198,16 @@ def test_wrong_bytes_stop_the_run_and_name_the_token(tmp_path):
 # ------------------------------------------------------------------------------- stop and go on
 
 
-def test_killed_at_any_time_it_ends_with_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("kills", [
+    ("text_train_000001.bin",),
+    pytest.param(("tokenizer.model", "text_train_000001.bin", "text_val_000000.bin"), marks=pytest.mark.slow)])
+def test_killed_at_any_time_it_ends_with_the_same_bytes(tmp_path, kills):
     docs = jsonl(tmp_path / "a.jsonl", prose(2500))
     command = ["--docs", docs, "--tokenizer", "train:500", "--shard-tokens", "20000",
                "--val-fraction", "0.1", "--workers", "2", "--out"]
     run(tmp_path / "whole", docs, tokenizer="train:500", shard_tokens=20_000, val_fraction=0.1)
     out, seen = tmp_path / "killed", {}
-    for wanted in ("tokenizer.model", "text_train_000001.bin", "text_val_000000.bin"):
+    for wanted in kills:
         process = subprocess.Popen([sys.executable, "data/prepare.py", *map(str, command), out],
                                    cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
         while not (out / wanted).exists() and process.poll() is None:
