@@ -15,5 +15,5 @@ for seed in ${SEEDS:-1337 42 2025}; do
   runs+=("$OUT_DIR")
 done
 "$python" submit.py pack "${runs[@]}" --track non_record_16mb --slug "${SLUG:-CPU_Consensus}" \
-  --author "${AUTHOR:-unnamed}" --github-id "${GITHUB_ID:-unnamed}" --out "${RECORDS:-out/records}"
+  --author "${AUTHOR:-unnamed}" --github-id "${GITHUB_ID:-unnamed}" --out "${RECORDS:-out/records}" --replace
 "$python" submit.py check --run "${RECORDS:-out/records}"/track_non_record_16mb/*_"${SLUG:-CPU_Consensus}"

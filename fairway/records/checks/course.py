@@ -235,16 +235,16 @@ def vocabulary_of(log: RunLog) -> int | None:
 
 
 def check_log_whole(folder: Folder) -> str:
-    cut = [run for run in need_runs(folder) if scored(run).truncated or (run.log.truncated and run.eval_log is None)]
-    if cut:
-        log = scored(cut[0])
+    """Each log, of training and of evaluation, goes on to its final score."""
+    logs = [(name, log) for run in need_runs(folder) for name, log in (
+        (run.name, run.log), (log_name(run), run.eval_log)) if log is not None]
+    for name, log in logs:
         last = f"last step {log.last_step} of {log.planned_steps}" if log.last_step is not None else "no step"
-        fail_if(True, f"{log_name(cut[0])} ends without a whole final score after {log.text_lines:,} lines ({last})")
-    for run in need_runs(folder):
-        fail_if(run.log.cut, f"{run.name} ends in the middle of a line")
-        fail_if(run.log.runs > 1 and is_record(folder) and not run.log.steps, f"{run.name} holds {run.log.runs} runs, "
-                "the last of them without steps")
-    return f"{len(need_runs(folder))} logs end with a whole score"
+        fail_if(log.final is None, f"{name} ends without a final score after {log.text_lines:,} lines ({last})")
+        fail_if(log.cut, f"{name} ends in the middle of a line")
+        fail_if(log.runs > 1 and is_record(folder) and not log.steps, f"{name} holds {log.runs} runs, the last of them "
+                "without steps")
+    return f"{len(logs)} logs end with a whole score"
 
 
 # ---- Code and machine ------------------------------------------------------------------------------------------------

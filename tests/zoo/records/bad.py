@@ -321,6 +321,13 @@ def log_cut():
     return files | {"train_seed42.log": text[: text.index(b"step:4500/20000") + 30]}
 
 
+@bad("a training log that was cut off, beside a whole evaluation", "log_whole", "#209")
+def training_log_cut():
+    files = make("ours")
+    text = files["train_seed42.log"].decode()
+    return files | {"train_seed42.log": text[: text.rindex("\nstep:") + 1].encode()}
+
+
 @bad("the code in the log is not the code that ships", "shipped_code", "#1594")
 def other_code_ships():
     old, new = b"np.full((vocab_size, vocab_size), 0.02)", b"np.full((vocab_size, vocab_size), 0.01)"
