@@ -72,7 +72,8 @@ def test_a_score_is_decoded_at_the_price_that_it_claims(counted, proved):
 
 
 @pytest.mark.parametrize("settings", [dict(eval_mode="cached", mix_weights="exponential"),
-                                      dict(eval_documents=True, expert_reset=True, mix_mode="log", mix_rate=0.1)],
+                                      pytest.param(dict(eval_documents=True, expert_reset=True, mix_mode="log",
+                                                        mix_rate=0.1), marks=pytest.mark.slow)],
                          ids=["cached-exponential", "documents-log"])
 def test_so_is_one_by_other_settings(cfg, settings):
     """In this process: what another one adds is the same for all."""

@@ -31,7 +31,8 @@ from fairway.settings import EvalConfig
 from train_gpt import BOS_ID, Runtime, UserError, build_model, read_artifact, write_shard
 
 ALONE = Runtime(0, 1, torch.device("cpu"), "test")
-MODES = [dict(), dict(eval_mode="cached", mix_mode="log"), dict(eval_stride=16, mix_mode="log", expert_reset=True),
+MODES = [dict(), dict(eval_mode="cached", mix_mode="log"),
+         pytest.param(dict(eval_stride=16, mix_mode="log", expert_reset=True), marks=pytest.mark.slow),
          dict(eval_mode="cached", expert_reset=True, eval_documents=True)]
 each_mode = pytest.mark.parametrize("settings", MODES, ids=lambda s: "-".join(map(str, s.values())) or "default")
 

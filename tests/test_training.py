@@ -563,6 +563,7 @@ def test_all_features_at_once_train_export_and_score(train_here, tmp_path):
     assert abs(run.one("final")["loss"] - last_val) < 0.5 and kept["kept"] in ("last", "swa", "ema")
 
 
+@pytest.mark.slow  # test_evaluation.py has the same log write offline
 def test_wandb_offline_needs_no_network(run_trainer, tmp_path):
     pytest.importorskip("wandb", reason="wandb is not installed")
     dead = "http://127.0.0.1:9"
@@ -592,6 +593,7 @@ def test_compiled_and_plain_runs_agree_and_rounding_is_not_frozen(run_trainer, t
     assert difference > 1e-4 and difference == pytest.approx(plain.one("qat")["max_loss_difference"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_costs_nothing(trainer_env, tmp_path):
     """`| head -1`: --help ends in silence, and a run goes on to its artifact."""
     for command, made in (("--help", False), ("", True)):
