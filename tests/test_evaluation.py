@@ -179,6 +179,7 @@ def test_a_killed_run_goes_on_from_its_columns(finished, env, tmp_path, here):
     assert "total_eval_time:unknown" in again.stdout  # what the killed run took is lost
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_score_of_one(finished, env, tmp_path):
     _, _, one = finished
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

@@ -174,6 +174,7 @@ def test_ctrl_c_ends_the_text_cleanly(process):
     assert told.count(b"\n") == 1 and told.endswith(b", interrupted\n") and b"tokens/s" in told
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_had_enough_is_no_error(process):
     assert len(process.stdout.read(20)) == 20
     process.stdout.close()

@@ -333,6 +333,7 @@ def children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_within_a_minute(trainer_env, tmp_path):
     env = trainer_env(tmp_path, **QUICK | dict(ITERATIONS=1_000_000))
     with open(tmp_path / "out", "w") as out:
@@ -401,6 +402,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(signum, uninterrupted, trainer_e
     assert_same_end(uninterrupted, resumed)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(uninterrupted, trainer_env, train_here, tmp_path):
     settings = LONG | dict(CHECKPOINT_SECONDS=0.01)
     pause = np.random.default_rng().random() * 0.3
@@ -536,6 +538,7 @@ def test_bad_input_is_one_line_and_leaves_no_files(settings, message, run_traine
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_help_lists_every_setting_and_other_arguments_are_refused(tmp_path):
     helped, odd = (subprocess.run([sys.executable, SCRIPT, word], cwd=tmp_path, capture_output=True, text=True,
                                   env=dict(PATH=os.environ["PATH"])) for word in ("--help", "--iterations=3"))
