@@ -8,6 +8,7 @@ python=${PYTHON:-.venv/bin/python}
 torchrun=("$python" -m torch.distributed.run --standalone --nproc_per_node="${GPUS:-8}")
 export EXTRA_CODE_FILES
 EXTRA_CODE_FILES=$("$python" submit.py code)  # so that artifact and shipped code meet the budget together
+export -n SEEDS  # the trainer would take it for a misspelt SEED
 runs=()
 for seed in ${SEEDS:-1337 42 2025}; do
   export OUT_DIR=out/seed$seed

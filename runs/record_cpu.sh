@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make data
+export -n SEEDS  # the trainer would take it for a misspelt SEED
 python=.venv/bin/python
 export DATA_PATH=data/embedded EXTRA_CODE_FILES
 EXTRA_CODE_FILES=$("$python" submit.py code)
