@@ -23,7 +23,7 @@ from train_gpt import BOS_ID, write_shard
 ROOT = Path(__file__).resolve().parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts us in the background has it ignored
 torch.set_num_threads(1)
-hypothesis.settings.register_profile("default", max_examples=20, deadline=None)
+hypothesis.settings.register_profile("default", max_examples=30, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=60, deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

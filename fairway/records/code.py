@@ -40,7 +40,7 @@ class Source(NamedTuple):
     name: str
     shipped: bytes
     text: str  # that runs
-    layers: tuple[str, ...]  # base85, lzma …: of a packed stub; () for plain code
+    layers: tuple[str, ...]  # how a stub is packed, from the outside in: ("b85", "lzma"); () for plain code
     tree: ast.Module | None  # None: it does not parse
     nodes: tuple[ast.AST, ...]
     fault: str  # why it does not parse, or why the packing could not be undone

@@ -152,11 +152,6 @@ class RunLog(NamedTuple):
         return max((s for name, s in self.times.items() if CALIBRATION.match(name)), default=None)
 
     @property
-    def reserved_seconds(self) -> float | None:
-        """What training left of its time for calibration."""
-        return self.times.get("gptq:reserving")
-
-    @property
     def eval_seconds(self) -> float | None:
         """All scoring after training: every eval_time of a score (quantised, sliding windows, test-time training),
         without those of diagnostics on the way; or the total_eval_time that the log gives, if that is more.

@@ -11,7 +11,6 @@ import re
 import statistics
 from typing import Any, NamedTuple
 
-BUDGET_BYTES = 16_000_000
 LOWEST_BPB, HIGHEST_BPB = 0.2, 8.0  # below: no compressor of text gets there; 8: a byte is stored as it is
 LN2 = math.log(2)
 
