@@ -1,0 +1,257 @@
+"""From an artifact to a folder of .mlpackage shards: graph, conversion, weights made smaller, manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fairway.coreml import graph, layout, ranges
+from fairway.coreml.graph import EXACT, Head, Layers, Precision
+from fairway.coreml.layout import MOST_TOKENS, SHAPES, Axis, T, concrete
+from fairway.coreml.manifest import DTYPES, NAME, Manifest, hashes_of, write_host, write_manifest
+from fairway.coreml.package import size_of
+from train_gpt import GPT, Artifact, UserError, build_model, file_sha256, need, read_artifact
+
+# How weights are kept: what coremltools is asked for, and in what words.
+QUANTISATIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "none": ("", {}, "as computed"),
+    "int8": ("linear", dict(dtype="int8", granularity="per_channel"), "int8, a scale a channel"),
+    "int8-tensor": ("linear", dict(dtype="int8", granularity="per_tensor"), "int8, a scale a tensor"),
+    "int4": ("linear", dict(dtype="int4", granularity="per_block", block_size=32), "int4, a scale for 32 weights"),
+    **{f"palette{bits}": ("palette", dict(nbits=bits, mode="kmeans", granularity="per_grouped_channel", group_size=32,
+                                          enable_per_channel_scale=False),
+                          f"{2**bits} values for 32 channels, {bits} bits a weight") for bits in (6, 4, 3, 2)}}
+LEAST_WEIGHTS = 2048  # of a tensor that is worth making smaller
+MOST_PART = 4096  # of the vocabulary, in one shard
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an export is to be."""
+
+    precision: str = "fp16"
+    quantise: str = "none"
+    shapes: str = "multifunction"
+    tokens: int = MOST_TOKENS  # of a call at most
+    chunks: int = 1  # shards of about one size; or
+    layers_per_shard: int = 0
+    vocab_shards: int = 0  # 0: so that none has more than MOST_PART tokens
+    context: int = 0  # tokens that a prediction looks back on; 0: as in training
+
+    def __post_init__(self):
+        for name, choices in (("precision", tuple(DTYPES)), ("quantise", tuple(QUANTISATIONS)), ("shapes", SHAPES)):
+            value = getattr(self, name)
+            need(value in choices, f"--{name} is {value!r}; take one of {', '.join(choices)}")
+        for name, low, high in (("tokens", 1, MOST_TOKENS), ("chunks", 1, 4096), ("layers_per_shard", 0, 4096),
+                                ("vocab_shards", 0, 256), ("context", 0, 1 << 16)):
+            value = getattr(self, name)
+            need(low <= value <= high, f"--{name.replace('_', '-')} is {value}; it must be {low} to {high}")
+        need(not self.layers_per_shard or self.chunks == 1, f"--layers-per-shard is {self.layers_per_shard} and "
+             f"--chunks {self.chunks}; leave one of them out")
+
+    def cuts(self, passes: int) -> list[int]:
+        need(self.chunks <= passes, f"--chunks is {self.chunks}, but the model has {passes} layers; take at most that "
+             "many")
+        if self.layers_per_shard:
+            return [*range(0, passes, self.layers_per_shard), passes]
+        return layout.even(passes, self.chunks)
+
+    def split(self, vocab: int) -> list[int]:
+        parts = self.vocab_shards or -(-vocab // MOST_PART)
+        need(parts <= vocab, f"--vocab-shards is {parts}, but the vocabulary has {vocab} tokens")
+        return layout.even(vocab, parts)
+
+
+# ==== WHAT IS EXPORTED ================================================================================================
+@dataclass(frozen=True)
+class Source:
+    """An artifact, its model, and what its host does in tables."""
+
+    path: Path
+    artifact: Artifact
+    model: GPT
+    tables: dict[str, np.ndarray]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Source:
+        artifact = read_artifact(path)
+        model = build_model(artifact).eval()
+        return cls(Path(path), artifact, model, host_tables(model))
+
+
+@torch.no_grad()
+def host_tables(model: GPT) -> dict[str, np.ndarray]:
+    tables = {"embed": model.tok_emb.weight}
+    if model.bigram is not None:
+        tables["bigram"] = model.bigram.proj(model.bigram.table.weight) * model.bigram.scale
+    if model.smear is not None:
+        tables["smear"] = torch.sigmoid(model.smear.gate)
+    return {name: table.detach().numpy().copy() for name, table in tables.items()}
+
+
+def precision_for(source: Source, choice: Choice, text: np.ndarray, say: Callable[[str], None]) -> Precision:
+    """Of what is computed; fp16 after a look at how large values become on `text`."""
+    if choice.precision == "fp32":
+        return EXACT
+    found = ranges.measure(source.model, source.tables, text)
+    precision = ranges.half_precision(found)
+    say(ranges.told(found, precision))
+    return precision
+
+
+def export(source: Source, choice: Choice, out: str | Path, text: np.ndarray,
+           say: Callable[[str], None] = lambda line: None, done: Callable[[int], None] = lambda shards: None) -> Manifest:
+    """Write the folder `out`, whole or not at all; `text`: training tokens to measure, `done` hears of each shard."""
+    coremltools, out = import_coremltools(), Path(out)
+    dims = graph.dims_of(source.model, choice.context or source.model.cfg.train_seq_len)
+    cuts, split = choice.cuts(dims.passes), choice.split(dims.vocab)
+    sizes = layout.sizes(choice.shapes, choice.tokens)
+    need_ours(out)
+    precision = precision_for(source, choice, text, say)
+    with replacing_folder(out) as folder:
+        chain = graph.shards(source.model, dims, cuts, split, precision)
+        for name, shard in chain.items():
+            save_shard(coremltools, shard, choice, sizes, folder / f"{name}.mlpackage")
+            done(1)
+        write_host(folder, source.tables, choice.precision)
+        manifest = Manifest(
+            file_sha256(source.path), source.artifact.header["tokenizer_sha256"], dims, source.model.cfg.rope_base,
+            choice.precision, choice.quantise, choice.shapes, tuple(sizes), tuple(cuts), tuple(split),
+            {name: table.shape for name, table in source.tables.items()}, hashes_of(folder, list(chain)))
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def folder_bytes(folder: Path, manifest: Manifest) -> int:
+    """Of weights and programs; the host's tables apart."""
+    return sum(size_of(folder / f"{name}.mlpackage") for name in manifest.interfaces())
+
+
+def need_ours(out: Path) -> None:
+    """A folder that holds something else is not replaced."""
+    ours = not out.exists() or out.is_dir() and ((out / NAME).is_file() or not any(out.iterdir()))
+    need(ours, f"--out {out} exists and is no export of ours; name another folder")
+
+
+@contextlib.contextmanager
+def replacing_folder(out: Path) -> Iterator[Path]:
+    """Write a folder beside `out`, then put it in its place: there is the old one or the new, never half of one."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+    try:
+        for path in (beside, old):
+            shutil.rmtree(path, ignore_errors=True)
+        beside.mkdir()
+        yield beside
+        if out.exists():
+            os.rename(out, old)
+        os.rename(beside, out)
+    finally:
+        for path in (beside, old):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ==== COREMLTOOLS =====================================================================================================
+def import_coremltools() -> ModuleType:
+    """Without the lines that it prints on a machine that is no Mac."""
+    try:
+        with quiet():
+            import coremltools
+            import coremltools.optimize
+    except ImportError as e:
+        raise UserError(f"coremltools is not installed ({e}); pip install -r requirements-apple.txt") from None
+    return coremltools
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Bars, warnings and notes of a conversion are not for whoever exports; what goes wrong is raised."""
+    loggers = [logging.getLogger(name) for name in ("coremltools", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()):
+                yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def save_shard(ct: ModuleType, shard: Layers | Head, choice: Choice, sizes: list[int], path: Path) -> None:
+    with quiet():
+        if choice.shapes != "multifunction":
+            made = smaller(ct, convert(ct, shard, choice, sizes), choice.quantise)
+            made.save(str(path))
+        else:  # a package a function, then one of all that keeps each weight once
+            both = ct.utils.MultiFunctionDescriptor()
+            for size in sizes:
+                part = path.with_name(f"{path.stem}.t{size}.mlpackage")
+                smaller(ct, convert(ct, shard, choice, [size]), choice.quantise).save(str(part))
+                both.add_function(str(part), src_function_name="main", target_function_name=f"t{size}")
+            both.default_function_name = f"t{sizes[0]}"
+            ct.utils.save_multifunction(both, str(path))
+            for size in sizes:
+                shutil.rmtree(path.with_name(f"{path.stem}.t{size}.mlpackage"))
+    (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+
+
+def convert(ct: ModuleType, shard: Layers | Head, choice: Choice, sizes: list[int]) -> Any:
+    """A model of coremltools; its one function takes calls of these sizes."""
+    shapes, dtype = shard.interface.inputs, DTYPES[choice.precision]
+    flexible = len(sizes) > 1
+    sample = min(3, sizes[-1]) if flexible else sizes[0]  # torch takes a 1 for a constant, and the least of a range too
+    program = torch.export.export(
+        shard, tuple(torch.zeros(concrete(shape, sample)) for shape in shapes.values()), strict=False,
+        dynamic_shapes=dynamic_shapes(shard, sizes) if flexible else None).run_decompositions({})
+    return ct.convert(
+        program, convert_to="mlprogram", minimum_deployment_target=ct.target.iOS18, skip_model_load=True,
+        inputs=[ct.TensorType(name=name, shape=declared(ct, shape, choice.shapes, sizes), dtype=dtype)
+                for name, shape in shapes.items()],
+        outputs=[ct.TensorType(name=name, dtype=dtype) for name in shard.interface.outputs],
+        compute_precision=ct.precision.FLOAT32 if choice.precision == "fp32" else ct.precision.FLOAT16)
+
+
+def dynamic_shapes(shard: Layers | Head, sizes: list[int]) -> Any:
+    """For torch.export: T, and what is a fixed number longer."""
+    t = torch.export.Dim("T", min=1, max=sizes[-1])
+    shapes = tuple({at: t if axis == T else t + axis.slots for at, axis in enumerate(shape)
+                    if axis == T or isinstance(axis, Axis)} for shape in shard.interface.inputs.values())
+    return (shapes,) if isinstance(shard, Layers) else shapes  # Layers.forward takes all as one *inputs
+
+
+def declared(ct: ModuleType, shape: layout.Shape, shapes: str, sizes: list[int]) -> Any:
+    """What coremltools is told of an input's shape."""
+    at_each = [concrete(shape, size) for size in sizes]
+    if len(set(at_each)) == 1:
+        return at_each[0]
+    if shapes == "enumerated":
+        return ct.EnumeratedShapes(at_each)
+    return tuple(low if low == high else ct.RangeDim(low, high, low)
+                 for low, high in zip(at_each[0], at_each[-1], strict=True))
+
+
+def smaller(ct: ModuleType, model: Any, quantise: str) -> Any:
+    """The same with its matrices quantised or palettised."""
+    kind, options, _ = QUANTISATIONS[quantise]
+    if not kind:
+        return model
+    api = ct.optimize.coreml
+    if kind == "linear":
+        config = api.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=LEAST_WEIGHTS, **options)
+        return api.linear_quantize_weights(model, api.OptimizationConfig(global_config=config))
+    config = api.OpPalettizerConfig(weight_threshold=LEAST_WEIGHTS, **options)
+    return api.palettize_weights(model, api.OptimizationConfig(global_config=config))

@@ -1,0 +1,245 @@
+"""The model once more, as the Neural Engine likes it: [1, channels, 1, positions], 1x1 convolutions in place of matrix
+products, heads as the third axis, and no operation that depends on how many positions there are.
+
+Everything that reads tokens (embedding, hashed bigram, SmearGate) is left to the host: x0 comes in. Shapes in names:
+D width, C channels of a head, H query heads, G key/value heads, R pairs that RoPE turns, T positions, S = slots + T.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fairway.coreml import layout
+from fairway.coreml.layout import Dims, Interface
+from train_gpt import GPT, Attention, Block
+
+EPS = torch.finfo(torch.float32).eps  # of F.rms_norm in fp32
+
+
+class Precision(NamedTuple):
+    """Of the numbers between operations. In fp16 nothing may pass 65,504, and nothing below 6e-5 has all its digits:
+    what is measured on real text decides how far values are scaled, always by powers of two."""
+
+    name: str
+    scales: Mapping[str, float]  # of what goes into a norm or is squared, by module name; 1 where none is given
+    eps: float  # at least this much in the root of a norm
+
+    def scale(self, name: str) -> float:
+        return self.scales.get(name, 1.0)
+
+
+EXACT = Precision("fp32", {}, 0.0)
+
+
+def dims_of(model: GPT, slots: int) -> Dims:
+    cfg, parted, now = model.cfg, [], False
+    for nth, extra in model.passes(model.looping):
+        conditioned = extra > 0 and model.loop_conditions is not None
+        now = model.blocks[nth].lane_mix is not None or conditioned and now
+        parted.append(now)
+    return Dims(cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.model_dim // cfg.num_heads, model.cos.size(1),
+                cfg.vocab_size, tuple(parted), slots)
+
+
+def conv(weight_OI: Tensor) -> nn.Conv2d:
+    """A matrix as a 1x1 convolution over [1, I, 1, T]."""
+    outputs, inputs = weight_OI.shape
+    made = nn.Conv2d(inputs, outputs, 1, bias=False)
+    made.weight = nn.Parameter(weight_OI.detach().clone()[:, :, None, None], requires_grad=False)
+    return made
+
+
+class Norm(nn.Module):
+    """RMS norm over axis 1. `scale` keeps the squares in range: the norm of what is scaled is the same, but for eps."""
+
+    def __init__(self, scale: float, least_eps: float, gain: float = 1.0):
+        super().__init__()
+        self.scale, self.eps, self.gain = scale, max(EPS * scale * scale, least_eps), gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.scale == 1 else x * self.scale
+        root = torch.rsqrt((x * x).mean(dim=1, keepdim=True) + self.eps)
+        return x * (root if self.gain == 1 else root * self.gain)
+
+
+class Squared(nn.Module):
+    """Of a LeakyReLU; what comes in was scaled by `scale` in the matrix before, and is scaled back in the one after."""
+
+    def __init__(self, slope: float):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = F.leaky_relu(h, self.slope) if self.slope else F.relu(h)
+        return h * h
+
+
+class Attended(nn.Module):
+    """Attention.forward of train_gpt over keys and values in slots, then those of the call itself."""
+
+    def __init__(self, source: Attention, out_scale_D: Tensor, name: str, precision: Precision):
+        super().__init__()
+        self.heads, self.width, self.exclusive = len(source.q_gain), source.width, source.exclusive
+        self.q, self.k, self.v = conv(source.q.weight), conv(source.k.weight), conv(source.v.weight)
+        self.proj = conv(source.proj.weight * out_scale_D[:, None])
+        self.norm_q = Norm(precision.scale(f"{name}.norm_q"), precision.eps)
+        self.norm_k = Norm(precision.scale(f"{name}.norm_k"), precision.eps)
+        self.gain_H = nn.Buffer((source.q_gain.detach() / math.sqrt(self.width))[None, None, :, None].clone())
+        self.gate = None if source.gate is None else conv(source.gate)
+        self.eps = max(1e-24, precision.eps)
+
+    def as_heads(self, x: Tensor) -> Tensor:
+        """[1, n C, 1, T] -> [1, C, n, T]"""
+        return torch.cat(x.split(self.width, dim=1), dim=2)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, k_CGS: Tensor,
+                v_CGS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.turn(self.norm_q(self.as_heads(self.q(x))), *rope) * self.gain_H
+        k = self.turn(self.norm_k(self.as_heads(self.k(x))), *rope)
+        v = self.as_heads(self.v(x))
+        y = self.weighted(q, torch.cat([k_CGS, k], dim=3), torch.cat([v_CGS, v], dim=3), mask, v)
+        if self.gate is not None:  # [1, H, 1, T] -> [1, 1, H, T]
+            y = y * (2 * torch.sigmoid(self.gate(x[:, : self.gate.in_channels]))).transpose(1, 2)
+        return self.proj(torch.cat(y.split(1, dim=2), dim=1)), k, v
+
+    def weighted(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: Tensor) -> Tensor:
+        """[1, C, H, T]: the values that each query head looks at; its key/value head serves H/G of them."""
+        q, k, v = q.permute(0, 2, 3, 1), k.transpose(1, 2), v.transpose(1, 2)  # H T C, G C S
+        share = self.heads // k.size(1)
+        found = []
+        for q_hTC, k_1CS, v_1CS, own_C1T in zip(q.split(share, dim=1), k.split(1, dim=1), v.split(1, dim=1),
+                                                own.split(1, dim=2), strict=True):
+            p = torch.softmax(torch.matmul(q_hTC, k_1CS) + mask, dim=-1)
+            y = torch.matmul(p, v_1CS.transpose(2, 3)).permute(0, 3, 1, 2)
+            found.append(self.without_own(y, own_C1T) if self.exclusive else y)
+        return torch.cat(found, dim=2)
+
+    def without_own(self, y_ChT: Tensor, own_C1T: Tensor) -> Tensor:
+        own = own_C1T * torch.rsqrt((own_C1T * own_C1T).sum(dim=1, keepdim=True) + self.eps)
+        return y_ChT - (y_ChT * own).sum(dim=1, keepdim=True) * own
+
+    @staticmethod
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """RoPE on the first 2R channels of each head."""
+        half, width = cos.size(1), x.size(1)
+        a, b, *rest = x.split([half, half, *[width - 2 * half][: width > 2 * half]], dim=1)
+        return torch.cat([a * cos + b * sin, b * cos - a * sin, *rest], dim=1)
+
+
+class Pass(nn.Module):
+    """Block.forward of train_gpt, one pass of it, on [1, D, 1, T]. What a matrix's output is multiplied by is in it."""
+
+    def __init__(self, source: Block, condition_3D: Tensor | None, skip_D: Tensor | None, name: str,
+                 precision: Precision):
+        super().__init__()
+        squared = precision.scale(f"{name}.act")
+        column = lambda vector: nn.Buffer(vector.detach().clone()[None, :, None, None])  # noqa: E731
+        self.keep, self.again = map(column, source.resid_mix)
+        self.skip = None if skip_D is None else column(skip_D)
+        self.norm_attn = Norm(precision.scale(f"{name}.norm_attn"), precision.eps, source.norm_scale)
+        self.norm_mlp = Norm(precision.scale(f"{name}.norm_mlp"), precision.eps, source.norm_scale)
+        self.attn = Attended(source.attn, source.attn_scale, f"{name}.attn", precision)
+        self.fc, self.act = conv(source.mlp.fc.weight * squared), Squared(source.mlp.slope)
+        self.proj = conv(source.mlp.proj.weight * source.mlp_scale[:, None] / squared**2)
+        self.lane_mix = None if source.lane_mix is None else source.lane_mix.tolist()
+        self.condition = None if condition_3D is None else nn.ParameterList(
+            nn.Parameter(part.data, requires_grad=False) for part in map(column, condition_3D))
+
+    def read(self, norm: Norm, x: Tensor) -> Tensor:
+        x = norm(x)
+        return x if self.condition is None else x * (1 + self.condition[0]) + self.condition[1]
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.proj(self.act(self.fc(self.read(self.norm_mlp, x))))
+
+    def forward(self, x: Tensor, lane: Tensor, x0: Tensor, skip: Tensor | None, rope, mask: Tensor, k: Tensor,
+                v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both lanes after this pass (one tensor for both where they have not parted), and its keys and values."""
+        together = lane is x
+        if skip is not None:
+            x, lane = (part + self.skip * skip for part in (x, lane))
+        lane = x if together else lane
+        mixed = self.keep * x + self.again * x0
+        attended, k, v = self.attn(self.read(self.norm_attn, mixed), rope, mask, k, v)
+        if self.lane_mix is None:
+            mixed = mixed + attended
+            mixed = mixed + self.mlp(mixed)
+            new = (mixed, mixed)
+        else:
+            written, together = self.mlp(lane), False
+            new = tuple(old + to[0] * attended + to[1] * written
+                        for old, to in zip((mixed, lane), self.lane_mix, strict=True))
+        if self.condition is None:
+            return *new, k, v
+        more = self.condition[2]
+        ahead = new[0] + more * (new[0] - x)
+        return ahead, ahead if together else new[1] + more * (new[1] - lane), k, v
+
+
+class Layers(nn.Module):
+    """A shard of passes first to end - 1."""
+
+    def __init__(self, model: GPT, dims: Dims, first: int, end: int, precision: Precision = EXACT):
+        super().__init__()
+        self.first, self.end, self.dims, order = first, end, dims, model.passes(model.looping)
+        self.interface = layout.layers(first, end, dims)
+        self.passes = nn.ModuleDict({str(nth): pass_of(model, order, nth, precision) for nth in range(first, end)})
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        have = dict(zip(self.interface.inputs, inputs, strict=True))
+        x, x0 = have[f"x{self.first}"], have["x0"]
+        lane = have.get(f"lane{self.first}", x)
+        for nth in range(self.first, self.end):
+            source = layout.skip_of(nth, self.dims.passes)
+            skip = have[f"x{source}"] if source else None
+            x, lane, have[f"k{nth}_new"], have[f"v{nth}_new"] = self.passes[str(nth)](
+                x, lane, x0, skip, (have["cos"], have["sin"]), have["mask"], have[f"k{nth}"], have[f"v{nth}"])
+            have |= {f"x{nth + 1}": x, f"lane{nth + 1}": lane}
+        return tuple(have[name] for name in self.interface.outputs)
+
+
+def pass_of(model: GPT, order: list[tuple[int, int]], nth: int, precision: Precision) -> Pass:
+    layer, extra = order[nth]
+    condition = None if model.loop_conditions is None or not extra else (
+        model.loop_conditions[extra - 1, layer - model.cfg.loop_start])
+    skip = model.skip_weights[nth - len(order) // 2] if layout.skip_of(nth, len(order)) else None
+    return Pass(model.blocks[layer], condition, skip, f"passes.{nth}", precision)
+
+
+class Head(nn.Module):
+    """The last norm, and the logits of tokens split[nth] to split[nth + 1] - 1."""
+
+    def __init__(self, model: GPT, dims: Dims, nth: int, split: list[int], precision: Precision = EXACT):
+        super().__init__()
+        self.interface = layout.head(nth, split, dims)
+        self.norm = Norm(precision.scale("head.norm"), precision.eps)
+        self.out, self.cap = conv(model.tok_emb.weight[split[nth] : split[nth + 1]]), model.cfg.logit_softcap
+
+    def forward(self, x: Tensor, lane: Tensor | None = None) -> Tensor:
+        x = x if lane is None else (x + lane) * 0.5
+        return self.cap * torch.tanh(self.out(self.norm(x)) * (1 / self.cap))
+
+
+def shards(model: GPT, dims: Dims, cuts: list[int], split: list[int],
+           precision: Precision = EXACT) -> dict[str, Layers | Head]:
+    """The whole chain, in order; cuts: where shards of passes begin, and the end."""
+    chain: dict[str, Layers | Head] = {}
+    for nth, (first, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        chain[f"layers{nth}"] = Layers(model, dims, first, end, precision)
+    for nth in range(len(split) - 1):
+        chain[f"head{nth}"] = Head(model, dims, nth, split, precision)
+    return {name: shard.eval() for name, shard in chain.items()}
+
+
+def run_chain(chain: Mapping[str, Callable], interfaces: Mapping[str, Interface], have: dict) -> dict:
+    """Every shard in order, each fed by name; `have` grows by what they give."""
+    for name, shard in chain.items():
+        given = shard(*(have[n] for n in interfaces[name].inputs))
+        have |= zip(interfaces[name].outputs, given if isinstance(given, tuple) else (given,), strict=True)
+    return have
