@@ -72,4 +72,5 @@ bench: $(OUT)/logs/eval.done
 	$(BIN)/python bench/records.py
 
 clean:
-	rm -rf .venv out data/embedded logs eval report runs.jsonl final_model.* checkpoint.pt .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv out data/embedded logs eval report runs.jsonl final_model.* checkpoint.pt checkpoint_mlx.pt \
+	  .pytest_cache .ruff_cache .hypothesis

@@ -59,6 +59,11 @@ def test_train_gpt_stands_alone_and_stays_short():
     assert len((ROOT / "train_gpt.py").read_text(encoding="utf-8").splitlines()) <= 1500
 
 
+def test_train_gpt_mlx_leans_on_train_gpt_and_stays_short():
+    lines = (ROOT / "train_gpt_mlx.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 1200 and max(map(len, lines)) <= 120
+
+
 @pytest.mark.parametrize("path", [p for p in OURS if "/" in p])
 def test_rooms_lean_only_on_train_gpt_and_themselves(path):
     room, allowed = path.split("/")[0], {"train_gpt"}
@@ -99,9 +104,13 @@ def test_optional_platforms_are_imported_in_their_own_modules_only(path):
 
 @pytest.mark.parametrize("path", OURS)
 def test_what_may_be_absent_is_imported_only_when_needed(path):
+    """But for MLX in the trainer that is written in it, where a guard says what to install."""
+    allowed = {"mlx"} if path == OPTIONAL["mlx"] else set()
+    guarded = {n.split(".")[0] for statement in at_import(TREES[path].body) if isinstance(statement, ast.Try)
+               and "requirements-apple.txt" in ast.unparse(statement) for n in imports(statement, path)}
     early = {n.split(".")[0] for statement in at_import(TREES[path].body)
              if isinstance(statement, ast.Import | ast.ImportFrom) for n in imports(statement, path)}
-    assert not early & (OPTIONAL.keys() | {"wandb"})
+    assert early & (OPTIONAL.keys() | {"wandb"}) <= allowed & guarded
 
 
 # ---- 6: importing has no effect --------------------------------------------------------------------------------------
