@@ -50,6 +50,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="", choices=("cpu", "cuda", "mps"), help="default: the best there is")
     add("--cache", default="model", choices=("fp32", "bf16", "int8"), help="how keys and values are kept (default: as "
         "the device computes them: fp32 on a CPU)")
+    add("--engine", default="torch", choices=("torch", "coreml"), help="what runs the model; coreml: the shards that "
+        "export_coreml.py wrote, by CoreML on a Mac and interpreted elsewhere (default: %(default)s)")
+    add("--shards", metavar="DIR", help="the folder of those (default: coreml)")
     what = parser.add_argument_group("what to write")
     add = what.add_argument
     add("--prompt", action="append", metavar="TEXT", help="what the text goes on from; - or nothing: standard input")
@@ -101,6 +104,17 @@ def strategy_of(given: argparse.Namespace) -> Strategy | None:
     chosen = "--compare" if given.compare else f"--strategy {name}"
     need(not idle, f"--{''.join(idle[:1]).replace('_', '-')} does nothing with {chosen}; leave one of them out")
     return Strategy(**numbers) if given.compare else None if name == "beam" else Strategy(name, **numbers)
+
+
+def shards_of(given: argparse.Namespace) -> str:
+    """The folder of the CoreML engine; none of the other."""
+    if given.engine == "torch":
+        need(not given.shards, "--shards does nothing with --engine torch; leave it out, or take --engine coreml")
+        return ""
+    for name, idle in (("device", given.device), ("cache", given.cache != "model")):
+        need(not idle, f"--{name} does nothing with --engine coreml; leave it out (shards have a precision of their "
+             "own: export_coreml.py --precision)")
+    return given.shards or "coreml"
 
 
 def prompts_of(given: argparse.Namespace) -> list[bytes]:
@@ -156,11 +170,16 @@ def one(given: argparse.Namespace, writer: Writer, strategy: Strategy, prompt: l
     seed = secrets.randbelow(2**32) if given.seed is None else given.seed
     with bar(len(prompt), "reading", "tok") as reading:
         steps, stats = writer.steps(prompt, strategy, seed, given.draft, given.drafts, reading.update)
+    before = writer.chain.used.calls if writer.chain else 0
     written = write(steps, writer.speller, limit, given.stop, show, fresh=len(prompt) == 1)
     show("\n")
     line = f"{len(written.tokens)} tokens, {written.rate:.0f} tokens/s, mean log-probability {written.mean_logp:.2f}"
     line += "" if strategy.greedy else f", seed {seed}"
     found = dict(strategy=strategy.name, seed=seed, texts=[record(written)])
+    if writer.chain:
+        calls = writer.chain.used.calls - before
+        found["coreml"] = dict(calls=calls, tokens_per_call=len(written.tokens) / max(calls, 1))
+        line += f"; coreml: {calls} calls, {found['coreml']['tokens_per_call']:.2f} tokens a call"
     if stats is not None:
         found["draft"] = speculated(given, writer, strategy, prompt, written, stats)
         line += f"; {given.draft}: {described(found['draft'])}"
@@ -231,7 +250,7 @@ def run(given: argparse.Namespace) -> int:
     need(given.seed is None or given.seed >= 0, f"--seed is {given.seed}; it must be at least 0")
     prompts = prompts_of(given)
     need(len(prompts) == 1 or given.compare, f"{len(prompts)} prompts are given; several go with --compare")
-    writer = Writer(given.artifact, given.tokenizer, given.device, given.cache)
+    writer = Writer(given.artifact, given.tokenizer, given.device, given.cache, shards_of(given))
     return side_by_side(given, writer, strategy, prompts) if given.compare else generate(
         given, writer, strategy, prompts[0])
 

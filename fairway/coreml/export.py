@@ -111,8 +111,8 @@ def precision_for(source: Source, choice: Choice, text: np.ndarray, say: Callabl
     return precision
 
 
-def export(source: Source, choice: Choice, out: str | Path, text: np.ndarray,
-           say: Callable[[str], None] = lambda line: None, done: Callable[[int], None] = lambda shards: None) -> Manifest:
+def export(source: Source, choice: Choice, out: str | Path, text: np.ndarray, say: Callable[[str], None],
+           done: Callable[[int], None] = lambda shards: None) -> Manifest:
     """Write the folder `out`, whole or not at all; `text`: training tokens to measure, `done` hears of each shard."""
     coremltools, out = import_coremltools(), Path(out)
     dims = graph.dims_of(source.model, choice.context or source.model.cfg.train_seq_len)

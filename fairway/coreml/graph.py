@@ -24,17 +24,15 @@ EPS = torch.finfo(torch.float32).eps  # of F.rms_norm in fp32
 
 class Precision(NamedTuple):
     """Of the numbers between operations. In fp16 nothing may pass 65,504, and nothing below 6e-5 has all its digits:
-    what is measured on real text decides how far values are scaled, always by powers of two."""
+    what is measured on real text decides what is scaled, and how."""
 
     name: str
-    scales: Mapping[str, float]  # of what goes into a norm or is squared, by module name; 1 where none is given
+    scales: Mapping[str, float]  # of what is squared, powers of two by module name; 1 where none is given
+    peaks: Mapping[str, float]  # of norms: each position is scaled so that this is its largest value; else it is not
     eps: float  # at least this much in the root of a norm
 
-    def scale(self, name: str) -> float:
-        return self.scales.get(name, 1.0)
 
-
-EXACT = Precision("fp32", {}, 0.0)
+EXACT = Precision("fp32", {}, {}, 0.0)
 
 
 def dims_of(model: GPT, slots: int) -> Dims:
@@ -56,14 +54,16 @@ def conv(weight_OI: Tensor) -> nn.Conv2d:
 
 
 class Norm(nn.Module):
-    """RMS norm over axis 1. `scale` keeps the squares in range: the norm of what is scaled is the same, but for eps."""
+    """RMS norm over axis 1. The norm of a position that was scaled is the same, but for eps; so where squares would
+    leave fp16's range, at one end or the other, each position is scaled to a peak that suits it."""
 
-    def __init__(self, scale: float, least_eps: float, gain: float = 1.0):
+    def __init__(self, name: str, precision: Precision, gain: float = 1.0):
         super().__init__()
-        self.scale, self.eps, self.gain = scale, max(EPS * scale * scale, least_eps), gain
+        self.peak, self.eps, self.gain = precision.peaks.get(name), max(EPS, precision.eps), gain
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.scale == 1 else x * self.scale
+        if self.peak is not None:
+            x = x * (self.peak / (x.abs().amax(dim=1, keepdim=True) + self.eps))
         root = torch.rsqrt((x * x).mean(dim=1, keepdim=True) + self.eps)
         return x * (root if self.gain == 1 else root * self.gain)
 
@@ -88,8 +88,7 @@ class Attended(nn.Module):
         self.heads, self.width, self.exclusive = len(source.q_gain), source.width, source.exclusive
         self.q, self.k, self.v = conv(source.q.weight), conv(source.k.weight), conv(source.v.weight)
         self.proj = conv(source.proj.weight * out_scale_D[:, None])
-        self.norm_q = Norm(precision.scale(f"{name}.norm_q"), precision.eps)
-        self.norm_k = Norm(precision.scale(f"{name}.norm_k"), precision.eps)
+        self.norm_q, self.norm_k = Norm(f"{name}.norm_q", precision), Norm(f"{name}.norm_k", precision)
         self.gain_H = nn.Buffer((source.q_gain.detach() / math.sqrt(self.width))[None, None, :, None].clone())
         self.gate = None if source.gate is None else conv(source.gate)
         self.eps = max(1e-24, precision.eps)
@@ -138,12 +137,12 @@ class Pass(nn.Module):
     def __init__(self, source: Block, condition_3D: Tensor | None, skip_D: Tensor | None, name: str,
                  precision: Precision):
         super().__init__()
-        squared = precision.scale(f"{name}.act")
+        squared = precision.scales.get(f"{name}.act", 1.0)
         column = lambda vector: nn.Buffer(vector.detach().clone()[None, :, None, None])  # noqa: E731
         self.keep, self.again = map(column, source.resid_mix)
         self.skip = None if skip_D is None else column(skip_D)
-        self.norm_attn = Norm(precision.scale(f"{name}.norm_attn"), precision.eps, source.norm_scale)
-        self.norm_mlp = Norm(precision.scale(f"{name}.norm_mlp"), precision.eps, source.norm_scale)
+        self.norm_attn = Norm(f"{name}.norm_attn", precision, source.norm_scale)
+        self.norm_mlp = Norm(f"{name}.norm_mlp", precision, source.norm_scale)
         self.attn = Attended(source.attn, source.attn_scale, f"{name}.attn", precision)
         self.fc, self.act = conv(source.mlp.fc.weight * squared), Squared(source.mlp.slope)
         self.proj = conv(source.mlp.proj.weight * source.mlp_scale[:, None] / squared**2)
@@ -218,7 +217,7 @@ class Head(nn.Module):
     def __init__(self, model: GPT, dims: Dims, nth: int, split: list[int], precision: Precision = EXACT):
         super().__init__()
         self.interface = layout.head(nth, split, dims)
-        self.norm = Norm(precision.scale("head.norm"), precision.eps)
+        self.norm = Norm("head.norm", precision)
         self.out, self.cap = conv(model.tok_emb.weight[split[nth] : split[nth + 1]]), model.cfg.logit_softcap
 
     def forward(self, x: Tensor, lane: Tensor | None = None) -> Tensor:

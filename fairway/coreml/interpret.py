@@ -85,8 +85,9 @@ OPERATIONS: dict[str, Callable[[Operands], Any]] = {
     "add": lambda a: a["x"] + a["y"], "sub": lambda a: a["x"] - a["y"], "mul": lambda a: a["x"] * a["y"],
     "real_div": lambda a: a["x"] / a["y"], "maximum": lambda a: np.maximum(a["x"], a["y"]),
     "minimum": lambda a: np.minimum(a["x"], a["y"]), "square": lambda a: np.square(a["x"]),
-    "sqrt": lambda a: np.sqrt(a["x"]), "rsqrt": lambda a: 1 / np.sqrt(a["x"] + a["epsilon"]),
-    "exp": lambda a: np.exp(a["x"]), "tanh": lambda a: np.tanh(a["x"]),
+    "sqrt": lambda a: np.sqrt(a["x"]), "inverse": lambda a: 1 / (a["x"] + a["epsilon"]),
+    "rsqrt": lambda a: 1 / np.sqrt(a["x"] + a["epsilon"]),
+    "exp": lambda a: np.exp(a["x"]), "abs": lambda a: np.abs(a["x"]), "tanh": lambda a: np.tanh(a["x"]),
     "sigmoid": lambda a: 1 / (1 + np.exp(-a["x"])), "relu": lambda a: np.maximum(a["x"], 0.0),
     "leaky_relu": leaky_relu, "conv": conv, "matmul": matmul, "softmax": softmax, "batch_norm": batch_norm,
     "reduce_mean": reduced(np.mean), "reduce_sum": reduced(np.sum), "reduce_max": reduced(np.max),
@@ -191,6 +192,8 @@ class Program:
         return Step(kind, OPERATIONS[kind], {n: wide(v) for n, v in constants.items()}, operands, typed)
 
     def define(self, name: str, value: Any) -> None:
+        plain = not isinstance(value, np.ndarray) or value.dtype.kind != "f" or bool(np.isfinite(value).all())
+        need(plain, f"constant {name} holds values that are no numbers", InterpretError)
         self.constants[name] = value
         if isinstance(value, np.ndarray):
             self.types[name] = next((k.name for k in KINDS.values() if k.holder is value.dtype.type), "")

@@ -102,4 +102,4 @@ def even(total: int, parts: int) -> list[int]:
 def sizes(shapes: str, tokens: int) -> list[int]:
     """How many tokens a call may have; a runtime fills up a step to the next of them."""
     return {"fixed": [tokens], "range": list(range(1, tokens + 1)), "multifunction": sorted({1, tokens}),
-            "enumerated": sorted({1, 2, tokens})}[shapes]
+            "enumerated": sorted({1, min(2, tokens), tokens})}[shapes]

@@ -1,7 +1,9 @@
 """How large the numbers between operations become on real text, and how they are scaled to survive fp16.
 
-fp16 ends at 65,504, which a squared activation passes at 256, and a sum of 512 squares at 12. Scales are powers of two,
-so that they cost no digit; they are folded into the matrices before and after where there are any."""
+fp16 ends at 65,504, which a squared activation passes at 256, and a sum of 512 squares at 12. What is squared after a
+matrix is scaled by a power of two, which costs no digit and is folded into the matrices on both sides. Before a norm
+the stream of a trained model spans too much for one scale (positions from 11 to 386 on the cpu preset), so each has its
+own."""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from train_gpt import GPT, UserError, need
 
 LARGEST = 65504.0
 ROOM = 4.0  # other text may have values this many times as large as what was measured
-LEAST_SCALE = 2.0**-10
+LEAST_SCALE = 2.0**-6  # the matrix after a square is divided by the square of this, and is fp16 too
+LEAST_RMS = 0.3  # of a position before a norm: the eps that fp16 needs then moves it by 3e-4 of itself
 EPS = 6.2e-5  # the least number that fp16 has all its digits for
 WINDOW = 256  # tokens that are measured at once
 
@@ -79,36 +82,36 @@ def measure(model: GPT, tables: Mapping[str, np.ndarray], tokens: np.ndarray) ->
     return found
 
 
-def power_below(x: float) -> float:
-    return 2.0 ** math.floor(math.log2(x))
+def peak_for(r: Range) -> float | None:
+    """The largest value that each position is to have before a norm; None where all fit as they are."""
+    most = math.sqrt(LARGEST / r.channels) / ROOM  # channels of this size can be squared and summed
+    return None if r.rms <= most and r.least_rms >= LEAST_RMS else 2.0 ** math.floor(math.log2(most))
 
 
 def scale_for(name: str, r: Range) -> float:
-    """1 where that serves."""
-    if name.endswith(".act"):
-        most = math.sqrt(LARGEST) / ROOM
-        scale = 1.0 if r.peak <= most else power_below(most / r.peak)
-    else:  # of a norm, whose squares are summed
-        most = math.sqrt(LARGEST / r.channels) / ROOM
-        scale = 1.0 if r.rms <= most and r.least_rms >= 0.1 else power_below(most / max(r.rms, 1e-30))
-    need(scale >= LEAST_SCALE, f"{name} is given values of up to {r.peak:.0f}, which fp16 cannot square even when they "
-         f"are scaled by {scale:g}; take --precision fp32", RangeError)
-    return min(scale, 1 / LEAST_SCALE)
+    """Of what is squared: 1 where that serves."""
+    most = math.sqrt(LARGEST) / ROOM
+    scale = 1.0 if r.peak <= most else 2.0 ** math.floor(math.log2(most / r.peak))
+    need(scale >= LEAST_SCALE, f"{name} is given values of up to {r.peak:.0f}, which fp16 cannot square, even scaled "
+         f"by {LEAST_SCALE:g}; take --precision fp32", RangeError)
+    return scale
 
 
 def half_precision(found: Mapping[str, Range]) -> Precision:
     """fp16 for a model that was measured; refused where it cannot hold."""
-    stream = found.get("stream")
-    need(stream is None or stream.peak * ROOM <= LARGEST, f"the stream between passes has values of up to "
-         f"{stream.peak if stream else 0:.0f}; fp16 ends at {LARGEST:.0f}; take --precision fp32", RangeError)
-    scales = {name: scale_for(name, r) for name, r in found.items() if name != "stream"}
-    return Precision("fp16", {name: scale for name, scale in scales.items() if scale != 1}, EPS)
+    stream = found["stream"].peak
+    need(stream * ROOM <= LARGEST, f"the stream between passes has values of up to {stream:.0f}; fp16 ends at "
+         f"{LARGEST:.0f}; take --precision fp32", RangeError)
+    scales = {name: scale for name, r in found.items() if name.endswith(".act") and (scale := scale_for(name, r)) != 1}
+    norms = {name: r for name, r in found.items() if "norm" in name}
+    return Precision("fp16", scales, {name: peak for name, r in norms.items() if (peak := peak_for(r))}, EPS)
 
 
 def told(found: Mapping[str, Range], precision: Precision) -> str:
     """One line: the largest value before a square, and what was scaled."""
     squared = {name: r.peak for name, r in found.items() if name.endswith(".act")}
     name = max(squared, key=squared.get)
-    scaled = ", ".join(f"{n} by {s:g}" for n, s in precision.scales.items()) or "nothing"
+    scaled = ", ".join(f"{n} by {s:g}" for n, s in precision.scales.items()) or "no activation"
     return (f"ranges: pre-activation {squared[name]:.2f} at most ({name}; fp16 squares up to "
-            f"{math.sqrt(LARGEST):.0f}), stream {found['stream'].peak:.1f}; scaled: {scaled}")
+            f"{math.sqrt(LARGEST):.0f}), stream {found['stream'].peak:.1f}; scaled: {scaled}, "
+            f"{len(precision.peaks)} norms by position")

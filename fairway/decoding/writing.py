@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fairway.coreml.engine import Shards, load_chain
 from fairway.decoding.drafts import Draft, Model, NGram, Suffix
 from fairway.decoding.search import Reader, Step, beam, plain
 from fairway.decoding.speculative import Speculation, Stats
@@ -17,7 +18,7 @@ from fairway.decoding.strategies import Strategy
 from fairway.loading import load
 from fairway.memory import Memory, first_layers
 from fairway.spelling import Speller
-from train_gpt import BOS_ID, GPT, build_model, need, read_artifact
+from train_gpt import BOS_ID, GPT, build_model, file_sha256, need, read_artifact
 
 EOS_ID = 2
 ENDS = (BOS_ID, EOS_ID)  # a document ends where the next one begins
@@ -27,20 +28,24 @@ DRAFTS = ("none", "ngram", "suffix", "layers", "layers:K")
 
 # ==== WHAT IS LOADED ==================================================================================================
 class Writer:
-    """A model, its tokenizer, the device that it runs on, and how it keeps keys and values."""
+    """A model, its tokenizer, the device that it runs on, and how it keeps keys and values; or, where a folder of
+    CoreML shards is named, those shards in the model's place."""
 
-    def __init__(self, path: str, tokenizer: str = "", device: str = "", kept: str = "model"):
+    def __init__(self, path: str, tokenizer: str = "", device: str = "", kept: str = "model", shards: str = ""):
         self.artifact, self.model, self.speller, self.runtime = load(path, tokenizer, device)
-        self.kept = kept
+        self.kept, self.chain = kept, load_chain(shards, file_sha256(path)) if shards else None
 
     @property
     def context(self) -> int:
-        return self.model.cfg.train_seq_len
+        return self.chain.manifest.dims.slots if self.chain else self.model.cfg.train_seq_len
 
     def tokens(self, prompt: bytes) -> list[int]:
         return [BOS_ID, *self.speller.tokens(prompt)]
 
     def reader(self, model: GPT | None = None) -> Reader:
+        """Of the shards, where there are any; of another model, a draft, always in PyTorch."""
+        if self.chain and model is None:
+            return Reader(Shards(self.chain), most=self.chain.most)
         return Reader(Memory(model or self.model, kept=self.kept), self.runtime.device)
 
     def read(self, prompt: Sequence[int], told: Callable[[int], None] | None = None) -> Reader:

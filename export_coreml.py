@@ -1,0 +1,197 @@
+"""An artifact as CoreML shards for Apple's Neural Engine.
+
+    python export_coreml.py                                    final_model.int6.ptz -> coreml/, fp16, of 1 and 4 tokens
+    python export_coreml.py --chunks 2 --quantise int8         two shards of layers, int8 weights
+    python export_coreml.py --check --json parity.json         every shape, chunking and quantisation against PyTorch
+    python export_coreml.py --check --shapes range --chunks 2  this one alone, which is then kept in --out
+    python export_coreml.py --audit                            on a Mac: which operations run on which device
+    python export_coreml.py --bench                            on a Mac: tokens a second
+
+Shards take and give keys and values, one call for 1 to --tokens tokens; whoever runs them does the embedding, the slots
+and the mask (docs/COREML.md). Converted on any machine; checked by interpreting what was saved. Before fp16, values are
+measured on training text: those that would overflow are scaled, or refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from rich.console import Console
+from tqdm import tqdm
+
+from fairway.coreml.export import QUANTISATIONS, Choice, Source, export, folder_bytes
+from fairway.coreml.layout import SHAPES
+from fairway.coreml.mac import audited, need_mac, timed
+from fairway.coreml.manifest import DTYPES, read_folder
+from fairway.coreml.parity import LONG, check, table_of, variants
+from fairway.decoding.strategies import Strategy
+from fairway.decoding.writing import Writer
+from fairway.scorer import Text, load_text
+from fairway.settings import EvalConfig
+from train_gpt import UserError, need, read_shard, replacing
+
+HERE = Path(__file__).resolve().parent
+HELP = {"precision": f"of numbers between operations: {', '.join(DTYPES)}",
+        "quantise": "how weights are kept: " + "; ".join(f"{n}, {words}" for n, (_, _, words) in QUANTISATIONS.items()),
+        "shapes": f"how calls of 1 to --tokens tokens are taken: {', '.join(SHAPES)} (docs/COREML.md says which "
+                  "run on the Neural Engine)",
+        "tokens": "of a call at most, 1 to 4", "chunks": "shards that the layers are cut into",
+        "layers_per_shard": "layers of each shard, in place of --chunks",
+        "vocab_shards": "shards that the vocabulary is cut into (default: of at most 4096 tokens)",
+        "context": "tokens that a prediction looks back on (default: as in training)"}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--artifact", default="final_model.int6.ptz", metavar="FILE", help="the model (default: %(default)s)")
+    add("--out", default="coreml", metavar="DIR", help="where shards are written (default: %(default)s)")
+    add("--data", default=str(HERE / "data" / "embedded"), metavar="DIR", help="folder of text shards: training "
+        "text to measure activations on, validation text to compare on (default: the embedded corpus)")
+    what = parser.add_argument_group("what the shards are")
+    for f in fields(Choice):
+        kind, shown = type(f.default), f" (default: {f.default})" if f.default else ""
+        what.add_argument(f"--{f.name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "NAME",
+                          help=HELP[f.name] + shown)
+    then = parser.add_argument_group("in place of an export")
+    add = then.add_argument
+    add("--check", action="store_true", help="export and compare with PyTorch: all variants, or the one whose options "
+        "are given; exit status 1 where one is too far off")
+    add("--json", metavar="FILE", help="write what --check, --audit or --bench found")
+    add("--audit", action="store_true", help="on a Mac: operations of --out that do not run on the Neural Engine")
+    add("--bench", action="store_true", help="on a Mac: tokens a second of --out, plain and speculative")
+    return parser.parse_args(arguments)
+
+
+def choice_of(given: argparse.Namespace) -> tuple[Choice, bool]:
+    """What the export is to be, and whether any of it was asked for."""
+    asked = {f.name: getattr(given, f.name) for f in fields(Choice) if getattr(given, f.name) is not None}
+    return Choice(**asked), bool(asked)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def bar(total: int, what: str, unit: str) -> tqdm:
+    """Its ETA counts from the start: exporting comes in lumps."""
+    return tqdm(total=total, desc=what, unit=unit, delay=1, leave=False, smoothing=0, mininterval=0.5)
+
+
+def save(path: str | None, found: dict[str, Any]) -> None:
+    if path:
+        with replacing(path) as f:
+            f.write(json.dumps(found, indent=1).encode() + b"\n")
+
+
+# ==== TEXT ============================================================================================================
+def training_text(folder: str, vocab_size: int) -> np.ndarray:
+    """What activations are measured on; never what is scored."""
+    paths = sorted(Path(folder).glob("*_train_*.bin"))
+    need(paths, f"no training shards (*_train_*.bin) in {folder}; run `make data`, or set --data")
+    return np.array(read_shard(paths[0], vocab_size)[: 2 * LONG])
+
+
+def validation_text(source: Source, folder: str) -> Text:
+    return load_text(EvalConfig(checkpoint=str(source.path), data_path=folder), source.artifact)
+
+
+# ==== WHAT IT DOES ====================================================================================================
+def export_once(source: Source, choice: Choice, given: argparse.Namespace) -> int:
+    text = training_text(given.data, source.model.cfg.vocab_size) if choice.precision == "fp16" else np.zeros(0, int)
+    passes = len(source.model.passes(source.model.looping))
+    total = len(choice.cuts(passes)) + len(choice.split(source.model.cfg.vocab_size)) - 2
+    with bar(total, "exporting", "shard") as progress:
+        manifest = export(source, choice, given.out, text, progress.write, progress.update)
+    shards = manifest.interfaces()
+    say(f"exported:{given.out} shards:{len(shards)} ({', '.join(shards)}) functions:{','.join(manifest.functions())} "
+        f"context:{manifest.dims.slots} precision:{choice.precision} quantise:{choice.quantise} "
+        f"bytes:{folder_bytes(Path(given.out), manifest)}")
+    return 0
+
+
+def check_all(source: Source, choice: Choice, asked: bool, given: argparse.Namespace) -> int:
+    choices = [choice] if asked else list(variants(choice, len(source.model.passes(source.model.looping))))
+    text, measured = validation_text(source, given.data), training_text(given.data, source.model.cfg.vocab_size)
+    total = len(choices) * min(LONG, len(text.sizes))
+    with tempfile.TemporaryDirectory() as folder, bar(total, "comparing", "tok") as progress:
+        found = check(source, choices, text, measured, Path(given.out if asked else f"{folder}/variant"),
+                      progress.write, progress.update)
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    console.print(table_of(found))
+    for row in found["variants"]:
+        for failure in row["failures"]:
+            say(f"FAIL: {row['name']}: {failure}")
+    say(f"parity:{'passed' if found['passed'] else 'FAILED'} variants:{len(choices)}")
+    save(given.json, found)
+    return 0 if found["passed"] else 1
+
+
+def audit(given: argparse.Namespace) -> int:
+    need_mac("--audit")
+    found = list(audited(read_folder(given.out)))
+    for one in found:
+        say(f"{one['shard']} {one['function']}: " + ", ".join(f"{n} on {d}" for d, n in one["devices"].items()))
+        for op in one["elsewhere"]:
+            say(f"  {op['device']:6} {op['operation']:30} {op['output']:40} cost {op['cost'] or 0:.5f}")
+    save(given.json, dict(folder=given.out, functions=found))
+    return 0
+
+
+def written(writer: Writer, prompt: list[int], draft: str, tokens: int = 64) -> int:
+    steps, _ = writer.steps(prompt, Strategy("greedy"), 0, draft)
+    return sum(1 for _ in islice(steps, tokens))
+
+
+def bench(given: argparse.Namespace) -> int:
+    """Plain, and with n-gram drafts, after the same prompt."""
+    need_mac("--bench")
+    writer, found = Writer(given.artifact, shards=given.out), {}
+    prompt = writer.tokens(b"The people of the United States")
+    for draft in ("none", "ngram"):
+        rates = timed(lambda draft=draft: written(writer, prompt, draft))
+        found[draft] = dict(median=statistics.median(rates), least=min(rates), most=max(rates), runs=len(rates))
+        say(f"{draft}: {found[draft]['median']:.1f} tokens/s ({min(rates):.1f} to {max(rates):.1f}, {len(rates)} runs)")
+    save(given.json, dict(folder=given.out, **found))
+    return 0
+
+
+def run(given: argparse.Namespace) -> int:
+    verbs = [name for name in ("check", "audit", "bench") if getattr(given, name)]
+    need(len(verbs) < 2, f"--{' and --'.join(verbs)} are both given; leave one out")
+    need(verbs or not given.json, "--json goes with --check, --audit or --bench; leave it out")
+    choice, asked = choice_of(given)
+    if given.audit or given.bench:
+        return audit(given) if given.audit else bench(given)
+    source = Source.read(given.artifact)
+    return check_all(source, choice, asked, given) if given.check else export_once(source, choice, given)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        return run(parsed(arguments))
+    except KeyboardInterrupt:
+        print("export_coreml: interrupted; what was there before is untouched", file=sys.stderr)
+        return 130
+    except (UserError, OSError) as e:
+        print(f"export_coreml: error: {str(e).splitlines()[0]}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
