@@ -1,7 +1,7 @@
 """Train on Apple Silicon what train_gpt.py trains elsewhere: the same settings, shards, schedule, log and artifact.
 
-    PRESET=cpu python train_gpt_mlx.py      ten minutes or so of a Mac; --help lists every setting
-    PRESET=consensus MAX_WALLCLOCK_SECONDS=0 python train_gpt_mlx.py
+    PRESET=cpu python train_gpt_mlx.py          a small model; --help lists every setting
+    PRESET=consensus python train_gpt_mlx.py    that of the records, for ten minutes or MAX_WALLCLOCK_SECONDS
 
 What is the same on any machine is imported from train_gpt: settings, data, schedules, averages, quantiser, artifact,
 initial weights. Here is what MLX does: the model, its gradients, the optimisers, and rounding in training. Between the
@@ -39,7 +39,7 @@ from train_gpt import (
     quantised, read_artifact, replacing, rope_tables, save, tensor_bits, validate)
 
 Weights: TypeAlias = "dict[str, mx.array]"  # by the names of train_gpt.GPT, in its order, which is the artifact's
-ACTIVATION_BYTES = 4 << 30  # that one forward and backward pass may hold: a quarter of the smallest Mac
+ACTIVATION_BYTES = 4 << 30  # that one forward and backward pass may hold: a quarter of a 16 GB Mac
 
 # ==== BRIDGE ==========================================================================================================
 # PyTorch only holds and rounds numbers here: no model, gradient or optimiser of it runs.
@@ -320,6 +320,17 @@ def log_header(log: Log, cfg: Config, rt: Runtime, data: Data, preset: str) -> N
     log("\n".join(" ".join(f"{name}:{value}" for name, value in line.items()) for line in lines), "start",
         settings=settings, sha256=hashes, world_size=1, python=sys.version, **start)
 
+def progress_lines(label: str) -> Callable[[float], None]:
+    """Tells on the screen how far something is, every five seconds, as train_gpt.mean_nats does."""
+    began, said = time.perf_counter(), 0
+    def tell(part: float) -> None:
+        nonlocal said
+        seconds = time.perf_counter() - began
+        if seconds < 5 * (said + 1): return
+        said = seconds // 5
+        print(f"{label} {100 * part:.0f}% eta:{seconds / part - seconds:.0f}s", file=sys.stderr, flush=True)
+    return tell
+
 # ==== MICRO-BATCHES ===================================================================================================
 def activation_bytes(cfg: Config) -> int:
     """Memory that a token takes in a forward and backward pass: what each layer keeps, attention's scores included, as
@@ -385,7 +396,7 @@ def set_up(cfg: Config, rt: Runtime, data: Data, log: Log) -> Run:
         f"warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\nseed:{cfg.seed}")
     noise = torch.Generator().manual_seed(0)  # rows as they will be once trained: codes depend on shape, not on scale
     look_at_size(run, "before training", {n: torch.randn(shape, generator=noise) for n, shape in shapes.items()})
-    if cfg.compile: log("compile:mx.compile runs with the first step and takes about a minute")
+    if cfg.compile: log("compile:mx.compile runs with the first step")
     return run
 
 def as_sized(run: Run) -> SimpleNamespace:
@@ -418,6 +429,7 @@ def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights]:
         count = run.data.table.count(tokens).astype(np.float32)
         shares = 1 - cfg.byte_loss_alpha + cfg.byte_loss_alpha * count / max(count.mean(), 1e-6)
     sums, plain = {n: mx.zeros_like(w) for n, w in weights.items()}, 0.0
+    tell = progress_lines("first step")
     for start in (i for part in range(8) for i in range(part * eighth, (part + 1) * eighth, size)):
         end = min(start + size, (start // eighth + 1) * eighth)
         x, y = (ids(a[start:end].reshape(-1, length)) for a in (tokens, tokens[1:]))
@@ -426,6 +438,7 @@ def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights]:
         sums = {n: total + gradients[n] for n, total in sums.items()}
         mx.eval(sums, nats)  # now: what is not evaluated keeps the activations of every micro-batch
         plain += nats.item()
+        if run.step == 0: tell(end / cfg.train_batch_tokens)  # later ones have lines of their own
     return torch.tensor(plain / cfg.train_batch_tokens), sums
 
 def take_step(run: Run, progress: float) -> None:
@@ -606,7 +619,7 @@ def export(run: Run) -> Path:
 # ==== SCORES ==========================================================================================================
 def sliding_nats(model: GPT, tokens: np.ndarray, cfg: Config, judged: EvalConfig) -> float:
     """Mean cross-entropy of tokens[1:], each scored once, in the windows that eval_final.py slides."""
-    length, total, said, began = cfg.train_seq_len, 0.0, 0, time.perf_counter()
+    length, total, tell = cfg.train_seq_len, 0.0, progress_lines("sliding windows")
     windows = plan(tokens, length, min(judged.eval_stride, length), judged.eval_documents)
     rows = max(1, cfg.val_batch_size // 8 // length)
     for i in range(0, len(windows.start), rows):
@@ -615,10 +628,7 @@ def sliding_nats(model: GPT, tokens: np.ndarray, cfg: Config, judged: EvalConfig
         data = tokens[np.minimum(places, len(tokens) - 1)]
         nats = np.asarray(model(ids(data[:, :-1]), ids(data[:, 1:])))
         total += nats[(places[:, :-1] >= first) & (places[:, :-1] < end)].sum(dtype=np.float64)
-        part, seconds = min(1.0, (i + rows) / len(windows.start)), time.perf_counter() - began
-        if seconds > 5 * (said + 1):
-            said = seconds // 5
-            print(f"sliding windows {100 * part:.0f}% eta:{seconds / part - seconds:.0f}s", file=sys.stderr, flush=True)
+        tell(min(1.0, (i + rows) / len(windows.start)))
     return float(total) / (len(tokens) - 1)
 
 def score_artifact(run: Run, path: Path, judged: EvalConfig) -> None:
