@@ -390,8 +390,9 @@ def set_up(cfg: Config, rt: Runtime, data: Data, log: Log) -> Run:
     count, size = sum(w.size for w in weights.values()), micro_tokens(cfg)
     log(f"model_params:{count}", "model", parameters=count, tensors=shapes)
     log(f"world_size:1 grad_accum_steps:{8 * -(-cfg.train_batch_tokens // 8 // size)} micro_batch_tokens:{size}\n"
-        f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}\ntie_embeddings:True "
-        f"embed_lr:{cfg.tied_embed_lr} head_lr:0.0 matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}\n"
+        f"sdp_backends:mlx\nattention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}\n"
+        f"tie_embeddings:True embed_lr:{cfg.tied_embed_lr} head_lr:0.0 matrix_lr:{cfg.matrix_lr} "
+        f"scalar_lr:{cfg.scalar_lr}\n"
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} iterations:{cfg.iterations} "
         f"warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\nseed:{cfg.seed}")
     noise = torch.Generator().manual_seed(0)  # rows as they will be once trained: codes depend on shape, not on scale
@@ -421,8 +422,9 @@ def gradient_function(run: Run) -> Callable:
         run.passes[looping] = mx.compile(found) if run.cfg.compile else found
     return run.passes[looping]
 
-def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights]:
-    """The batch's plain mean loss, and the gradients of the mean that is minimised, one micro-batch at a time."""
+def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights] | None:
+    """The batch's plain mean loss, and the gradients of the mean that is minimised, one micro-batch at a time; None
+    after a signal, since a step may take minutes."""
     cfg, length, eighth, size = run.cfg, run.cfg.train_seq_len, run.cfg.train_batch_tokens // 8, micro_tokens(run.cfg)
     tokens, shares, gradients_of = run.stream.take(cfg.train_batch_tokens), None, gradient_function(run)
     if cfg.byte_loss_alpha:  # a target's bytes over the batch's mean, blended with one
@@ -431,6 +433,7 @@ def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights]:
     sums, plain = {n: mx.zeros_like(w) for n, w in weights.items()}, 0.0
     tell = progress_lines("first step")
     for start in (i for part in range(8) for i in range(part * eighth, (part + 1) * eighth, size)):
+        if run.signum: return None
         end = min(start + size, (start // eighth + 1) * eighth)
         x, y = (ids(a[start:end].reshape(-1, length)) for a in (tokens, tokens[1:]))
         share = mx.array(1.0) if shares is None else mx.array(shares[start:end].reshape(-1, length))
@@ -441,15 +444,20 @@ def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights]:
         if run.step == 0: tell(end / cfg.train_batch_tokens)  # later ones have lines of their own
     return torch.tensor(plain / cfg.train_batch_tokens), sums
 
-def take_step(run: Run, progress: float) -> None:
+def take_step(run: Run, progress: float) -> bool:
+    """One optimiser step; or none, and nothing changed, because a signal came."""
     # Straight-through: gradients at the rounded weights, the update to those behind them.
-    seen = rounded_weights(run.weights, run.k, run.cfg) if run.qat else run.weights
-    run.loss, gradients = accumulate_gradients(run, seen)
+    seen, at = rounded_weights(run.weights, run.k, run.cfg) if run.qat else run.weights, run.stream.at
+    if (found := accumulate_gradients(run, seen)) is None:
+        run.stream.at = at
+        return False
+    run.loss, gradients = found
     if run.cfg.grad_clip_norm: gradients = clipped(gradients, run.cfg.grad_clip_norm)
     scale, momentum = lr_scale(progress, run.cfg), momentum_at(run.step, run.cfg)
     run.weights = run.optimiser.step(run.weights, gradients, scale, momentum)
     mx.eval(run.weights, run.optimiser.momentum, run.optimiser.first, run.optimiser.second)
     run.step += 1
+    return True
 
 def warm_up(run: Run) -> None:
     """Steps that compile kernels and fill caches outside the clock, then are undone to the bit."""
@@ -479,8 +487,8 @@ def train(run: Run) -> None:
         if progress >= 1 or cfg.val_loss_every and run.step % cfg.val_loss_every == 0: validate(run)
         if progress >= 1: break
         switch(run, progress)
-        take_step(run, progress)
-        run.averages.update(run.params, run.step, progress_of(run.step, elapsed, cfg), cfg)
+        if take_step(run, progress):
+            run.averages.update(run.params, run.step, progress_of(run.step, elapsed, cfg), cfg)
     if run.step < cfg.iterations:
         run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{run.step}/{cfg.iterations}")
     save_checkpoint(run)  # whatever happens to the export, the weights are safe

@@ -208,6 +208,26 @@ def test_a_step_does_not_depend_on_micro_batches():
     assert all((first[n] - second[n]).abs().max() < 1e-5 for n in first)
 
 
+def test_a_signal_ends_a_step_between_micro_batches_and_nothing_has_happened():
+    golden = oracle.read()
+    run = a_run(dataclasses.replace(golden.cfg, micro_batch_tokens=16), {n: mx.array(w) for n, w in
+                                                                         golden.weights.items()}, golden.tokens)
+    ours.take_step(run, 0.0)
+    before, passes = dict(vars(run)), []
+    gradients_of = ours.gradient_function(run)
+    def third(*inputs):
+        passes.append(inputs)
+        run.signum = signal.SIGINT if len(passes) == 3 else 0
+        return gradients_of(*inputs)
+    run.passes[False] = third
+    momentum = dict(run.optimiser.momentum)
+    assert not ours.take_step(run, 0.0) and len(passes) == 3
+    assert {n: v for n, v in vars(run).items() if n != "signum"} == {n: v for n, v in before.items() if n != "signum"}
+    assert run.stream.at == 128 and all(run.optimiser.momentum[n] is m for n, m in momentum.items())
+    run.signum, run.passes[False] = 0, gradients_of
+    assert ours.take_step(run, 0.0)
+
+
 def test_micro_batches_are_whole_sequences_that_fit():
     for preset in PRESETS:
         cfg = Config(**PRESETS[preset])
@@ -456,7 +476,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(signum, uninterrupted, trainer_e
     assert {e["step"]: e["loss"] for e in resumed.all("train")} == {
         e["step"]: e["loss"] for e in uninterrupted.all("train")}
     assert resumed.artifact.read_bytes() == uninterrupted.artifact.read_bytes()
+    assert resumed.one("qat")["step"] == 4 and resumed.one("loop")["step"] == 6  # not switched on again
     assert resumed.one("sliding")["loss"] == uninterrupted.one("sliding")["loss"]
+
+
+def test_resuming_a_finished_run_exports_it_again(uninterrupted, train_here, tmp_path):
+    (tmp_path / "checkpoint_mlx.pt").write_bytes((uninterrupted.folder / "checkpoint_mlx.pt").read_bytes())
+    again = train_here(tmp_path, **LONG, RESUME=1)
+    assert again.artifact.read_bytes() == uninterrupted.artifact.read_bytes() and not again.all("train")
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
