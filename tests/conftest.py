@@ -18,7 +18,7 @@ import pytest
 import sentencepiece
 import torch
 
-from train_gpt import BOS_ID, write_shard
+from train_gpt import BOS_ID, file_sha256, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts us in the background has it ignored
@@ -119,3 +119,25 @@ def run_trainer(trainer_env):
 def read_events(out_dir: Path, run_id: str = "test") -> list[dict]:
     log = out_dir / "logs" / f"{run_id}.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, corpus):
+    """`exported(**choice)`: a folder of CoreML shards of a small random model, made once."""
+    pytest.importorskip("coremltools", reason="coremltools is not installed: pip install -r requirements-apple.txt")
+    from test_writing import make_artifact
+
+    from fairway.coreml.export import Choice, Source, export
+    folder, made = tmp_path_factory.mktemp("coreml"), {}
+    source = Source.read(make_artifact(folder, corpus, num_layers=2, smear_gate=True, bigram_vocab_size=32,
+                                       bigram_dim=8))
+    text = read_shard(corpus.folder / "tiny_train_000000.bin")[:400]
+
+    def get(**choice) -> Path:
+        key = json.dumps(choice, sort_keys=True)
+        if key not in made:
+            made[key] = folder / f"shards{len(made)}"
+            export(source, Choice(**choice), made[key], text, lambda line: None)
+        return made[key]
+    get.source, get.source_sha256, get.text = source, file_sha256(source.path), text
+    return get

@@ -21,7 +21,7 @@ from fairway.coreml import graph, layout, ranges
 from fairway.coreml.graph import EXACT, Head, Layers, Precision
 from fairway.coreml.layout import MOST_TOKENS, SHAPES, Axis, T, concrete
 from fairway.coreml.manifest import DTYPES, NAME, Manifest, hashes_of, write_host, write_manifest
-from fairway.coreml.package import size_of
+from fairway.coreml.package import matrices, read_package, size_of
 from train_gpt import GPT, Artifact, UserError, build_model, file_sha256, need, read_artifact
 
 # How weights are kept: what coremltools is asked for, and in what words.
@@ -33,7 +33,7 @@ QUANTISATIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     **{f"palette{bits}": ("palette", dict(nbits=bits, mode="kmeans", granularity="per_grouped_channel", group_size=32,
                                           enable_per_channel_scale=False),
                           f"{2**bits} values for 32 channels, {bits} bits a weight") for bits in (6, 4, 3, 2)}}
-LEAST_WEIGHTS = 2048  # of a tensor that is worth making smaller
+LEAST_WEIGHTS = 512  # of a matrix that is worth making smaller
 MOST_PART = 4096  # of the vocabulary, in one shard
 
 
@@ -207,6 +207,7 @@ def save_shard(ct: ModuleType, shard: Layers | Head, choice: Choice, sizes: list
             for size in sizes:
                 shutil.rmtree(path.with_name(f"{path.stem}.t{size}.mlpackage"))
     (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+    need_smaller(path, choice.quantise)
 
 
 def convert(ct: ModuleType, shard: Layers | Head, choice: Choice, sizes: list[int]) -> Any:
@@ -252,6 +253,13 @@ def smaller(ct: ModuleType, model: Any, quantise: str) -> Any:
     api = ct.optimize.coreml
     if kind == "linear":
         config = api.OpLinearQuantizerConfig(mode="linear_symmetric", weight_threshold=LEAST_WEIGHTS, **options)
-        return api.linear_quantize_weights(model, api.OptimizationConfig(global_config=config))
+        return api.linear_quantize_weights(model, api.OptimizationConfig(op_type_configs={"conv": config}))
     config = api.OpPalettizerConfig(weight_threshold=LEAST_WEIGHTS, **options)
-    return api.palettize_weights(model, api.OptimizationConfig(global_config=config))
+    return api.palettize_weights(model, api.OptimizationConfig(op_type_configs={"conv": config}))
+
+
+def need_smaller(path: Path, quantise: str) -> None:
+    """coremltools passes over what it cannot do with no more than a warning."""
+    left = [m.name for m in matrices(read_package(path)).values() if m.plain and m.elements > LEAST_WEIGHTS]
+    need(quantise == "none" or not left, f"--quantise {quantise} left {', '.join(left[:3])} as before, since its width "
+         "does not divide into groups of 32; take another one")

@@ -224,7 +224,7 @@ class Program:
         with np.errstate(over="ignore", invalid="ignore"):
             for step in self.steps:
                 self.take(step, values)
-        return {name: values[name].astype(LIKE[kind]) for name, kind in self.outputs.items()}
+        return {name: values[name].astype(LIKE[t.kind.name]) for name, t in self.outputs.items()}
 
     def check(self, given: Mapping[str, np.ndarray]) -> None:
         odd = given.keys() ^ self.inputs.keys()

@@ -20,7 +20,7 @@ import numpy as np
 
 from fairway.coreml import layout
 from fairway.coreml.layout import SHAPES, Dims, Interface, concrete
-from fairway.coreml.package import Feature, Package, files_of, read_package
+from fairway.coreml.package import Feature, Package, Type, files_of, read_package
 from train_gpt import UserError, need, replacing
 
 NAME, HOST, FORMAT, VERSION = "manifest.json", "host.bin", "fairway-coreml", 1
@@ -190,10 +190,18 @@ def check_shard(package: Package, interface: Interface, manifest: Manifest) -> N
              f"{package.path} takes {', '.join(function.inputs)} and gives {', '.join(function.outputs)}; wanted are "
              f"{', '.join(interface.inputs)} and {', '.join(interface.outputs)}: a shard of another place",
              ManifestError)
-        for kind in function.outputs.values():
-            need(kind == manifest.precision, f"{package.path} gives {kind}, not {manifest.precision}", ManifestError)
+        for what, shape in interface.outputs.items():
+            check_output(package, what, function.outputs[what], [concrete(shape, size) for size in sizes], manifest)
         for what, shape in interface.inputs.items():
             check_input(package, what, function.inputs[what], [concrete(shape, size) for size in sizes], manifest)
+
+
+def check_output(package: Package, what: str, given: Type, wanted: list[tuple[int, ...]], m: Manifest) -> None:
+    """An axis that depends on the call is held to what it is when the call is made."""
+    fits = all(len(given.shape) == len(one) and all(a in (None, b) for a, b in zip(given.shape, one, strict=True))
+               for one in wanted)
+    need(fits and given.kind.name == m.precision, f"{package.path}: {what} is {given}; wanted is {m.precision} of "
+         f"{list(wanted[0])}: a shard of another export", ManifestError)
 
 
 def check_input(package: Package, what: str, feature: Feature, wanted: list[tuple[int, ...]], m: Manifest) -> None:

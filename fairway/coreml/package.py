@@ -75,7 +75,7 @@ class Feature(NamedTuple):
 class Function(NamedTuple):
     name: str
     inputs: dict[str, Feature]
-    outputs: dict[str, str]  # name: kind
+    outputs: dict[str, Type]
     body: dict[str, Any]  # of the program, as wire.read gives it
 
 
@@ -142,9 +142,12 @@ def functions_of(model: dict[str, Any]) -> dict[str, Function]:
                                                         for own, (low, high) in zip(typed[n].shape, one, strict=True))
                 for one in feature.shapes)
             need(fits, f"input {n} is described as {feature}, but declared {typed[n]}", PackageError)
-        need(list(outputs) == block.get("outputs", []), f"function {name} describes other outputs than it has",
-             PackageError)
-        found[name] = Function(name, inputs, outputs, block)
+        made = {o["name"]: o["type"] for op in block.get("operations", []) for o in op.get("outputs", [])} | {
+            f["name"]: f["type"] for f in function.get("inputs", [])}
+        typed = {n: type_of(made[n]) for n in block.get("outputs", [])}
+        need({n: t.kind.name for n, t in typed.items()} == outputs, f"function {name} describes other outputs than it "
+             "has", PackageError)
+        found[name] = Function(name, inputs, typed, block)
     return found
 
 
@@ -172,6 +175,28 @@ def type_of(value_type: dict[str, Any]) -> Type:
     need(len(shape) == tensor.get("rank", 0) and all(n is None or n >= 0 for n in shape), "an odd shape", PackageError)
     need(math.prod(n or 1 for n in shape) <= MOST_ELEMENTS, f"a tensor of shape {shape}", PackageError)
     return Type(KINDS[tensor["dtype"]], shape)
+
+
+class Matrix(NamedTuple):
+    """The weights of a convolution."""
+
+    name: str
+    elements: int
+    plain: bool  # kept as they are multiplied
+
+
+def matrices(package: Package) -> dict[str, Matrix]:
+    """Of the default function, by the name of what each convolution makes."""
+    operations = package.functions[package.default].body["operations"]
+    made = {output["name"]: (op, output) for op in operations for output in op["outputs"]}
+    found = {}
+    for op in operations:
+        if op["type"] == "conv":
+            name = op["inputs"]["weight"]["bindings"][0]["name"]
+            source, output = made[name]
+            shape = type_of(output["type"]).shape
+            found[op["outputs"][0]["name"]] = Matrix(name, math.prod(shape), source["type"] == "const")
+    return found
 
 
 # ==== CONSTANTS =======================================================================================================
