@@ -335,13 +335,13 @@ def own_signals():
 
 @pytest.fixture(scope="module")
 def little(corpus, tmp_path_factory) -> Path:
-    """The corpus with 20 documents to validate on: without a fast BLAS, MLX scores some 5,000 tokens a second."""
+    """The corpus with ten documents to validate on: without a fast BLAS, MLX scores some 5,000 tokens a second."""
     folder = tmp_path_factory.mktemp("little")
     for path in corpus.folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     path = folder / "tiny_val_000000.bin"
     tokens = np.array(train_gpt.read_shard(path))
-    train_gpt.write_shard(path, tokens[: train_gpt.document_bounds(tokens)[20]])
+    train_gpt.write_shard(path, tokens[: train_gpt.document_bounds(tokens)[10]])
     return folder
 
 
@@ -451,6 +451,15 @@ def test_warm_up_is_undone_to_the_bit(train_here, tmp_path):
     assert plain.artifact.read_bytes() == warmed.artifact.read_bytes() and "warmup_step:2/2\n" in warmed.text
 
 
+def test_warm_up_runs_what_will_be_compiled(data):
+    cfg = config(vocab_size=384, num_loops=1, loop_end=1, warmup_steps=2)
+    run = a_run(cfg, ours.first_weights(cfg), data.holdout, data)
+    kept, said = run.weights, []
+    ours.warm_up(dataclasses.replace(run, log=said.append, passes=run.passes))
+    assert set(run.passes) == {False, True} and said == ["warmup_step:1/2", "warmup_step:2/2"]
+    assert run.weights is kept and not run.model.looping
+
+
 def test_the_clock_ends_a_run(train_here, tmp_path):
     run = train_here(tmp_path, **QUICK | dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=0.5))
     assert re.search(r"^stopping_early: wallclock_cap train_time:\d+ms step:\d+/100000$", run.text, re.M)
@@ -476,6 +485,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(signum, uninterrupted, trainer_e
     assert {e["step"]: e["loss"] for e in resumed.all("train")} == {
         e["step"]: e["loss"] for e in uninterrupted.all("train")}
     assert resumed.artifact.read_bytes() == uninterrupted.artifact.read_bytes()
+    averages = [run.one("averages") | dict(time=0) for run in (resumed, uninterrupted)]
+    assert averages[0] == averages[1] and set(averages[0]) >= {"last", "swa", "ema"}
     assert resumed.one("qat")["step"] == 4 and resumed.one("loop")["step"] == 6  # not switched on again
     assert resumed.one("sliding")["loss"] == uninterrupted.one("sliding")["loss"]
 
