@@ -111,9 +111,8 @@ def shards_of(given: argparse.Namespace) -> str:
     if given.engine == "torch":
         need(not given.shards, "--shards does nothing with --engine torch; leave it out, or take --engine coreml")
         return ""
-    for name, idle in (("device", given.device), ("cache", given.cache != "model")):
-        need(not idle, f"--{name} does nothing with --engine coreml; leave it out (shards have a precision of their "
-             "own: export_coreml.py --precision)")
+    need(given.cache == "model", "--cache does nothing with --engine coreml; leave it out (shards have a precision of "
+         "their own: export_coreml.py --precision)")
     return given.shards or "coreml"
 
 

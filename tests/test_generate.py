@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, train_tokenizer
 from test_writing import make_artifact
@@ -108,6 +109,52 @@ def test_bytes_that_are_no_text_and_no_prompt_at_all_serve(run, options):
 @pytest.mark.parametrize("kept", ["fp32", "bf16", "int8"])
 def test_keys_and_values_can_be_kept_coarser(run, kept):
     assert run(f"--cache {kept} --tokens 5 --prompt the --strategy greedy")[0] == 0
+
+
+# ---- Through CoreML shards -------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def shards(folder, corpus):
+    """The shards of model.ptz, in fp32."""
+    pytest.importorskip("coremltools", reason="coremltools is not installed: pip install -r requirements-apple.txt")
+    from fairway.coreml.export import Choice, Source, export
+    source, text = Source.read(folder / "model.ptz"), np.zeros(0, int)
+    export(source, Choice(precision="fp32", shapes="fixed"), folder / "coreml", text, print)
+
+
+@pytest.mark.apple
+@pytest.mark.parametrize("draft", ["none", "ngram", "suffix", "layers"])
+def test_shards_write_what_torch_writes_and_tell_calls(run, shards, draft):
+    wanted = run("--strategy greedy --tokens 40 --prompt the")[1]
+    options = f"--strategy greedy --tokens 40 --prompt the --engine coreml --draft {draft} --json out.json"
+    status, out, told = run(options)
+    assert (status, out) == (0, wanted) and "; coreml: " in told[0] and " tokens a call" in told[0]
+    with open("out.json", encoding="utf-8") as f:
+        found = json.load(f)
+    assert found["coreml"]["calls"] <= 41 and (draft == "none" or 0 <= found["draft"]["acceptance"] <= 1)
+    assert draft != "ngram" or found["coreml"]["tokens_per_call"] > 1
+
+
+@pytest.mark.apple
+def test_shards_search_with_beams_and_read_long_prompts(run, shards):
+    for options, stdin in (("--beams 3 --tokens 5 --prompt the", b""),
+                           ("--strategy greedy --tokens 5", b"the people " * 30)):
+        assert run(f"{options} --engine coreml", stdin=stdin)[1] == run(options, stdin=stdin)[1]
+
+
+@pytest.mark.apple
+def test_shards_of_another_artifact_are_refused(run, shards):
+    status, out, told = run("--tokens 5 --prompt the --engine coreml --artifact small.ptz")
+    assert (status, out, len(told)) == (1, "", 1) and "coreml was exported from artifact" in told[0]
+
+
+@pytest.mark.parametrize("options, message", [
+    ("--engine coreml --shards nowhere", "nowhere holds no manifest.json; make one with export_coreml.py"),
+    ("--shards x", "--shards does nothing with --engine torch; leave it out, or take --engine coreml"),
+    ("--engine coreml --cache int8", "--cache does nothing with --engine coreml; leave it out"),
+    ("--engine metal", "invalid choice: 'metal'")])
+def test_engines_that_do_not_go_with_options_are_refused(run, options, message):
+    status, out, told = run(f"{options} --tokens 5 --prompt the")
+    assert (status, out, len(told)) == (1, "", 1) and message in told[0]
 
 
 # ---- Side by side ----------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def check(source: Source, choices: Sequence[Choice], text: Text, measured: np.nd
 def failures(row: dict[str, Any], choice: Choice, reference: Reference) -> list[str]:
     """What a variant misses. A gap in fp16 grows with the logits: it is held to the limit at a deviation of one."""
     found, exact = [], choice.precision == "fp32"
-    worst = max(of["gap"] for of in (*row["ways"].values(), row["long"]))
+    worst = float(np.max([of["gap"] for of in (*row["ways"].values(), row["long"])]))  # no number stays none
     scaled = worst if exact else worst / max(reference.std, 1.0)
     limit = LIMITS[choice.precision]
     if choice.quantise == "none" and not scaled < limit:
