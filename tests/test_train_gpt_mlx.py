@@ -138,6 +138,16 @@ def test_bigram_buckets_hold_the_largest_tokens():
     assert np.array_equal(np.array(ours.BigramHash(cfg).buckets(ids(tokens))), wanted)
 
 
+def test_xsa_of_small_values_is_pytorchs_and_of_none_has_a_gradient():
+    y, v = normal(1, 4, 3, 8), normal(1, 2, 3, 8, seed=1)
+    v[0, 0], v[0, 1, 0] = 1e-4 * v[0, 0], 0.0
+    wanted = train_gpt.without_own_value(y, v)
+    got = ours.without_own_value(mx.array(y.numpy()), mx.array(v.numpy()))
+    assert np.allclose(np.array(got), wanted.numpy(), atol=1e-5)
+    slope = mx.grad(lambda v: ours.without_own_value(mx.array(y.numpy()), v).sum())(mx.array(v.numpy()))
+    assert np.isfinite(np.array(slope)).all()
+
+
 # ---- Rounding --------------------------------------------------------------------------------------------------------
 @given(st.integers(0, 2**20), st.sampled_from([4, 5, 6, 7, 8, train_gpt.PLAIN_BITS]), st.floats(2.5, 64.0),
        st.integers(-12, 6), st.sampled_from([1, 2, 7, 64, 300]))
@@ -258,6 +268,24 @@ def test_the_estimate_of_activations_is_what_mlx_takes(changed):
         peaks.append(mx.get_peak_memory() - before)
     taken = (peaks[1] - peaks[0]) / 512
     assert 0.95 * taken <= ours.activation_bytes(cfg) <= 1.3 * taken
+
+
+def test_what_takes_long_says_how_far_it_is(monkeypatch, capsys):
+    clock = iter([0.0, 4.0, 6.0, 9.0, 20.0, 21.0])
+    monkeypatch.setattr(ours.time, "perf_counter", lambda: next(clock))
+    tell = ours.progress_lines("scoring")
+    for part in (0.2, 0.3, 0.45, 0.8, 0.84):
+        tell(part)
+    assert capsys.readouterr().err == "scoring 30% eta:14s\nscoring 80% eta:5s\n"
+
+
+def test_the_first_step_alone_says_how_far_it_is(monkeypatch):
+    golden, told = oracle.read(), []
+    run = a_run(golden.cfg, {n: mx.array(w) for n, w in golden.weights.items()}, golden.tokens)
+    monkeypatch.setattr(ours, "progress_lines", lambda label: lambda part: told.append((label, part)))
+    for _ in range(2):
+        ours.take_step(run, 0.0)
+    assert told == [("first step", (i + 1) / 8) for i in range(8)]
 
 
 # ---- Artifacts -------------------------------------------------------------------------------------------------------
