@@ -334,7 +334,8 @@ def progress_lines(label: str) -> Callable[[float], None]:
 # ==== MICRO-BATCHES ===================================================================================================
 def activation_bytes(cfg: Config) -> int:
     """Memory that a token takes in a forward and backward pass: what each layer keeps, attention's scores included, as
-    much again while one is at work, and six copies of the logits. Fitted on its CPU: 2 to 18 % too much."""
+    much again while one is at work, and six copies of the logits. Fitted on MLX's CPU build: 2 to 18 % too much; of
+    consensus, a sequence of 2,048 is given 3.5 GB and took 3.1."""
     layers, hidden = len(GPT.passes(SimpleNamespace(cfg=cfg), True)), int(cfg.mlp_mult * cfg.model_dim)
     kept = 16 * cfg.model_dim + 4 * hidden + 5 * cfg.num_heads * cfg.train_seq_len // 4
     return 4 * ((layers + 1) * kept + 6 * cfg.vocab_size)
