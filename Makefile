@@ -1,6 +1,8 @@
 # make run    environment, embedded corpus, training (PRESET=cpu), artifact, score, certificate
 # make report a page of pictures of that run
-# make test   the fast tests; make test-slow: those behind the marker; make lint; make bench
+# make test   the fast tests; make test-apple: those of MLX and CoreML, on Linux too; make test-slow: those behind the
+#             marker; make lint; make bench
+# make apple  installs what train_gpt_mlx.py and export_coreml.py need, beside the rest
 
 PYTHON ?= python3
 PRESET ?= cpu
@@ -8,11 +10,12 @@ OUT := $(if $(filter cpu,$(PRESET)),.,out/$(PRESET))
 CERTIFY_SECONDS := $(if $(filter smoke,$(PRESET)),5,30)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+APPLE := .venv/.installed-apple
 CORPUS := data/embedded/manifest.json
 # Threads that spin long make two slower than one on a shared machine; those that never spin do so always.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: run report data test test-slow lint bench clean
+.PHONY: run report data apple test test-apple test-slow lint bench clean
 .DELETE_ON_ERROR:
 
 run: $(OUT)/logs/eval.done
@@ -49,9 +52,22 @@ $(INSTALLED): requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+apple: $(APPLE)
+
+$(APPLE): requirements-apple.txt $(INSTALLED)
+	@echo "installing requirements-apple.txt into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-apple.txt
+	@touch $@
+
 # One process a core, four at most, a file of tests each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST) -m "not slow and not apple"
+
+# MLX would compile a shared object for each kernel with g++ on Linux, a minute and a half for the first step.
+test-apple: $(APPLE)
+	MLX_DISABLE_COMPILE=1 $(PYTEST) -m "apple and not slow"
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -59,7 +75,7 @@ test-slow: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 
-bench: $(OUT)/logs/eval.done
+bench: $(OUT)/logs/eval.done $(APPLE)
 	$(BIN)/python bench/artifact.py
 	$(BIN)/python bench/train.py
 	$(BIN)/python bench/experts.py
@@ -70,7 +86,8 @@ bench: $(OUT)/logs/eval.done
 	$(BIN)/python bench/compress.py
 	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/records.py
+	$(BIN)/python bench/coreml.py
 
 clean:
-	rm -rf .venv out data/embedded logs eval report runs.jsonl final_model.* checkpoint.pt checkpoint_mlx.pt \
+	rm -rf .venv out data/embedded logs eval report coreml runs.jsonl final_model.* checkpoint.pt checkpoint_mlx.pt \
 	  .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,7 @@
 """What tests share: a tiny corpus on disk, and the trainer run as its users run it, in a process of its own."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -74,6 +76,12 @@ class Corpus(NamedTuple):
     texts: list[str]  # of the training shards
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needed = "mlx" if "mlx" in item.path.name else "coremltools"
+    if item.get_closest_marker("apple") and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed: pip install -r requirements-apple.txt")
+
+
 class Result(NamedTuple):
     returncode: int
     stdout: str
@@ -123,21 +131,24 @@ def read_events(out_dir: Path, run_id: str = "test") -> list[dict]:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory, corpus):
-    """`exported(**choice)`: a folder of CoreML shards of a small random model, made once."""
-    pytest.importorskip("coremltools", reason="coremltools is not installed: pip install -r requirements-apple.txt")
+    """`exported(**choice)`: a folder of CoreML shards of a small random model, made once for all processes of a run."""
     from test_writing import make_artifact
 
     from fairway.coreml.export import Choice, Source, export
-    folder, made = tmp_path_factory.mktemp("coreml"), {}
+    folder = tmp_path_factory.mktemp("coreml")
     source = Source.read(make_artifact(folder, corpus, num_layers=2, smear_gate=True, bigram_vocab_size=32,
                                        bigram_dim=8))
-    text = read_shard(corpus.folder / "tiny_train_000000.bin")[:400]
+    sha256, text = file_sha256(source.path), read_shard(corpus.folder / "tiny_train_000000.bin")[:400]
+    shared = Path(tmp_path_factory.getbasetemp())
+    shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / f"shards-{sha256[:12]}"
 
     def get(**choice) -> Path:
-        key = json.dumps(choice, sort_keys=True)
-        if key not in made:
-            made[key] = folder / f"shards{len(made)}"
-            export(source, Choice(**choice), made[key], text, lambda line: None)
-        return made[key]
-    get.source, get.source_sha256, get.text = source, file_sha256(source.path), text
+        made = shared / "-".join(f"{name}={value}" for name, value in sorted(choice.items()))
+        if not made.exists():
+            export(source, Choice(**choice), folder / made.name, text, lambda line: None)
+            shared.mkdir(exist_ok=True)
+            with contextlib.suppress(OSError):  # another process was sooner
+                os.rename(folder / made.name, made)
+        return made
+    get.source, get.source_sha256, get.text = source, sha256, text
     return get

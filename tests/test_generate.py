@@ -115,7 +115,6 @@ def test_keys_and_values_can_be_kept_coarser(run, kept):
 @pytest.fixture(scope="module")
 def shards(folder, corpus):
     """The shards of model.ptz, in fp32."""
-    pytest.importorskip("coremltools", reason="coremltools is not installed: pip install -r requirements-apple.txt")
     from fairway.coreml.export import Choice, Source, export
     source, text = Source.read(folder / "model.ptz"), np.zeros(0, int)
     export(source, Choice(precision="fp32", shapes="fixed"), folder / "coreml", text, print)
