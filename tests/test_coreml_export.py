@@ -6,13 +6,26 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_model import trained
 
 from fairway.coreml import export as module
 from fairway.coreml.engine import Chain, interpreted
-from fairway.coreml.export import Choice, Source, export, folder_bytes, host_tables, replacing_folder, save_shard
-from fairway.coreml.interpret import InterpretError
+from fairway.coreml.export import (
+    LEAST_WEIGHTS,
+    Choice,
+    Source,
+    export,
+    folder_bytes,
+    grid_steps,
+    host_tables,
+    replacing_folder,
+    save_shard,
+)
+from fairway.coreml.interpret import InterpretError, Program
 from fairway.coreml.manifest import NAME, read_folder
+from fairway.coreml.package import matrices, read_package
 from fairway.memory import Memory
 from train_gpt import GPT, PRESETS, Artifact, Config, UserError, initialise
 
@@ -22,7 +35,7 @@ apple = pytest.mark.apple
 # ---- Choices ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("asked, message", [
     (dict(precision="fp64"), "--precision is 'fp64'; take one of fp16, fp32"),
-    (dict(quantise="int5"), "--quantise is 'int5'; take one of none, int8, int8-tensor, int4, palette6"),
+    (dict(quantise="int5"), "--quantise is 'int5'; take one of none, artifact, int8, int8-tensor, int4, palette6"),
     (dict(shapes="any"), "--shapes is 'any'; take one of fixed, range, enumerated, multifunction"),
     (dict(tokens=5), "--tokens is 5; it must be 1 to 4"), (dict(tokens=0), "--tokens is 0"),
     (dict(chunks=0), "--chunks is 0"), (dict(layers_per_shard=-1), "--layers-per-shard is -1"),
@@ -102,6 +115,43 @@ def test_functions_share_their_weights(exported):
              for folder in (one, both)]
     assert sizes[1] < 1.05 * sizes[0]
     assert folder_bytes(both, read_folder(both).manifest) > sizes[1]
+
+
+# ---- The artifact's own codes ----------------------------------------------------------------------------------------
+@given(st.lists(st.lists(st.integers(-127, 127), min_size=3, max_size=3), min_size=1, max_size=9),
+       st.lists(st.floats(1e-4, 1e3), min_size=9, max_size=9))
+def test_rows_of_whole_multiples_are_seen_as_such(codes, steps):
+    weight = torch.tensor(codes) * torch.tensor(steps[: len(codes)])[:, None]
+    found = grid_steps(weight)
+    again = weight / found
+    assert (again - again.round()).abs().max() < 1e-2 and again.abs().max() < 127.5
+    assert torch.allclose(again.round() * found, weight, rtol=1e-5, atol=0)
+
+
+def test_rows_that_are_no_multiples_have_no_step():
+    weight = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    assert grid_steps(weight) is None
+    weight[1:] = torch.round(weight[1:] * 9)
+    assert grid_steps(weight) is None and grid_steps(weight[1:]).flatten().tolist() == [1.0, 1.0, 1.0]
+
+
+@apple
+def test_the_artifacts_codes_are_kept_as_int8(exported):
+    plain, kept = (exported(shapes="fixed", quantise=quantise) for quantise in ("none", "artifact"))
+    a, b = (Program(read_package(folder / "layers0.mlpackage")) for folder in (plain, kept))
+    small = matrices(read_package(kept / "layers0.mlpackage"))
+    for name, matrix in matrices(read_package(plain / "layers0.mlpackage")).items():
+        wanted, found = a.constants[matrix.name].astype(float), b.constants[small[name].name].astype(float)
+        assert small[name].plain == (matrix.elements <= LEAST_WEIGHTS)
+        assert np.abs(wanted - found).max() <= 2.0**-10 * np.abs(wanted).max()
+
+
+@apple
+def test_weights_that_lie_on_no_grid_are_refused(exported, tmp_path):
+    model = trained(num_layers=1).eval()
+    source = Source(exported.source.path, exported.source.artifact, model, host_tables(model))
+    with pytest.raises(UserError, match="--quantise artifact: passes.0.attn.q is no multiple of a step a row"):
+        export(source, Choice(shapes="fixed", quantise="artifact"), tmp_path / "s", exported.text % 97, print)
 
 
 # ---- Values that overflow --------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fairway.coreml import graph, layout, ranges
 from fairway.coreml.graph import EXACT, Head, Layers, Precision
@@ -27,6 +28,7 @@ from train_gpt import GPT, Artifact, UserError, build_model, file_sha256, need, 
 # How weights are kept: what coremltools is asked for, and in what words.
 QUANTISATIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "none": ("", {}, "as computed"),
+    "artifact": ("", {}, "int8, the artifact's own codes, their steps in fp16"),
     "int8": ("linear", dict(dtype="int8", granularity="per_channel"), "int8, a scale a channel"),
     "int8-tensor": ("linear", dict(dtype="int8", granularity="per_tensor"), "int8, a scale a tensor"),
     "int4": ("linear", dict(dtype="int4", granularity="per_block", block_size=32), "int4, a scale for 32 weights"),
@@ -213,6 +215,8 @@ def save_shard(ct: ModuleType, shard: Layers | Head, choice: Choice, sizes: list
 def convert(ct: ModuleType, shard: Layers | Head, choice: Choice, sizes: list[int]) -> Any:
     """A model of coremltools; its one function takes calls of these sizes."""
     shapes, dtype = shard.interface.inputs, DTYPES[choice.precision]
+    if choice.quantise == "artifact":
+        note_codes(shard)
     flexible = len(sizes) > 1
     sample = min(3, sizes[-1]) if flexible else sizes[0]  # torch takes a 1 for a constant, and the least of a range too
     program = torch.export.export(
@@ -224,6 +228,36 @@ def convert(ct: ModuleType, shard: Layers | Head, choice: Choice, sizes: list[in
                 for name, shape in shapes.items()],
         outputs=[ct.TensorType(name=name, dtype=dtype) for name in shard.interface.outputs],
         compute_precision=ct.precision.FLOAT32 if choice.precision == "fp32" else ct.precision.FLOAT16)
+
+
+def note_codes(shard: Layers | Head) -> None:
+    """Tell coremltools, in buffers that it looks for, the step of each row of weights that are whole multiples of one:
+    what it then rounds to int8 is what it is given."""
+    shard.register_buffer("_COREML_/metadata_version", torch.tensor(1))
+    for name, module in shard.named_modules():
+        if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > LEAST_WEIGHTS:
+            steps = grid_steps(module.weight.flatten(1))
+            need(steps is not None, f"--quantise artifact: {name} is no multiple of a step a row; take another one")
+            for what, value in (("compression_type", torch.tensor([3])), ("quantization_n_bits", torch.tensor(8)),
+                                ("quantization_scale", steps)):
+                module.register_buffer(f"_COREML_/weight/{what}", value)
+
+
+def grid_steps(weight_OI: Tensor, most: int = 127) -> Tensor | None:
+    """[O, 1]: for each row the largest step of which all its weights are multiples, `most` of them at most; None where
+    a row has none. The largest weight is some number of steps: the first number that suits all others is the right
+    one."""
+    peak = weight_OI.abs().amax(dim=1, keepdim=True)
+    steps, left = torch.where(peak > 0, 0.0, 1.0), (peak > 0).flatten()
+    for count in range(1, most + 1):
+        rows = left.nonzero().flatten()
+        if not len(rows):
+            break
+        codes = weight_OI[rows] * (count / peak[rows])
+        fits = (codes - codes.round()).abs().amax(dim=1) < 1e-3
+        steps[rows[fits]] = peak[rows[fits]] / count
+        left[rows[fits]] = False
+    return None if left.any() else steps
 
 
 def dynamic_shapes(shard: Layers | Head, sizes: list[int]) -> Any:

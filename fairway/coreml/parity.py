@@ -159,8 +159,9 @@ def failures(row: dict[str, Any], choice: Choice, reference: Reference) -> list[
         found.append(f"largest difference {scaled:.2e}, not below {limit:g}")
     if exact and not row["slot"] < LIMITS["slot"]:
         found.append(f"T=1 and slot 0 differ by {row['slot']:.2e}, not below {LIMITS['slot']:g}")
-    if choice.quantise == "int8" and not abs(row["bpb"] - reference.bpb) < LIMITS["int8"]:
-        found.append(f"int8 changes BPB by {row['bpb'] - reference.bpb:+.4f}, not below {LIMITS['int8']:g}")
+    more = row["bpb"] - reference.bpb
+    if choice.quantise in ("int8", "artifact") and not abs(more) < LIMITS["int8"]:
+        found.append(f"{choice.quantise} changes BPB by {more:+.4f}, not below {LIMITS['int8']:g}")
     return found
 
 
