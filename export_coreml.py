@@ -15,7 +15,6 @@ measured on training text: those that would overflow are scaled, or refused.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -23,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
 
 import numpy as np
 from rich.console import Console
@@ -36,9 +34,10 @@ from fairway.coreml.manifest import DTYPES, read_folder
 from fairway.coreml.parity import LONG, check, table_of, variants
 from fairway.decoding.strategies import Strategy
 from fairway.decoding.writing import Writer
+from fairway.options import Parser, save_json
 from fairway.scorer import Text, load_text
 from fairway.settings import EvalConfig
-from train_gpt import UserError, need, read_shard, replacing
+from train_gpt import UserError, need, read_shard
 
 HERE = Path(__file__).resolve().parent
 HELP = {"precision": f"of numbers between operations: {', '.join(DTYPES)}",
@@ -49,11 +48,6 @@ HELP = {"precision": f"of numbers between operations: {', '.join(DTYPES)}",
         "layers_per_shard": "layers of each shard, in place of --chunks",
         "vocab_shards": "shards that the vocabulary is cut into (default: of at most 4096 tokens)",
         "context": "tokens that a prediction looks back on (default: as in training)"}
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -91,12 +85,6 @@ def say(line: str) -> None:
 def bar(total: int, what: str, unit: str) -> tqdm:
     """Its ETA counts from the start: exporting comes in lumps."""
     return tqdm(total=total, desc=what, unit=unit, delay=1, leave=False, smoothing=0, mininterval=0.5)
-
-
-def save(path: str | None, found: dict[str, Any]) -> None:
-    if path:
-        with replacing(path) as f:
-            f.write(json.dumps(found, indent=1).encode() + b"\n")
 
 
 # ==== TEXT ============================================================================================================
@@ -138,7 +126,7 @@ def check_all(source: Source, choice: Choice, asked: bool, given: argparse.Names
         for failure in row["failures"]:
             say(f"FAIL: {row['name']}: {failure}")
     say(f"parity:{'passed' if found['passed'] else 'FAILED'} variants:{len(choices)}")
-    save(given.json, found)
+    save_json(given.json, found)
     return 0 if found["passed"] else 1
 
 
@@ -149,7 +137,7 @@ def audit(given: argparse.Namespace) -> int:
         say(f"{one['shard']} {one['function']}: " + ", ".join(f"{n} on {d}" for d, n in one["devices"].items()))
         for op in one["elsewhere"]:
             say(f"  {op['device']:6} {op['operation']:30} {op['output']:40} cost {op['cost'] or 0:.5f}")
-    save(given.json, dict(folder=given.out, functions=found))
+    save_json(given.json, dict(folder=given.out, functions=found))
     return 0
 
 
@@ -167,7 +155,7 @@ def bench(given: argparse.Namespace) -> int:
         rates = timed(lambda draft=draft: written(writer, prompt, draft))
         found[draft] = dict(median=statistics.median(rates), least=min(rates), most=max(rates), runs=len(rates))
         say(f"{draft}: {found[draft]['median']:.1f} tokens/s ({min(rates):.1f} to {max(rates):.1f}, {len(rates)} runs)")
-    save(given.json, dict(folder=given.out, **found))
+    save_json(given.json, dict(folder=given.out, **found))
     return 0
 
 

@@ -15,13 +15,12 @@ it is the same token for token, and sampled it is distributed the same.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from tqdm import tqdm
@@ -30,16 +29,12 @@ from fairway.decoding.compare import Task, compare, tables
 from fairway.decoding.speculative import Stats
 from fairway.decoding.strategies import FILTERS, KNOBS, Strategy
 from fairway.decoding.writing import DRAFTS, Writer, Written, measure_plain, search, write
-from train_gpt import UserError, need, replacing
+from fairway.options import Parser, save_json
+from train_gpt import UserError, need
 
 SEARCH = ("beams", "length_penalty", "n_best")  # options of beam search alone
 PROMPTS = (b"The people of the United States", b"My fellow citizens", b"In the last year we have")  # of --compare
 NAMES = (*FILTERS, "beam")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -137,12 +132,6 @@ def bar(total: int, what: str, unit: str) -> tqdm:
     return tqdm(total=total, desc=what, unit=unit, delay=3, leave=False)
 
 
-def save(path: str | None, found: dict[str, Any]) -> None:
-    if path:
-        with replacing(path) as f:
-            f.write(json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
-
-
 def tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -161,7 +150,7 @@ def generate(given: argparse.Namespace, writer: Writer, strategy: Strategy | Non
     if sys.stdout.isatty():
         show(prompt.decode("utf-8", "replace"))
     found = beams(given, writer, tokens, limit) if strategy is None else one(given, writer, strategy, tokens, limit)
-    save(given.json, dict(artifact=given.artifact, prompt=prompt.decode("utf-8", "replace"), **found))
+    save_json(given.json, dict(artifact=given.artifact, prompt=prompt.decode("utf-8", "replace"), **found))
     return 130 if found["texts"][0]["ended"] == "interrupted" else 0
 
 
@@ -239,7 +228,7 @@ def side_by_side(given: argparse.Namespace, writer: Writer, strategy: Strategy, 
     console = Console()
     for table in tables(found):
         console.print(table)
-    save(given.json, dict(artifact=given.artifact, **found))
+    save_json(given.json, dict(artifact=given.artifact, **found))
     return 0
 
 
