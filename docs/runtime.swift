@@ -96,7 +96,7 @@ func readManifest(_ folder: URL) throws -> Manifest {
     let file = folder.appendingPathComponent("manifest.json")
     let data = try unwrap(try? Data(contentsOf: file), "\(file.path) cannot be read; make one with export_coreml.py")
     let manifest = try unwrap(try? JSONDecoder().decode(Manifest.self, from: data),
-                            "\(file.path) is no manifest of shards, or is damaged; export it again")
+                              "\(file.path) is no manifest of shards, or is damaged; export it again")
     try need(manifest.format == "fairway-coreml" && manifest.version == 1,
              "\(file.path) is \(manifest.format) of version \(manifest.version); this reader knows fairway-coreml, 1")
     // Keys have no order in Swift, and that of the tables is how they lie in host.bin: it is looked up in the text.
@@ -140,9 +140,9 @@ func check(_ m: Manifest) throws {
 /// Every file has its hash, and a package holds nothing that has none: then its Manifest.json, which is of no fixed
 /// content, can name no other model.
 func checkFiles(_ folder: URL, _ manifest: Manifest) throws {
-    let data = "Data/com.apple.CoreML"
-    let hashed = ["\(data)/model.mlmodel", "\(data)/weights/weight.bin"]
-    let whole = Set(hashed + ["Manifest.json", "Data", data, "\(data)/weights"])
+    let root = "Data/com.apple.CoreML"
+    let hashed = ["\(root)/model.mlmodel", "\(root)/weights/weight.bin"]
+    let whole = Set(hashed + ["Manifest.json", "Data", root, "\(root)/weights"])
     var files = ["host.bin"]
     for shard in manifest.shards {
         files += hashed.map { "\(shard.package)/\($0)" }
@@ -154,7 +154,7 @@ func checkFiles(_ folder: URL, _ manifest: Manifest) throws {
     try need(manifest.sha256.keys.sorted() == files.sorted(), "\(folder.path): manifest.json has hashes of other files")
     for file in files {
         let bytes = try unwrap(try? Data(contentsOf: folder.appendingPathComponent(file), options: .mappedIfSafe),
-                             "\(folder.path): \(file) cannot be read; export it again")
+                               "\(folder.path): \(file) cannot be read; export it again")
         let now = SHA256.hash(data: bytes).map { String(format: "%02x", $0) }.joined()
         try need(now == manifest.sha256[file], "\(folder.path): \(file) has hash \(now.prefix(12)), not the one in "
                  + "manifest.json: damaged, or of another export; export it again")
@@ -282,7 +282,7 @@ final class Slots {
     func sees(_ row: Int, _ column: Int, real: Int) -> Bool {
         let at = count + row, own = column - dims.slots
         let key = own < 0 ? positions[column] : count + own
-        let there = own < 0 ? key >= 0 : own < real
+        let there = own < 0 ? (key >= 0) : (own < real)
         return (there || key == at) && key <= at && key > at - dims.slots
     }
 
@@ -384,7 +384,7 @@ final class Chain {
 
     private func call(_ tokens: [Int], _ slots: Slots) throws -> [[Float]] {
         let m = manifest, taken = "a call of \(tokens.count) tokens; these shards take \(m.sizes)"
-        let nth = try unwrap(m.sizes.firstIndex(where: { $0 >= max(tokens.count, 1) }), taken), size = m.sizes[nth]
+        let nth = try unwrap(m.sizes.firstIndex(where: { $0 >= tokens.count }), taken), size = m.sizes[nth]
         let shards = try unwrap(models.first(where: { m.functions[$0.key]?.contains(size) == true })?.value, taken)
         var have = try given(tokens, size, slots)
         for (shard, model) in zip(m.shards, shards) {
@@ -441,21 +441,21 @@ final class Chain {
 // ==== DRAFTS =========================================================================================================
 /// What followed the last time that the text read as it does now, by the longest run of tokens that is found.
 struct NGram {
-    static let lengths = [12, 8, 6, 4, 3, 2, 1]
+    static let runLengths = [12, 8, 6, 4, 3, 2, 1]
     private var text: [Int] = []
     private var after: [[Int]: Int] = [:]  // a run: where in the text the token after its last occurrence is
 
     /// The text is now this: what it was, and more.
     mutating func follow(_ longer: [Int]) {
         for at in text.count..<longer.count {
-            for n in NGram.lengths where n <= at { after[Array(longer[(at - n)..<at])] = at }
+            for n in NGram.runLengths where n <= at { after[Array(longer[(at - n)..<at])] = at }
         }
         text = longer
     }
 
     /// A copy of what followed; where that runs into the end of the text, of itself.
     func propose(_ most: Int) -> [Int] {
-        let runs = NGram.lengths.filter { $0 <= text.count }.map { Array(text.suffix($0)) }
+        let runs = NGram.runLengths.filter { $0 <= text.count }.map { Array(text.suffix($0)) }
         guard let run = runs.first(where: { after[$0] != nil }), let first = after[run] else { return [] }
         var guesses: [Int] = []
         for at in first..<(first + most) {
