@@ -68,6 +68,11 @@ struct Shard: Decodable {
     let inputs, outputs: [String: [[Int]]]  // shapes, one for each of the manifest's sizes
 }
 
+struct Table: Decodable {
+    let name: String
+    let shape: [Int]
+}
+
 struct CacheRule: Decodable {
     let slots: Int
     let masked: Float
@@ -81,7 +86,8 @@ struct Manifest: Decodable {
     let precision: Precision
     let shapes: String
     let sizes, cuts, split: [Int]
-    let tables, functions: [String: [Int]]
+    let tables: [Table]  // of host.bin, in order
+    let functions: [String: [Int]]
     let sha256: [String: String]
     let shards: [Shard]
     let cache: CacheRule
@@ -99,11 +105,6 @@ func readManifest(_ folder: URL) throws -> Manifest {
                               "\(file.path) is no manifest of shards, or is damaged; export it again")
     try need(manifest.format == "fairway-coreml" && manifest.version == 1,
              "\(file.path) is \(manifest.format) of version \(manifest.version); this reader knows fairway-coreml, 1")
-    // Keys have no order in Swift, and that of the tables is how they lie in host.bin: it is looked up in the text.
-    let text = String(decoding: data, as: UTF8.self)
-    let places = tableNames.compactMap { text.range(of: "\"\($0)\"")?.lowerBound }
-    try need(places == places.sorted() && places.count == manifest.tables.count,
-             "\(file.path) has other tables than \(tableNames), or in another order")
     try check(manifest)
     return manifest
 }
@@ -123,8 +124,10 @@ func check(_ m: Manifest) throws {
     try hold(m.functions.values.flatMap { $0 }.sorted() == m.sizes, "functions")
     try hold(rising(m.cuts, to: d.parted.count), "cuts")
     try hold(rising(m.split, to: d.vocab), "split")
-    let bigram = m.tables["bigram"] ?? [2, d.width], smear = m.tables["smear"] ?? [d.width]
-    try hold(m.tables["embed"] == [d.vocab, d.width] && smear == [d.width], "tables")
+    let shape = { (name: String) -> [Int]? in m.tables.first(where: { $0.name == name })?.shape }
+    let bigram = shape("bigram") ?? [2, d.width], smear = shape("smear") ?? [d.width]
+    try hold(m.tables.map { $0.name } == tableNames.filter { shape($0) != nil }, "tables")
+    try hold(shape("embed") == [d.vocab, d.width] && smear == [d.width], "tables")
     try hold(bigram.count == 2 && bigram[0] >= 2 && bigram[0] <= most && bigram[1] == d.width, "tables")
     try hold(m.cache.slots == d.slots && m.cache.masked == masked, "cache")
     let layers: [String] = (1..<m.cuts.count).map { "layers\($0 - 1)" }
@@ -137,20 +140,11 @@ func check(_ m: Manifest) throws {
     }
 }
 
-/// Every file has its hash, and a package holds nothing that has none: then its Manifest.json, which is of no fixed
-/// content, can name no other model.
+/// Every file that is read has its hash, the listing of a package included: it names the model that CoreML loads.
 func checkFiles(_ folder: URL, _ manifest: Manifest) throws {
     let root = "Data/com.apple.CoreML"
-    let hashed = ["\(root)/model.mlmodel", "\(root)/weights/weight.bin"]
-    let whole = Set(hashed + ["Manifest.json", "Data", root, "\(root)/weights"])
-    var files = ["host.bin"]
-    for shard in manifest.shards {
-        files += hashed.map { "\(shard.package)/\($0)" }
-        let path = folder.appendingPathComponent(shard.package).path
-        let there = Set((try? FileManager.default.subpathsOfDirectory(atPath: path)) ?? [])
-        let odd = there.symmetricDifference(whole).sorted()
-        try need(odd.isEmpty, "\(path): missing, or of no export: \(odd.joined(separator: ", ")); export it again")
-    }
+    let hashed = ["Manifest.json", "\(root)/model.mlmodel", "\(root)/weights/weight.bin"]
+    let files = ["host.bin"] + manifest.shards.flatMap { shard in hashed.map { "\(shard.package)/\($0)" } }
     try need(manifest.sha256.keys.sorted() == files.sorted(), "\(folder.path): manifest.json has hashes of other files")
     for file in files {
         let bytes = try unwrap(try? Data(contentsOf: folder.appendingPathComponent(file), options: .mappedIfSafe),
@@ -216,7 +210,9 @@ struct Embedding {
 
     init(_ folder: URL, _ manifest: Manifest) throws {
         let data = try Data(contentsOf: folder.appendingPathComponent("host.bin")), precision = manifest.precision
-        let counts: [Int] = tableNames.map { name in (manifest.tables[name] ?? [0]).reduce(1, *) }
+        let counts: [Int] = tableNames.map { name in
+            (manifest.tables.first(where: { $0.name == name })?.shape ?? [0]).reduce(1, *)
+        }
         let total = counts.reduce(0, +), two = counts[0] + counts[1]
         try need(data.count == precision.bytes * total, "host.bin has \(data.count) bytes, for \(total) numbers")
         let all = data.withUnsafeBytes { (bytes: UnsafeRawBufferPointer) -> [Float] in

@@ -1,5 +1,6 @@
 """A folder of shards is believed only when every file, shape and place is what the model's numbers call for."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,8 +10,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fairway.coreml.engine import Chain, interpreted
-from fairway.coreml.manifest import HOST, NAME, ManifestError, hashes_of, read_folder, read_manifest
-from fairway.coreml.package import WEIGHTS, PackageError
+from fairway.coreml.manifest import (
+    HOST,
+    NAME,
+    ManifestError,
+    hashes_of,
+    read_folder,
+    read_manifest,
+    write_manifest,
+)
+from fairway.coreml.package import LISTING, WEIGHTS, PackageError
 from train_gpt import UserError
 
 pytestmark = pytest.mark.apple
@@ -66,6 +75,21 @@ def test_swapped_shards(folder, a, b):
     refused(folder, "a shard of another place")
 
 
+def test_a_listing_that_names_another_model(folder):
+    listing = folder / "layers0.mlpackage" / LISTING
+    listing.write_text(listing.read_text().replace("com.apple.CoreML\\/model.mlmodel", "elsewhere.mlmodel").replace(
+        "com.apple.CoreML/model.mlmodel", "elsewhere.mlmodel"))
+    refused(folder, "layers0.mlpackage/Manifest.json has hash")
+    changed(folder, sign=True)
+    refused(folder, "its Manifest.json names 'Data/elsewhere.mlmodel' as the model, not Data/com.apple.CoreML/model")
+
+
+@pytest.mark.parametrize("what, value", [("shards", []), ("functions", {"main": [3]}), ("cache", {"slots": 31})])
+def test_what_is_spelt_out_must_follow_from_the_numbers(folder, what, value):
+    changed(folder, **{what: value})
+    refused(folder, f"manifest.json is damaged .ValueError: {what} do not follow from its numbers")
+
+
 def test_a_missing_shard_and_a_missing_host(folder):
     shutil.rmtree(folder / "layers1.mlpackage")
     refused(folder, "shard layers1.mlpackage is missing; export it again")
@@ -98,13 +122,13 @@ def test_a_shard_of_another_context_length(exported, folder):
 
 @pytest.mark.parametrize("parts, message", [
     (dict(precision="fp16"), r"x1 is fp32\[1, 32, 1, 4\]; wanted is fp16 of"),
-    (dict(shapes="multifunction", sizes=[1, 4]), "has functions main, not t1, t4"),
-    (dict(sizes=[3]), r"x1 is fp32\[1, 32, 1, 4\]; wanted is fp32 of \[1, 32, 1, 3\]"),
-    (dict(cuts=[0, 2]), "layers1.mlpackage/.* has hash nothing, but the manifest was written for"),
-    (dict(split=[0, 100, 384]), "logits0 is fp32.1, 192, 1, 4.; wanted is fp32 of .1, 100, 1, 4."),
-    (dict(split=[0, 384]), "head1.mlpackage/.* has hash nothing, but the manifest was written for")])
+    (dict(shapes="multifunction", sizes=(1, 4)), "has functions main, not t1, t4"),
+    (dict(sizes=(3,)), r"x1 is fp32\[1, 32, 1, 4\]; wanted is fp32 of \[1, 32, 1, 3\]"),
+    (dict(cuts=(0, 2)), "layers1.mlpackage/.* has hash nothing, but the manifest was written for"),
+    (dict(split=(0, 100, 384)), "logits0 is fp32.1, 192, 1, 4.; wanted is fp32 of .1, 100, 1, 4."),
+    (dict(split=(0, 384)), "head1.mlpackage/.* has hash nothing, but the manifest was written for")])
 def test_a_manifest_of_another_export(folder, parts, message):
-    changed(folder, **parts)
+    write_manifest(folder, dataclasses.replace(read_manifest(folder), **parts))
     refused(folder, message)
 
 

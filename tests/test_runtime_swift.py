@@ -11,7 +11,7 @@ import pytest
 from fairway.coreml import host, layout
 from fairway.coreml.layout import Dims
 from fairway.coreml.manifest import DTYPES, FORMAT, HOST, NAME, TABLES, VERSION, Manifest, write_manifest
-from fairway.coreml.package import MODEL, WEIGHTS
+from fairway.coreml.package import LISTING, MODEL, WEIGHTS
 from fairway.decoding.drafts import NGram
 
 SWIFT = (Path(__file__).resolve().parents[1] / "docs" / "runtime.swift").read_text(encoding="utf-8")
@@ -96,7 +96,7 @@ def cases_of(source: str) -> list[str]:
 
 def check_keys(source: str, data: dict) -> None:
     structs = structs_of(source)
-    assert structs.keys() == {"Manifest", "Dims", "Shard", "CacheRule"}
+    assert structs.keys() == {"Manifest", "Dims", "Shard", "Table", "CacheRule"}
     check_kind(structs, data, "Manifest", NAME)
 
 
@@ -116,7 +116,7 @@ def check_constants(source: str) -> None:
     assert cases_of(source) == list(DTYPES)
     assert f'manifest.format == "{FORMAT}" && manifest.version == {VERSION},' in source
     root = json.loads(value("root"))
-    for name in (HOST, NAME, *(path.replace(root, r"\(root)") for path in (MODEL, WEIGHTS))):
+    for name in (HOST, NAME, *(path.replace(root, r"\(root)") for path in (LISTING, MODEL, WEIGHTS))):
         assert f'"{name}"' in source, name
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,19 +86,24 @@ def hashes_of(folder: Path, shards: list[str]) -> dict[str, str]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """With the interface of each shard in plain numbers, for runtimes that do not want to work them out."""
-    data = dataclasses.asdict(manifest) | {"dims": manifest.dims._asdict()}
-    sizes = manifest.sizes
-    spelt = lambda of: {name: [list(concrete(shape, size)) for size in sizes] for name, shape in of.items()}  # noqa: E731
-    data["shards"] = [dict(name=name, package=f"{name}.mlpackage", inputs=spelt(one.inputs), outputs=spelt(one.outputs))
-                      for name, one in manifest.interfaces().items()]
-    data["functions"] = manifest.functions()
-    data["cache"] = dict(
+    data = dataclasses.asdict(manifest) | {"dims": manifest.dims._asdict(), **spelt_out(manifest)}
+    data["tables"] = [dict(name=name, shape=shape) for name, shape in manifest.tables.items()]  # in order
+    with replacing(folder / NAME) as f:
+        f.write(json.dumps({"format": FORMAT, "version": VERSION, **data}, indent=1).encode() + b"\n")
+
+
+def spelt_out(manifest: Manifest) -> dict[str, Any]:
+    """What follows from the manifest's numbers, for runtimes that do not want to work it out."""
+    spelt = lambda of: {name: [list(concrete(shape, size)) for size in manifest.sizes]  # noqa: E731
+                        for name, shape in of.items()}
+    shards = [dict(name=name, package=f"{name}.mlpackage", inputs=spelt(one.inputs), outputs=spelt(one.outputs))
+              for name, one in manifest.interfaces().items()]
+    functions = {name: list(sizes) for name, sizes in manifest.functions().items()}
+    cache = dict(
         axes="1, channels of a head, key/value heads, slots", slots=manifest.dims.slots, masked=layout.MASKED,
         rule="token p is kept in slot p mod slots once it is accepted; a token looks back on as many as there are "
              "slots, itself included; the mask's last T columns are the tokens of the call")
-    with replacing(folder / NAME) as f:
-        f.write(json.dumps({"format": FORMAT, "version": VERSION, **data}, indent=1).encode() + b"\n")
+    return dict(shards=shards, functions=functions, cache=cache)
 
 
 # ==== READING =========================================================================================================
@@ -144,9 +149,12 @@ def read_manifest(path: Path) -> Manifest:
         dims = Dims(**data["dims"])
         names = {f.name for f in dataclasses.fields(Manifest)} - {"dims"}
         parts = {n: tuple(v) if type(v := data[n]) is list else v for n in names}
-        parts["tables"] = {n: tuple(shape) for n, shape in data["tables"].items()}
+        parts["tables"] = {table["name"]: tuple(table["shape"]) for table in data["tables"]}
+        need(len(parts["tables"]) == len(data["tables"]), "a table twice", ValueError)
         manifest = Manifest(dims=dims._replace(parted=tuple(dims.parted)), **parts)
         check_numbers(manifest)
+        for what, right in spelt_out(manifest).items():
+            need(data[what] == right, f"{what} do not follow from its numbers", ValueError)
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
         raise ManifestError(f"{file} is damaged ({type(e).__name__}: {e!s:.80}); export it again") from None

@@ -17,6 +17,7 @@ import numpy as np
 from fairway.coreml import wire
 from train_gpt import UserError, need
 
+LISTING = "Manifest.json"  # names the model that CoreML loads
 MODEL, WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"
 MOST_MODEL_BYTES, MOST_WEIGHT_BYTES = 1 << 28, 1 << 32
 MOST_ELEMENTS = 1 << 30  # of a tensor
@@ -89,7 +90,7 @@ class Package(NamedTuple):
 def files_of(path: Path) -> dict[str, str]:
     """SHA-256 of the files that a package is made of."""
     found = {}
-    for name in (MODEL, WEIGHTS):
+    for name in (LISTING, MODEL, WEIGHTS):
         need((path / name).is_file(), f"{path} has no {name}; export it again", PackageError)
         with open(path / name, "rb") as f:
             found[name] = hashlib.file_digest(f, "sha256").hexdigest()
@@ -104,8 +105,7 @@ def read_package(path: str | Path) -> Package:
     """Ends in a Package or in PackageError."""
     path = Path(path)
     try:
-        listed = json.loads((path / "Manifest.json").read_bytes())["rootModelIdentifier"]
-        need(type(listed) is str, "its Manifest.json names no model", PackageError)
+        check_listing(json.loads((path / LISTING).read_bytes()))
         for name, most in ((MODEL, MOST_MODEL_BYTES), (WEIGHTS, MOST_WEIGHT_BYTES)):
             size = (path / name).stat().st_size
             need(size <= most, f"{name} has {size} bytes, more than any model here", PackageError)
@@ -118,6 +118,13 @@ def read_package(path: str | Path) -> Package:
         raise PackageError(f"{path}: not an ML program that can be read ({e}); export it again") from None
     except UserError as e:
         raise PackageError(f"{path}: {e}") from None
+
+
+def check_listing(listing: dict[str, Any]) -> None:
+    """CoreML loads what the listing names, which must be what is read here."""
+    items = listing["itemInfoEntries"]
+    named = f"Data/{items[listing['rootModelIdentifier']]['path']}"
+    need(named == MODEL, f"its {LISTING} names {named!r:.60} as the model, not {MODEL}", PackageError)
 
 
 def functions_of(model: dict[str, Any]) -> dict[str, Function]:

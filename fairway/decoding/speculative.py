@@ -62,8 +62,8 @@ class Speculation:
     Greedily the same tokens as `plain`, one by one. A forward of several tokens rounds otherwise than several forwards,
     so that two logits within CLOSE of each other may change places: then the tokens that were read since the last such
     place are read again, one at a time, as `plain` reads them. Each is read again once at most. Two limits: keys and
-    values kept coarsely, or made in bf16, round by more than CLOSE; and beyond REACH nothing that has left the window
-    is read again. There the text is that of `plain` but where two tokens are as good to within that rounding."""
+    values kept coarsely, or made in 16 bits, round by more than CLOSE; beyond REACH nothing that left the window is
+    read again. There the text is that of `plain` but where two tokens are as good to within that rounding."""
 
     def __init__(self, reader: Reader, prompt: Sequence[int], strategy: Strategy, rng: np.random.Generator,
                  draft: Draft, most: int):
