@@ -40,7 +40,7 @@ from train_gpt import GPT, PRESETS, Artifact, Config, initialise, read_shard  # 
 PROMPT, WRITTEN, PLACES = 64, 128, 5  # tokens, and how many prompts
 LARGE = [Choice("fp32", shapes="fixed"), Choice("fp16", shapes="fixed"), Choice("fp16"),
          Choice("fp16", shapes="fixed", chunks=4), Choice("fp16", quantise="int8", shapes="fixed"),
-         Choice("fp16", quantise="palette4", shapes="fixed")]
+         Choice("fp16", quantise="int4", shapes="fixed"), Choice("fp16", quantise="palette4", shapes="fixed")]
 
 
 # ==== WHAT THEY SAY ===================================================================================================
@@ -51,7 +51,7 @@ def compare_all(source: Source, folder: str) -> None:
     with tempfile.TemporaryDirectory() as out, tqdm(total=len(choices) * LONG, desc="comparing", leave=False) as told:
         found = check(source, choices, text, np.array(measured), Path(out) / "s", told=told.update,
                       runner=interpreted())
-    Console(width=132).print(table_of(found))
+    Console(width=144).print(table_of(found))
     write_some(source, text.tokens, choices[0])
 
 

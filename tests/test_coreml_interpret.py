@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from fairway.coreml import graph, layout
 from fairway.coreml.engine import Chain, interpreted
-from fairway.coreml.export import Choice, Source, export, host_tables, import_coremltools
+from fairway.coreml.export import Choice, Source, export, host_tables
 from fairway.coreml.interpret import OPERATIONS, InterpretError, Program, blockwise_shift_scale, interpret, lut_to_dense
 from fairway.coreml.package import LIKE, MODEL
+from fairway.coreml.tools import import_coremltools
 from train_gpt import GPT, Artifact
 
 apple = pytest.mark.apple

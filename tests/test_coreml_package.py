@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairway.coreml.export import LEAST_WEIGHTS, QUANTISATIONS, import_coremltools, smaller
+from fairway.coreml.export import LEAST_WEIGHTS, QUANTISATIONS, smaller
 from fairway.coreml.interpret import InterpretError, Program
 from fairway.coreml.layout import SHAPES
 from fairway.coreml.package import (
@@ -22,6 +22,7 @@ from fairway.coreml.package import (
     read_package,
     unpacked,
 )
+from fairway.coreml.tools import import_coremltools
 
 pytestmark = pytest.mark.apple
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +20,8 @@ from fairway.coreml.graph import EXACT, Head, Layers, Precision
 from fairway.coreml.layout import MOST_TOKENS, SHAPES, Axis, T, concrete
 from fairway.coreml.manifest import DTYPES, NAME, Manifest, hashes_of, write_host, write_manifest
 from fairway.coreml.package import matrices, read_package, size_of
-from train_gpt import GPT, Artifact, UserError, build_model, file_sha256, need, read_artifact
+from fairway.coreml.tools import import_coremltools, quiet
+from train_gpt import GPT, Artifact, build_model, file_sha256, need, read_artifact
 
 # How weights are kept: what coremltools is asked for, and in what words.
 QUANTISATIONS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -165,34 +163,7 @@ def replacing_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-# ==== COREMLTOOLS =====================================================================================================
-def import_coremltools() -> ModuleType:
-    """Without the lines that it prints on a machine that is no Mac."""
-    try:
-        with quiet():
-            import coremltools
-            import coremltools.optimize
-    except ImportError as e:
-        raise UserError(f"coremltools is not installed ({e}); pip install -r requirements-apple.txt") from None
-    return coremltools
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Bars, warnings and notes of a conversion are not for whoever exports; what goes wrong is raised."""
-    loggers = [logging.getLogger(name) for name in ("coremltools", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
-            with contextlib.redirect_stdout(io.StringIO()):
-                yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
+# ==== CONVERSION ======================================================================================================
 def save_shard(ct: ModuleType, shard: Layers | Head, choice: Choice, sizes: list[int], path: Path) -> None:
     with quiet():
         if choice.shapes != "multifunction":

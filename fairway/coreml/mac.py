@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fairway.coreml.export import import_coremltools
 from fairway.coreml.manifest import Folder
+from fairway.coreml.tools import import_coremltools
 from train_gpt import UserError, need
 
 UNITS = "CPU_AND_NE"

@@ -1,0 +1,39 @@
+"""coremltools, which takes seconds to import and says much that is of no use."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+from train_gpt import UserError
+
+
+def import_coremltools() -> ModuleType:
+    """Without the lines that it prints on a machine that is no Mac."""
+    try:
+        with quiet():
+            import coremltools
+            import coremltools.optimize
+    except ImportError as e:
+        raise UserError(f"coremltools is not installed ({e}); pip install -r requirements-apple.txt") from None
+    return coremltools
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Bars, warnings and notes of a conversion are not for whoever exports; what goes wrong is raised."""
+    loggers = [logging.getLogger(name) for name in ("coremltools", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()):
+                yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
