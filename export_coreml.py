@@ -3,7 +3,7 @@
     python export_coreml.py                                    final_model.int6.ptz -> coreml/, fp16, of 1 and 4 tokens
     python export_coreml.py --chunks 2 --quantise int8         two shards of layers, int8 weights
     python export_coreml.py --check --json parity.json         every shape, chunking and quantisation against PyTorch
-    python export_coreml.py --check --shapes range --chunks 2  this one alone, which is then kept in --out
+    python export_coreml.py --check --shapes range --chunks 2  this one alone, which is kept in --out if it passes
     python export_coreml.py --audit                            on a Mac: which operations run on which device
     python export_coreml.py --bench                            on a Mac: tokens a second
 
@@ -15,6 +15,8 @@ measured on training text: those that would overflow are scaled, or refused.
 from __future__ import annotations
 
 import argparse
+import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -27,19 +29,28 @@ import numpy as np
 from rich.console import Console
 from tqdm import tqdm
 
-from fairway.coreml.export import QUANTISATIONS, Choice, Source, export, folder_bytes
+from fairway.coreml.export import (
+    QUANTISATIONS,
+    Choice,
+    Source,
+    export,
+    folder_bytes,
+    need_ours,
+    replacing_folder,
+)
 from fairway.coreml.layout import SHAPES
 from fairway.coreml.mac import audited, need_mac, timed
 from fairway.coreml.manifest import DTYPES, read_folder
 from fairway.coreml.parity import LONG, check, table_of, variants
 from fairway.decoding.strategies import Strategy
 from fairway.decoding.writing import Writer
-from fairway.options import Parser, save_json
+from fairway.options import Parser, need_place, save_json
 from fairway.scorer import Text, load_text
 from fairway.settings import EvalConfig
 from train_gpt import UserError, need, read_shard
 
 HERE = Path(__file__).resolve().parent
+LEAST_TEXT = 256  # tokens
 HELP = {"precision": f"of numbers between operations: {', '.join(DTYPES)}",
         "quantise": "how weights are kept: " + "; ".join(f"{n}, {words}" for n, (_, _, words) in QUANTISATIONS.items()),
         "shapes": f"how calls of 1 to --tokens tokens are taken: {', '.join(SHAPES)} (docs/COREML.md says which "
@@ -54,7 +65,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--artifact", default="final_model.int6.ptz", metavar="FILE", help="the model (default: %(default)s)")
-    add("--out", default="coreml", metavar="DIR", help="where shards are written (default: %(default)s)")
+    add("--out", metavar="DIR", help="where shards are written (default: coreml)")
     add("--data", default=str(HERE / "data" / "embedded"), metavar="DIR", help="folder of text shards: training "
         "text to measure activations on, validation text to compare on (default: the embedded corpus)")
     what = parser.add_argument_group("what the shards are")
@@ -65,7 +76,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     then = parser.add_argument_group("in place of an export")
     add = then.add_argument
     add("--check", action="store_true", help="export and compare with PyTorch: all variants, or the one whose options "
-        "are given; exit status 1 where one is too far off")
+        "are given, which is kept in --out if it passes; exit status 1 where one is too far off")
     add("--json", metavar="FILE", help="write what --check, --audit or --bench found")
     add("--audit", action="store_true", help="on a Mac: operations of --out that do not run on the Neural Engine")
     add("--bench", action="store_true", help="on a Mac: tokens a second of --out, plain and speculative")
@@ -92,7 +103,9 @@ def training_text(folder: str, vocab_size: int) -> np.ndarray:
     """What activations are measured on; never what is scored."""
     paths = sorted(Path(folder).glob("*_train_*.bin"))
     need(paths, f"no training shards (*_train_*.bin) in {folder}; run `make data`, or set --data")
-    return np.array(read_shard(paths[0], vocab_size)[: 2 * LONG])
+    text = np.array(read_shard(paths[0], vocab_size)[: 2 * LONG])
+    need(len(text) >= LEAST_TEXT, f"{paths[0]} holds {len(text)} tokens; values are measured on at least {LEAST_TEXT}")
+    return text
 
 
 def validation_text(source: Source, folder: str) -> Text:
@@ -118,9 +131,13 @@ def check_all(source: Source, choice: Choice, asked: bool, given: argparse.Names
     text, measured = validation_text(source, given.data), training_text(given.data, source.model.cfg.vocab_size)
     total = len(choices) * min(LONG, len(text.sizes))
     with tempfile.TemporaryDirectory() as folder, bar(total, "comparing", "tok") as progress:
-        found = check(source, choices, text, measured, Path(given.out if asked else f"{folder}/variant"),
-                      progress.write, progress.update)
-    console = Console(width=None if sys.stdout.isatty() else 132)
+        variant = Path(folder) / "variant"
+        found = check(source, choices, text, measured, variant, progress.write, progress.update)
+        if asked and found["passed"]:
+            with replacing_folder(Path(given.out).resolve()) as out:
+                shutil.copytree(variant, out, dirs_exist_ok=True)
+            progress.write(f"kept:{given.out}")
+    console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table_of(found))
     for row in found["variants"]:
         for failure in row["failures"]:
@@ -163,9 +180,15 @@ def run(given: argparse.Namespace) -> int:
     verbs = [name for name in ("check", "audit", "bench") if getattr(given, name)]
     need(len(verbs) < 2, f"--{' and --'.join(verbs)} are both given; leave one out")
     need(verbs or not given.json, "--json goes with --check, --audit or --bench; leave it out")
+    need_place(given.json)
     choice, asked = choice_of(given)
+    need(asked or not given.check or not given.out, "--out does nothing with a --check of all variants; leave it out, "
+         "or name one by its options")
+    given.out = given.out or "coreml"
     if given.audit or given.bench:
+        need(not asked, f"--{verbs[0]} looks at what was exported; leave the options of an export out")
         return audit(given) if given.audit else bench(given)
+    need_ours(Path(given.out).resolve())
     source = Source.read(given.artifact)
     return check_all(source, choice, asked, given) if given.check else export_once(source, choice, given)
 
@@ -182,4 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # of a terminal that cannot show every name
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half-written goes
     sys.exit(main())

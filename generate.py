@@ -29,7 +29,7 @@ from fairway.decoding.compare import Task, compare, tables
 from fairway.decoding.speculative import Stats
 from fairway.decoding.strategies import FILTERS, KNOBS, Strategy
 from fairway.decoding.writing import DRAFTS, Writer, Written, measure_plain, search, write
-from fairway.options import Parser, save_json
+from fairway.options import Parser, need_place, save_json
 from train_gpt import UserError, need
 
 SEARCH = ("beams", "length_penalty", "n_best")  # options of beam search alone
@@ -235,6 +235,7 @@ def side_by_side(given: argparse.Namespace, writer: Writer, strategy: Strategy, 
 def run(given: argparse.Namespace) -> int:
     strategy = strategy_of(given)
     need(given.tokens is None or given.tokens >= 1, f"--tokens is {given.tokens}; it must be at least 1")
+    need_place(given.json)
     need(given.seed is None or given.seed >= 0, f"--seed is {given.seed}; it must be at least 0")
     prompts = prompts_of(given)
     need(len(prompts) == 1 or given.compare, f"{len(prompts)} prompts are given; several go with --compare")

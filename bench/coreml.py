@@ -26,7 +26,8 @@ from rich.console import Console  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from fairway.coreml.engine import Chain, Shards, interpreted  # noqa: E402
-from fairway.coreml.export import Choice, Source, export, folder_bytes, host_tables  # noqa: E402
+from fairway.coreml.export import Choice, Source, export, folder_bytes  # noqa: E402
+from fairway.coreml.graph import host_tables  # noqa: E402
 from fairway.coreml.parity import LONG, check, table_of, variants  # noqa: E402
 from fairway.decoding.drafts import NGram  # noqa: E402
 from fairway.decoding.search import Reader, plain  # noqa: E402
@@ -51,7 +52,7 @@ def compare_all(source: Source, folder: str) -> None:
     with tempfile.TemporaryDirectory() as out, tqdm(total=len(choices) * LONG, desc="comparing", leave=False) as told:
         found = check(source, choices, text, np.array(measured), Path(out) / "s", told=told.update,
                       runner=interpreted())
-    Console(width=144).print(table_of(found))
+    Console(width=150).print(table_of(found))
     write_some(source, text.tokens, choices[0])
 
 

@@ -137,7 +137,7 @@ def exported(tmp_path_factory, corpus):
     from fairway.coreml.export import Choice, Source, export
     folder = tmp_path_factory.mktemp("coreml")
     source = Source.read(make_artifact(folder, corpus, num_layers=2, smear_gate=True, bigram_vocab_size=32,
-                                       bigram_dim=8))
+                                       bigram_dim=8, xsa_last_n=1))
     sha256, text = file_sha256(source.path), read_shard(corpus.folder / "tiny_train_000000.bin")[:400]
     shared = Path(tmp_path_factory.getbasetemp())
     shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / f"shards-{sha256[:12]}"

@@ -2,6 +2,8 @@
 
 Most of this runs the graph in PyTorch behind the engine, which needs no CoreML; what is marked runs saved packages."""
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,13 @@ from test_model import FEATURES, trained
 
 from fairway.coreml import graph, layout
 from fairway.coreml.engine import REWIND, Chain, Shards, interpreted, load_chain
-from fairway.coreml.export import host_tables
-from fairway.coreml.manifest import Folder, Manifest
+from fairway.coreml.graph import host_tables
+from fairway.coreml.manifest import HOST, Folder, Manifest, hashes_of, read_manifest, write_manifest
 from fairway.decoding.drafts import NGram, Suffix
 from fairway.decoding.search import Reader, beam, plain
 from fairway.decoding.speculative import Speculation
 from fairway.decoding.strategies import Strategy
+from fairway.loading import load
 from fairway.memory import Memory
 from train_gpt import UserError
 
@@ -110,6 +113,17 @@ def test_everything_can_be_taken_back_until_slots_are_overwritten_and_then_so_ma
     assert np.abs(chain(stream, TOKENS[136:138]) - wanted("plain", TOKENS[:138])[-2:]).max() < 2e-5
 
 
+@pytest.mark.parametrize("back", [63, 64, 70, 71, 72, 73, 99, 100])
+def test_as_long_as_nothing_was_overwritten_anything_can_be_taken_back(back):
+    chain = chain_of("all", slots=128)
+    stream = chain.stream()
+    for at in range(0, 100, 4):
+        chain(stream, TOKENS[at : at + 4])
+    stream.crop(100 - back)
+    text = [*TOKENS[: 100 - back], 7, 8]
+    assert np.abs(chain(stream, [7, 8]) - wanted("all", text, 128)[-2:]).max() < 2e-5
+
+
 def test_a_copy_goes_its_own_way():
     chain = CHAINS["all"]
     stream = chain.stream()
@@ -188,7 +202,7 @@ def test_beams_are_those_of_pytorch():
 def test_packages_write_the_text_of_pytorch(exported, choice):
     model = exported.source.model
     prompt, texts = [1, *(t % model.cfg.vocab_size for t in TOKENS[:9])], []
-    chain = load_chain(exported(**choice), exported.source_sha256, interpreted())
+    chain = load_chain(exported(**choice), exported.source.path, load(exported.source.path), interpreted())
     for one in (Reader(Memory(model)), reader(chain)):
         one.last(prompt[:-1])
         steps = Speculation(one, prompt, GREEDY, np.random.default_rng(0), NGram(), 3)
@@ -197,6 +211,29 @@ def test_packages_write_the_text_of_pytorch(exported, choice):
 
 
 @pytest.mark.apple
-def test_shards_of_another_artifact_are_refused(exported):
-    with pytest.raises(UserError, match="was exported from artifact .*, not from ffffffffffff; export it again"):
-        load_chain(exported(shapes="fixed", precision="fp32"), "f" * 64)
+def test_shards_of_another_artifact_are_refused(exported, tmp_path):
+    path, folder = exported.source.path, exported(shapes="fixed", precision="fp32")
+    (tmp_path / "other").write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(UserError, match="was exported from artifact '.*', not from .*; export it again"):
+        load_chain(folder, tmp_path / "other", load(path))
+
+
+@pytest.mark.apple
+@pytest.mark.parametrize("parts", [dict(rope_base=2e4), dict(tokenizer_sha256="0" * 64)])
+def test_a_manifest_that_claims_the_artifact_but_has_other_numbers_is_refused(exported, tmp_path, parts):
+    shutil.copytree(exported(shapes="fixed", precision="fp32"), tmp_path / "s")
+    write_manifest(tmp_path / "s", dataclasses.replace(read_manifest(tmp_path / "s"), **parts))
+    with pytest.raises(UserError, match="says that it was exported from this artifact, but its numbers are of another"):
+        load_chain(tmp_path / "s", exported.source.path, load(exported.source.path))
+
+
+@pytest.mark.apple
+def test_embeddings_of_another_model_are_refused(exported, tmp_path):
+    shutil.copytree(exported(shapes="fixed", precision="fp32"), tmp_path / "s")
+    data = bytearray((tmp_path / "s" / HOST).read_bytes())
+    data[2] ^= 1
+    (tmp_path / "s" / HOST).write_bytes(data)
+    m = read_manifest(tmp_path / "s")
+    write_manifest(tmp_path / "s", dataclasses.replace(m, sha256=hashes_of(tmp_path / "s", list(m.interfaces()))))
+    with pytest.raises(UserError, match="its numbers are of another one"):
+        load_chain(tmp_path / "s", exported.source.path, load(exported.source.path))

@@ -1,5 +1,6 @@
 """What an export is asked for, what it leaves behind, and that values which would overflow are brought into range."""
 
+import os
 import resource
 import shutil
 
@@ -19,10 +20,11 @@ from fairway.coreml.export import (
     export,
     folder_bytes,
     grid_steps,
-    host_tables,
+    need_ours,
     replacing_folder,
     save_shard,
 )
+from fairway.coreml.graph import host_tables
 from fairway.coreml.interpret import InterpretError, Program
 from fairway.coreml.manifest import NAME, read_folder
 from fairway.coreml.package import matrices, read_package
@@ -70,6 +72,69 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         (folder / "a").write_text("three")
         raise OSError("disk full")
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (out / "a").read_text() == "two"
+
+
+def test_whatever_goes_wrong_between_the_two_moves_the_old_folder_is_there(tmp_path, monkeypatch):
+    out, moves, rename = tmp_path / "out", [], os.rename
+    with replacing_folder(out) as folder:
+        (folder / "a").write_text("one")
+
+    def interrupted(*paths):
+        moves.append(paths)
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        rename(*paths)
+    monkeypatch.setattr(module.os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), replacing_folder(out) as folder:
+        (folder / "a").write_text("two")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (out / "a").read_text() == "one"
+
+
+def test_what_a_killed_export_has_left_is_put_back(tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "a").write_text("one")
+    (tmp_path / ".out.part").mkdir()
+    with pytest.raises(OSError, match="again"), replacing_folder(out):
+        raise OSError("again")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (out / "a").read_text() == "one"
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", "", '{"format": "fairway-coreml"}'])
+def test_a_folder_that_only_looks_like_an_export_is_left_alone(tmp_path, manifest):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / NAME).write_text(manifest)
+    (tmp_path / "s" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is no export of ours"):
+        need_ours(tmp_path / "s")
+
+
+def test_nobody_loses_the_folder_that_he_is_in(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    for out in (tmp_path, tmp_path / "a"):
+        with pytest.raises(UserError, match="is where you are; name a folder in it"):
+            need_ours(out)
+
+
+@apple
+def test_a_link_to_a_folder_stays_one(exported, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        export(exported.source, Choice(shapes="fixed", precision="fp32"), tmp_path / "link", exported.text, print)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / NAME).is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_weights_that_fp16_cannot_hold_are_refused():
+    model = trained(num_layers=1)
+    with torch.no_grad():
+        model.blocks[0].attn.proj.weight *= 1e7
+    chain = module.graph.shards(model, module.graph.dims_of(model, 4), [0, 1], [0, 97])
+    with pytest.raises(UserError, match="passes.0.attn.proj.weight of layers0 has weights that fp16 cannot hold"):
+        module.need_representable(chain, "fp16")
+    module.need_representable(chain, "fp32")
 
 
 @apple

@@ -6,8 +6,7 @@ import torch
 from test_model import FEATURES, some_tokens, trained
 
 from fairway.coreml import graph, layout
-from fairway.coreml.export import host_tables
-from fairway.coreml.graph import EXACT, Precision
+from fairway.coreml.graph import EXACT, Precision, host_tables
 from fairway.coreml.host import Embedding, mask_of, rotations
 
 

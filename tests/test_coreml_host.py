@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_model import FEATURES, some_tokens, trained
 
-from fairway.coreml.export import host_tables
+from fairway.coreml.graph import host_tables
 from fairway.coreml.host import Embedding, mask_of, rotations
 from fairway.coreml.layout import MASKED
 from train_gpt import rope_tables

@@ -10,9 +10,18 @@ import torch.nn.functional as F
 
 from fairway.coreml import graph, layout
 from fairway.coreml.engine import Chain, interpreted
-from fairway.coreml.export import Choice, Source, export, host_tables
-from fairway.coreml.interpret import OPERATIONS, InterpretError, Program, blockwise_shift_scale, interpret, lut_to_dense
-from fairway.coreml.package import LIKE, MODEL
+from fairway.coreml.export import Choice, Source, export
+from fairway.coreml.graph import host_tables
+from fairway.coreml.interpret import (
+    OPERATIONS,
+    InterpretError,
+    Program,
+    blockwise_shift_scale,
+    elements_made,
+    interpret,
+    lut_to_dense,
+)
+from fairway.coreml.package import KINDS, LIKE, MODEL, PackageError, Type
 from fairway.coreml.tools import import_coremltools
 from train_gpt import GPT, Artifact
 
@@ -212,6 +221,61 @@ def test_a_type_that_changes_on_the_way_is_told(spoil):
     path = spoil(lambda operations: setattr(operations["add"][0].outputs[0].type.tensorType, "dataType", 10))
     with pytest.raises(InterpretError, match="add of fp32 is declared fp16"):
         interpret(path)
+
+
+def spoil_attribute(operation: str, name: str, value: int):
+    """A change: the constant that an operation takes by this name becomes another number."""
+    def change(ops):
+        made = {op.outputs[0].name: op for op in ops["const"]}
+        held = made[ops[operation][0].inputs[name].arguments[0].name].attributes["val"].immediateValue.tensor
+        held.ints.values[:] = [value] * len(held.ints.values)
+    return change
+
+
+@apple
+@pytest.mark.parametrize("change", [
+    lambda ops: setattr(ops["relu"][0], "type", "split"), lambda ops: setattr(ops["relu"][0], "type", "concat"),
+    lambda ops: setattr(ops["relu"][0], "type", "constexpr_lut_to_dense"),
+    lambda ops: setattr(ops["softmax"][0], "type", "conv"), lambda ops: setattr(ops["mul"][0], "type", "reshape"),
+    lambda ops: setattr(ops["const"][0].outputs[0], "name", "x0"),
+    lambda ops: setattr(ops["conv"][0].outputs[0], "name", "mask"), lambda ops: ops["add"][0].ClearField("inputs"),
+    spoil_attribute("softmax", "axis", 99), spoil_attribute("split", "axis", -9),
+    spoil_attribute("split", "split_sizes", 0),
+    spoil_attribute("concat", "axis", 1 << 30), spoil_attribute("transpose", "perm", 5)])
+def test_malformed_programs_end_in_one_error(spoil, change):
+    path = spoil(change)
+    with pytest.raises(PackageError) as e:
+        program = interpret(path)
+        program({n: np.zeros([high for _, high in f.shapes[0]], np.float32) for n, f in program.inputs.items()})
+    assert "\n" not in str(e.value)
+
+
+@apple
+def test_memory_is_bounded(exported, monkeypatch):
+    path = exported(shapes="fixed", precision="fp32") / "layers0.mlpackage"
+    program = interpret(path)
+    given = {n: np.zeros([high for _, high in f.shapes[0]], np.float32) for n, f in program.inputs.items()}
+    monkeypatch.setattr("fairway.coreml.interpret.MOST_HELD", 4000)
+    with pytest.raises(InterpretError, match="cannot make .* .more than 4000 numbers at a time"):
+        program(given)
+    with pytest.raises(InterpretError, match="more than 4000 numbers in constants"):
+        interpret(path)
+
+
+@pytest.mark.parametrize("operation, operands, most", [
+    ("add", dict(x=np.zeros((30_000, 1)), y=np.zeros((1, 30_000))), 900_000_000),
+    ("matmul", dict(x=np.zeros((2, 1, 3, 4)), y=np.zeros((1, 5, 4, 6))), 10 * 4 * 6),
+    ("conv", dict(x=np.zeros((1, 4, 1, 3)), weight=np.zeros((7, 4, 1, 1))), 21),
+    ("concat", dict(values=[np.zeros(5), np.zeros(6)]), 11), ("tanh", dict(x=np.zeros((2, 3))), 6)])
+def test_what_an_operation_makes_is_known_before_it_is_made(operation, operands, most):
+    assert elements_made(operation, operands) == most
+
+
+def test_a_cast_to_whole_numbers_cuts():
+    program = Program.__new__(Program)
+    program.precision, program.path = "declared", ""
+    found = program.rounded(np.array([1.9, -1.9]), None, "x", Type(KINDS[23], (2,)))
+    assert found.tolist() == [1, -1] and found.dtype == np.int32
 
 
 @apple

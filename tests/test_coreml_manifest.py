@@ -109,7 +109,7 @@ def test_a_host_file_that_is_gone_short_or_no_numbers(folder):
 
 def test_a_stale_hash(folder):
     changed(folder, sha256=json.loads((folder / NAME).read_text())["sha256"] | {HOST: "0" * 64})
-    refused(folder, "host.bin has hash .*, but the manifest was written for 000000000000")
+    refused(folder, "host.bin has hash .*, but the manifest was written for '000000000000'")
 
 
 def test_a_shard_of_another_context_length(exported, folder):
@@ -121,7 +121,7 @@ def test_a_shard_of_another_context_length(exported, folder):
 
 
 @pytest.mark.parametrize("parts, message", [
-    (dict(precision="fp16"), r"x1 is fp32\[1, 32, 1, 4\]; wanted is fp16 of"),
+    (dict(precision="fp16"), "host.bin has .* bytes, not"),
     (dict(shapes="multifunction", sizes=(1, 4)), "has functions main, not t1, t4"),
     (dict(sizes=(3,)), r"x1 is fp32\[1, 32, 1, 4\]; wanted is fp32 of \[1, 32, 1, 3\]"),
     (dict(cuts=(0, 2)), "layers1.mlpackage/.* has hash nothing, but the manifest was written for"),
@@ -138,6 +138,40 @@ def test_a_mask_of_another_length_in_a_call(folder):
     chain.given = lambda *args: {n: v[..., :-1] if n == "mask" else v for n, v in given(*args).items()}
     with pytest.raises(PackageError, match=r"input mask is float32 of .*4, 35\]; it must be fp32 of \[1, 1, 4, 36\]"):
         chain(stream, [5])
+
+
+# ---- Folders that somebody signed anew -------------------------------------------------------------------------------
+@pytest.mark.parametrize("file, message", [
+    (HOST, "host.bin has 32212254720 bytes, not"), (f"layers0.mlpackage/{WEIGHTS}", "more than any export"),
+    (f"head1.mlpackage/{LISTING}", "more than any export")])
+def test_a_huge_file_is_refused_before_it_is_read(folder, file, message):
+    with open(folder / file, "r+b") as f:
+        f.truncate(30 << 30)  # of no blocks: it takes no room
+    refused(folder, message)
+
+
+def test_a_link_to_another_file_is_not_followed(folder, tmp_path):
+    path = folder / "layers0.mlpackage" / WEIGHTS
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    refused(folder, "has no Data/com.apple.CoreML/weights/weight.bin")
+
+
+@pytest.mark.parametrize("parts", [dict(slots=1 << 20, parted=(False,) * 40, head=64, width=256), dict(head=16),
+                                   dict(vocab=1 << 20, width=1 << 18, head=1 << 16)])
+def test_numbers_that_would_fill_the_memory_are_refused(folder, parts):
+    m = read_manifest(folder)
+    dims = m.dims._replace(**parts)
+    cuts, split = (0, dims.passes), (0, dims.vocab)
+    write_manifest(folder, dataclasses.replace(m, dims=dims, cuts=cuts, split=split))
+    refused(folder, "manifest.json is damaged .ValueError: (dims|heads|tables) out of range")
+
+
+def test_names_cannot_speak_to_a_terminal(folder):
+    changed(folder, sha256=json.loads((folder / NAME).read_text())["sha256"] | {"\x1b]0;owned\x07": "\x1b[31m"})
+    with pytest.raises(UserError) as e:
+        read_folder(folder)
+    assert "\x1b" not in str(e.value) and "owned" in str(e.value)
 
 
 # ---- Manifests that nobody wrote -------------------------------------------------------------------------------------

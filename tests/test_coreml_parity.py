@@ -9,15 +9,16 @@ from rich.console import Console
 
 from fairway.coreml import parity
 from fairway.coreml.engine import Chain, interpreted
-from fairway.coreml.export import QUANTISATIONS, Choice, host_tables
+from fairway.coreml.export import QUANTISATIONS, Choice
+from fairway.coreml.graph import host_tables
 from fairway.coreml.parity import Reference, check, compare, failures, named, shortened, table_of, variants
 from fairway.scorer import load_text
 from fairway.settings import EvalConfig
 from train_gpt import UserError
 
 apple = pytest.mark.apple
-ROW = dict(ways={"T=1": dict(gap=1e-6), "T=4": dict(gap=1e-6), "mixed": dict(gap=1e-6)}, long=dict(gap=1e-6), slot=0.0,
-           bpb=1.5)
+GOOD = dict(gap=1e-6, cosine=1.0)
+ROW = dict(ways={"T=1": GOOD, "T=4": GOOD, "mixed": GOOD}, long=GOOD, slot=0.0, bpb=1.5)
 
 
 @pytest.fixture
@@ -40,13 +41,17 @@ def test_every_shape_chunking_and_quantisation_is_a_variant():
 
 @pytest.mark.parametrize("changed, choice, std, message", [
     (dict(), dict(precision="fp32"), 1, None),
-    (dict(long=dict(gap=2e-4)), dict(precision="fp32"), 1, "largest difference 2.00e-04, not below 0.0001"),
+    (dict(long=dict(gap=2e-4, cosine=1)), dict(precision="fp32"), 1, "largest difference 2.00e-04, not below 0.0001"),
     (dict(slot=1e-5), dict(precision="fp32"), 1, "T=1 and slot 0 differ by 1.00e-05"),
     (dict(slot=1e-5), dict(precision="fp16"), 1, None),
-    (dict(long=dict(gap=0.03)), dict(precision="fp16"), 1, "largest difference 3.00e-02, not below 0.02"),
-    (dict(long=dict(gap=0.03)), dict(precision="fp16"), 5, None),
-    (dict(long=dict(gap=float("nan"))), dict(precision="fp16"), 1, "largest difference nan"),
-    (dict(long=dict(gap=9.0)), dict(quantise="palette2"), 1, None),
+    (dict(long=dict(gap=0.03, cosine=1)), dict(precision="fp16"), 1, "largest difference 3.00e-02, not below 0.02"),
+    (dict(long=dict(gap=0.03, cosine=1)), dict(precision="fp16"), 5, None),
+    (dict(long=dict(gap=0.001, cosine=1)), dict(precision="fp16"), 0.01, "largest difference 1.00e-01"),
+    (dict(long=dict(gap=1e-5, cosine=1)), dict(precision="fp32"), 0.01, "largest difference 1.00e-03"),
+    (dict(long=dict(gap=float("nan"), cosine=1)), dict(precision="fp16"), 1, "largest difference nan"),
+    (dict(long=dict(gap=9.0, cosine=0.9)), dict(quantise="palette2"), 1, None),
+    (dict(long=dict(gap=9.0, cosine=float("nan"))), dict(quantise="palette2"), 1, "cosine nan, not above 0.5"),
+    (dict(long=dict(gap=9.0, cosine=0.2)), dict(quantise="int4"), 1, "cosine 0.200, not above 0.5"),
     (dict(bpb=1.52), dict(quantise="int8"), 1, "int8 changes BPB by +0.0200, not below 0.01"),
     (dict(bpb=1.48), dict(quantise="artifact"), 1, "artifact changes BPB by -0.0200")])
 def test_what_is_asked_of_a_variant(changed, choice, std, message):
@@ -87,6 +92,24 @@ def test_a_model_that_differs_a_little_is_caught(exported, text):
     reference = Reference.of(other, text, 32)
     row = compare(Chain(exported(shapes="fixed", precision="fp32"), interpreted()), reference, text, lambda n: None)
     assert "largest difference" in failures(row, choice, reference)[0]
+
+
+@apple
+@pytest.mark.parametrize("shapes, wrong", [("range", 2), ("range", 3), ("enumerated", 2), ("multifunction", 1)])
+def test_every_size_that_shards_take_is_called(exported, text, shapes, wrong):
+    """A runner that gives zeros for calls of one length is caught, whichever length it is."""
+    choice, runner = Choice(shapes=shapes, precision="fp32"), interpreted()
+
+    def faulty(folder, shard, function):
+        call = runner(folder, shard, function)
+
+        def zeros_then(given):
+            right = next(iter(given.values())).shape[-1] != wrong
+            return {n: v * right for n, v in call(given).items()}
+        return zeros_then
+    reference = Reference.of(exported.source, text, 32)
+    row = compare(Chain(exported(shapes=shapes, precision="fp32"), faulty), reference, text, lambda n: None)
+    assert failures(row, choice, reference)
 
 
 @apple

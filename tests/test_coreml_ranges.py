@@ -7,8 +7,7 @@ import pytest
 import torch
 from test_model import FEATURES, trained
 
-from fairway.coreml.export import host_tables
-from fairway.coreml.graph import Norm, Precision
+from fairway.coreml.graph import Norm, Precision, host_tables
 from fairway.coreml.ranges import EPS, LARGEST, Range, RangeError, half_precision, measure, peak_for, told
 
 TOKENS = np.random.default_rng(0).integers(2, 97, 300)
@@ -23,7 +22,10 @@ def test_every_norm_and_every_square_is_measured(name):
     model = trained(looping=True, **FEATURES[name])
     found, passes = measured(model), len(model.passes(True))
     kinds = ("act", "norm_attn", "norm_mlp", "attn.norm_q", "attn.norm_k")
-    assert found.keys() == {f"passes.{n}.{k}" for n in range(passes) for k in kinds} | {"head.norm", "stream"}
+    kinds += ("attn.norm_own",) * (name == "all")
+    made = ("attn.q", "attn.k", "attn.v", "attn.proj", "proj") + ("attn.gate",) * (name == "all")
+    assert found.keys() == {f"passes.{n}.{k}" for n in range(passes) for k in kinds} | {"head.norm", "stream"} | {
+        f"passes.{n}.{k}.made" for n in range(passes) for k in made} | {"out.made"}
     assert all(0 < r.least_rms <= r.rms <= r.peak and math.isfinite(r.peak) for r in found.values())
 
 
@@ -72,9 +74,27 @@ def test_what_no_scale_can_save_is_refused_by_name():
 def test_a_stream_beyond_fp16_is_refused():
     model = trained()
     with torch.no_grad():
-        model.blocks[1].mlp_scale *= 1e6
+        model.blocks[1].resid_mix[0] *= 1e6
     with pytest.raises(RangeError, match="stream between passes has values of up to .*take --precision fp32"):
         half_precision(measured(model))
+
+
+def test_what_a_matrix_makes_beyond_fp16_is_refused():
+    model = trained()
+    with torch.no_grad():
+        model.blocks[1].mlp_scale *= 1e6
+    with pytest.raises(RangeError, match=r"passes.1.proj has values of up to \d+; fp16 ends at 65504; take"):
+        half_precision(measured(model))
+
+
+def test_values_of_their_own_that_are_left_out_are_measured_too():
+    """XSA squares them: too large, too small, and as they are."""
+    for times, scaled in ((600.0, True), (0.01, True), (1.0, False)):
+        model = trained(**FEATURES["xsa"])
+        with torch.no_grad():
+            model.blocks[2].attn.v.weight *= times
+            model.blocks[2].attn.proj.weight /= times
+        assert ("passes.2.attn.norm_own" in half_precision(measured(model)).peaks) == scaled
 
 
 def test_weights_that_give_no_numbers_are_told():

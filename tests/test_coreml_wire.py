@@ -89,6 +89,8 @@ def test_depth_and_lengths_are_bounded():
         deep = field(4, field(3, deep))  # a block in an operation in a block
     with pytest.raises(WireError, match="too deep"):
         wire.read(deep, "Operation")
+    with pytest.raises(WireError, match="too many"):
+        wire.read(field(3, b"") * ((1 << 20) + 1), "Block")
     with pytest.raises(WireError, match="has no room"):
         wire.read(varint(502 << 3 | 2) + varint(1 << 40) + b"x")
     with pytest.raises(WireError, match="cut short, or too long"):

@@ -1,14 +1,17 @@
 """export_coreml.py as its users run it: one line for a mistake, and an exit status that a script can trust."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 import export_coreml
+from train_gpt import write_shard
 
 pytestmark = pytest.mark.apple
 
@@ -54,15 +57,34 @@ def test_a_check_that_fails_says_so_and_ends_in_one(run, monkeypatch):
 
 @pytest.mark.parametrize("options, message", [
     ("--shapes odd", "--shapes is 'odd'; take one of fixed"), ("--tokens 9", "--tokens is 9; it must be 1 to 4"),
-    ("--tokens x", "invalid int value: 'x'; see --help"), ("--chunk 7", "--chunks is 7, but the model has 2 layers"),
+    ("--tokens x", "invalid int value: 'x'; see --help"), ("--chunks 7", "--chunks is 7, but the model has 2 layers"),
+    ("--chunk 2", "unrecognized arguments: --chunk 2; see --help"),
     ("--artifact nothing.ptz", "nothing.ptz: cannot be read"), ("--data .", "no training shards"),
     ("--check --audit", "--check and --audit are both given; leave one out"),
     ("--what", "unrecognized arguments: --what"),
+    ("--check --json .", "--json . cannot be written there"), ("--out .", "--out .* is where you are"),
+    ("--check --out x", "--out does nothing with a --check of all variants"),
     ("--json x", "--json goes with --check, --audit or --bench"), ("--out model.ptz", "is no export of ours")])
 def test_mistakes_are_one_line(run, options, message):
     status, out, told = run(options)
     line = [line for line in told if line.startswith("export_coreml: error: ")]
-    assert status == 1 and len(line) == 1 and message in line[0]
+    assert status == 1 and len(line) == 1 and re.search(message, line[0])
+
+
+def test_a_variant_that_fails_is_not_kept(run, monkeypatch):
+    assert run("--shapes fixed --out kept")[0] == 0
+    with open("kept/manifest.json", "rb") as f:
+        before = f.read()
+    monkeypatch.setitem(export_coreml.check.__globals__["LIMITS"], "fp32", 1e-12)
+    assert run("--check --shapes fixed --precision fp32 --out kept")[0] == 1
+    with open("kept/manifest.json", "rb") as f:
+        assert f.read() == before
+
+
+def test_too_little_text_to_measure_is_told(run, tmp_path):
+    write_shard(tmp_path / "x_train_000000.bin", np.ones(255, "<u2"))
+    told = run(f"--data {tmp_path}")[2]
+    assert "holds 255 tokens; values are measured on at least 256" in told[-1]
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="here it would run")

@@ -142,6 +142,17 @@ def test_shards_search_with_beams_and_read_long_prompts(run, shards):
 
 
 @pytest.mark.apple
+def test_a_draft_that_shards_of_one_token_cannot_verify_is_refused(run, folder, shards):
+    from fairway.coreml.export import Choice, Source, export
+    source = Source.read(folder / "model.ptz")
+    export(source, Choice(precision="fp32", tokens=1), folder / "single", np.zeros(0, int), print)
+    options = "--tokens 5 --prompt the --strategy greedy --engine coreml --shards single"
+    assert run(options)[0] == 0
+    status, out, told = run(f"{options} --draft ngram")
+    assert (status, out, len(told)) == (1, "", 1) and "take one token a call, so that no guess can be" in told[0]
+
+
+@pytest.mark.apple
 def test_shards_of_another_artifact_are_refused(run, shards):
     status, out, told = run("--tokens 5 --prompt the --engine coreml --artifact small.ptz")
     assert (status, out, len(told)) == (1, "", 1) and "coreml was exported from artifact" in told[0]

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fairway.coreml.graph import dims_of, host_tables
 from fairway.coreml.host import Embedding, mask_of, rotations
 from fairway.coreml.interpret import Program
 from fairway.coreml.manifest import Folder, read_folder
-from train_gpt import UserError, need
+from fairway.loading import Loaded
+from train_gpt import file_sha256, need
 
 REWIND = 64  # tokens that can be taken back once older ones have left the slots
 Call = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
@@ -104,13 +106,13 @@ class Stream:
         d, dtype = chain.manifest.dims, chain.manifest.dtype
         self.data = np.zeros((2 * d.passes, d.head, d.kv_heads, d.slots), dtype)
         self.positions = np.full(d.slots, -1, np.int64)
-        self.kept, self.tokens = 0, []  # tokens in the slots, ever; and the last of all tokens
+        self.kept, self.tokens = 0, []  # tokens in the slots, ever; and all that were read
         self.held = np.zeros((2 * d.passes, d.head, d.kv_heads, 0), dtype)
         self.gone: deque[np.ndarray] = deque(maxlen=REWIND)  # what was overwritten, the last one last
 
     @property
     def read(self) -> int:
-        return self.kept + self.held.shape[-1]
+        return len(self.tokens)
 
     @property
     def last(self) -> list[int]:
@@ -119,7 +121,8 @@ class Stream:
 
     def hold(self, tokens: Sequence[int], new: np.ndarray) -> None:
         """[2 passes, C, G, size] of a call, of which the first len(tokens) are real."""
-        self.held, self.tokens = new[..., : len(tokens)], [*self.tokens, *tokens][-REWIND - 8 :]
+        self.held = new[..., : len(tokens)]
+        self.tokens += tokens
 
     def commit(self) -> None:
         """Keep what is held, each token in its slot."""
@@ -135,9 +138,9 @@ class Stream:
         """Forget the tokens from `length` on: those held first, then those in slots, which get back what they had."""
         slots, back = len(self.positions), max(0, self.kept - length)
         lost = max(0, self.kept - slots) - max(0, length - slots) if back else 0
-        if not 0 <= length <= self.read or lost > len(self.gone) or self.read - length > len(self.tokens):
+        if not 0 <= length <= self.read or lost > len(self.gone):
             raise ValueError(f"{self.read} tokens were read; they cannot be cropped to {length}")
-        self.tokens = self.tokens[: len(self.tokens) - (self.read - length)]
+        del self.tokens[length:]
         self.held = self.held[..., : max(0, length - self.kept)]
         for position in range(self.kept - 1, length - 1, -1):
             slot = position % slots
@@ -176,10 +179,18 @@ class Shards:
         self.streams = [self.streams[row].copy() for row in rows.tolist()]
 
 
-def load_chain(folder: str | Path, artifact_sha256: str = "", runner: Runner | None = None) -> Chain:
-    """The shards in a folder; of this artifact, where one is named."""
-    chain = Chain(folder, runner)
-    made = chain.manifest.artifact_sha256
-    need(artifact_sha256 in ("", made), f"{folder} was exported from artifact {made[:12]}, not from "
-         f"{artifact_sha256[:12]}; export it again with export_coreml.py", UserError)
+def load_chain(folder: str | Path, path: str | Path, loaded: Loaded, runner: Runner | None = None) -> Chain:
+    """The shards in a folder, once it is sure that they are those of the artifact at `path`: by its hash, and by all
+    that can be compared with the model without running it."""
+    chain, ours = Chain(folder, runner), file_sha256(path)
+    m, cfg = chain.manifest, loaded.model.cfg
+    need(m.artifact_sha256 == ours, f"{folder} was exported from artifact {m.artifact_sha256[:12]!r}, not from "
+         f"{ours[:12]}; export it again with export_coreml.py")
+    same = (m.dims == dims_of(loaded.model, m.dims.slots) and m.rope_base == cfg.rope_base
+            and m.tokenizer_sha256 == loaded.artifact.header["tokenizer_sha256"])
+    tables = {name: table.astype(m.dtype) for name, table in host_tables(loaded.model).items()}
+    same = same and tables.keys() == chain.folder.tables.keys() and all(
+        np.array_equal(table.astype(np.float32), chain.folder.tables[name]) for name, table in tables.items())
+    need(same, f"{folder} says that it was exported from this artifact, but its numbers are of another one; export it "
+         "again with export_coreml.py")
     return chain

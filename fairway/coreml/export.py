@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fairway.coreml import graph, layout, ranges
-from fairway.coreml.graph import EXACT, Head, Layers, Precision
+from fairway.coreml.graph import EXACT, Head, Layers, Precision, host_tables
+from fairway.coreml.interpret import Program
 from fairway.coreml.layout import MOST_TOKENS, SHAPES, Axis, T, concrete
-from fairway.coreml.manifest import DTYPES, NAME, Manifest, hashes_of, write_host, write_manifest
-from fairway.coreml.package import matrices, read_package, size_of
+from fairway.coreml.manifest import DTYPES, FORMAT, HOST, NAME, Manifest, hashes_of, write_host, write_manifest
+from fairway.coreml.package import Package, matrices, read_package, size_of
 from fairway.coreml.tools import import_coremltools, quiet
 from train_gpt import GPT, Artifact, build_model, file_sha256, need, read_artifact
 
@@ -91,16 +93,6 @@ class Source:
         return cls(Path(path), artifact, model, host_tables(model))
 
 
-@torch.no_grad()
-def host_tables(model: GPT) -> dict[str, np.ndarray]:
-    tables = {"embed": model.tok_emb.weight}
-    if model.bigram is not None:
-        tables["bigram"] = model.bigram.proj(model.bigram.table.weight) * model.bigram.scale
-    if model.smear is not None:
-        tables["smear"] = torch.sigmoid(model.smear.gate)
-    return {name: table.detach().numpy().copy() for name, table in tables.items()}
-
-
 def precision_for(source: Source, choice: Choice, text: np.ndarray, say: Callable[[str], None]) -> Precision:
     """Of what is computed; fp16 after a look at how large values become on `text`."""
     if choice.precision == "fp32":
@@ -114,7 +106,7 @@ def precision_for(source: Source, choice: Choice, text: np.ndarray, say: Callabl
 def export(source: Source, choice: Choice, out: str | Path, text: np.ndarray, say: Callable[[str], None],
            done: Callable[[int], None] = lambda shards: None) -> Manifest:
     """Write the folder `out`, whole or not at all; `text`: training tokens to measure, `done` hears of each shard."""
-    coremltools, out = import_coremltools(), Path(out)
+    coremltools, out = import_coremltools(), Path(out).resolve()
     dims = graph.dims_of(source.model, choice.context or source.model.cfg.train_seq_len)
     cuts, split = choice.cuts(dims.passes), choice.split(dims.vocab)
     sizes = layout.sizes(choice.shapes, choice.tokens)
@@ -122,6 +114,7 @@ def export(source: Source, choice: Choice, out: str | Path, text: np.ndarray, sa
     precision = precision_for(source, choice, text, say)
     with replacing_folder(out) as folder:
         chain = graph.shards(source.model, dims, cuts, split, precision)
+        need_representable(chain, choice.precision)
         for name, shard in chain.items():
             save_shard(coremltools, shard, choice, sizes, folder / f"{name}.mlpackage")
             done(1)
@@ -139,10 +132,24 @@ def folder_bytes(folder: Path, manifest: Manifest) -> int:
     return sum(size_of(folder / f"{name}.mlpackage") for name in manifest.interfaces())
 
 
+def need_representable(chain: dict[str, Layers | Head], precision: str) -> None:
+    for shard, module in chain.items():
+        for name, weight in module.named_parameters():
+            need(float(weight.abs().max()) <= np.finfo(DTYPES[precision]).max, f"{name} of {shard} has weights that "
+                 f"{precision} cannot hold; take --precision fp32")
+
+
 def need_ours(out: Path) -> None:
-    """A folder that holds something else is not replaced."""
-    ours = not out.exists() or out.is_dir() and ((out / NAME).is_file() or not any(out.iterdir()))
-    need(ours, f"--out {out} exists and is no export of ours; name another folder")
+    """A folder that holds anything else is not replaced, nor one that somebody stands in."""
+    here = Path.cwd()
+    need(out != here and out not in here.parents, f"--out {out} is where you are; name a folder in it")
+    there = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    with contextlib.suppress(OSError, ValueError):
+        told = json.loads((out / NAME).read_bytes()) if NAME in there else {}
+        if type(told) is dict and told.get("format") == FORMAT:
+            there = {name for name in there if name not in (NAME, HOST) and not name.endswith(".mlpackage")}
+    need(not there and (out.is_dir() or not out.exists()), f"--out {out} exists and is no export of ours; name another "
+         "folder")
 
 
 @contextlib.contextmanager
@@ -150,17 +157,29 @@ def replacing_folder(out: Path) -> Iterator[Path]:
     """Write a folder beside `out`, then put it in its place: there is the old one or the new, never half of one."""
     out.parent.mkdir(parents=True, exist_ok=True)
     beside, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+    put_back(out, old)  # what a process that was killed between the two moves below has left
+    shutil.rmtree(beside, ignore_errors=True)
     try:
-        for path in (beside, old):
-            shutil.rmtree(path, ignore_errors=True)
         beside.mkdir()
         yield beside
+        for path in filter(Path.is_file, beside.rglob("*")):
+            with open(path, "rb") as f:
+                os.fsync(f.fileno())
         if out.exists():
             os.rename(out, old)
         os.rename(beside, out)
+    except shutil.Error as e:  # a list of all that could not be copied
+        raise OSError(f"{out}: {e.args[0][0][2]}") from None
     finally:
-        for path in (beside, old):
-            shutil.rmtree(path, ignore_errors=True)
+        put_back(out, old)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def put_back(out: Path, old: Path) -> None:
+    """The old folder where there is no new one; else it has served."""
+    if old.exists() and not out.exists():
+        os.rename(old, out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 # ==== CONVERSION ======================================================================================================
@@ -180,7 +199,10 @@ def save_shard(ct: ModuleType, shard: Layers | Head, choice: Choice, sizes: list
             for size in sizes:
                 shutil.rmtree(path.with_name(f"{path.stem}.t{size}.mlpackage"))
     (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
-    need_smaller(path, choice.quantise)
+    package = read_package(path)
+    need_smaller(package, choice.quantise)
+    for function in package.functions:  # that it can be read, and every operation of it run
+        Program(package, function)
 
 
 def convert(ct: ModuleType, shard: Layers | Head, choice: Choice, sizes: list[int]) -> Any:
@@ -263,8 +285,8 @@ def smaller(ct: ModuleType, model: Any, quantise: str) -> Any:
     return api.palettize_weights(model, api.OptimizationConfig(op_type_configs={"conv": config}))
 
 
-def need_smaller(path: Path, quantise: str) -> None:
+def need_smaller(package: Package, quantise: str) -> None:
     """coremltools passes over what it cannot do with no more than a warning."""
-    left = [m.name for m in matrices(read_package(path)).values() if m.plain and m.elements > LEAST_WEIGHTS]
+    left = [m.name for m in matrices(package).values() if m.plain and m.elements > LEAST_WEIGHTS]
     need(quantise == "none" or not left, f"--quantise {quantise} left {', '.join(left[:3])} as before, since its width "
          "does not divide into groups of 32; take another one")

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from fairway.coreml.layout import Dims, Interface
 from train_gpt import GPT, Attention, Block
 
 EPS = torch.finfo(torch.float32).eps  # of F.rms_norm in fp32
+TINY = 1e-24  # of F.normalize
 
 
 class Precision(NamedTuple):
@@ -45,6 +47,17 @@ def dims_of(model: GPT, slots: int) -> Dims:
                 cfg.vocab_size, tuple(parted), slots)
 
 
+@torch.no_grad()
+def host_tables(model: GPT) -> dict[str, np.ndarray]:
+    """What fairway.coreml.host looks up."""
+    tables = {"embed": model.tok_emb.weight}
+    if model.bigram is not None:
+        tables["bigram"] = model.bigram.proj(model.bigram.table.weight) * model.bigram.scale
+    if model.smear is not None:
+        tables["smear"] = torch.sigmoid(model.smear.gate)
+    return {name: table.detach().numpy().copy() for name, table in tables.items()}
+
+
 def conv(weight_OI: Tensor) -> nn.Conv2d:
     """A matrix as a 1x1 convolution over [1, I, 1, T]."""
     outputs, inputs = weight_OI.shape
@@ -57,9 +70,9 @@ class Norm(nn.Module):
     """RMS norm over axis 1. The norm of a position that was scaled is the same, but for eps; so where squares would
     leave fp16's range, at one end or the other, each position is scaled to a peak that suits it."""
 
-    def __init__(self, name: str, precision: Precision, gain: float = 1.0):
+    def __init__(self, name: str, precision: Precision, gain: float = 1.0, eps: float = EPS):
         super().__init__()
-        self.peak, self.eps, self.gain = precision.peaks.get(name), max(EPS, precision.eps), gain
+        self.peak, self.eps, self.gain = precision.peaks.get(name), max(eps, precision.eps), gain
 
     def forward(self, x: Tensor) -> Tensor:
         if self.peak is not None:
@@ -89,9 +102,9 @@ class Attended(nn.Module):
         self.q, self.k, self.v = conv(source.q.weight), conv(source.k.weight), conv(source.v.weight)
         self.proj = conv(source.proj.weight * out_scale_D[:, None])
         self.norm_q, self.norm_k = Norm(f"{name}.norm_q", precision), Norm(f"{name}.norm_k", precision)
+        self.norm_own = Norm(f"{name}.norm_own", precision, self.width**-0.5, TINY) if self.exclusive else None
         self.gain_H = nn.Buffer((source.q_gain.detach() / math.sqrt(self.width))[None, None, :, None].clone())
         self.gate = None if source.gate is None else conv(source.gate)
-        self.eps = max(1e-24, precision.eps)
 
     def as_heads(self, x: Tensor) -> Tensor:
         """[1, n C, 1, T] -> [1, C, n, T]"""
@@ -102,26 +115,24 @@ class Attended(nn.Module):
         q = self.turn(self.norm_q(self.as_heads(self.q(x))), *rope) * self.gain_H
         k = self.turn(self.norm_k(self.as_heads(self.k(x))), *rope)
         v = self.as_heads(self.v(x))
-        y = self.weighted(q, torch.cat([k_CGS, k], dim=3), torch.cat([v_CGS, v], dim=3), mask, v)
+        own = None if self.norm_own is None else self.norm_own(v)
+        y = self.weighted(q, torch.cat([k_CGS, k], dim=3), torch.cat([v_CGS, v], dim=3), mask, own)
         if self.gate is not None:  # [1, H, 1, T] -> [1, 1, H, T]
             y = y * (2 * torch.sigmoid(self.gate(x[:, : self.gate.in_channels]))).transpose(1, 2)
         return self.proj(torch.cat(y.split(1, dim=2), dim=1)), k, v
 
-    def weighted(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: Tensor) -> Tensor:
-        """[1, C, H, T]: the values that each query head looks at; its key/value head serves H/G of them."""
+    def weighted(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: Tensor | None) -> Tensor:
+        """[1, C, H, T]: the values that each query head looks at; its key/value head serves H/G of them. `own`: each
+        token's own value as a vector of length 1, along which nothing is taken (XSA)."""
         q, k, v = q.permute(0, 2, 3, 1), k.transpose(1, 2), v.transpose(1, 2)  # H T C, G C S
-        share = self.heads // k.size(1)
-        found = []
-        for q_hTC, k_1CS, v_1CS, own_C1T in zip(q.split(share, dim=1), k.split(1, dim=1), v.split(1, dim=1),
-                                                own.split(1, dim=2), strict=True):
+        share, groups = self.heads // k.size(1), k.size(1)
+        owns, found = [None] * groups if own is None else own.split(1, dim=2), []
+        for q_hTC, k_1CS, v_1CS, own_C1T in zip(q.split(share, dim=1), k.split(1, dim=1), v.split(1, dim=1), owns,
+                                                strict=True):
             p = torch.softmax(torch.matmul(q_hTC, k_1CS) + mask, dim=-1)
             y = torch.matmul(p, v_1CS.transpose(2, 3)).permute(0, 3, 1, 2)
-            found.append(self.without_own(y, own_C1T) if self.exclusive else y)
+            found.append(y if own_C1T is None else y - (y * own_C1T).sum(dim=1, keepdim=True) * own_C1T)
         return torch.cat(found, dim=2)
-
-    def without_own(self, y_ChT: Tensor, own_C1T: Tensor) -> Tensor:
-        own = own_C1T * torch.rsqrt((own_C1T * own_C1T).sum(dim=1, keepdim=True) + self.eps)
-        return y_ChT - (y_ChT * own).sum(dim=1, keepdim=True) * own
 
     @staticmethod
     def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from train_gpt import need
 
 PRECISIONS = ("declared", "fp32")
 FLOATS = (KINDS[10].name, KINDS[11].name)
+MOST_HELD = 1 << 27  # numbers of all constants, and of all that a call holds at a time
+BROKEN = (LookupError, AttributeError, TypeError, ValueError, ArithmeticError, MemoryError)  # by a malformed program
 ALWAYS_FP32 = ("epsilon", "alpha")  # parameters, whatever the type of the tensor
 Operands = dict[str, Any]
 
@@ -96,7 +98,23 @@ OPERATIONS: dict[str, Callable[[Operands], Any]] = {
     "transpose": lambda a: a["x"].transpose(tuple(map(int, a["perm"]))),
     "expand_dims": lambda a: np.expand_dims(a["x"], tuple(map(int, a["axes"]))),
     "squeeze": lambda a: np.squeeze(a["x"], tuple(map(int, a["axes"])) if "axes" in a else None),
+    "reshape": lambda a: a["x"].reshape(tuple(map(int, a["shape"]))),
     "identity": lambda a: a["x"], "cast": lambda a: a["x"]}
+ELEMENTWISE = ("add", "sub", "mul", "real_div", "maximum", "minimum")
+
+
+def elements_made(operation: str, a: Operands) -> int:
+    """At most, by operands' shapes alone: known before anything is computed."""
+    if operation in ELEMENTWISE:
+        return math.prod(np.broadcast_shapes(np.shape(a["x"]), np.shape(a["y"])))
+    if operation == "matmul":
+        x, y = np.shape(a["x"]), np.shape(a["y"])
+        return math.prod(np.broadcast_shapes(x[:-2], y[:-2])) * max(x[-2:]) * max(y[-2:])
+    if operation == "conv":
+        return np.size(a["x"]) // max(np.shape(a["weight"])[1], 1) * np.shape(a["weight"])[0]
+    if operation == "batch_norm":
+        return np.size(a["x"]) // max(np.shape(a["x"])[1], 1) * np.size(a["mean"])
+    return sum(np.size(value) for value in a["values"]) if operation == "concat" else np.size(a["x"])
 
 
 # ==== COMPRESSED WEIGHTS ==============================================================================================
@@ -140,6 +158,11 @@ class Step(NamedTuple):
     operands: dict[str, list[str] | str]  # by name, from what was computed; a list where it takes many
     outputs: list[tuple[str, Type]]
 
+    @property
+    def names(self) -> list[str]:
+        """Of all that it takes of what was computed."""
+        return [n for of in self.operands.values() for n in (of if isinstance(of, list) else [of])]
+
 
 class Program:
     """A function of a package, ready to be called with arrays by name."""
@@ -153,13 +176,15 @@ class Program:
         self.inputs, self.outputs = package.functions[name].inputs, package.functions[name].outputs
         self.constants: dict[str, Any] = {}
         self.types: dict[str, str] = {n: feature.kind for n, feature in self.inputs.items()}
+        self.held = 0  # numbers of constants
         try:
             prepared = (self.prepare(op, package.weights) for op in package.functions[name].body["operations"])
             self.steps = [step for step in prepared if step]
             missing = self.outputs.keys() - self.types.keys()
             need(not missing, f"nothing computes {', '.join(missing)}", InterpretError)
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as e:
-            raise InterpretError(f"{self.path}: function {name} is malformed ({type(e).__name__}: {e})") from None
+            self.last_used = {n: nth for nth, step in enumerate(self.steps) for n in step.names}
+        except BROKEN as e:
+            raise InterpretError(f"{self.path}: function {name} is malformed ({type(e).__name__}: {e!s:.99})") from None
         except PackageError as e:
             raise InterpretError(f"{self.path}: {e}") from None
 
@@ -175,7 +200,7 @@ class Program:
             if all(known for known, _ in values):
                 constants[name] = [v for _, v in values] if name == "values" else values[0][1]
             else:
-                operands[name] = [v for _, v in values] if name == "values" else values[0][1]
+                operands[name] = [b["name"] for b in argument["bindings"]] if name == "values" else values[0][1]
         if kind in DECOMPRESSED:
             declared, held = type_of(outputs[0][1]), {n: v for n, (_, v) in (
                 (n, self.bound(a["bindings"][0], weights)) for n, a in op["inputs"].items())}
@@ -187,11 +212,19 @@ class Program:
         need(kind in OPERATIONS and not op.get("blocks"), f"operation {kind!r:.60} is not known here; it makes "
              f"{outputs[0][0]!r:.60}", InterpretError)
         typed = [(name, type_of(t)) for name, t in outputs]
+        for name, _ in typed:
+            self.need_new(name)
         self.check_kinds(kind, constants, operands, typed)
         self.types |= {name: t.kind.name for name, t in typed}
         return Step(kind, OPERATIONS[kind], {n: wide(v) for n, v in constants.items()}, operands, typed)
 
+    def need_new(self, name: str) -> None:
+        need(name not in self.types and name not in self.constants, f"{name!r:.60} is made twice", InterpretError)
+
     def define(self, name: str, value: Any) -> None:
+        self.need_new(name)
+        self.held += np.size(value)
+        need(self.held <= MOST_HELD, f"more than {MOST_HELD} numbers in constants", InterpretError)
         plain = not isinstance(value, np.ndarray) or value.dtype.kind != "f" or bool(np.isfinite(value).all())
         need(plain, f"constant {name} holds values that are no numbers", InterpretError)
         self.constants[name] = value
@@ -221,10 +254,13 @@ class Program:
     def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         self.check(given)
         values = {name: wide(np.asarray(given[name])) for name in self.inputs}
-        with np.errstate(over="ignore", invalid="ignore"):
-            for step in self.steps:
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            for nth, step in enumerate(self.steps):
                 self.take(step, values)
-        return {name: values[name].astype(LIKE[t.kind.name]) for name, t in self.outputs.items()}
+                for name in step.names:  # what nobody reads any more
+                    if self.last_used[name] == nth and name not in self.outputs:
+                        values.pop(name, None)
+        return {name: self.value(name, values).astype(LIKE[t.kind.name]) for name, t in self.outputs.items()}
 
     def check(self, given: Mapping[str, np.ndarray]) -> None:
         odd = given.keys() ^ self.inputs.keys()
@@ -237,10 +273,14 @@ class Program:
     def take(self, step: Step, values: dict[str, np.ndarray]) -> None:
         operands = {name: [self.value(n, values) for n in of] if isinstance(of, list) else self.value(of, values)
                     for name, of in step.operands.items()}
+        operands |= step.constants
         try:
-            made = step.function(operands | step.constants)
-        except (ValueError, IndexError, KeyError, TypeError) as e:
-            raise InterpretError(f"{self.path}: {step.operation} cannot make {step.outputs[0][0]} ({e})") from None
+            held = sum(v.size for v in values.values()) + elements_made(step.operation, operands)
+            need(held <= MOST_HELD, f"more than {MOST_HELD} numbers at a time", ValueError)
+            made = step.function(operands)
+        except BROKEN as e:
+            raise InterpretError(f"{self.path}: {step.operation} cannot make {step.outputs[0][0]!r:.60} ({e!s:.99})"
+                                 ) from None
         made = made if isinstance(made, list) else [made]
         need(len(made) == len(step.outputs), f"{self.path}: {step.operation} makes {len(made)} tensors, not "
              f"{len(step.outputs)}", InterpretError)
@@ -256,7 +296,7 @@ class Program:
 
     def rounded(self, value: np.ndarray, step: Step, name: str, declared: Type) -> np.ndarray:
         if declared.kind.name not in FLOATS:
-            return value
+            return value.astype(declared.kind.holder)  # towards zero
         as_kind = np.float32 if self.precision == "fp32" else declared.kind.holder
         value = value.astype(as_kind)
         need(np.isfinite(value).all(), f"{self.path}: {step.operation} overflows {declared.kind.name} in {name}; "

@@ -8,7 +8,6 @@ must declare exactly them. Every file must have the hash that the manifest names
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -21,10 +20,11 @@ import numpy as np
 from fairway.coreml import layout
 from fairway.coreml.layout import SHAPES, Dims, Interface, concrete
 from fairway.coreml.package import Feature, Package, Type, files_of, read_package
-from train_gpt import UserError, need, replacing
+from train_gpt import UserError, file_sha256, need, replacing
 
 NAME, HOST, FORMAT, VERSION = "manifest.json", "host.bin", "fairway-coreml", 1
 MOST_BYTES = 1 << 24
+MOST_KEPT = 1 << 28  # keys and values of one text; the consensus model at a context of 2,048 has 11.5 million
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
 TABLES = ("embed", "bigram", "smear")
 
@@ -72,13 +72,16 @@ class Manifest:
 
 # ==== WRITING =========================================================================================================
 def write_host(folder: Path, tables: Mapping[str, np.ndarray], precision: str) -> None:
+    largest = max(float(np.abs(table).max()) for table in tables.values())
+    need(largest <= np.finfo(DTYPES[precision]).max, f"the embeddings have values of up to {largest:.0f}, which "
+         f"{precision} cannot hold; take --precision fp32")
     with replacing(folder / HOST) as f:
         for table in tables.values():
             f.write(np.ascontiguousarray(table, dtype=np.dtype(DTYPES[precision]).newbyteorder("<")).tobytes())
 
 
 def hashes_of(folder: Path, shards: list[str]) -> dict[str, str]:
-    found = {HOST: hashlib.sha256((folder / HOST).read_bytes()).hexdigest()}
+    found = {HOST: file_sha256(folder / HOST)}
     for shard in shards:
         package = f"{shard}.mlpackage"
         found |= {f"{package}/{name}": digest for name, digest in files_of(folder / package).items()}
@@ -125,11 +128,13 @@ def read_folder(path: str | Path) -> Folder:
         need((path / f"{shard}.mlpackage").is_dir(), f"{path}: shard {shard}.mlpackage is missing; export it again",
              ManifestError)
     need((path / HOST).is_file(), f"{path}: {HOST} is missing; export it again", ManifestError)
+    need_host_size(path, manifest)
     found = hashes_of(path, shards)
     for name in sorted(found.keys() | manifest.sha256.keys()):
         now, then = found.get(name, "nothing"), manifest.sha256.get(name, "nothing")
-        need(now == then, f"{path}: {name} has hash {now[:12]}, but the manifest was written for {then[:12]}: damaged, "
-             "or of another export; export it again", ManifestError)
+        shown = name if name in found else repr(name)[:99]  # a manifest may say anything, to a terminal too
+        need(now == then, f"{path}: {shown} has hash {now[:12]}, but the manifest was written for {then[:12]!r}: "
+             "damaged, or of another export; export it again", ManifestError)
     packages = {}
     for shard, interface in manifest.interfaces().items():
         packages[shard] = read_package(path / f"{shard}.mlpackage")
@@ -171,7 +176,8 @@ def check_numbers(m: Manifest) -> None:
     for holds, what in (
         (whole(1, 1 << 20, d.width, d.heads, d.kv_heads, d.head, d.rotary, d.vocab, d.slots), "dims"),
         (whole(1, 4096, d.passes) and all(type(p) is bool for p in d.parted), "parted"),
-        (d.heads % d.kv_heads == 0 and 2 * d.rotary <= d.head, "heads"),
+        (d.heads % d.kv_heads == 0 and 2 * d.rotary <= d.head and d.heads * d.head == d.width, "heads"),
+        (2 * d.passes * d.head * d.kv_heads * d.slots <= MOST_KEPT and d.width * d.vocab <= MOST_KEPT, "dims"),
         (type(m.rope_base) is float and 1 <= m.rope_base < math.inf, "rope_base"),
         (m.precision in DTYPES, "precision"), (m.shapes in SHAPES, "shapes"),
         (whole(1, layout.MOST_TOKENS, *m.sizes) and list(m.sizes) == sorted({*m.sizes}) != [], "sizes"),
@@ -223,11 +229,14 @@ def check_input(package: Package, what: str, feature: Feature, wanted: list[tupl
          f"{' or '.join(map(str, map(list, dict.fromkeys(wanted))))}: a shard of another export", ManifestError)
 
 
+def need_host_size(path: Path, manifest: Manifest) -> None:
+    wanted = np.dtype(manifest.dtype).itemsize * sum(math.prod(shape) for shape in manifest.tables.values())
+    there = (path / HOST).stat().st_size
+    need(there == wanted, f"{path / HOST} has {there} bytes, not {wanted}; export it again", ManifestError)
+
+
 def read_host(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     sizes = {name: math.prod(shape) for name, shape in manifest.tables.items()}
-    width, there = np.dtype(manifest.dtype).itemsize, (path / HOST).stat().st_size
-    need(there == width * sum(sizes.values()), f"{path / HOST} has {there} bytes, not {width * sum(sizes.values())}; "
-         "export it again", ManifestError)
     data = np.fromfile(path / HOST, np.dtype(manifest.dtype).newbyteorder("<")).astype(np.float32)
     need(bool(np.isfinite(data).all()), f"{path / HOST} holds no numbers; export it again", ManifestError)
     parts = np.split(data, np.cumsum(list(sizes.values()))[:-1])

@@ -19,8 +19,8 @@ from train_gpt import UserError, need
 
 LISTING = "Manifest.json"  # names the model that CoreML loads
 MODEL, WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"
-MOST_MODEL_BYTES, MOST_WEIGHT_BYTES = 1 << 28, 1 << 32
-MOST_ELEMENTS = 1 << 30  # of a tensor
+MOST_BYTES = {LISTING: 1 << 16, MODEL: 1 << 24, WEIGHTS: 1 << 28}  # four bytes for each weight of any artifact
+MOST_ELEMENTS = 1 << 26  # of a tensor
 
 
 class PackageError(UserError):
@@ -88,11 +88,13 @@ class Package(NamedTuple):
 
 
 def files_of(path: Path) -> dict[str, str]:
-    """SHA-256 of the files that a package is made of."""
+    """SHA-256 of the files that a package is made of; none is read before its size is known."""
     found = {}
-    for name in (LISTING, MODEL, WEIGHTS):
-        need((path / name).is_file(), f"{path} has no {name}; export it again", PackageError)
-        with open(path / name, "rb") as f:
+    for name, most in MOST_BYTES.items():
+        file = path / name
+        need(file.is_file() and not file.is_symlink(), f"{path} has no {name}; export it again", PackageError)
+        need(file.stat().st_size <= most, f"{file} has {file.stat().st_size} bytes, more than any export", PackageError)
+        with open(file, "rb") as f:
             found[name] = hashlib.file_digest(f, "sha256").hexdigest()
     return found
 
@@ -105,16 +107,16 @@ def read_package(path: str | Path) -> Package:
     """Ends in a Package or in PackageError."""
     path = Path(path)
     try:
-        check_listing(json.loads((path / LISTING).read_bytes()))
-        for name, most in ((MODEL, MOST_MODEL_BYTES), (WEIGHTS, MOST_WEIGHT_BYTES)):
+        for name, most in MOST_BYTES.items():
             size = (path / name).stat().st_size
-            need(size <= most, f"{name} has {size} bytes, more than any model here", PackageError)
+            need(size <= most, f"{name} has {size} bytes, more than any export", PackageError)
+        check_listing(json.loads((path / LISTING).read_bytes()))
         model = wire.read((path / MODEL).read_bytes())
         weights = np.memmap(path / WEIGHTS, np.uint8, "r")
         return Package(path, functions_of(model), model["description"].get("default") or "main", weights)
     except OSError as e:
         raise PackageError(f"{path}: {Path(e.filename or '').name}: {e.strerror}; export it again") from None
-    except (wire.WireError, KeyError, TypeError, ValueError, RecursionError) as e:
+    except (wire.WireError, LookupError, AttributeError, TypeError, ValueError, RecursionError, OverflowError) as e:
         raise PackageError(f"{path}: not an ML program that can be read ({e}); export it again") from None
     except UserError as e:
         raise PackageError(f"{path}: {e}") from None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairway.coreml import graph
 from fairway.coreml.graph import Norm, Precision, Squared
@@ -66,6 +66,9 @@ def measure(model: GPT, tables: Mapping[str, np.ndarray], tokens: np.ndarray) ->
              "too large", RangeError)
         found[name] = found[name].joined(range_of(x)) if name in found else range_of(x)
     hooks = [m.register_forward_pre_hook(lambda m, args: note(names[m], args[0])) for m in names]
+    hooks += [m.register_forward_hook(lambda m, args, out, name=name: note(f"{name}.made", out))
+              for shard in chain.values() for name, m in shard.named_modules()
+              if isinstance(m, nn.Conv2d) and not name.endswith(".fc")]  # whose output is scaled as is squared
     for first in range(0, len(tokens), WINDOW):
         piece = tokens[first : first + WINDOW].tolist()
         cos, sin = rotations(0, len(piece), dims.rotary, model.cfg.rope_base)
@@ -99,11 +102,12 @@ def scale_for(name: str, r: Range) -> float:
 
 def half_precision(found: Mapping[str, Range]) -> Precision:
     """fp16 for a model that was measured; refused where it cannot hold."""
-    stream = found["stream"].peak
-    need(stream * ROOM <= LARGEST, f"the stream between passes has values of up to {stream:.0f}; fp16 ends at "
-         f"{LARGEST:.0f}; take --precision fp32", RangeError)
+    for name, r in found.items():
+        what = "the stream between passes" if name == "stream" else name.removesuffix(".made")
+        need(name != "stream" and not name.endswith(".made") or r.peak * ROOM <= LARGEST, f"{what} has values of up to "
+             f"{r.peak:.0f}; fp16 ends at {LARGEST:.0f}; take --precision fp32", RangeError)
     scales = {name: scale for name, r in found.items() if name.endswith(".act") and (scale := scale_for(name, r)) != 1}
-    norms = {name: r for name, r in found.items() if "norm" in name}
+    norms = {name: r for name, r in found.items() if "norm" in name.split(".")[-1]}
     return Precision("fp16", scales, {name: peak for name, r in norms.items() if (peak := peak_for(r))}, EPS)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -15,12 +17,28 @@ from train_gpt import UserError
 def import_coremltools() -> ModuleType:
     """Without the lines that it prints on a machine that is no Mac."""
     try:
-        with quiet():
+        with quiet(), deferred_interrupts():
             import coremltools
             import coremltools.optimize
     except ImportError as e:
         raise UserError(f"coremltools is not installed ({e}); pip install -r requirements-apple.txt") from None
     return coremltools
+
+
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Ctrl-C counts once it is over: modules of coremltools pass over every exception while they are imported."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 MOST_DEPTH = 64
+MOST_MESSAGES = 1 << 20
 
 
 class WireError(ValueError):
@@ -59,10 +61,14 @@ SCHEMA: dict[str, dict[int, tuple[str, str]]] = {
 }
 
 
-def read(data: bytes, message: str = "Model", depth: int = 0) -> dict[str, Any]:
+def read(data: bytes, message: str = "Model") -> dict[str, Any]:
     """The message as a dictionary."""
-    if depth > MOST_DEPTH:
-        raise WireError("messages lie too deep in one another")
+    return message_of(data, message, 0, count())
+
+
+def message_of(data: bytes, message: str, depth: int, counted: Iterator[int]) -> dict[str, Any]:
+    if depth > MOST_DEPTH or next(counted) >= MOST_MESSAGES:
+        raise WireError("messages lie too deep in one another, or are too many")
     found: dict[str, Any] = {}
     for number, wire, value in fields(data):
         if number not in SCHEMA[message]:
@@ -70,11 +76,11 @@ def read(data: bytes, message: str = "Model", depth: int = 0) -> dict[str, Any]:
         name, kind = SCHEMA[message][number]
         if kind.endswith("{}"):
             key, inner = entry(value, wire)
-            found.setdefault(name, {})[key] = read(inner, kind[:-2], depth + 1)
+            found.setdefault(name, {})[key] = message_of(inner, kind[:-2], depth + 1, counted)
         elif kind.endswith("[]"):
-            found.setdefault(name, []).extend(values_of(kind[:-2], wire, value, depth))
+            found.setdefault(name, []).extend(values_of(kind[:-2], wire, value, depth, counted))
         else:
-            *_, found[name] = [None, *values_of(kind, wire, value, depth)]  # the last one counts
+            *_, found[name] = [None, *values_of(kind, wire, value, depth, counted)]  # the last one counts
     return found
 
 
@@ -87,7 +93,7 @@ def entry(value: Any, wire: int) -> tuple[str, bytes]:
     return text(parts[1]), parts[2]
 
 
-def values_of(kind: str, wire: int, value: Any, depth: int) -> list[Any]:
+def values_of(kind: str, wire: int, value: Any, depth: int, counted: Iterator[int]) -> list[Any]:
     """One value, or many packed numbers."""
     if kind == "int":
         return [signed(value)] if wire == 0 else [signed(v) for v in varints(bytes_of(value, wire))]
@@ -97,7 +103,9 @@ def values_of(kind: str, wire: int, value: Any, depth: int) -> list[Any]:
             raise WireError("floats are cut short")
         return list(struct.unpack(f"<{len(data) // 4}f", data))
     data = bytes_of(value, wire)
-    return [text(data) if kind == "string" else data if kind == "bytes" else read(data, kind, depth + 1)]
+    if kind in ("string", "bytes"):
+        return [text(data) if kind == "string" else data]
+    return [message_of(data, kind, depth + 1, counted)]
 
 
 def fields(data: bytes) -> Iterator[tuple[int, int, Any]]:

@@ -18,7 +18,7 @@ from fairway.decoding.strategies import Strategy
 from fairway.loading import load
 from fairway.memory import Memory, first_layers
 from fairway.spelling import Speller
-from train_gpt import BOS_ID, GPT, build_model, file_sha256, need, read_artifact
+from train_gpt import BOS_ID, GPT, build_model, need, read_artifact
 
 EOS_ID = 2
 ENDS = (BOS_ID, EOS_ID)  # a document ends where the next one begins
@@ -32,8 +32,9 @@ class Writer:
     CoreML shards is named, those shards in the model's place."""
 
     def __init__(self, path: str, tokenizer: str = "", device: str = "", kept: str = "model", shards: str = ""):
-        self.artifact, self.model, self.speller, self.runtime = load(path, tokenizer, device)
-        self.kept, self.chain = kept, load_chain(shards, file_sha256(path)) if shards else None
+        loaded = load(path, tokenizer, device)
+        self.artifact, self.model, self.speller, self.runtime = loaded
+        self.kept, self.chain = kept, load_chain(shards, path, loaded) if shards else None
 
     @property
     def context(self) -> int:
@@ -59,6 +60,8 @@ class Writer:
               told: Callable[[int], None] | None = None) -> tuple[Iterator[Step], Stats | None]:
         """What the model writes after the prompt, which is read at once, and, with a draft, what that does for it."""
         need(1 <= most <= MOST_DRAFTS, f"--drafts is {most}; it must be 1 to {MOST_DRAFTS}")
+        need(draft == "none" or not self.chain or self.chain.most > 1, f"--draft is {draft!r}, but these shards take "
+             "one token a call, so that no guess can be verified; export them with --tokens 2 to 4")
         rng = np.random.default_rng(seed)
         if draft == "none":
             return plain(self.read(prompt, told), prompt, strategy, rng), None
