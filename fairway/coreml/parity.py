@@ -110,7 +110,8 @@ def compare(chain: Chain, reference: Reference, text: Text, told: Callable[[int]
 
 def against(logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     a, b = logits.astype(np.float64), wanted.astype(np.float64)
-    return dict(cosine=float((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum())), gap=float(np.abs(a - b).max()))
+    lengths = math.sqrt((a * a).sum() * (b * b).sum())
+    return dict(cosine=float((a * b).sum()) / lengths if lengths else math.nan, gap=float(np.abs(a - b).max()))
 
 
 # ==== ALL VARIANTS ====================================================================================================
