@@ -1,6 +1,6 @@
 """Shards as an engine: slots that come round, tokens taken back, and the text that PyTorch would write.
 
-Most of this runs the graph in PyTorch behind the engine, which needs no CoreML; what is marked runs saved packages."""
+Most of this runs the graph in PyTorch behind the engine; the last part runs saved packages."""
 
 import dataclasses
 import shutil
@@ -25,6 +25,7 @@ from fairway.loading import load
 from fairway.memory import Memory
 from train_gpt import UserError
 
+pytestmark = pytest.mark.apple
 GREEDY = Strategy("greedy")
 MODELS = {name: trained(looping=True, **FEATURES[name]).eval() for name in ("plain", "all")}
 TOKENS = np.random.default_rng(0).integers(2, 97, 400).tolist()
@@ -196,7 +197,6 @@ def test_beams_are_those_of_pytorch():
 
 
 # ---- Saved packages --------------------------------------------------------------------------------------------------
-@pytest.mark.apple
 @pytest.mark.parametrize("choice", [dict(shapes="range", precision="fp32"), dict(shapes="fixed", precision="fp32"),
                                     dict(shapes="multifunction", precision="fp32")])
 def test_packages_write_the_text_of_pytorch(exported, choice):
@@ -210,7 +210,6 @@ def test_packages_write_the_text_of_pytorch(exported, choice):
     assert texts[0] == texts[1] and chain.used.calls < 50 + len(prompt)
 
 
-@pytest.mark.apple
 def test_shards_of_another_artifact_are_refused(exported, tmp_path):
     path, folder = exported.source.path, exported(shapes="fixed", precision="fp32")
     (tmp_path / "other").write_bytes(path.read_bytes() + b"x")
@@ -218,7 +217,6 @@ def test_shards_of_another_artifact_are_refused(exported, tmp_path):
         load_chain(folder, tmp_path / "other", load(path))
 
 
-@pytest.mark.apple
 @pytest.mark.parametrize("parts", [dict(rope_base=2e4), dict(tokenizer_sha256="0" * 64)])
 def test_a_manifest_that_claims_the_artifact_but_has_other_numbers_is_refused(exported, tmp_path, parts):
     shutil.copytree(exported(shapes="fixed", precision="fp32"), tmp_path / "s")
@@ -227,7 +225,6 @@ def test_a_manifest_that_claims_the_artifact_but_has_other_numbers_is_refused(ex
         load_chain(tmp_path / "s", exported.source.path, load(exported.source.path))
 
 
-@pytest.mark.apple
 def test_embeddings_of_another_model_are_refused(exported, tmp_path):
     shutil.copytree(exported(shapes="fixed", precision="fp32"), tmp_path / "s")
     data = bytearray((tmp_path / "s" / HOST).read_bytes())

@@ -61,6 +61,7 @@ def test_what_is_off_is_noticed(golden, what):
     assert [n for n, most in oracle.TOLERANCES.items() if off[n] > most] == [what]
 
 
+@pytest.mark.apple
 @pytest.mark.parametrize("changed", [dict(smear_gate=False), dict(muon_wd=0.0), dict(grad_clip_norm=0.0),
                                      dict(qat_start_frac=1.0), dict(embed_wd=0.0)], ids=str)
 def test_a_part_that_is_missing_is_noticed(golden, changed):

@@ -133,10 +133,11 @@ def folder_bytes(folder: Path, manifest: Manifest) -> int:
 
 
 def need_representable(chain: dict[str, Layers | Head], precision: str) -> None:
+    largest = float(np.finfo(DTYPES[precision]).max)
     for shard, module in chain.items():
         for name, weight in module.named_parameters():
-            need(float(weight.abs().max()) <= np.finfo(DTYPES[precision]).max, f"{name} of {shard} has weights that "
-                 f"{precision} cannot hold; take --precision fp32")
+            need(float(weight.abs().max()) <= largest, f"{name} of {shard} has weights that {precision} cannot hold; "
+                 "take --precision fp32")
 
 
 def need_ours(out: Path) -> None:

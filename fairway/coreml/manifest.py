@@ -73,7 +73,7 @@ class Manifest:
 # ==== WRITING =========================================================================================================
 def write_host(folder: Path, tables: Mapping[str, np.ndarray], precision: str) -> None:
     largest = max(float(np.abs(table).max()) for table in tables.values())
-    need(largest <= np.finfo(DTYPES[precision]).max, f"the embeddings have values of up to {largest:.0f}, which "
+    need(largest <= float(np.finfo(DTYPES[precision]).max), f"the embeddings have values of up to {largest:.0f}, which "
          f"{precision} cannot hold; take --precision fp32")
     with replacing(folder / HOST) as f:
         for table in tables.values():
