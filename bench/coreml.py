@@ -29,6 +29,7 @@ from fairway.coreml.engine import Chain, Shards, interpreted  # noqa: E402
 from fairway.coreml.export import Choice, Source, export, folder_bytes  # noqa: E402
 from fairway.coreml.graph import host_tables  # noqa: E402
 from fairway.coreml.parity import LONG, check, table_of, variants  # noqa: E402
+from fairway.coreml.ranges import measure  # noqa: E402
 from fairway.decoding.drafts import NGram  # noqa: E402
 from fairway.decoding.search import Reader, plain  # noqa: E402
 from fairway.decoding.speculative import Speculation  # noqa: E402
@@ -53,6 +54,8 @@ def compare_all(source: Source, folder: str) -> None:
         found = check(source, choices, text, np.array(measured), Path(out) / "s", told=told.update,
                       runner=interpreted())
     Console(width=150).print(table_of(found))
+    r = measure(source.model, source.tables, measured)["head.norm"]
+    print(f"before the last norm positions have root mean squares of {r.least_rms:.1f} to {r.rms:.1f}\n")
     write_some(source, text.tokens, choices[0])
 
 

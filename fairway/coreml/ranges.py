@@ -2,8 +2,8 @@
 
 fp16 ends at 65,504, which a squared activation passes at 256, and a sum of 512 squares at 12. What is squared after a
 matrix is scaled by a power of two, which costs no digit and is folded into the matrices on both sides. Before a norm
-the stream of a trained model spans too much for one scale (positions from 11 to 386 on the cpu preset), so each has its
-own."""
+the stream of a trained model spans too much for one scale (positions differ thirtyfold on the cpu preset), so each has
+its own."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def range_of(x: Tensor) -> Range:
 
 @torch.no_grad()
 def measure(model: GPT, tables: Mapping[str, np.ndarray], tokens: np.ndarray) -> dict[str, Range]:
-    """What each norm and each squared activation of the graph is given, over a text; and "stream", between passes."""
+    """What each norm and each squared activation of the graph is given, over a text; NAME.made: what each other matrix
+    makes; stream: what is between passes."""
     dims, embed = graph.dims_of(model, 0), Embedding(tables)
     chain = graph.shards(model, dims, list(range(dims.passes + 1)), [0, dims.vocab])
     names = {m: "head.norm" if name == "norm" else name for shard in chain.values()
@@ -68,7 +69,7 @@ def measure(model: GPT, tables: Mapping[str, np.ndarray], tokens: np.ndarray) ->
     hooks = [m.register_forward_pre_hook(lambda m, args: note(names[m], args[0])) for m in names]
     hooks += [m.register_forward_hook(lambda m, args, out, name=name: note(f"{name}.made", out))
               for shard in chain.values() for name, m in shard.named_modules()
-              if isinstance(m, nn.Conv2d) and not name.endswith(".fc")]  # whose output is scaled as is squared
+              if isinstance(m, nn.Conv2d) and not name.endswith(".fc")]  # what that makes is what is squared
     for first in range(0, len(tokens), WINDOW):
         piece = tokens[first : first + WINDOW].tolist()
         cos, sin = rotations(0, len(piece), dims.rotary, model.cfg.rope_base)
@@ -78,8 +79,7 @@ def measure(model: GPT, tables: Mapping[str, np.ndarray], tokens: np.ndarray) ->
         have |= {f"{c}{n}": torch.zeros(1, dims.head, dims.kv_heads, 0) for n in range(dims.passes) for c in "kv"}
         graph.run_chain(chain, {name: shard.interface for name, shard in chain.items()}, have)
         for nth in range(1, dims.passes + 1):
-            if f"x{nth}" in have:
-                note("stream", have[f"x{nth}"])
+            note("stream", have[f"x{nth}"])
     for hook in hooks:
         hook.remove()
     return found
