@@ -95,7 +95,8 @@ def say(line: str) -> None:
 
 def bar(total: int, what: str, unit: str) -> tqdm:
     """Its ETA counts from the start: exporting comes in lumps."""
-    return tqdm(total=total, desc=what, unit=unit, delay=1, leave=False, smoothing=0, mininterval=0.5)
+    every = 0.5 if sys.stderr.isatty() else 10  # seconds: a log is not a screen
+    return tqdm(total=total, desc=what, unit=unit, delay=1, leave=False, smoothing=0, mininterval=every)
 
 
 # ==== TEXT ============================================================================================================
