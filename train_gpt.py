@@ -1316,8 +1316,8 @@ def save_checkpoint(run: Run) -> None:
     run.saved_at = time.perf_counter()
     run.set_clock(True)
 
-def read_checkpoint(cfg: Config) -> dict[str, Any]:
-    path = checkpoint_path(cfg)
+def read_checkpoint(cfg: Config, path: Path | None = None) -> dict[str, Any]:
+    path = path or checkpoint_path(cfg)
     need(path.is_file(), f"RESUME is 1, but there is no {path}; set OUT_DIR to the run's folder, or unset RESUME")
     try:
         need(zipfile.ZipFile(path).testzip() is None, "a checksum is wrong")

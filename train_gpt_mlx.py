@@ -11,7 +11,7 @@ Shapes in names: B sequences, T positions, D model width, H query heads, G key/v
 
 from __future__ import annotations
 
-import contextlib, dataclasses, hashlib, json, math, os, platform, signal, sys, time, uuid, zipfile
+import contextlib, dataclasses, hashlib, json, math, os, platform, signal, sys, time, uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,10 +33,10 @@ import train_gpt
 from fairway.scoring import plan
 from fairway.settings import EvalConfig
 from train_gpt import (
-    BOS_ID, FREE_ON_RESUME, LEAST_K, NEWTON_SCHULZ, PLAIN_BITS, POLAR_EXPRESS, PRESETS, Artifact, Averages, Config,
+    BOS_ID, LEAST_K, NEWTON_SCHULZ, PLAIN_BITS, POLAR_EXPRESS, PRESETS, Artifact, Averages, Config,
     Data, Log, Runtime, TokenStream, UserError, bits_per_byte, code_bytes, file_sha256, fit_artifact,
     levels, load_data, log_errors, log_step, lr_scale, mean_nats, momentum_at, need, predict_size, progress_of,
-    quantised, read_artifact, replacing, rope_tables, save, tensor_bits, validate)
+    quantised, read_artifact, read_checkpoint, replacing, rope_tables, save, tensor_bits, validate)
 
 Weights: TypeAlias = "dict[str, mx.array]"  # by the names of train_gpt.GPT, in its order, which is the artifact's
 ACTIVATION_BYTES = 4 << 30  # that one forward and backward pass may hold: a quarter of a 16 GB Mac
@@ -536,20 +536,6 @@ def save_checkpoint(run: Run) -> None:
     run.saved_at = time.perf_counter()
     run.set_clock(True)
 
-def read_checkpoint(cfg: Config) -> dict[str, Any]:
-    path = checkpoint_path(cfg)
-    need(path.is_file(), f"RESUME is 1, but there is no {path}; set OUT_DIR to the run's folder, or unset RESUME")
-    try:
-        need(zipfile.ZipFile(path).testzip() is None, "a checksum is wrong")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        then, now = saved["settings"], dataclasses.asdict(cfg)
-    except Exception as e:  # a damaged zip raises almost anything
-        raise UserError(f"{path} is damaged ({type(e).__name__}); start again without RESUME") from None
-    for name in sorted((then.keys() | now.keys()) - FREE_ON_RESUME):
-        need(then.get(name) == now.get(name), f"{name.upper()} is {now.get(name)}, but the checkpoint was made with "
-             f"{then.get(name)}; set it to that, or start again without RESUME")
-    return saved
-
 def restore(run: Run, saved: dict[str, Any]) -> None:
     need(saved["data"] == run.data.fingerprint, f"{run.data.folder} has other shards than the checkpoint's run; set "
          "DATA_PATH, or start again without RESUME")
@@ -681,7 +667,7 @@ def read_judging(env: Mapping[str, str]) -> EvalConfig:
 def main(env: Mapping[str, str] = os.environ) -> None:
     preset = env.get("PRESET") or "cpu"
     cfg, judged = Config.from_env(env, preset), read_judging(env)
-    saved = read_checkpoint(cfg) if cfg.resume else None
+    saved = read_checkpoint(cfg, checkpoint_path(cfg)) if cfg.resume else None
     data, rt = load_data(cfg), set_up_runtime(cfg, env)
     log = Log(cfg, rt, saved["run_id"] if saved else cfg.run_id or uuid.uuid4().hex[:12])
     log_header(log, cfg, rt, data, preset)

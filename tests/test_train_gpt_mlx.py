@@ -22,6 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_model import FEATURES, config, some_tokens, trained
+from test_training import Finished
 
 import train_gpt
 from fairway.records.logs import read_log
@@ -336,21 +337,6 @@ def test_hessians_are_pytorchs():
 
 
 # ---- Whole runs ------------------------------------------------------------------------------------------------------
-class Finished:
-    """A run's folder once it has ended."""
-
-    def __init__(self, folder: Path, text: str):
-        self.folder, self.text, self.artifact = folder, text, folder / "final_model.int6.ptz"
-        self.events = [json.loads(line) for line in (folder / "logs" / "test.jsonl").read_text().splitlines()]
-
-    def all(self, event: str) -> list[dict]:
-        return [e for e in self.events if e["event"] == event]
-
-    def one(self, event: str) -> dict:
-        (found,) = self.all(event)
-        return found
-
-
 @contextlib.contextmanager
 def own_signals():
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
