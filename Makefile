@@ -86,6 +86,7 @@ bench: $(OUT)/logs/eval.done $(APPLE)
 	$(BIN)/python bench/compress.py
 	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/records.py
+	$(BIN)/python bench/mlx.py
 	$(BIN)/python bench/coreml.py
 
 clean:

@@ -189,7 +189,8 @@ def run(given: argparse.Namespace) -> int:
     if given.audit or given.bench:
         need(not asked, f"--{verbs[0]} looks at what was exported; leave the options of an export out")
         return audit(given) if given.audit else bench(given)
-    need_ours(Path(given.out).resolve())
+    if asked or not given.check:  # else nothing is kept
+        need_ours(Path(given.out).resolve())
     source = Source.read(given.artifact)
     return check_all(source, choice, asked, given) if given.check else export_once(source, choice, given)
 

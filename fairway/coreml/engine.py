@@ -21,9 +21,9 @@ from fairway.coreml.host import Embedding, mask_of, rotations
 from fairway.coreml.interpret import Program
 from fairway.coreml.manifest import Folder, read_folder
 from fairway.loading import Loaded
+from fairway.memory import REWIND
 from train_gpt import file_sha256, need
 
-REWIND = 64  # tokens that can be taken back once older ones have left the slots
 Call = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 Runner = Callable[[Folder, str, str], Call]  # of a folder's shard and function
 
@@ -68,12 +68,12 @@ class Chain:
             self.loaded[shard, function] = self.runner(self.folder, shard, function)
         return self.loaded[shard, function]
 
-    def __call__(self, stream: Stream, tokens: Sequence[int], size: int = 0) -> np.ndarray:
-        """float32[len(tokens), V], and the stream holds their keys and values; `size`: tokens of the call at least."""
+    def __call__(self, stream: Stream, tokens: Sequence[int]) -> np.ndarray:
+        """float32[len(tokens), V], and the stream holds their keys and values."""
         m, began = self.manifest, time.perf_counter()
         need(1 <= len(tokens) <= self.most, f"a call of {len(tokens)} tokens; these shards take 1 to {self.most}")
         need(all(0 <= token < m.dims.vocab for token in tokens), f"a token outside the {m.dims.vocab} of these shards")
-        name, size = m.function_for(max(size, len(tokens)))
+        name, size = m.function_for(len(tokens))
         have = self.given(stream, tokens, size)
         for shard, interface in self.interfaces.items():
             have |= self.function(shard, name)({n: have[n] for n in interface.inputs})

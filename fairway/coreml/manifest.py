@@ -19,13 +19,13 @@ import numpy as np
 
 from fairway.coreml import layout
 from fairway.coreml.layout import SHAPES, Dims, Interface, concrete
-from fairway.coreml.package import Feature, Package, Type, files_of, read_package
+from fairway.coreml.package import LIKE, Feature, Package, Type, files_of, read_package
 from train_gpt import UserError, file_sha256, need, replacing
 
 NAME, HOST, FORMAT, VERSION = "manifest.json", "host.bin", "fairway-coreml", 1
 MOST_BYTES = 1 << 24
 MOST_KEPT = 1 << 28  # keys and values of one text; the consensus model at a context of 2,048 has 11.5 million
-DTYPES = {"fp16": np.float16, "fp32": np.float32}
+DTYPES = {name: LIKE[name] for name in ("fp16", "fp32")}
 TABLES = ("embed", "bigram", "smear")
 
 

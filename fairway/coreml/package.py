@@ -45,7 +45,7 @@ STRING = 2
 FEATURE_KINDS = {65568: "fp32", 65552: "fp16", 131104: "int32"}
 BLOB = struct.Struct("<IIQQQ")  # sentinel, type, bytes, where they are, bits that fill up the last byte
 BLOB_BYTES, SENTINEL = 64, 0xDEADBEEF
-LIKE = {"fp16": np.float16, "fp32": np.float32, "int32": np.int32}
+LIKE = {name: next(k.holder for k in KINDS.values() if k.name == name) for name in FEATURE_KINDS.values()}
 
 
 class Type(NamedTuple):
