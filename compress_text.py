@@ -35,31 +35,60 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True)
     encode = verbs.add_parser("encode", help="files to one bitstream", **style)
     encode.add_argument("texts", nargs="+", metavar="TEXT", help="any file; - for standard input")
-    encode.add_argument("--out", required=True, metavar="F.fwy", help="the bitstream; - for standard output")
-    encode.add_argument("--experts", action="store_true", help="mix the model with n-gram and match experts; settings "
-                        "of eval_final.py count here too: MIX_WEIGHTS=exponential, NGRAM_ORDERS=4 ...")
-    encode.add_argument("--streams", type=int, default=0, metavar="B", help="parts that step side by side: more are "
-                        "faster and compress less (default: by size, 64 at most)")
+    encode.add_argument(
+        "--out", required=True, metavar="F.fwy", help="the bitstream; - for standard output"
+    )
+    encode.add_argument(
+        "--experts",
+        action="store_true",
+        help="mix the model with n-gram and match experts; settings "
+        "of eval_final.py count here too: MIX_WEIGHTS=exponential, NGRAM_ORDERS=4 ...",
+    )
+    encode.add_argument(
+        "--streams",
+        type=int,
+        default=0,
+        metavar="B",
+        help="parts that step side by side: more are "
+        "faster and compress less (default: by size, 64 at most)",
+    )
     decode = verbs.add_parser("decode", help="a bitstream to its files", **style)
     decode.add_argument("file", metavar="F.fwy", help="the bitstream; - for standard input")
-    decode.add_argument("--out", required=True, metavar="DIR", help="where the files go; - for standard output")
+    decode.add_argument(
+        "--out", required=True, metavar="DIR", help="where the files go; - for standard output"
+    )
     decode.add_argument("--force", action="store_true", help="replace files that are there")
     for verb in (encode, decode):
         verb.add_argument("--artifact", default="final_model.int6.ptz", help="default: %(default)s")
-        verb.add_argument("--tokenizer", default="", metavar="FILE", help="where the artifact holds none")
-        verb.add_argument("--device", choices=("cpu", "cuda", "mps"), default="", help="default: the best there is to "
-                          "encode, and the one that encoded to decode")
-    verbs.add_parser("info", help="what a bitstream says of itself", **style).add_argument("file", metavar="F.fwy")
+        verb.add_argument(
+            "--tokenizer", default="", metavar="FILE", help="where the artifact holds none"
+        )
+        verb.add_argument(
+            "--device",
+            choices=("cpu", "cuda", "mps"),
+            default="",
+            help="default: the best there is to encode, and the one that encoded to decode",
+        )
+    verbs.add_parser("info", help="what a bitstream says of itself", **style).add_argument(
+        "file", metavar="F.fwy"
+    )
     return parser.parse_args(arguments)
 
 
 def read_text(name: str) -> tuple[str, bytes]:
-    return ("text", sys.stdin.buffer.read(MOST_FILE_BYTES)) if name == "-" else (Path(name).name,
-                                                                                Path(name).read_bytes())
+    return (
+        ("text", sys.stdin.buffer.read(MOST_FILE_BYTES))
+        if name == "-"
+        else (Path(name).name, Path(name).read_bytes())
+    )
 
 
 def read_file(name: str) -> tuple[Header, bytes]:
-    return read_bitstream(name) if name != "-" else unpacked(sys.stdin.buffer.read(MOST_FILE_BYTES + 1), "-")
+    return (
+        read_bitstream(name)
+        if name != "-"
+        else unpacked(sys.stdin.buffer.read(MOST_FILE_BYTES + 1), "-")
+    )
 
 
 def progress(what: str, total: int = 0) -> tqdm:
@@ -69,14 +98,19 @@ def progress(what: str, total: int = 0) -> tqdm:
 def encode(given: argparse.Namespace, env: Mapping[str, str]) -> None:
     names = [("text" if name == "-" else Path(name).name) for name in given.texts]
     twice = next((name for name in names if names.count(name) > 1), None)
-    need(twice is None, f"two of the files are called {twice!r}; rename one, a bitstream holds no folders")
+    need(
+        twice is None,
+        f"two of the files are called {twice!r}; rename one, a bitstream holds no folders",
+    )
     need(given.streams >= 0, f"--streams is {given.streams}; it must be 1 or more")
     files = [read_text(name) for name in given.texts]
     settings = EvalConfig.from_env(env) if given.experts else None
     coder = Coder.of(given.artifact, given.device, given.tokenizer)
     began = time.perf_counter()
     with progress("encoding") as bar:
-        coded = coder.encode(files, settings, given.streams, bar.update, lambda count: setattr(bar, "total", count))
+        coded = coder.encode(
+            files, settings, given.streams, bar.update, lambda count: setattr(bar, "total", count)
+        )
         count = bar.n
     seconds, size = time.perf_counter() - began, sum(len(data) for _, data in files)
     if given.out == "-":
@@ -86,18 +120,29 @@ def encode(given: argparse.Namespace, env: Mapping[str, str]) -> None:
         with replacing(given.out) as f:
             f.write(coded)
     per_byte = f" {8 * len(coded) / size:.4f} bits/byte" if size else ""
-    print(f"{size} bytes -> {len(coded)}{per_byte} {count / seconds:.0f} tokens/s; decoding needs the artifact too: "
-          f"{Path(given.artifact).stat().st_size} bytes", file=sys.stderr)
+    print(
+        f"{size} bytes -> {len(coded)}{per_byte} {count / seconds:.0f} tokens/s; decoding needs the artifact too: "
+        f"{Path(given.artifact).stat().st_size} bytes",
+        file=sys.stderr,
+    )
 
 
 def decode(given: argparse.Namespace) -> None:
     header, payload = read_file(given.file)
     made_on = header.made_on.kind
-    need(given.device or made_on in ("cpu", best_device()), f"{given.file} was made on {made_on}, and this machine has "
-         f"only {best_device()}: decode it on such a one, or try --device {best_device()}")
+    need(
+        given.device or made_on in ("cpu", best_device()),
+        f"{given.file} was made on {made_on}, and this machine has "
+        f"only {best_device()}: decode it on such a one, or try --device {best_device()}",
+    )
     folder = Path(given.out)
-    there = [name for name, _ in header.files or () if given.out != "-" and (folder / name).exists()]
-    need(not there or given.force, f"{folder / (there or [''])[0]} is there already; choose another --out, or --force")
+    there = [
+        name for name, _ in header.files or () if given.out != "-" and (folder / name).exists()
+    ]
+    need(
+        not there or given.force,
+        f"{folder / (there or [''])[0]} is there already; choose another --out, or --force",
+    )
     coder = Coder.of(given.artifact, given.device or made_on, given.tokenizer)
     began = time.perf_counter()
     try:
@@ -113,14 +158,20 @@ def decode(given: argparse.Namespace) -> None:
         with replacing(folder / name) as f:
             f.write(data)
     sys.stdout.buffer.flush()
-    print(f"{len(files)} files, {header.size} bytes, checksum right, {header.count / seconds:.0f} tokens/s",
-          file=sys.stderr)
+    print(
+        f"{len(files)} files, {header.size} bytes, checksum right, {header.count / seconds:.0f} tokens/s",
+        file=sys.stderr,
+    )
 
 
 def info(given: argparse.Namespace) -> None:
     header, payload = read_file(given.file)
-    told = header._asdict() | dict(artifact=header.artifact.hex(), digest=header.digest.hex(),
-                                   made_on=str(header.made_on), payload_bytes=len(payload))
+    told = header._asdict() | dict(
+        artifact=header.artifact.hex(),
+        digest=header.digest.hex(),
+        made_on=str(header.made_on),
+        payload_bytes=len(payload),
+    )
     print(json.dumps(told, indent=1, ensure_ascii=False))
 
 

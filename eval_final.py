@@ -24,11 +24,19 @@ from train_gpt import Config, Log, UserError, set_up_runtime
 
 
 def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     description=f"{__doc__}\n{settings_help()}")
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"{__doc__}\n{settings_help()}",
+    )
     parser.add_argument("--certify", action="store_true", help="run the scorer against the rules")
-    parser.add_argument("--prove", type=int, default=0, metavar="N", help="encode the split's first N tokens, decode "
-                        "them elsewhere, compare (about a millisecond a token, twice)")
+    parser.add_argument(
+        "--prove",
+        type=int,
+        default=0,
+        metavar="N",
+        help="encode the split's first N tokens, decode "
+        "them elsewhere, compare (about a millisecond a token, twice)",
+    )
     given = parser.parse_args(arguments)
     try:
         cfg = EvalConfig.from_env(env)
@@ -42,11 +50,17 @@ def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] | None = 
     except UserError as e:
         print(f"eval_final: error: {str(e).splitlines()[0]}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("eval_final: interrupted; run it again, and it goes on from its columns", file=sys.stderr)
+        print(
+            "eval_final: interrupted; run it again, and it goes on from its columns",
+            file=sys.stderr,
+        )
         return 130
     except OSError as e:
-        print(f"eval_final: error: {e.filename or 'OUT_DIR'}: {e.strerror or e}; free space, or set OUT_DIR to another "
-              "folder", file=sys.stderr)
+        print(
+            f"eval_final: error: {e.filename or 'OUT_DIR'}: {e.strerror or e}; free space, or set OUT_DIR to another "
+            "folder",
+            file=sys.stderr,
+        )
     return 1
 
 

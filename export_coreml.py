@@ -51,41 +51,73 @@ from train_gpt import UserError, need, read_shard
 
 HERE = Path(__file__).resolve().parent
 LEAST_TEXT = 256  # tokens
-HELP = {"precision": f"of numbers between operations: {', '.join(DTYPES)}",
-        "quantise": "how weights are kept: " + "; ".join(f"{n}, {words}" for n, (_, _, words) in QUANTISATIONS.items()),
-        "shapes": f"how calls of 1 to --tokens tokens are taken: {', '.join(SHAPES)} (docs/COREML.md says which "
-                  "run on the Neural Engine)",
-        "tokens": "of a call at most, 1 to 4", "chunks": "shards that the layers are cut into",
-        "layers_per_shard": "layers of each shard, in place of --chunks",
-        "vocab_shards": "shards that the vocabulary is cut into (default: of at most 4096 tokens)",
-        "context": "tokens that a prediction looks back on (default: as in training)"}
+HELP = {
+    "precision": f"of numbers between operations: {', '.join(DTYPES)}",
+    "quantise": "how weights are kept: "
+    + "; ".join(f"{n}, {words}" for n, (_, _, words) in QUANTISATIONS.items()),
+    "shapes": f"how calls of 1 to --tokens tokens are taken: {', '.join(SHAPES)} (docs/COREML.md says which "
+    "run on the Neural Engine)",
+    "tokens": "of a call at most, 1 to 4",
+    "chunks": "shards that the layers are cut into",
+    "layers_per_shard": "layers of each shard, in place of --chunks",
+    "vocab_shards": "shards that the vocabulary is cut into (default: of at most 4096 tokens)",
+    "context": "tokens that a prediction looks back on (default: as in training)",
+}
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--artifact", default="final_model.int6.ptz", metavar="FILE", help="the model (default: %(default)s)")
+    add(
+        "--artifact",
+        default="final_model.int6.ptz",
+        metavar="FILE",
+        help="the model (default: %(default)s)",
+    )
     add("--out", metavar="DIR", help="where shards are written (default: coreml)")
-    add("--data", default=str(HERE / "data" / "embedded"), metavar="DIR", help="folder of text shards: training "
-        "text to measure activations on, validation text to compare on (default: the embedded corpus)")
+    add(
+        "--data",
+        default=str(HERE / "data" / "embedded"),
+        metavar="DIR",
+        help="folder of text shards: training "
+        "text to measure activations on, validation text to compare on (default: the embedded corpus)",
+    )
     what = parser.add_argument_group("what the shards are")
     for f in fields(Choice):
         kind, shown = type(f.default), f" (default: {f.default})" if f.default else ""
-        what.add_argument(f"--{f.name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "NAME",
-                          help=HELP[f.name] + shown)
+        what.add_argument(
+            f"--{f.name.replace('_', '-')}",
+            type=kind,
+            metavar="N" if kind is int else "NAME",
+            help=HELP[f.name] + shown,
+        )
     then = parser.add_argument_group("in place of an export")
     add = then.add_argument
-    add("--check", action="store_true", help="export and compare with PyTorch: all variants, or the one whose options "
-        "are given, which is kept in --out if it passes; exit status 1 where one is too far off")
+    add(
+        "--check",
+        action="store_true",
+        help="export and compare with PyTorch: all variants, or the one whose options "
+        "are given, which is kept in --out if it passes; exit status 1 where one is too far off",
+    )
     add("--json", metavar="FILE", help="write what --check, --audit or --bench found")
-    add("--audit", action="store_true", help="on a Mac: operations of --out that do not run on the Neural Engine")
-    add("--bench", action="store_true", help="on a Mac: tokens a second of --out, plain and speculative")
+    add(
+        "--audit",
+        action="store_true",
+        help="on a Mac: operations of --out that do not run on the Neural Engine",
+    )
+    add(
+        "--bench",
+        action="store_true",
+        help="on a Mac: tokens a second of --out, plain and speculative",
+    )
     return parser.parse_args(arguments)
 
 
 def choice_of(given: argparse.Namespace) -> tuple[Choice, bool]:
     """What the export is to be, and whether any of it was asked for."""
-    asked = {f.name: getattr(given, f.name) for f in fields(Choice) if getattr(given, f.name) is not None}
+    asked = {
+        f.name: getattr(given, f.name) for f in fields(Choice) if getattr(given, f.name) is not None
+    }
     return Choice(**asked), bool(asked)
 
 
@@ -96,7 +128,9 @@ def say(line: str) -> None:
 def bar(total: int, what: str, unit: str) -> tqdm:
     """Its ETA counts from the start: exporting comes in lumps."""
     every = 0.5 if sys.stderr.isatty() else 10  # seconds: a log is not a screen
-    return tqdm(total=total, desc=what, unit=unit, delay=1, leave=False, smoothing=0, mininterval=every)
+    return tqdm(
+        total=total, desc=what, unit=unit, delay=1, leave=False, smoothing=0, mininterval=every
+    )
 
 
 # ==== TEXT ============================================================================================================
@@ -105,7 +139,10 @@ def training_text(folder: str, vocab_size: int) -> np.ndarray:
     paths = sorted(Path(folder).glob("*_train_*.bin"))
     need(paths, f"no training shards (*_train_*.bin) in {folder}; run `make data`, or set --data")
     text = np.array(read_shard(paths[0], vocab_size)[: 2 * LONG])
-    need(len(text) >= LEAST_TEXT, f"{paths[0]} holds {len(text)} tokens; values are measured on at least {LEAST_TEXT}")
+    need(
+        len(text) >= LEAST_TEXT,
+        f"{paths[0]} holds {len(text)} tokens; values are measured on at least {LEAST_TEXT}",
+    )
     return text
 
 
@@ -115,21 +152,34 @@ def validation_text(source: Source, folder: str) -> Text:
 
 # ==== WHAT IT DOES ====================================================================================================
 def export_once(source: Source, choice: Choice, given: argparse.Namespace) -> int:
-    text = training_text(given.data, source.model.cfg.vocab_size) if choice.precision == "fp16" else np.zeros(0, int)
+    text = (
+        training_text(given.data, source.model.cfg.vocab_size)
+        if choice.precision == "fp16"
+        else np.zeros(0, int)
+    )
     passes = len(source.model.passes(source.model.looping))
     total = len(choice.cuts(passes)) + len(choice.split(source.model.cfg.vocab_size)) - 2
     with bar(total, "exporting", "shard") as progress:
         manifest = export(source, choice, given.out, text, progress.write, progress.update)
     shards = manifest.interfaces()
-    say(f"exported:{given.out} shards:{len(shards)} ({', '.join(shards)}) functions:{','.join(manifest.functions())} "
+    say(
+        f"exported:{given.out} shards:{len(shards)} ({', '.join(shards)}) functions:{','.join(manifest.functions())} "
         f"context:{manifest.dims.slots} precision:{choice.precision} quantise:{choice.quantise} "
-        f"bytes:{folder_bytes(Path(given.out), manifest)}")
+        f"bytes:{folder_bytes(Path(given.out), manifest)}"
+    )
     return 0
 
 
 def check_all(source: Source, choice: Choice, asked: bool, given: argparse.Namespace) -> int:
-    choices = [choice] if asked else list(variants(choice, len(source.model.passes(source.model.looping))))
-    text, measured = validation_text(source, given.data), training_text(given.data, source.model.cfg.vocab_size)
+    choices = (
+        [choice]
+        if asked
+        else list(variants(choice, len(source.model.passes(source.model.looping))))
+    )
+    text, measured = (
+        validation_text(source, given.data),
+        training_text(given.data, source.model.cfg.vocab_size),
+    )
     total = len(choices) * min(LONG, len(text.sizes))
     with tempfile.TemporaryDirectory() as folder, bar(total, "comparing", "tok") as progress:
         variant = Path(folder) / "variant"
@@ -152,9 +202,14 @@ def audit(given: argparse.Namespace) -> int:
     need_mac("--audit")
     found = list(audited(read_folder(given.out)))
     for one in found:
-        say(f"{one['shard']} {one['function']}: " + ", ".join(f"{n} on {d}" for d, n in one["devices"].items()))
+        say(
+            f"{one['shard']} {one['function']}: "
+            + ", ".join(f"{n} on {d}" for d, n in one["devices"].items())
+        )
         for op in one["elsewhere"]:
-            say(f"  {op['device']:6} {op['operation']:30} {op['output']:40} cost {op['cost'] or 0:.5f}")
+            say(
+                f"  {op['device']:6} {op['operation']:30} {op['output']:40} cost {op['cost'] or 0:.5f}"
+            )
     save_json(given.json, dict(folder=given.out, functions=found))
     return 0
 
@@ -171,8 +226,12 @@ def bench(given: argparse.Namespace) -> int:
     prompt = writer.tokens(b"The people of the United States")
     for draft in ("none", "ngram"):
         rates = timed(lambda draft=draft: written(writer, prompt, draft))
-        found[draft] = dict(median=statistics.median(rates), least=min(rates), most=max(rates), runs=len(rates))
-        say(f"{draft}: {found[draft]['median']:.1f} tokens/s ({min(rates):.1f} to {max(rates):.1f}, {len(rates)} runs)")
+        found[draft] = dict(
+            median=statistics.median(rates), least=min(rates), most=max(rates), runs=len(rates)
+        )
+        say(
+            f"{draft}: {found[draft]['median']:.1f} tokens/s ({min(rates):.1f} to {max(rates):.1f}, {len(rates)} runs)"
+        )
     save_json(given.json, dict(folder=given.out, **found))
     return 0
 
@@ -183,16 +242,26 @@ def run(given: argparse.Namespace) -> int:
     need(verbs or not given.json, "--json goes with --check, --audit or --bench; leave it out")
     need_place(given.json)
     choice, asked = choice_of(given)
-    need(asked or not given.check or not given.out, "--out does nothing with a --check of all variants; leave it out, "
-         "or name one by its options")
+    need(
+        asked or not given.check or not given.out,
+        "--out does nothing with a --check of all variants; leave it out, "
+        "or name one by its options",
+    )
     given.out = given.out or "coreml"
     if given.audit or given.bench:
-        need(not asked, f"--{verbs[0]} looks at what was exported; leave the options of an export out")
+        need(
+            not asked,
+            f"--{verbs[0]} looks at what was exported; leave the options of an export out",
+        )
         return audit(given) if given.audit else bench(given)
     if asked or not given.check:  # else nothing is kept
         need_ours(Path(given.out).resolve())
     source = Source.read(given.artifact)
-    return check_all(source, choice, asked, given) if given.check else export_once(source, choice, given)
+    return (
+        check_all(source, choice, asked, given)
+        if given.check
+        else export_once(source, choice, given)
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,8 +35,16 @@ def trained_state(path: str) -> tuple[dict[str, torch.Tensor], train_gpt.Config]
         return torch.load(path, weights_only=True), cfg
     with tempfile.TemporaryDirectory() as folder:
         print("no --state: training PRESET=cpu for a minute", flush=True)
-        env = {**os.environ, "PRESET": "cpu", "OUT_DIR": folder, "MAX_WALLCLOCK_SECONDS": "60", "RUN_ID": "bench"}
-        subprocess.run([sys.executable, ROOT / "train_gpt.py"], env=env, check=True, stdout=subprocess.DEVNULL)
+        env = {
+            **os.environ,
+            "PRESET": "cpu",
+            "OUT_DIR": folder,
+            "MAX_WALLCLOCK_SECONDS": "60",
+            "RUN_ID": "bench",
+        }
+        subprocess.run(
+            [sys.executable, ROOT / "train_gpt.py"], env=env, check=True, stdout=subprocess.DEVNULL
+        )
         return torch.load(Path(folder) / "final_model.pt", weights_only=True), cfg
 
 
@@ -48,7 +56,9 @@ def consensus_state() -> tuple[dict[str, torch.Tensor], train_gpt.Config]:
         w = noise.standard_normal(p.shape, dtype=np.float32)
         if p.ndim == 2:
             w *= np.sqrt(8 / noise.chisquare(8, p.shape)).astype(np.float32)
-            w *= np.exp(0.2 * noise.standard_normal((len(w), 1))) * np.exp(0.2 * noise.standard_normal((1, w.shape[1])))
+            w *= np.exp(0.2 * noise.standard_normal((len(w), 1))) * np.exp(
+                0.2 * noise.standard_normal((1, w.shape[1]))
+            )
         state[name] = torch.from_numpy(np.asarray(w, dtype=np.float32))
     return state, cfg
 
@@ -73,28 +83,61 @@ def timed(function, runs: int):
 
 def measure(label: str, state, cfg, k: float, names: list[str]) -> list[dict]:
     planes = train_gpt.planes_of(train_gpt.quantised(state, k, cfg, {}))
-    bound, symbols, shapes, rows = entropy_bytes(planes), sum(p.size for p in planes), [p.shape for p in planes], []
+    bound, symbols, shapes, rows = (
+        entropy_bytes(planes),
+        sum(p.size for p in planes),
+        [p.shape for p in planes],
+        [],
+    )
     for name in names:
         codec, runs = train_gpt.CODECS[name], 3 if name == "ans" else 1
         payload, encode = timed(lambda codec=codec: codec.encode(planes), runs)
-        back, decode = timed(lambda codec=codec, payload=payload: codec.decode(payload, shapes), runs)
-        assert all(np.array_equal(a, b) for a, b in zip(planes, back, strict=True)), f"{name} is not lossless"
+        back, decode = timed(
+            lambda codec=codec, payload=payload: codec.decode(payload, shapes), runs
+        )
+        assert all(np.array_equal(a, b) for a, b in zip(planes, back, strict=True)), (
+            f"{name} is not lossless"
+        )
         over = 100 * (len(payload) / bound - 1)
-        print(f"{label:18} k {k:5.2f} {symbols:>10} symbols  {name:7}{len(payload):>10} bytes, bound {over:+6.2f} %"
-              f"  encode {encode:6.2f} s  decode {decode:5.2f} s", flush=True)
-        rows.append(dict(state=label, k=k, symbols=symbols, codec=name, bytes=len(payload), entropy_bytes=bound,
-                         over_percent=over, encode_seconds=encode, decode_seconds=decode))
+        print(
+            f"{label:18} k {k:5.2f} {symbols:>10} symbols  {name:7}{len(payload):>10} bytes, bound {over:+6.2f} %"
+            f"  encode {encode:6.2f} s  decode {decode:5.2f} s",
+            flush=True,
+        )
+        rows.append(
+            dict(
+                state=label,
+                k=k,
+                symbols=symbols,
+                codec=name,
+                bytes=len(payload),
+                entropy_bytes=bound,
+                over_percent=over,
+                encode_seconds=encode,
+                decode_seconds=decode,
+            )
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--state", default="final_model.pt" if Path("final_model.pt").exists() else "",
-                        help="a final_model.pt of PRESET=cpu")
-    parser.add_argument("--quick", action="store_true", help="the entropy coder alone: seconds instead of minutes")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--state",
+        default="final_model.pt" if Path("final_model.pt").exists() else "",
+        help="a final_model.pt of PRESET=cpu",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the entropy coder alone: seconds instead of minutes"
+    )
     args = parser.parse_args()
     names, rows = ["ans"] if args.quick else ["ans", "brotli", "zstd"], []
-    for label, (state, cfg) in (("trained, cpu", trained_state(args.state)), ("26.8 M, consensus", consensus_state())):
+    for label, (state, cfg) in (
+        ("trained, cpu", trained_state(args.state)),
+        ("26.8 M, consensus", consensus_state()),
+    ):
         fitted = train_gpt.bisect_k(state, train_gpt.size_target(cfg), cfg)
         for k in (fitted, RECORD_K):
             rows += measure(label, state, cfg, k, names)

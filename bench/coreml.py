@@ -40,9 +40,15 @@ from fairway.settings import EvalConfig  # noqa: E402
 from train_gpt import GPT, PRESETS, Artifact, Config, initialise, read_shard  # noqa: E402
 
 PROMPT, WRITTEN, PLACES = 64, 128, 5  # tokens, and how many prompts
-LARGE = [Choice("fp32", shapes="fixed"), Choice("fp16", shapes="fixed"), Choice("fp16"),
-         Choice("fp16", shapes="fixed", chunks=4), Choice("fp16", quantise="int8", shapes="fixed"),
-         Choice("fp16", quantise="int4", shapes="fixed"), Choice("fp16", quantise="palette4", shapes="fixed")]
+LARGE = [
+    Choice("fp32", shapes="fixed"),
+    Choice("fp16", shapes="fixed"),
+    Choice("fp16"),
+    Choice("fp16", shapes="fixed", chunks=4),
+    Choice("fp16", quantise="int8", shapes="fixed"),
+    Choice("fp16", quantise="int4", shapes="fixed"),
+    Choice("fp16", quantise="palette4", shapes="fixed"),
+]
 
 
 # ==== WHAT THEY SAY ===================================================================================================
@@ -50,12 +56,24 @@ def compare_all(source: Source, folder: str) -> None:
     text = load_text(EvalConfig(data_path=folder), source.artifact)
     measured = read_shard(sorted(Path(folder).glob("*_train_*.bin"))[0])[: 2 * LONG]
     choices = list(variants(Choice(), len(source.model.passes(source.model.looping))))
-    with tempfile.TemporaryDirectory() as out, tqdm(total=len(choices) * LONG, desc="comparing", leave=False) as told:
-        found = check(source, choices, text, np.array(measured), Path(out) / "s", told=told.update,
-                      runner=interpreted())
+    with (
+        tempfile.TemporaryDirectory() as out,
+        tqdm(total=len(choices) * LONG, desc="comparing", leave=False) as told,
+    ):
+        found = check(
+            source,
+            choices,
+            text,
+            np.array(measured),
+            Path(out) / "s",
+            told=told.update,
+            runner=interpreted(),
+        )
     Console(width=150).print(table_of(found))
     r = measure(source.model, source.tables, measured)["head.norm"]
-    print(f"before the last norm positions have root mean squares of {r.least_rms:.1f} to {r.rms:.1f}\n")
+    print(
+        f"before the last norm positions have root mean squares of {r.least_rms:.1f} to {r.rms:.1f}\n"
+    )
     write_some(source, text.tokens, choices[0])
 
 
@@ -70,15 +88,22 @@ def write_some(source: Source, tokens: np.ndarray, choice: Choice) -> None:
             for reader in (Reader(Memory(source.model)), Reader(Shards(chain), most=chain.most)):
                 reader.last(prompt[:-1])
                 rng, before = np.random.default_rng(0), chain.used.calls
-                steps = Speculation(reader, prompt, greedy, rng, NGram(), 3) if texts else plain(
-                    reader, prompt, greedy, rng)
+                steps = (
+                    Speculation(reader, prompt, greedy, rng, NGram(), 3)
+                    if texts
+                    else plain(reader, prompt, greedy, rng)
+                )
                 texts.append([step.token for step, _ in zip(steps, range(WRITTEN), strict=False)])
             calls = chain.used.calls - before
             rows.append((steps.stats.acceptance, WRITTEN / calls, texts[0] == texts[1]))
-    print(f"n-gram drafts through shards in {choice.precision}, {WRITTEN} tokens after each of {PLACES} prompts:")
+    print(
+        f"n-gram drafts through shards in {choice.precision}, {WRITTEN} tokens after each of {PLACES} prompts:"
+    )
     for acceptance, per_call, same in rows:
-        print(f"  {acceptance:4.0%} of guesses accepted, {per_call:.2f} tokens a call, text of PyTorch: "
-              f"{'yes' if same else 'NO'}")
+        print(
+            f"  {acceptance:4.0%} of guesses accepted, {per_call:.2f} tokens a call, text of PyTorch: "
+            f"{'yes' if same else 'NO'}"
+        )
 
 
 # ==== THE CONSENSUS MODEL'S SHAPES ====================================================================================
@@ -93,8 +118,12 @@ def large_source(folder: Path) -> Source:
                 p += 0.02 * torch.randn(p.shape, generator=noise)
         model.tok_emb.weight *= 8
     (folder / "random").write_bytes(b"")
-    return Source(folder / "random", Artifact(model.cfg, {}, b"", {"tokenizer_sha256": ""}), model.eval(),
-                  host_tables(model))
+    return Source(
+        folder / "random",
+        Artifact(model.cfg, {}, b"", {"tokenizer_sha256": ""}),
+        model.eval(),
+        host_tables(model),
+    )
 
 
 def one_large(choice: Choice) -> dict:
@@ -112,26 +141,47 @@ def one_large(choice: Choice) -> dict:
     with torch.no_grad():
         wanted = Memory(source.model, 256).logits(torch.from_numpy(tokens[None, :4]))[0].numpy()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return dict(seconds=seconds, peak=peak, bytes=size, gap=float(np.abs(logits - wanted).max()),
-                std=float(wanted.std()), call=called, weights=sum(p.numel() for p in source.model.parameters()))
+    return dict(
+        seconds=seconds,
+        peak=peak,
+        bytes=size,
+        gap=float(np.abs(logits - wanted).max()),
+        std=float(wanted.std()),
+        call=called,
+        weights=sum(p.numel() for p in source.model.parameters()),
+    )
 
 
 def compare_large() -> None:
-    print("\nrandom weights in the shapes of PRESET=consensus, context 256\n\n"
-          f"{'':44}{'export s':>9}{'GiB':>7}{'MB':>8}{'ms a call':>11}{'logit gap':>11}  (deviation)")
+    print(
+        "\nrandom weights in the shapes of PRESET=consensus, context 256\n\n"
+        f"{'':44}{'export s':>9}{'GiB':>7}{'MB':>8}{'ms a call':>11}{'logit gap':>11}  (deviation)"
+    )
     for choice in LARGE:
-        fields = dict(precision=choice.precision, quantise=choice.quantise, shapes=choice.shapes, chunks=choice.chunks,
-                      context=256)
-        done = subprocess.run([sys.executable, __file__, "--one", json.dumps(fields)], capture_output=True, text=True)
+        fields = dict(
+            precision=choice.precision,
+            quantise=choice.quantise,
+            shapes=choice.shapes,
+            chunks=choice.chunks,
+            context=256,
+        )
+        done = subprocess.run(
+            [sys.executable, __file__, "--one", json.dumps(fields)], capture_output=True, text=True
+        )
         found = json.loads(done.stdout.splitlines()[-1])
         name = f"{choice.precision}, {choice.shapes}, {choice.chunks} in all, {choice.quantise}"
-        print(f"{name:44}{found['seconds']:9.1f}{found['peak']:7.2f}{found['bytes'] / 1e6:8.2f}"
-              f"{1000 * found['call']:11.0f}{found['gap']:11.1e}  ({found['std']:.2f})", flush=True)
+        print(
+            f"{name:44}{found['seconds']:9.1f}{found['peak']:7.2f}{found['bytes'] / 1e6:8.2f}"
+            f"{1000 * found['call']:11.0f}{found['gap']:11.1e}  ({found['std']:.2f})",
+            flush=True,
+        )
     print(f"{found['weights']:,} weights")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--artifact", default=str(ROOT / "final_model.int6.ptz"))
     parser.add_argument("--data", default=str(ROOT / "data" / "embedded"))
     parser.add_argument("--large-only", action="store_true")

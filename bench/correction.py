@@ -35,14 +35,25 @@ from fairway.correction.oracle import model_view, viewer  # noqa: E402
 from fairway.scorer import load_text  # noqa: E402
 from fairway.settings import EvalConfig  # noqa: E402
 
-ENTRIES, ROWS = 907_927, 62_021_845  # of the table that was published in #232, and targets of the challenge's split
+ENTRIES, ROWS = (
+    907_927,
+    62_021_845,
+)  # of the table that was published in #232, and targets of the challenge's split
 BITS = (10, 13)
 
 
 def trained(folder: str) -> str:
     print("no --artifact: training PRESET=cpu for a minute", file=sys.stderr, flush=True)
-    env = {**os.environ, "PRESET": "cpu", "OUT_DIR": folder, "MAX_WALLCLOCK_SECONDS": "60", "RUN_ID": "bench"}
-    subprocess.run([sys.executable, ROOT / "train_gpt.py"], env=env, check=True, stdout=subprocess.DEVNULL)
+    env = {
+        **os.environ,
+        "PRESET": "cpu",
+        "OUT_DIR": folder,
+        "MAX_WALLCLOCK_SECONDS": "60",
+        "RUN_ID": "bench",
+    }
+    subprocess.run(
+        [sys.executable, ROOT / "train_gpt.py"], env=env, check=True, stdout=subprocess.DEVNULL
+    )
     return str(Path(folder) / "final_model.int6.ptz")
 
 
@@ -51,7 +62,9 @@ def static_flag_bits(entries: Entries, view: View) -> float:
     octaves = np.frexp(np.maximum(view.tail, 2.0**-30))[1]
     listed = octaves[entries.positions]
     sizes = {o: int((octaves == o).sum()) for o in np.unique(octaves)}
-    return sum(scatter_bits(int((listed == o).sum()), n) for o, n in sizes.items()) / len(entries.positions)
+    return sum(scatter_bits(int((listed == o).sum()), n) for o, n in sizes.items()) / len(
+        entries.positions
+    )
 
 
 def timed(function):
@@ -60,7 +73,9 @@ def timed(function):
     return result, time.perf_counter() - began
 
 
-def measure(label: str, entries: Entries, view: View, logp: np.ndarray | None, size: int) -> list[dict]:
+def measure(
+    label: str, entries: Entries, view: View, logp: np.ndarray | None, size: int
+) -> list[dict]:
     """A row of figures for each codec that this view can serve; prints them."""
     rows, count = [], len(entries.positions)
     for name, codec in table.CODECS.items():
@@ -70,15 +85,28 @@ def measure(label: str, entries: Entries, view: View, logp: np.ndarray | None, s
         codec.decode(codec.encode(few, view), view)  # compiled, and distributions held
         payload, encode = timed(lambda codec=codec: codec.encode(entries, view))
         back, decode = timed(lambda codec=codec, payload=payload: codec.decode(payload, view))
-        assert all(np.array_equal(a, b) for a, b in zip(entries, back, strict=True)), f"{name} is not lossless"
+        assert all(np.array_equal(a, b) for a, b in zip(entries, back, strict=True)), (
+            f"{name} is not lossless"
+        )
         floor, bits = codec.floor_bits(entries, view), 8 * len(payload)
         row = dict(
-            source=label, codec=name, rows=view.rows, entries=count, bytes=len(payload), bits_an_entry=bits / count,
-            floor=floor / count, over_floor=bits / floor - 1, encode_seconds=encode, decode_seconds=decode)
+            source=label,
+            codec=name,
+            rows=view.rows,
+            entries=count,
+            bytes=len(payload),
+            bits_an_entry=bits / count,
+            floor=floor / count,
+            over_floor=bits / floor - 1,
+            encode_seconds=encode,
+            decode_seconds=decode,
+        )
         rows.append(row)
         row["of_varint"] = len(payload) / rows[0]["bytes"]
-        line = (f"{label:20}{name:9}{count:>8}{len(payload) / count:>9.3f}{bits / count:>9.3f}{floor / count:>9.3f}"
-                f"{100 * row['over_floor']:>+8.2f} %{row['of_varint']:>8.4f}{encode:>8.2f}{decode:>8.2f}")
+        line = (
+            f"{label:20}{name:9}{count:>8}{len(payload) / count:>9.3f}{bits / count:>9.3f}{floor / count:>9.3f}"
+            f"{100 * row['over_floor']:>+8.2f} %{row['of_varint']:>8.4f}{encode:>8.2f}{decode:>8.2f}"
+        )
         if logp is not None:
             told = table.charge(logp, entries, table.size(entries, view, name), size)
             row |= told._asdict() | dict(saved_an_entry=told.saved_bits / count, text_bytes=size)
@@ -89,7 +117,9 @@ def measure(label: str, entries: Entries, view: View, logp: np.ndarray | None, s
 
 def synthetic(rows: int) -> list[dict]:
     rng = np.random.default_rng(0)
-    positions = np.sort(rng.choice(rows, max(1, round(rows * ENTRIES / ROWS)), replace=False, shuffle=False))
+    positions = np.sort(
+        rng.choice(rows, max(1, round(rows * ENTRIES / ROWS)), replace=False, shuffle=False)
+    )
     entries = Entries(positions, rng.integers(0, 1024, len(positions)))
     return measure("synthetic, even", entries, View(rows, 1024), None, 0)
 
@@ -102,25 +132,45 @@ def real(path: str, pattern: str) -> list[dict]:
     artifact, rows, device = train_gpt.read_artifact(path), [], torch.device("cpu")
     text = load_text(EvalConfig(val_files=pattern), artifact)
     neural = viewer(train_gpt.build_model(artifact), train_gpt.Runtime(0, 1, device, "cpu"))
-    columns, targets = columns_in_memory(len(text.sizes), {"logp": "f8"}), text.tokens[1:].astype(np.int64)
+    columns, targets = (
+        columns_in_memory(len(text.sizes), {"logp": "f8"}),
+        text.tokens[1:].astype(np.int64),
+    )
     with progress("scoring", len(targets)) as bar:
         neural.fill(text.tokens, columns, told=lambda own, _: bar.update(len(own)))
     logp, plain = columns["logp"], text.bpb(columns["logp"])
-    print(f"{len(logp)} real targets, {text.bytes} bytes, {plain:.6f} bits per byte without a table", flush=True)
+    print(
+        f"{len(logp)} real targets, {text.bytes} bytes, {plain:.6f} bits per byte without a table",
+        flush=True,
+    )
     for bits in BITS:
         listed = np.flatnonzero(logp < -bits * math.log(2))
-        train_gpt.need(len(listed), f"no target costs over {bits} bits: nothing to measure; set --val to more text")
+        train_gpt.need(
+            len(listed),
+            f"no target costs over {bits} bits: nothing to measure; set --val to more text",
+        )
         # Held where they fit, so that the clock sees codecs alone: `measure` asks first.
         with progress("tails", len(targets)) as bar:
             view = model_view(neural, text.tokens, 2.0**-bits, bar.update).holding(listed)
         entries = Entries(listed, targets[listed])
         found = measure(f"real, over {bits} bits", entries, view, logp, text.bytes)
         static = static_flag_bits(entries, view)
-        print(f"{'':20}flags {static:.3f} bits an entry given the tail's octave, "
-              f"{scatter_bits(len(listed), view.rows) / len(listed):.3f} given nothing", flush=True)
-        pay = {name: len(table.choose(logp, targets, view, name).positions) for name in table.CODECS}
-        print(f"{'':20}entries that pay for themselves: {', '.join(f'{n} {c}' for n, c in pay.items())}", flush=True)
-        rows += [row | dict(plain_bpb=plain, static_flags=static, paying=pay[row["codec"]]) for row in found]
+        print(
+            f"{'':20}flags {static:.3f} bits an entry given the tail's octave, "
+            f"{scatter_bits(len(listed), view.rows) / len(listed):.3f} given nothing",
+            flush=True,
+        )
+        pay = {
+            name: len(table.choose(logp, targets, view, name).positions) for name in table.CODECS
+        }
+        print(
+            f"{'':20}entries that pay for themselves: {', '.join(f'{n} {c}' for n, c in pay.items())}",
+            flush=True,
+        )
+        rows += [
+            row | dict(plain_bpb=plain, static_flags=static, paying=pay[row["codec"]])
+            for row in found
+        ]
     return rows
 
 
@@ -130,18 +180,30 @@ def applying() -> dict:
     logp, targets = -20 * rng.random(4_000_000), rng.integers(0, 1024, 4_000_000).astype(np.uint16)
     entries = Entries(np.arange(0, 4_000_000, 4), targets[::4].astype(np.int64))
     _, seconds = timed(lambda: table.apply(logp, entries, targets))
-    print(f"{len(entries.positions)} entries applied to {len(logp)} rows in {seconds:.3f} s", flush=True)
+    print(
+        f"{len(entries.positions)} entries applied to {len(logp)} rows in {seconds:.3f} s",
+        flush=True,
+    )
     return dict(source="apply", rows=len(logp), entries=len(entries.positions), seconds=seconds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", default="", help="an artifact of train_gpt.py; unset: trained for a minute")
-    parser.add_argument("--val", default=str(ROOT / "data" / "embedded" / "*_val_*.bin"), help="pattern of shards")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--artifact", default="", help="an artifact of train_gpt.py; unset: trained for a minute"
+    )
+    parser.add_argument(
+        "--val", default=str(ROOT / "data" / "embedded" / "*_val_*.bin"), help="pattern of shards"
+    )
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of the synthetic table")
     args = parser.parse_args()
-    print(f"{'source':20}{'codec':9}{'entries':>8}{'bytes':>9}{'bits':>9}{'floor':>9}{'over':>10}{'varint':>8}{'encode':>8}"
-          f"{'decode':>8}{'saved':>8}{'oracle':>9}{'charged':>9}", flush=True)
+    print(
+        f"{'source':20}{'codec':9}{'entries':>8}{'bytes':>9}{'bits':>9}{'floor':>9}{'over':>10}{'varint':>8}{'encode':>8}"
+        f"{'decode':>8}{'saved':>8}{'oracle':>9}{'charged':>9}",
+        flush=True,
+    )
     rows = synthetic(args.rows)
     with tempfile.TemporaryDirectory() as folder:
         rows += real(args.artifact or trained(folder), args.val)

@@ -61,8 +61,15 @@ class Text:
     def __init__(self, n: int):
         paths = sorted(glob.glob(str(ROOT / "data" / "embedded" / "*_train_*.bin")))
         need(paths, "no embedded corpus in data/embedded; run `make data`")
-        base, rng = np.concatenate([read_shard(p, V) for p in paths]).astype(np.uint16), np.random.default_rng(0)
-        self.base, others, self.names = base.astype(np.int64), np.delete(np.arange(V), BOS_ID), [np.arange(V)]
+        base, rng = (
+            np.concatenate([read_shard(p, V) for p in paths]).astype(np.uint16),
+            np.random.default_rng(0),
+        )
+        self.base, others, self.names = (
+            base.astype(np.int64),
+            np.delete(np.arange(V), BOS_ID),
+            [np.arange(V)],
+        )
         for _ in range(n // len(base)):
             self.names.append(np.arange(V))
             self.names[-1][others] = rng.permutation(others)
@@ -91,9 +98,20 @@ class Text:
         hints = np.empty(len(rows), np.int64)
         for c in range(copy[0], copy[-1] + 1):
             hints[copy == c] = self.plain[c][np.maximum(matches.hint[copy == c], 0)]
-        logp, sharp, flat, entropy = (self.columns[name][at] for name in ("logp", "sharp", "flat", "entropy"))
-        return Inputs(logp, sharp, flat, self.logp[self.base[at], hints], entropy, grams, matches,
-                      self.tokens[first + 1 : first + 1 + len(rows)].astype(np.int64), np.full(len(rows), BYTES))
+        logp, sharp, flat, entropy = (
+            self.columns[name][at] for name in ("logp", "sharp", "flat", "entropy")
+        )
+        return Inputs(
+            logp,
+            sharp,
+            flat,
+            self.logp[self.base[at], hints],
+            entropy,
+            grams,
+            matches,
+            self.tokens[first + 1 : first + 1 + len(rows)].astype(np.int64),
+            np.full(len(rows), BYTES),
+        )
 
     def distribution(self, row: int) -> np.ndarray:
         """float64[V] for the target of a row."""
@@ -124,7 +142,9 @@ def ahead(items: Iterator[Any]) -> Iterator[Any]:
             yield item
 
 
-def counted(tokens: np.ndarray, grams: ngram.NGram, clock: Clock) -> Iterator[tuple[int, str, ngram.Evidence]]:
+def counted(
+    tokens: np.ndarray, grams: ngram.NGram, clock: Clock
+) -> Iterator[tuple[int, str, ngram.Evidence]]:
     """Chunk by chunk: first row, the expert's digest before it, evidence."""
     for first in range(0, len(tokens) - 1, COMMIT_ROWS):
         with clock.part("ngram"):
@@ -136,16 +156,29 @@ def counted(tokens: np.ndarray, grams: ngram.NGram, clock: Clock) -> Iterator[tu
 
 def sums(text: Text, row: int, grams: ngram.NGram, matches: match.Match, mixture: Mixture) -> float:
     """Worst |sum - 1| of the three distributions for the target of a row."""
-    distributions = (grams.distribution(), matches.distribution(),
-                     mixture.distribution(text.distribution(row), grams.evidence(), matches.hint()))
+    distributions = (
+        grams.distribution(),
+        matches.distribution(),
+        mixture.distribution(text.distribution(row), grams.evidence(), matches.hint()),
+    )
     return max(abs(math.fsum(p) - 1) for p in distributions)
 
 
 def whole_pass(text: Text, threads: int, samples: int = 0) -> dict[str, Any]:
     """All of it over the text, as scoring does it. With `samples`, distributions are looked at about so many places,
     which needs one thread."""
-    tokens, cfg, clock, chain, told = text.tokens, EvalConfig(), Clock(), CHAIN_START, time.perf_counter()
-    grams, matches, mixture = make_ngram(V, cfg, tokens), make_match(V, cfg), Mixture(V, cfg, DEFAULT_EXPERTS)
+    tokens, cfg, clock, chain, told = (
+        text.tokens,
+        EvalConfig(),
+        Clock(),
+        CHAIN_START,
+        time.perf_counter(),
+    )
+    grams, matches, mixture = (
+        make_ngram(V, cfg, tokens),
+        make_match(V, cfg),
+        Mixture(V, cfg, DEFAULT_EXPERTS),
+    )
     matches.fill(tokens[:1])
     out, worst, rows = np.empty(len(tokens) - 1), 0.0, len(tokens) - 1
     every, began = max(rows // max(samples, 1) // COMMIT_ROWS, 1) * COMMIT_ROWS, time.perf_counter()
@@ -155,24 +188,41 @@ def whole_pass(text: Text, threads: int, samples: int = 0) -> dict[str, Any]:
             found = matches.fill(tokens[first + 1 : first + 1 + COMMIT_ROWS])
         inputs = text.inputs(first, evidence, found)
         with clock.part("commit"):
-            before = hashlib.sha256((state + matches.digest() + mixture.digest()).encode()).hexdigest()
+            before = hashlib.sha256(
+                (state + matches.digest() + mixture.digest()).encode()
+            ).hexdigest()
         with clock.part("mixture"):
             logp = mixture.fill(inputs)
         with clock.part("commit"):
             out[first : first + len(logp)] = logp
-            chain = chained(chain, first, len(logp), -float(logp.sum()), int(inputs.sizes.sum()), before).chain
+            chain = chained(
+                chain, first, len(logp), -float(logp.sum()), int(inputs.sizes.sum()), before
+            ).chain
         if samples and (first + COMMIT_ROWS) % every == 0 and first + COMMIT_ROWS < rows:
             worst = max(worst, sums(text, first + COMMIT_ROWS, grams, matches, mixture))
         if time.perf_counter() - told > 5:
             told, part = time.perf_counter(), (first + len(logp)) / rows
-            print(f"{rows + 1} tokens, threads:{threads} {100 * part:.0f} % eta:{(told - began) * (1 / part - 1):.0f}s",
-                  file=sys.stderr, flush=True)
-    return dict(cpu=clock.cpu, wall=clock.wall, seconds=time.perf_counter() - began, off_by=worst, chain=chain,
-                nats=-float(out.mean()), table_bytes=grams.table.nbytes, filled=int(grams.counters[0]) / grams.capacity)
+            print(
+                f"{rows + 1} tokens, threads:{threads} {100 * part:.0f} % eta:{(told - began) * (1 / part - 1):.0f}s",
+                file=sys.stderr,
+                flush=True,
+            )
+    return dict(
+        cpu=clock.cpu,
+        wall=clock.wall,
+        seconds=time.perf_counter() - began,
+        off_by=worst,
+        chain=chain,
+        nats=-float(out.mean()),
+        table_bytes=grams.table.nbytes,
+        filled=int(grams.counters[0]) / grams.capacity,
+    )
 
 
 def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1 << 20 if sys.platform == "darwin" else 1 << 10
+    )
 
 
 def measure(n: int, threads: int, runs: int) -> dict[str, Any]:
@@ -183,14 +233,22 @@ def measure(n: int, threads: int, runs: int) -> dict[str, Any]:
         gc.collect()
         found.append(whole_pass(text, threads))
     off_by = whole_pass(text, 1, SAMPLES)["off_by"] if runs > 1 else None
-    return dict(tokens=n, threads=threads, runs=found, off_by=off_by, idle_mib=idle, peak_mib=peak_mib())
+    return dict(
+        tokens=n, threads=threads, runs=found, off_by=off_by, idle_mib=idle, peak_mib=peak_mib()
+    )
 
 
 def in_own_process(what: str, *arguments: int) -> dict[str, Any]:
     """`--measure` or `--plain`, on one core."""
-    done = subprocess.run([sys.executable, __file__, what, *map(str, arguments)], stdout=subprocess.PIPE, text=True,
-                          env=os.environ | dict.fromkeys(SINGLE, "1"))
-    need(done.returncode == 0, f"{what} {arguments} stopped with status {done.returncode}; see above")
+    done = subprocess.run(
+        [sys.executable, __file__, what, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | dict.fromkeys(SINGLE, "1"),
+    )
+    need(
+        done.returncode == 0, f"{what} {arguments} stopped with status {done.returncode}; see above"
+    )
     return json.loads(done.stdout)
 
 
@@ -198,30 +256,48 @@ def in_own_process(what: str, *arguments: int) -> dict[str, Any]:
 def plain_python(n: int) -> dict[str, Any]:
     """The first n tokens by the reference and by us: seconds of each part, and how far they are apart."""
     text, cfg = Text(n), EvalConfig()
-    grams, matches = reference_experts.ReferenceNGram(V, cfg.ngram_orders), reference_experts.ReferenceMatch(
-        V, cfg.match_least)
+    grams, matches = (
+        reference_experts.ReferenceNGram(V, cfg.ngram_orders),
+        reference_experts.ReferenceMatch(V, cfg.match_least),
+    )
     mixture, slow, worst = reference_mixing.ReferenceMixture(V, cfg, DEFAULT_EXPERTS), {}, 0.0
     ours = [make_ngram(V, cfg, text.tokens), make_match(V, cfg)]
     ours[1].fill(text.tokens[:1])
     grams.update(int(text.tokens[0])), matches.update(int(text.tokens[0]))
-    targets, evidence, found = text.tokens[1:], ours[0].fill(text.tokens[1:]), ours[1].fill(text.tokens[1:])
+    targets, evidence, found = (
+        text.tokens[1:],
+        ours[0].fill(text.tokens[1:]),
+        ours[1].fill(text.tokens[1:]),
+    )
     inputs = text.inputs(0, evidence, found)
     rows = reference_mixing.rows_of(inputs)
     for name, fill, mine in (
-            ("ngram", lambda: grams.fill(targets)[1], ngram.probabilities(evidence, V)),
-            ("match", lambda: matches.fill(targets)[1], match.probabilities(found, targets, V)),
-            ("mixture", lambda: np.array(mixture.fill(rows)), Mixture(V, cfg, DEFAULT_EXPERTS).fill(inputs))):
+        ("ngram", lambda: grams.fill(targets)[1], ngram.probabilities(evidence, V)),
+        ("match", lambda: matches.fill(targets)[1], match.probabilities(found, targets, V)),
+        (
+            "mixture",
+            lambda: np.array(mixture.fill(rows)),
+            Mixture(V, cfg, DEFAULT_EXPERTS).fill(inputs),
+        ),
+    ):
         print(f"plain Python: {name} over {n} tokens", file=sys.stderr, flush=True)
         began = time.thread_time()
         theirs = fill()
-        slow[name], worst = time.thread_time() - began, max(worst, float(np.abs(theirs - mine).max()))
+        slow[name], worst = (
+            time.thread_time() - began,
+            max(worst, float(np.abs(theirs - mine).max())),
+        )
     passes = [whole_pass(text, 1)["cpu"] for _ in range(RUNS + 1)][1:]  # the first one compiles
     fast = [sum(cpu[name] for name in slow) for cpu in passes]
-    return dict(tokens=n, seconds=slow, apart=worst, ratio=sum(slow.values()) / statistics.median(fast))
+    return dict(
+        tokens=n, seconds=slow, apart=worst, ratio=sum(slow.values()) / statistics.median(fast)
+    )
 
 
 # ==== WHAT IS PRINTED =================================================================================================
-def per_token(found: dict[str, Any], kind: str, parts: tuple[str, ...]) -> tuple[float, float, float]:
+def per_token(
+    found: dict[str, Any], kind: str, parts: tuple[str, ...]
+) -> tuple[float, float, float]:
     """Nanoseconds: median, least, most of the runs."""
     each = [1e9 * sum(run[kind][p] for p in parts) / found["tokens"] for run in found["runs"]]
     return statistics.median(each), min(each), max(each)
@@ -231,43 +307,78 @@ def show(found: dict[str, Any]) -> None:
     for name, parts in (*((p, (p,)) for p in PARTS), ("all together", PARTS)):
         ns, low, high = per_token(found, "cpu", parts)
         wall = per_token(found, "wall", parts)[0]
-        print(f"{found['tokens']:>10}  {found['threads']:>7}  {name:13}{1e3 / ns:9.2f}{ns:10.1f}  {low:7.1f} to "
-              f"{high:6.1f}{wall:10.1f}", flush=True)
+        print(
+            f"{found['tokens']:>10}  {found['threads']:>7}  {name:13}{1e3 / ns:9.2f}{ns:10.1f}  {low:7.1f} to "
+            f"{high:6.1f}{wall:10.1f}",
+            flush=True,
+        )
     run = found["runs"][0]
     seconds = statistics.median(r["seconds"] for r in found["runs"])
-    print(f"{found['tokens']:>10}  {found['threads']:>7}  by the wall, columns included, {seconds:.2f} s; peak memory "
-          f"{found['peak_mib']:.0f} MiB ({found['idle_mib']:.0f} before); table {run['table_bytes'] / 2**20:.0f} MiB, "
-          f"{100 * run['filled']:.0f} % full; {run['nats']:.4f} nats a token", flush=True)
+    print(
+        f"{found['tokens']:>10}  {found['threads']:>7}  by the wall, columns included, {seconds:.2f} s; peak memory "
+        f"{found['peak_mib']:.0f} MiB ({found['idle_mib']:.0f} before); table {run['table_bytes'] / 2**20:.0f} MiB, "
+        f"{100 * run['filled']:.0f} % full; {run['nats']:.4f} nats a token",
+        flush=True,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, nargs="+", help="sizes, instead of 1 and 10 million")
-    parser.add_argument("--quick", action="store_true", help="small sizes: seconds instead of minutes")
-    parser.add_argument("--full", action="store_true", help="62 million tokens too, on one thread and on two")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes: seconds instead of minutes"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="62 million tokens too, on one thread and on two"
+    )
     parser.add_argument("--measure", type=int, nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--plain", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure or args.plain:
         print(json.dumps(measure(*args.measure) if args.measure else plain_python(args.plain)))
         return
-    need(min(args.tokens or SIZES) > 1, f"--tokens {min(args.tokens or SIZES)}: at least 2 are needed to predict one")
+    need(
+        min(args.tokens or SIZES) > 1,
+        f"--tokens {min(args.tokens or SIZES)}: at least 2 are needed to predict one",
+    )
     sizes = args.tokens or (QUICK if args.quick else SIZES)
-    print(f"{'tokens':>10}  {'threads':>7}  {'part':13}{'M/s':>9}{'cpu ns':>10}  {'least to most':>17}"
-          f"{'wall ns':>10}", flush=True)
+    print(
+        f"{'tokens':>10}  {'threads':>7}  {'part':13}{'M/s':>9}{'cpu ns':>10}  {'least to most':>17}"
+        f"{'wall ns':>10}",
+        flush=True,
+    )
     found = []
     for job in [(n, 1, RUNS) for n in sizes] + ([(FULL, 1, 1), (FULL, 2, 1)] if args.full else []):
         found.append(in_own_process("--measure", *job))
         show(found[-1])
-    growth = per_token(found[len(sizes) - 1], "cpu", PARTS)[0] / per_token(found[0], "cpu", PARTS)[0]
+    growth = (
+        per_token(found[len(sizes) - 1], "cpu", PARTS)[0] / per_token(found[0], "cpu", PARTS)[0]
+    )
     worst = max(one["off_by"] for one in found if one["off_by"] is not None)
     reference = in_own_process("--plain", REFERENCE // 20 if args.quick else REFERENCE)
-    print(f"a token costs {growth:.2f} times as much at {sizes[-1]} tokens as at {sizes[0]} (target 1.5)")
-    print(f"distributions sum to 1 within {worst:.1e} (target 1e-12) at {SAMPLES - 1} places or more of each text")
-    print(f"plain Python over the first {reference['tokens']} tokens: {sum(reference['seconds'].values()):.2f} s, "
-          f"{reference['ratio']:.0f} times ours (target 100); apart by {reference['apart']:.1e} at most (target 1e-9)")
-    print(json.dumps({"bench": "experts", "growth": growth, "off_by": worst, "reference": reference,
-                      "rows": found}))
+    print(
+        f"a token costs {growth:.2f} times as much at {sizes[-1]} tokens as at {sizes[0]} (target 1.5)"
+    )
+    print(
+        f"distributions sum to 1 within {worst:.1e} (target 1e-12) at {SAMPLES - 1} places or more of each text"
+    )
+    print(
+        f"plain Python over the first {reference['tokens']} tokens: {sum(reference['seconds'].values()):.2f} s, "
+        f"{reference['ratio']:.0f} times ours (target 100); apart by {reference['apart']:.1e} at most (target 1e-9)"
+    )
+    print(
+        json.dumps(
+            {
+                "bench": "experts",
+                "growth": growth,
+                "off_by": worst,
+                "reference": reference,
+                "rows": found,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

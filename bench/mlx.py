@@ -19,10 +19,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(script: str, out: Path, **settings: str) -> tuple[str, float]:
     """What a script printed, and the seconds it took."""
-    env = dict(os.environ, OUT_DIR=str(out), DATA_PATH=str(ROOT / "data" / "embedded"), OMP_NUM_THREADS="1",
-               MLX_DISABLE_COMPILE="1", DEVICE="cpu", RUN_ID="bench", **settings)
+    env = dict(
+        os.environ,
+        OUT_DIR=str(out),
+        DATA_PATH=str(ROOT / "data" / "embedded"),
+        OMP_NUM_THREADS="1",
+        MLX_DISABLE_COMPILE="1",
+        DEVICE="cpu",
+        RUN_ID="bench",
+        **settings,
+    )
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, str(ROOT / script)], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script)], env=env, capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stderr}")
     return done.stdout, time.perf_counter() - began
@@ -40,11 +50,13 @@ def main() -> None:
         artifact = next((Path(folder) / "mlx").glob("final_model.*.ptz"))
         scored, _ = run("eval_final.py", Path(folder) / "mlx", CHECKPOINT=str(artifact))
     print(f"PRESET={preset}, embedded corpus, validation BPB of the artifact read back\n")
-    rows = (("train_gpt.py, side by side", bpb("roundtrip_exact", torch_says)),
-            ("train_gpt_mlx.py, side by side", bpb("roundtrip_exact", mlx_says)),
-            ("  its artifact by eval_final.py", bpb("ladder:neural, windows side by side", scored)),
-            ("train_gpt_mlx.py, sliding", bpb("sliding_window_exact", mlx_says)),
-            ("  its artifact by eval_final.py", bpb("ladder:neural, sliding", scored)))
+    rows = (
+        ("train_gpt.py, side by side", bpb("roundtrip_exact", torch_says)),
+        ("train_gpt_mlx.py, side by side", bpb("roundtrip_exact", mlx_says)),
+        ("  its artifact by eval_final.py", bpb("ladder:neural, windows side by side", scored)),
+        ("train_gpt_mlx.py, sliding", bpb("sliding_window_exact", mlx_says)),
+        ("  its artifact by eval_final.py", bpb("ladder:neural, sliding", scored)),
+    )
     for name, value in rows:
         print(f"{name:34} {value:.8f}")
     print(f"seconds, scoring included: train_gpt.py {torch_s:.0f}, train_gpt_mlx.py {mlx_s:.0f}")

@@ -21,7 +21,12 @@ from fairway.records.checks import check  # noqa: E402
 
 
 def zoo(out: str) -> list[Path]:
-    subprocess.run([sys.executable, "-m", "tests.zoo.records", out], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "tests.zoo.records", out],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return sorted(Path(out).glob("*/*"))
 
 
@@ -29,12 +34,18 @@ def judged(folder: Path) -> dict:
     began = time.process_time()
     verdicts = check(folder)
     seconds = time.process_time() - began
-    return dict(folder=f"{folder.parent.name}/{folder.name}", seconds=seconds,
-                verdicts=Counter(v.verdict for v in verdicts), failed=[v for v in verdicts if v.verdict == "FAIL"])
+    return dict(
+        folder=f"{folder.parent.name}/{folder.name}",
+        seconds=seconds,
+        verdicts=Counter(v.verdict for v in verdicts),
+        failed=[v for v in verdicts if v.verdict == "FAIL"],
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     folders = parser.parse_args().folders
     with tempfile.TemporaryDirectory() as out:
@@ -42,13 +53,23 @@ def main() -> None:
     print(f"{'folder':95}   ok  FAIL  cannot tell  seconds")
     for row in rows:
         counts = [row["verdicts"][verdict] for verdict in ("ok", "FAIL", "cannot tell")]
-        print(f"{row['folder']:95} {counts[0]:4} {counts[1]:5} {counts[2]:12} {row['seconds']:8.2f}")
+        print(
+            f"{row['folder']:95} {counts[0]:4} {counts[1]:5} {counts[2]:12} {row['seconds']:8.2f}"
+        )
         for verdict in row["failed"]:
             print(f"    FAIL {verdict.check}: {verdict.text}")
     times = sorted(row["seconds"] for row in rows)
-    print(json.dumps(dict(folders=len(rows), without_fail=sum(not row["failed"] for row in rows),
-                          fails=sum(len(row["failed"]) for row in rows), median_seconds=times[len(times) // 2],
-                          most_seconds=times[-1])))
+    print(
+        json.dumps(
+            dict(
+                folders=len(rows),
+                without_fail=sum(not row["failed"] for row in rows),
+                fails=sum(len(row["failed"]) for row in rows),
+                median_seconds=times[len(times) // 2],
+                most_seconds=times[-1],
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,19 @@ sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 
 # What stays as it is in PRESET=cpu: shape, batch, and how long momentum warms up.
-SHAPE = {"num_layers", "model_dim", "num_heads", "num_kv_heads", "train_seq_len", "train_batch_tokens", "compile",
-         "val_batch_size", "holdout_tokens", "warmup_steps", "muon_momentum_warmup_steps"}
+SHAPE = {
+    "num_layers",
+    "model_dim",
+    "num_heads",
+    "num_kv_heads",
+    "train_seq_len",
+    "train_batch_tokens",
+    "compile",
+    "val_batch_size",
+    "holdout_tokens",
+    "warmup_steps",
+    "muon_momentum_warmup_steps",
+}
 
 
 def settings_of(features: str) -> dict[str, str]:
@@ -38,38 +49,72 @@ def run(features: str, seed: int, steps: int, out: Path) -> dict:
     """One training run in a folder of its own; its last events."""
     folder = out / f"{features}_seed{seed}"
     log = folder / "logs" / "bench.jsonl"
-    env = {**os.environ, "PRESET": "cpu", **settings_of(features), "SEED": str(seed), "ITERATIONS": str(steps),
-           "MAX_WALLCLOCK_SECONDS": "0", "OUT_DIR": str(folder), "RUN_ID": "bench", "CHECKPOINT_SECONDS": "60",
-           "VAL_LOSS_EVERY": "0", "TRAIN_LOG_EVERY": "50", "RESUME": str(int((folder / "checkpoint.pt").exists()))}
+    env = {
+        **os.environ,
+        "PRESET": "cpu",
+        **settings_of(features),
+        "SEED": str(seed),
+        "ITERATIONS": str(steps),
+        "MAX_WALLCLOCK_SECONDS": "0",
+        "OUT_DIR": str(folder),
+        "RUN_ID": "bench",
+        "CHECKPOINT_SECONDS": "60",
+        "VAL_LOSS_EVERY": "0",
+        "TRAIN_LOG_EVERY": "50",
+        "RESUME": str(int((folder / "checkpoint.pt").exists())),
+    }
     events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = any(e["event"] == "final" for e in events) and events[0]["settings"]["iterations"] == steps
+    done = (
+        any(e["event"] == "final" for e in events) and events[0]["settings"]["iterations"] == steps
+    )
     if not done:
         print(f"\n{features} seed {seed}: {steps} steps", flush=True)
         subprocess.run([sys.executable, ROOT / "train_gpt.py"], env=env, check=True)
         events = [json.loads(line) for line in log.read_text().splitlines()]
     last = {e["event"]: e for e in events}
-    return dict(features=features, seed=seed, bpb=last["final"]["bpb"], bpb_before_rounding=last["val"]["bpb"],
-                tokens=last["train"]["tokens"], tokens_per_second=last["train"]["tokens"] / last["train"]["seconds"],
-                artifact_bytes=last["artifact"]["bytes"], parameters=last["model"]["parameters"])
+    return dict(
+        features=features,
+        seed=seed,
+        bpb=last["final"]["bpb"],
+        bpb_before_rounding=last["val"]["bpb"],
+        tokens=last["train"]["tokens"],
+        tokens_per_second=last["train"]["tokens"] / last["train"]["seconds"],
+        artifact_bytes=last["artifact"]["bytes"],
+        parameters=last["model"]["parameters"],
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", default="1337,42,2025", help="separated by commas")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench_train", help="folder for the runs")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out" / "bench_train", help="folder for the runs"
+    )
     args = parser.parse_args()
     seeds = [int(s) for s in args.seeds.split(",")]
-    rows = [run(features, seed, args.steps, args.out) for seed in seeds for features in ("baseline", "consensus")]
-    print(f"\n{'features':10} {f'BPB, mean of {len(seeds)}':>16} {'deviation':>10} {'tokens/s':>9} {'parameters':>11}")
+    rows = [
+        run(features, seed, args.steps, args.out)
+        for seed in seeds
+        for features in ("baseline", "consensus")
+    ]
+    print(
+        f"\n{'features':10} {f'BPB, mean of {len(seeds)}':>16} {'deviation':>10} {'tokens/s':>9} {'parameters':>11}"
+    )
     summary = {}
     for features in ("baseline", "consensus"):
         mine = [r for r in rows if r["features"] == features]
         bpb = [r["bpb"] for r in mine]
         spread = statistics.stdev(bpb) if len(bpb) > 1 else 0.0
         speed = statistics.median(r["tokens_per_second"] for r in mine)
-        summary[features] = dict(mean=statistics.mean(bpb), deviation=spread, tokens_per_second=speed)
-        print(f"{features:10} {statistics.mean(bpb):16.4f} {spread:10.4f} {speed:9.0f} {mine[0]['parameters']:11}")
+        summary[features] = dict(
+            mean=statistics.mean(bpb), deviation=spread, tokens_per_second=speed
+        )
+        print(
+            f"{features:10} {statistics.mean(bpb):16.4f} {spread:10.4f} {speed:9.0f} {mine[0]['parameters']:11}"
+        )
     gain = summary["baseline"]["mean"] - summary["consensus"]["mean"]
     print(f"consensus is {gain:.4f} BPB lower, at equal tokens ({rows[0]['tokens']})")
     print(json.dumps({"bench": "train", "gain_bpb": gain, "summary": summary, "runs": rows}))

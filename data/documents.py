@@ -76,14 +76,19 @@ class ZstdFrames(io.RawIOBase):
 class Files:
     """The documents of --docs, in order. `position` is how far in the (packed) bytes it is."""
 
-    UNPACK = {".xz": lzma.LZMAFile, ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
-              ".zst": ZstdFrames}
+    UNPACK = {
+        ".xz": lzma.LZMAFile,
+        ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
+        ".zst": ZstdFrames,
+    }
 
     def __init__(self, paths: list[Path]) -> None:
         for path in paths:
             if self.kind(path) not in (".jsonl", ".txt"):
-                raise UserError(f"--docs {path}: must end in .jsonl or .txt, or that and .xz, "
-                                ".gz or .zst; rename or convert it")
+                raise UserError(
+                    f"--docs {path}: must end in .jsonl or .txt, or that and .xz, "
+                    ".gz or .zst; rename or convert it"
+                )
             if not path.is_file():
                 raise UserError(f"--docs {path}: no such file; check the path")
         self.paths, self.position, self.count = paths, 0, 0
@@ -93,8 +98,10 @@ class Files:
         return (path.with_suffix("") if path.suffix in self.UNPACK else path).suffix
 
     def describe(self) -> list[dict]:
-        return [{"file": str(p), "bytes": p.stat().st_size, "sha256": file_sha256(p)}
-                for p in self.paths]
+        return [
+            {"file": str(p), "bytes": p.stat().st_size, "sha256": file_sha256(p)}
+            for p in self.paths
+        ]
 
     def __iter__(self) -> Iterator[Document]:
         self.position = self.count = done = 0
@@ -106,8 +113,13 @@ class Files:
                         self.position = done + raw.tell()
                         yield Document(self.count, where, data, self.kind(path) == ".jsonl")
                         self.count += 1
-                except (lzma.LZMAError, EOFError, zlib.error, gzip.BadGzipFile,
-                        zstandard.ZstdError) as e:
+                except (
+                    lzma.LZMAError,
+                    EOFError,
+                    zlib.error,
+                    gzip.BadGzipFile,
+                    zstandard.ZstdError,
+                ) as e:
                     raise UserError(f"{path}: cut or damaged ({e}); fetch it again") from None
             if self.count == before:
                 raise UserError(f"{path}: empty; leave it out of --docs")
@@ -122,7 +134,9 @@ class Files:
         for number, data in enumerate(records, 1):
             where = f"{path} line {number}" if by_line else str(path)
             if len(data) == most:
-                raise UserError(f"{where}: a document of more than {DOCUMENT_BYTES >> 20} MiB; "
-                                "split it into documents")
+                raise UserError(
+                    f"{where}: a document of more than {DOCUMENT_BYTES >> 20} MiB; "
+                    "split it into documents"
+                )
             if data.strip() if by_line else data:
                 yield where, data

@@ -68,8 +68,10 @@ class Source:
             part.unlink()
             if last:
                 break
-        raise UserError(f"{self.base}/{remote}: {wrong}; nothing kept, report it to its publisher "
-                        "or try another --base-url")
+        raise UserError(
+            f"{self.base}/{remote}: {wrong}; nothing kept, report it to its publisher "
+            "or try another --base-url"
+        )
 
     def _complete(self, remote: str, part: Path, most: int, bar: tqdm) -> str:
         """Append until the file is whole, through any number of broken connections."""
@@ -81,11 +83,18 @@ class Source:
                 return self._append(remote, part, have, most)
             except urllib.error.HTTPError as e:
                 if e.code not in (408, 425, 429) and e.code < 500:
-                    raise UserError(f"{self.base}/{remote}: HTTP {e.code} {e.reason}; check "
-                                    "--variant and --base-url") from None
+                    raise UserError(
+                        f"{self.base}/{remote}: HTTP {e.code} {e.reason}; check "
+                        "--variant and --base-url"
+                    ) from None
                 problem = f"HTTP {e.code}"
-            except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError,
-                    TimeoutError) as e:
+            except (
+                urllib.error.URLError,
+                http.client.HTTPException,
+                ssl.SSLError,
+                ConnectionError,
+                TimeoutError,
+            ) as e:
                 problem = str(getattr(e, "reason", e) or type(e).__name__)
             finally:
                 counted = part.stat().st_size if part.exists() else 0
@@ -93,8 +102,10 @@ class Source:
             failures = 1 if counted > have else failures + 1
             wait = self.retry_wait if failures == 1 else min(2 * wait, 60)
             if failures >= TRIES:
-                raise UserError(f"{self.base}/{remote}: {problem}, {failures} times in a row; run "
-                                f"again, it goes on from {counted} bytes")
+                raise UserError(
+                    f"{self.base}/{remote}: {problem}, {failures} times in a row; run "
+                    f"again, it goes on from {counted} bytes"
+                )
             time.sleep(wait)
 
     def _append(self, remote: str, part: Path, have: int, most: int) -> str:
@@ -119,13 +130,16 @@ class Source:
             length = response.headers.get("Content-Length")
             total = have + int(length) if length and length.isdigit() else None
             if (total or 0) > most:
-                raise UserError(f"{self.base}/{remote}: {total} bytes, at most {most} are "
-                                "taken; check --base-url")
+                raise UserError(
+                    f"{self.base}/{remote}: {total} bytes, at most {most} are "
+                    "taken; check --base-url"
+                )
             while block := response.read(1 << 20):
                 have += len(block)
                 if have > most:
-                    raise UserError(f"{self.base}/{remote}: more than {most} bytes; check "
-                                    "--base-url")
+                    raise UserError(
+                        f"{self.base}/{remote}: more than {most} bytes; check --base-url"
+                    )
                 f.write(block)
         if total is not None and have < total:
             raise ConnectionError(f"broke off at {have} of {total} bytes")
@@ -175,24 +189,36 @@ class Export:
             entry = named(manifest["datasets"], dataset)
             tokenizer = named(manifest["tokenizers"], entry["tokenizer_name"])
             stats = entry["stats"]
-            files = tuple(tokenizer_file(tokenizer[key])
-                          for key in ("model_path", "vocab_path", "path") if tokenizer.get(key))
+            files = tuple(
+                tokenizer_file(tokenizer[key])
+                for key in ("model_path", "vocab_path", "path")
+                if tokenizer.get(key)
+            )
             hashes = {str(s["file"]): str(s["sha256"]) for s in entry.get("shards", ())}
-            export = cls(dataset, number(stats["files_train"], 0, SHARDS),
-                         number(stats["files_val"], 1, SHARDS), stats.get("tokens_val"),
-                         number(manifest.get("shard_size", 100_000_000), 1, SHARD_BYTES // 2),
-                         files, hashes)
+            export = cls(
+                dataset,
+                number(stats["files_train"], 0, SHARDS),
+                number(stats["files_val"], 1, SHARDS),
+                stats.get("tokens_val"),
+                number(manifest.get("shard_size", 100_000_000), 1, SHARD_BYTES // 2),
+                files,
+                hashes,
+            )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
-            raise UserError(f"{path}: not a manifest that can be used ({e!r}); check --base-url "
-                            f"and --variant {variant}") from None
+            raise UserError(
+                f"{path}: not a manifest that can be used ({e!r}); check --base-url "
+                f"and --variant {variant}"
+            ) from None
         if not files:
             raise UserError(f"{path}: names no tokenizer file for {dataset}; check --base-url")
         return export
 
     def files(self, train_shards: int) -> list[str]:
-        return [f"fineweb_{split}_{i:06d}.bin"
-                for split, n in (("val", self.val_shards), ("train", train_shards))
-                for i in range(n)]
+        return [
+            f"fineweb_{split}_{i:06d}.bin"
+            for split, n in (("val", self.val_shards), ("train", train_shards))
+            for i in range(n)
+        ]
 
 
 def named(entries: list[dict], name: str) -> dict:
@@ -221,28 +247,45 @@ def download(source: Source, variant: str, train_shards: int | None, out: Path) 
     export = Export.of(out / "manifest.json", variant)
     n = min(80, export.train_shards) if train_shards is None else train_shards
     if n > export.train_shards:
-        raise UserError(f"--train-shards {n}: {variant} has {export.train_shards} at "
-                        f"{source.base}; ask for no more")
+        raise UserError(
+            f"--train-shards {n}: {variant} has {export.train_shards} at "
+            f"{source.base}; ask for no more"
+        )
     wanted = [(name, SMALL_BYTES, "") for name in export.tokenizer_files]
-    wanted += [(f"datasets/{export.dataset}/{name}", SHARD_BYTES, export.sha256.get(name, ""))
-               for name in export.files(n)]
-    missing = [(name, most, sha256) for name, most, sha256 in wanted
-               if not (out / name).is_file() or damage(out / name, sha256)]
-    size = sum(SHARD_HEADER_BYTES + 2 * export.shard_tokens for _, most, _ in missing
-               if most == SHARD_BYTES and export.shard_tokens)
+    wanted += [
+        (f"datasets/{export.dataset}/{name}", SHARD_BYTES, export.sha256.get(name, ""))
+        for name in export.files(n)
+    ]
+    missing = [
+        (name, most, sha256)
+        for name, most, sha256 in wanted
+        if not (out / name).is_file() or damage(out / name, sha256)
+    ]
+    size = sum(
+        SHARD_HEADER_BYTES + 2 * export.shard_tokens
+        for _, most, _ in missing
+        if most == SHARD_BYTES and export.shard_tokens
+    )
     if (free := shutil.disk_usage(out).free) < size:
-        raise UserError(f"--out {out}: up to {size} bytes to fetch, {free} free; lower "
-                        "--train-shards or choose another --out")
+        raise UserError(
+            f"--out {out}: up to {size} bytes to fetch, {free} free; lower "
+            "--train-shards or choose another --out"
+        )
     with progress(size, export.dataset, "B") as bar:
         for name, most, sha256 in missing:
             source.get(name, out / name, most, bar, sha256)
     shards = [out / "datasets" / export.dataset / f for f in export.files(0)]
     tokens = sum(len(read_shard(path)) for path in shards)
     if export.val_tokens not in (None, tokens):
-        raise UserError(f"{shards[0].parent}: validation has {tokens} tokens, the manifest says "
-                        f"{export.val_tokens}; its score would not compare, check --base-url")
-    print(f"{shards[0].parent}: train_shards:{n} val_shards:{len(shards)} val_tokens:{tokens} "
-          f"fetched:{len(missing)} already_there:{len(wanted) - len(missing)}", flush=True)
+        raise UserError(
+            f"{shards[0].parent}: validation has {tokens} tokens, the manifest says "
+            f"{export.val_tokens}; its score would not compare, check --base-url"
+        )
+    print(
+        f"{shards[0].parent}: train_shards:{n} val_shards:{len(shards)} val_tokens:{tokens} "
+        f"fetched:{len(missing)} already_there:{len(wanted) - len(missing)}",
+        flush=True,
+    )
     return len(missing)
 
 
@@ -255,16 +298,32 @@ def base_url(env: Mapping[str, str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Fetch the challenge's published FineWeb shards.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description="Fetch the challenge's published FineWeb shards.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--variant", default="sp1024", help="sp1024, sp8192, ... (default sp1024)")
-    parser.add_argument("--train-shards", type=int, metavar="N",
-                        help="the first N of 100 M tokens each (default 80, or all if fewer)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, metavar="DIR",
-                        help="default: the folder data/")
+    parser.add_argument(
+        "--train-shards",
+        type=int,
+        metavar="N",
+        help="the first N of 100 M tokens each (default 80, or all if fewer)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        metavar="DIR",
+        help="default: the folder data/",
+    )
     parser.add_argument("--base-url", metavar="URL", help="the folder that holds manifest.json")
-    parser.add_argument("--retry-wait", type=float, default=1.0, metavar="S",
-                        help="seconds before the first retry, doubled each time (default 1)")
+    parser.add_argument(
+        "--retry-wait",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="seconds before the first retry, doubled each time (default 1)",
+    )
     args = parser.parse_args(arguments)
     if not re.fullmatch(r"[a-z][a-z0-9_]{1,80}", args.variant):
         raise UserError(f"--variant {args.variant}: a name such as sp1024")

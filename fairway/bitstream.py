@@ -48,8 +48,14 @@ def weights_of(p_BV: np.ndarray) -> np.ndarray:
     """Probabilities as whole numbers, float64[B, V], one less than each token's frequency: what rounding down leaves
     goes to the most probable token. constriction scales a row by exactly 1.0 (its sum is WHOLE - V) and adds the 1."""
     room = WHOLE - p_BV.shape[1]
-    whole = np.isfinite(p_BV).all() and p_BV.min() >= 0 and np.abs(p_BV.sum(axis=1) - 1).max() <= 1e-6
-    need(whole, "the predictor gives no probabilities: they must not be negative, and must sum to 1", BitstreamError)
+    whole = (
+        np.isfinite(p_BV).all() and p_BV.min() >= 0 and np.abs(p_BV.sum(axis=1) - 1).max() <= 1e-6
+    )
+    need(
+        whole,
+        "the predictor gives no probabilities: they must not be negative, and must sum to 1",
+        BitstreamError,
+    )
     weights = np.floor(p_BV * room)
     weights[np.arange(len(weights)), p_BV.argmax(axis=1)] += room - weights.sum(axis=1)
     return weights
@@ -62,12 +68,17 @@ def stream_sizes(count: int, streams: int) -> np.ndarray:
 
 def encode_tokens(predictor: Predictor, tokens: np.ndarray, told: Told | None = None) -> bytes:
     """The payload: the streams' first tokens, then their second ones, and so on."""
-    encoder, family = constriction.stream.queue.RangeEncoder(), constriction.stream.model.Categorical(perfect=False)
+    encoder, family = (
+        constriction.stream.queue.RangeEncoder(),
+        constriction.stream.model.Categorical(perfect=False),
+    )
     sizes = stream_sizes(len(tokens), predictor.streams)
     starts, steps = np.cumsum(sizes) - sizes, int(sizes[0])
     for step in range(steps):
         column = tokens[starts[sizes > step] + step].astype(np.int64)
-        encoder.encode(column.astype(np.int32), family, weights_of(predictor.probabilities())[: len(column)])
+        encoder.encode(
+            column.astype(np.int32), family, weights_of(predictor.probabilities())[: len(column)]
+        )
         if step + 1 < steps:
             predictor.learn(column)
         if told:
@@ -75,10 +86,14 @@ def encode_tokens(predictor: Predictor, tokens: np.ndarray, told: Told | None = 
     return encoder.get_compressed().astype("<u4").tobytes()
 
 
-def decode_tokens(predictor: Predictor, payload: bytes, count: int, told: Told | None = None) -> np.ndarray:
+def decode_tokens(
+    predictor: Predictor, payload: bytes, count: int, told: Told | None = None
+) -> np.ndarray:
     """uint16[count], or BitstreamError. It stops as soon as the tokens have cost more bits than there are."""
     need(len(payload) % 4 == 0, "the payload is no whole number of words", BitstreamError)
-    decoder = constriction.stream.queue.RangeDecoder(np.frombuffer(payload, "<u4").astype(np.uint32))
+    decoder = constriction.stream.queue.RangeDecoder(
+        np.frombuffer(payload, "<u4").astype(np.uint32)
+    )
     family, left = constriction.stream.model.Categorical(perfect=False), 8 * len(payload) + 64.0
     steps, columns, blocks = -(-count // predictor.streams), [], []
     for step in range(steps):
@@ -97,7 +112,9 @@ def decode_tokens(predictor: Predictor, payload: bytes, count: int, told: Told |
         if told:
             told(len(column))
     need(decoder.maybe_exhausted(), "the payload goes on after its last token", BitstreamError)
-    return joined_streams(np.concatenate([np.zeros(0, np.uint16), *blocks, *columns]), predictor.streams)
+    return joined_streams(
+        np.concatenate([np.zeros(0, np.uint16), *blocks, *columns]), predictor.streams
+    )
 
 
 def joined_streams(stepwise: np.ndarray, streams: int) -> np.ndarray:
@@ -115,14 +132,38 @@ def default_streams(count: int) -> int:
 
 # ==== CONTAINER =======================================================================================================
 MAGIC, VERSION, HASH_BYTES = b"FWY", 1, 12
-MOST_FILE_BYTES, MOST_STREAMS, MOST_TOKENS, MOST_THREADS, MOST_FILES = 1 << 31, 256, 1 << 27, 256, 1 << 16
+MOST_FILE_BYTES, MOST_STREAMS, MOST_TOKENS, MOST_THREADS, MOST_FILES = (
+    1 << 31,
+    256,
+    1 << 27,
+    256,
+    1 << 16,
+)
 MOST_NAME_BYTES = 200
 DEVICES = ("cpu", "cpu, AVX2", "cpu, AVX512", "cuda", "mps")  # the first: whatever else a CPU has
 # Settings by which experts, and the windows of a proof, predict; a file names them by their places here.
-SETTINGS = ("eval_mode", "eval_seq_len", "eval_stride", "eval_documents", "ntk_rope", "ngram_orders", "ngram_memory_mb",
-            "match_least", "expert_reset", "mix_mode", "mix_weights", "mix_lr", "mix_floor", "mix_share", "mix_rate",
-            "mix_neural", "mix_guard")
-EXPERT_SETTINGS = SETTINGS[SETTINGS.index("ngram_orders") :]  # those of a text, which is read in no windows
+SETTINGS = (
+    "eval_mode",
+    "eval_seq_len",
+    "eval_stride",
+    "eval_documents",
+    "ntk_rope",
+    "ngram_orders",
+    "ngram_memory_mb",
+    "match_least",
+    "expert_reset",
+    "mix_mode",
+    "mix_weights",
+    "mix_lr",
+    "mix_floor",
+    "mix_share",
+    "mix_rate",
+    "mix_neural",
+    "mix_guard",
+)
+EXPERT_SETTINGS = SETTINGS[
+    SETTINGS.index("ngram_orders") :
+]  # those of a text, which is read in no windows
 FIELDS = {f.name: f for f in fields(EvalConfig)}
 DOUBLE = struct.Struct("<d")
 
@@ -187,11 +228,19 @@ def packed(header: Header, payload: bytes) -> bytes:
     """The file, after the checks that a reader makes."""
     h, tokens_only = header, header.files is None
     check_header(h)
-    parts = [bytes([tokens_only | 2 * (h.experts is not None)]), h.artifact, h.digest,
-             bytes([*h.made_on.torch, h.made_on.device]), put_number(h.made_on.threads), put_number(h.streams),
-             put_number(h.count), put_number(h.first if tokens_only else len(h.files)),
-             *(put_text(name.encode()) + put_number(size) for name, size in h.files or ()),
-             b"" if h.experts is None else put_settings(h.experts), payload]
+    parts = [
+        bytes([tokens_only | 2 * (h.experts is not None)]),
+        h.artifact,
+        h.digest,
+        bytes([*h.made_on.torch, h.made_on.device]),
+        put_number(h.made_on.threads),
+        put_number(h.streams),
+        put_number(h.count),
+        put_number(h.first if tokens_only else len(h.files)),
+        *(put_text(name.encode()) + put_number(size) for name, size in h.files or ()),
+        b"" if h.experts is None else put_settings(h.experts),
+        payload,
+    ]
     rest = b"".join(parts)
     return MAGIC + bytes([VERSION]) + zlib.crc32(rest).to_bytes(4, "little") + rest
 
@@ -199,7 +248,11 @@ def packed(header: Header, payload: bytes) -> bytes:
 def read_bitstream(path: str | Path) -> tuple[Header, bytes]:
     """A file's header and payload, all checked that can be without the artifact."""
     size = os.path.getsize(path)
-    need(size <= MOST_FILE_BYTES, f"{path}: {size} bytes, more than any bitstream has", BitstreamError)
+    need(
+        size <= MOST_FILE_BYTES,
+        f"{path}: {size} bytes, more than any bitstream has",
+        BitstreamError,
+    )
     return unpacked(Path(path).read_bytes(), str(path))
 
 
@@ -207,8 +260,11 @@ def unpacked(data: bytes, name: str) -> tuple[Header, bytes]:
     try:
         need(data.startswith(MAGIC) and len(data) >= 8, "not a Fairway bitstream", BitstreamError)
         need(data[3] == VERSION, f"version {data[3]}; this reader knows {VERSION}", BitstreamError)
-        need(zlib.crc32(data[8:]).to_bytes(4, "little") == data[4:8], "it does not match its checksum: damaged, or cut "
-             "short; fetch it again", BitstreamError)
+        need(
+            zlib.crc32(data[8:]).to_bytes(4, "little") == data[4:8],
+            "it does not match its checksum: damaged, or cut short; fetch it again",
+            BitstreamError,
+        )
         fields = Fields(data, 8)
         header = fields.header()
         check_header(header)
@@ -248,8 +304,19 @@ class Fields:
         *torch_version, device = self.take(4)
         made_on = MadeOn(tuple(torch_version), device, self.number(MOST_THREADS, "threads"))
         streams, count = self.number(MOST_STREAMS, "streams"), self.number(MOST_TOKENS, "tokens")
-        first, files = (self.number(65_535, "first token"), None) if flags & 1 else (BOS_ID, self.files())
-        return Header(artifact, digest, made_on, streams, count, first, files, self.settings() if flags & 2 else None)
+        first, files = (
+            (self.number(65_535, "first token"), None) if flags & 1 else (BOS_ID, self.files())
+        )
+        return Header(
+            artifact,
+            digest,
+            made_on,
+            streams,
+            count,
+            first,
+            files,
+            self.settings() if flags & 2 else None,
+        )
 
     def files(self) -> tuple[tuple[str, int], ...]:
         found = []
@@ -265,14 +332,19 @@ class Fields:
         found = {}
         for _ in range(self.number(len(SETTINGS), "settings")):
             place = self.take(1)[0]
-            need(place < len(SETTINGS) and SETTINGS[place] not in found, f"setting {place} is unknown, or there twice",
-                 BitstreamError)
+            need(
+                place < len(SETTINGS) and SETTINGS[place] not in found,
+                f"setting {place} is unknown, or there twice",
+                BitstreamError,
+            )
             name = SETTINGS[place]
             kind, choices = type(FIELDS[name].default), FIELDS[name].metadata["choices"]
             if kind is float:
                 value = DOUBLE.unpack(self.take(DOUBLE.size))[0]
             else:
-                value = self.number(len(choices) - 1 if choices else 1 if kind is bool else 1 << 20, name.upper())
+                value = self.number(
+                    len(choices) - 1 if choices else 1 if kind is bool else 1 << 20, name.upper()
+                )
             found[name] = choices[value] if choices else kind(value)
         return found
 
@@ -280,11 +352,21 @@ class Fields:
 def check_header(h: Header) -> None:
     """That fields are in range, and agree with each other."""
     right = len(h.artifact) == len(h.digest) == HASH_BYTES
-    need(right and len(h.made_on.torch) == 3 and 0 <= min(h.made_on.torch) and max(h.made_on.torch) < 256
-         and h.made_on.device < len(DEVICES), "no machine that this reader knows wrote it", BitstreamError)
+    need(
+        right
+        and len(h.made_on.torch) == 3
+        and 0 <= min(h.made_on.torch)
+        and max(h.made_on.torch) < 256
+        and h.made_on.device < len(DEVICES),
+        "no machine that this reader knows wrote it",
+        BitstreamError,
+    )
     for value, low, high, what in (
-            (h.made_on.threads, 1, MOST_THREADS, "threads"), (h.streams, 1, MOST_STREAMS, "streams"),
-            (h.count, 0, MOST_TOKENS, "tokens"), (h.first, 0, 65_535, "first token")):
+        (h.made_on.threads, 1, MOST_THREADS, "threads"),
+        (h.streams, 1, MOST_STREAMS, "streams"),
+        (h.count, 0, MOST_TOKENS, "tokens"),
+        (h.first, 0, 65_535, "first token"),
+    ):
         need(low <= value <= high, f"{what}: {value}; it must be {low} to {high}", BitstreamError)
     if h.files is not None:
         check_files(h)
@@ -292,35 +374,62 @@ def check_header(h: Header) -> None:
 
 
 def check_files(h: Header) -> None:
-    need(0 < len(h.files) <= MOST_FILES, f"{len(h.files)} files; a bitstream holds 1 to {MOST_FILES}", BitstreamError)
+    need(
+        0 < len(h.files) <= MOST_FILES,
+        f"{len(h.files)} files; a bitstream holds 1 to {MOST_FILES}",
+        BitstreamError,
+    )
     for name, _ in h.files:
         check_name(name)
     names, size = [name for name, _ in h.files], h.size
     need(len(set(names)) == len(names), "two files have one name", BitstreamError)
-    need(size < MOST_FILE_BYTES, f"{size} bytes of text; at most {MOST_FILE_BYTES - 1} fit", BitstreamError)
+    need(
+        size < MOST_FILE_BYTES,
+        f"{size} bytes of text; at most {MOST_FILE_BYTES - 1} fit",
+        BitstreamError,
+    )
     # A document costs a token beside those of its bytes: BOS, and one more where its first blank is swallowed.
-    need(len(h.files) - 1 <= h.count <= size + 2 * len(h.files),
-         f"{h.count} tokens cannot be {len(h.files)} files of {size} bytes", BitstreamError)
+    need(
+        len(h.files) - 1 <= h.count <= size + 2 * len(h.files),
+        f"{h.count} tokens cannot be {len(h.files)} files of {size} bytes",
+        BitstreamError,
+    )
 
 
 def check_name(name: str) -> None:
     plain = name.isprintable() and name not in ("", ".", "..") and not set(name) & set("/\\")
-    need(plain and len(name.encode()) <= MOST_NAME_BYTES, f"{name!r:.60} is no plain file name of at most "
-         f"{MOST_NAME_BYTES} bytes; rename the file", BitstreamError)
+    need(
+        plain and len(name.encode()) <= MOST_NAME_BYTES,
+        f"{name!r:.60} is no plain file name of at most {MOST_NAME_BYTES} bytes; rename the file",
+        BitstreamError,
+    )
 
 
 def check_experts(experts: dict) -> None:
     usual = next((name for name, value in experts.items() if value == FIELDS[name].default), None)
     need(usual is None, f"{usual} is there with its default value", BitstreamError)
-    cfg, most = EvalConfig(**experts), FIELDS["ngram_memory_mb"].default  # refuses what is out of range
-    need(cfg.ngram_memory_mb <= most, f"NGRAM_MEMORY_MB is {cfg.ngram_memory_mb}; a bitstream may ask for {most} at "
-         "most", BitstreamError)
+    cfg, most = (
+        EvalConfig(**experts),
+        FIELDS["ngram_memory_mb"].default,
+    )  # refuses what is out of range
+    need(
+        cfg.ngram_memory_mb <= most,
+        f"NGRAM_MEMORY_MB is {cfg.ngram_memory_mb}; a bitstream may ask for {most} at most",
+        BitstreamError,
+    )
 
 
 def described(settings: EvalConfig | None, names: tuple[str, ...]) -> dict | None:
     """Settings as a header holds them: what differs from the defaults of this version of the format."""
-    return None if settings is None else {
-        name: value for name in names if (value := getattr(settings, name)) != FIELDS[name].default}
+    return (
+        None
+        if settings is None
+        else {
+            name: value
+            for name in names
+            if (value := getattr(settings, name)) != FIELDS[name].default
+        }
+    )
 
 
 def digest_of(data: bytes) -> bytes:

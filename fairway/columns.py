@@ -24,7 +24,9 @@ COVERED = "covered"  # how often each row was filled: must end as all ones
 def header(rows: int, kind: str) -> bytes:
     """What a column's file begins with: that of a .npy file."""
     f = io.BytesIO()
-    np.lib.format.write_array_header_1_0(f, dict(descr=np.dtype(kind).str, fortran_order=False, shape=(rows,)))
+    np.lib.format.write_array_header_1_0(
+        f, dict(descr=np.dtype(kind).str, fortran_order=False, shape=(rows,))
+    )
     return f.getvalue()
 
 
@@ -72,8 +74,13 @@ class Columns:
         return bool((self.covered == 1).all())
 
 
-def open_columns(folder: str | Path, rows: int, kinds: Mapping[str, str], key: Mapping[str, Any],
-                 make: bool = True) -> Columns:
+def open_columns(
+    folder: str | Path,
+    rows: int,
+    kinds: Mapping[str, str],
+    key: Mapping[str, Any],
+    make: bool = True,
+) -> Columns:
     """The columns of this key: those that are there, or new ones. `make=False` (ranks but the first) only opens."""
     folder = Path(folder)
     manifest = folder / "columns.json"
@@ -86,15 +93,25 @@ def open_columns(folder: str | Path, rows: int, kinds: Mapping[str, str], key: M
                 allocate(folder / f"{name}.npy", rows, kind)
             with replacing(manifest) as f:  # last: a folder without it is no columns
                 f.write(json.dumps(wanted).encode())
-        need(same(manifest, wanted), f"{folder}: holds no columns of this artifact, text and settings; all ranks must "
-             "have the same, and the same OUT_DIR")
-        return Columns({name: mapped(folder, name, rows, kind) for name, kind in {**kinds, COVERED: "u1"}.items()})
+        need(
+            same(manifest, wanted),
+            f"{folder}: holds no columns of this artifact, text and settings; all ranks must "
+            "have the same, and the same OUT_DIR",
+        )
+        return Columns(
+            {
+                name: mapped(folder, name, rows, kind)
+                for name, kind in {**kinds, COVERED: "u1"}.items()
+            }
+        )
     except OSError as e:
         size = rows * (1 + sum(np.dtype(kind).itemsize for kind in kinds.values()))
         if make and not manifest.exists():
             shutil.rmtree(folder, ignore_errors=True)
-        raise UserError(f"{folder}: no columns of {rows} rows ({size} bytes): {e.strerror or e}; free space, or set "
-                        "OUT_DIR to another disk") from None
+        raise UserError(
+            f"{folder}: no columns of {rows} rows ({size} bytes): {e.strerror or e}; free space, or set "
+            "OUT_DIR to another disk"
+        ) from None
 
 
 def columns_in_memory(rows: int, kinds: Mapping[str, str]) -> Columns:
@@ -110,7 +127,9 @@ def mapped(folder: Path, name: str, rows: int, kind: str) -> np.ndarray:
         with open(path, "rb") as f:
             whole = (f.read(len(start)), path.stat().st_size) == (start, size)
     need(whole, f"{path}: not {rows} rows of {kind} in {size} bytes: damaged; delete {folder}")
-    return np.memmap(path, kind, "r+", len(start), (rows,)) if rows else np.zeros(0, kind)  # no map of nothing
+    return (
+        np.memmap(path, kind, "r+", len(start), (rows,)) if rows else np.zeros(0, kind)
+    )  # no map of nothing
 
 
 def same(manifest: Path, wanted: Mapping[str, Any]) -> bool:

@@ -27,12 +27,18 @@ def load(path: str | Path, tokenizer: str = "", device: str = "") -> Loaded:
     A step of a small model is over before a second thread has woken up: on an idle machine two take as long as one, on
     a busy one many times as long. So it gets one."""
     kind = device or best_device()
-    need(kind in ("cpu", best_device()), f"--device is {kind}, but PyTorch sees only {best_device()} here; leave it "
-         "out")
+    need(
+        kind in ("cpu", best_device()),
+        f"--device is {kind}, but PyTorch sees only {best_device()} here; leave it out",
+    )
     artifact = read_artifact(path)
     speaks, _ = load_tokenizer(tokenizer, artifact, Path(path).parent, "--tokenizer")
     model = build_model(artifact, kind).eval()
     if kind == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
         torch.set_num_threads(1)
-    return Loaded(artifact, model, Speller(speaks, artifact.config.vocab_size),
-                  Runtime(0, 1, torch.device(kind), kind))
+    return Loaded(
+        artifact,
+        model,
+        Speller(speaks, artifact.config.vocab_size),
+        Runtime(0, 1, torch.device(kind), kind),
+    )

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from train_gpt import GPT, Runtime, attend, need, rope_tables
 
-KEPT = {"model": None, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}  # None: as it computes them
+KEPT = {
+    "model": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+}  # None: as it computes them
 REWIND = 64  # tokens that can be cropped once older ones have left the window
 LEAST_ROOM = 64  # tokens
 
@@ -28,12 +33,17 @@ def first_layers(model: GPT, count: int) -> GPT:
     """The model's first blocks under its own head, sharing its weights: a draft that costs no bytes. The skips, which
     lead from blocks that it has to blocks that it has not, are left out."""
     layers = model.cfg.num_layers
-    need(1 <= count < layers, f"a draft of the first {count} layers: the model has {layers}; take 1 to {layers - 1}")
+    need(
+        1 <= count < layers,
+        f"a draft of the first {count} layers: the model has {layers}; take 1 to {layers - 1}",
+    )
     with torch.device("meta"):  # no weights of its own
         draft = GPT(replace(model.cfg, num_layers=count, num_loops=0))
     draft.tok_emb, draft.bigram, draft.smear = model.tok_emb, model.bigram, model.smear
     draft.blocks, draft.stream_dtype = model.blocks[:count], model.stream_dtype
-    draft.skip_weights = nn.Parameter(torch.zeros(draft.skip_weights.shape, device=model.cos.device))
+    draft.skip_weights = nn.Parameter(
+        torch.zeros(draft.skip_weights.shape, device=model.cos.device)
+    )
     draft.cos, draft.sin = model.cos, model.sin
     return draft.train(model.training)
 
@@ -50,8 +60,17 @@ class Memory:
 
     Memory(model).logits(a), then .logits(b), is what .logits of both together gives."""
 
-    def __init__(self, model: GPT, window: int = 0, rope: tuple[Tensor, Tensor] | None = None, kept: str = "model"):
-        need(kept in KEPT, f"keys and values cannot be kept as {kept!r}; take one of {', '.join(KEPT)}")
+    def __init__(
+        self,
+        model: GPT,
+        window: int = 0,
+        rope: tuple[Tensor, Tensor] | None = None,
+        kept: str = "model",
+    ):
+        need(
+            kept in KEPT,
+            f"keys and values cannot be kept as {kept!r}; take one of {', '.join(KEPT)}",
+        )
         self.model, self.window, self.kept = model, window or model.cfg.train_seq_len, kept
         self.rope, self.grows = rope or (model.cos, model.sin), rope is None
         self.rt = Runtime(0, 1, model.cos.device, model.cos.device.type)
@@ -66,7 +85,9 @@ class Memory:
         """[B, T, V]: what each position says of the token after it."""
         T = tokens_BT.size(1)
         self.make_room(tokens_BT)
-        first = max(0, self.used - 2)  # the smear gate looks back by one token, at a bigram that does so too
+        first = max(
+            0, self.used - 2
+        )  # the smear gate looks back by one token, at a bigram that does so too
         self.tokens[:, self.used : self.used + T] = tokens_BT
         self.mask, self.turn = self.seen(T), 0
         cos, sin = (table[self.read : self.read + T] for table in self.rope)
@@ -95,8 +116,9 @@ class Memory:
             return attend(q_BHTC, k_BGTC, v_BGTC)
         first = max(0, self.used - (self.window - 1))
         k, v = self.kept_at(nth, slice(first, self.used + T)).type_as(q_BHTC)
-        return F.scaled_dot_product_attention(q_BHTC, k, v, attn_mask=self.mask,
-                                              enable_gqa=q_BHTC.size(1) != k.size(1))
+        return F.scaled_dot_product_attention(
+            q_BHTC, k, v, attn_mask=self.mask, enable_gqa=q_BHTC.size(1) != k.size(1)
+        )
 
     # ==== KEEPING =====================================================================================================
     def make_room(self, tokens_BT: Tensor) -> None:
@@ -109,7 +131,10 @@ class Memory:
             return
         keep = min(self.used, self.window + 1 + REWIND)
         room = max(LEAST_ROOM, 2 * (keep + T))
-        old, self.tokens = self.tokens, torch.zeros(B, room, dtype=torch.int64, device=tokens_BT.device)
+        old, self.tokens = (
+            self.tokens,
+            torch.zeros(B, room, dtype=torch.int64, device=tokens_BT.device),
+        )
         if old is None:
             return
         here, there = slice(0, keep), slice(self.used - keep, self.used)
@@ -124,7 +149,9 @@ class Memory:
     def lay_out(self, k_BGTC: Tensor) -> None:
         B, G, _, C = k_BGTC.shape
         shape = len(self.model.passes(self.model.looping)), 2, B, G, self.tokens.size(1)
-        self.data = torch.zeros(*shape, C, dtype=KEPT[self.kept] or k_BGTC.dtype, device=k_BGTC.device)
+        self.data = torch.zeros(
+            *shape, C, dtype=KEPT[self.kept] or k_BGTC.dtype, device=k_BGTC.device
+        )
         if self.kept == "int8":
             self.steps = torch.zeros(*shape, 1, dtype=torch.float16, device=k_BGTC.device)
 
@@ -143,7 +170,9 @@ class Memory:
         """Forget the tokens from `length` on, as if they had never been read."""
         used = self.used - (self.read - length)
         if not 0 <= length <= self.read or used < min(length, self.window + 1):
-            raise ValueError(f"{self.read} tokens were read, {self.used} are kept: they cannot be cropped to {length}")
+            raise ValueError(
+                f"{self.read} tokens were read, {self.used} are kept: they cannot be cropped to {length}"
+            )
         self.read, self.used = length, used
 
     def pick(self, rows: Tensor) -> None:
@@ -155,12 +184,18 @@ class Memory:
     @property
     def held(self) -> int:
         """Bytes of the keys and values of the tokens that are kept."""
-        return sum(part[..., : self.used, :].numel() * part.element_size()
-                   for part in (self.data, self.steps) if part is not None)
+        return sum(
+            part[..., : self.used, :].numel() * part.element_size()
+            for part in (self.data, self.steps)
+            if part is not None
+        )
 
 
 def bytes_a_token(model: GPT, kept: str) -> int:
     """What `held` grows by with each token of a stream, by arithmetic."""
-    cfg, size = model.cfg, {"fp32": 4, "bf16": 2, "int8": 1, "model": model.stream_dtype.itemsize}[kept]
+    cfg, size = (
+        model.cfg,
+        {"fp32": 4, "bf16": 2, "int8": 1, "model": model.stream_dtype.itemsize}[kept],
+    )
     a_head = size * cfg.model_dim // cfg.num_heads + 2 * (kept == "int8")
     return len(model.passes(model.looping)) * 2 * cfg.num_kv_heads * a_head

@@ -25,12 +25,16 @@ def need_place(path: str | None) -> None:
     """Before the work is done, not after: whether a file can be written there."""
     if path:
         folder = next(p for p in Path(path).absolute().parents if p.exists())
-        need(folder.is_dir() and os.access(folder, os.W_OK) and not Path(path).is_dir(), f"--json {path} cannot be "
-             "written there; name another file")
+        need(
+            folder.is_dir() and os.access(folder, os.W_OK) and not Path(path).is_dir(),
+            f"--json {path} cannot be written there; name another file",
+        )
 
 
 def save_json(path: str | None, found: dict[str, Any]) -> None:
     """Nothing where no file was named."""
     if path:
         with replacing(path) as f:
-            f.write(json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            f.write(
+                json.dumps(found, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+            )

@@ -27,10 +27,15 @@ from fairway.settings import EvalConfig
 from train_gpt import UserError, read_shard, replacing, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
-SLACK, SLACK_BYTES = 0.001, 64  # what the file may exceed its claim by: a part of it, and the header's bytes
+SLACK, SLACK_BYTES = (
+    0.001,
+    64,
+)  # what the file may exceed its claim by: a part of it, and the header's bytes
 
 
-def write_proof(cfg: EvalConfig, tokens: np.ndarray, path: Path, told: Callable[[int], object]) -> None:
+def write_proof(
+    cfg: EvalConfig, tokens: np.ndarray, path: Path, told: Callable[[int], object]
+) -> None:
     """The bitstream of a split's first tokens, from the artifact as it is on disk."""
     coded = Coder.of(cfg.checkpoint, cfg.device, cfg.tokenizer_path).encode_proof(tokens, cfg, told)
     with replacing(path) as f:
@@ -42,30 +47,68 @@ def prove(cfg: EvalConfig, tokens: np.ndarray, logp: np.ndarray, path: Path) -> 
     first."""
     began = time.perf_counter()
     back = decoded_elsewhere(cfg, path)
-    return verdict(tokens, back, -float(logp.sum()) / np.log(2), 8 * path.stat().st_size, time.perf_counter() - began)
+    return verdict(
+        tokens,
+        back,
+        -float(logp.sum()) / np.log(2),
+        8 * path.stat().st_size,
+        time.perf_counter() - began,
+    )
 
 
 def decoded_elsewhere(cfg: EvalConfig, path: Path) -> np.ndarray | str:
     """The tokens as a new process reads them, in a folder where nothing else lies; or why it cannot."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "tokens.bin"
-        tokenizer = ["--tokenizer", Path(cfg.tokenizer_path).resolve()] if cfg.tokenizer_path else []
+        tokenizer = (
+            ["--tokenizer", Path(cfg.tokenizer_path).resolve()] if cfg.tokenizer_path else []
+        )
         done = subprocess.run(
-            [sys.executable, "-m", "fairway.proof", "--artifact", Path(cfg.checkpoint).resolve(), "--out", out,
-             "--device", cfg.device, *tokenizer, path.resolve()],
-            cwd=ROOT, stderr=None if sys.stderr.isatty() else subprocess.PIPE, text=True)
-        return read_shard(out) if done.returncode == 0 else (done.stderr or "see above").strip().splitlines()[-1]
+            [
+                sys.executable,
+                "-m",
+                "fairway.proof",
+                "--artifact",
+                Path(cfg.checkpoint).resolve(),
+                "--out",
+                out,
+                "--device",
+                cfg.device,
+                *tokenizer,
+                path.resolve(),
+            ],
+            cwd=ROOT,
+            stderr=None if sys.stderr.isatty() else subprocess.PIPE,
+            text=True,
+        )
+        return (
+            read_shard(out)
+            if done.returncode == 0
+            else (done.stderr or "see above").strip().splitlines()[-1]
+        )
 
 
-def verdict(tokens: np.ndarray, back: np.ndarray | str, claimed: float, real: int, seconds: float) -> Verdict:
+def verdict(
+    tokens: np.ndarray, back: np.ndarray | str, claimed: float, real: int, seconds: float
+) -> Verdict:
     """Of a file of `real` bits that was claimed to need `claimed`, and of what came back."""
     ratio, most = real / claimed, (1 + SLACK) * claimed + 8 * SLACK_BYTES
-    details = dict(tokens=len(tokens), claimed_bits=claimed, file_bits=real, ratio=ratio, decode_seconds=seconds)
+    details = dict(
+        tokens=len(tokens),
+        claimed_bits=claimed,
+        file_bits=real,
+        ratio=ratio,
+        decode_seconds=seconds,
+    )
     if isinstance(back, str):
         return Verdict("decoded", "FAIL", f"another process could not decode: {back}", details)
     if not np.array_equal(back, tokens):
-        return Verdict("decoded", "FAIL", "another process decoded other tokens than were written", details)
-    figure = f"{len(tokens):,} tokens, {claimed:,.0f} bits claimed, {real:,} in the file: {ratio:.5f}x"
+        return Verdict(
+            "decoded", "FAIL", "another process decoded other tokens than were written", details
+        )
+    figure = (
+        f"{len(tokens):,} tokens, {claimed:,.0f} bits claimed, {real:,} in the file: {ratio:.5f}x"
+    )
     return Verdict("decoded", "ok" if real <= most else "FAIL", figure, details)
 
 
@@ -74,13 +117,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", help="what eval_final.py --prove wrote")
     parser.add_argument("--artifact", required=True)
     parser.add_argument("--out", required=True, metavar="FILE", help="the shard")
-    parser.add_argument("--tokenizer", default="", metavar="FILE", help="where the artifact holds none")
+    parser.add_argument(
+        "--tokenizer", default="", metavar="FILE", help="where the artifact holds none"
+    )
     parser.add_argument("--device", default="", choices=("", "cpu", "cuda", "mps"))
     given = parser.parse_args(arguments)
     try:
         header, payload = read_bitstream(given.file)
         coder = Coder.of(given.artifact, given.device, given.tokenizer)
-        with tqdm(total=header.count, desc="decoding", unit="tok", unit_scale=True, delay=3, leave=False) as bar:
+        with tqdm(
+            total=header.count, desc="decoding", unit="tok", unit_scale=True, delay=3, leave=False
+        ) as bar:
             write_shard(given.out, coder.decode_proof(header, payload, bar.update))
     except (UserError, OSError) as e:
         print(f"proof: error: {str(e).splitlines()[0]}", file=sys.stderr)

@@ -27,7 +27,9 @@ from train_gpt import Artifact, ByteTable, need, normalised, proven_table, read_
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 COMMIT_ROWS = 1024  # rows that are scored, then committed, then learnt from
-DEFAULT_EXPERTS = tuple(e for e in EXPERTS if e not in ("bigram", "tilt"))  # those two say nothing that chain does not
+DEFAULT_EXPERTS = tuple(
+    e for e in EXPERTS if e not in ("bigram", "tilt")
+)  # those two say nothing that chain does not
 
 
 class Text(NamedTuple):
@@ -53,33 +55,56 @@ def load_text(cfg: EvalConfig, artifact: Artifact) -> Text:
     """The shards of a split, and the proof that the artifact's tokenizer wrote them."""
     data = ROOT / "data"
     fineweb = data / "datasets" / f"fineweb10B_sp{artifact.config.vocab_size}"
-    folder = Path(cfg.data_path) if cfg.data_path else fineweb if fineweb.is_dir() else data / "embedded"
+    folder = (
+        Path(cfg.data_path) if cfg.data_path else fineweb if fineweb.is_dir() else data / "embedded"
+    )
     pattern = cfg.val_files or str(folder / "*_val_*.bin")
     paths = [Path(p) for p in sorted(glob.glob(pattern))]
     need(paths, f"no shards match {pattern}; run `make data`, or set VAL_FILES or DATA_PATH")
     tokens, size = np.concatenate([read_shard(p) for p in paths]), artifact.config.vocab_size
-    need(len(tokens) > 1, f"{pattern} holds {len(tokens)} tokens; at least 2 are needed to predict one")
-    need(tokens.max() < size, f"{pattern} holds token {tokens.max()}, but the artifact knows {size}; set VAL_FILES to "
-         "shards that its tokenizer wrote")
+    need(
+        len(tokens) > 1,
+        f"{pattern} holds {len(tokens)} tokens; at least 2 are needed to predict one",
+    )
+    need(
+        tokens.max() < size,
+        f"{pattern} holds token {tokens.max()}, but the artifact knows {size}; set VAL_FILES to "
+        "shards that its tokenizer wrote",
+    )
     tokenizer, origin = load_tokenizer(cfg.tokenizer_path, artifact, paths[0].parent)
     table = proven_table(tokenizer, origin, tokens)
     sizes = table.count(tokens)
     need(sizes.sum() > 0, f"the tokens of {pattern} stand for no bytes; bits per byte need some")
     own = artifact.tokenizer and not cfg.tokenizer_path
-    return Text(tokens, sizes, table, tokenizer, "" if own else origin, pattern, hashlib.sha256(tokens).hexdigest())
+    return Text(
+        tokens,
+        sizes,
+        table,
+        tokenizer,
+        "" if own else origin,
+        pattern,
+        hashlib.sha256(tokens).hexdigest(),
+    )
 
 
-def load_tokenizer(given: str, artifact: Artifact, beside: Path, option: str = "TOKENIZER_PATH") -> tuple[Any, str]:
+def load_tokenizer(
+    given: str, artifact: Artifact, beside: Path, option: str = "TOKENIZER_PATH"
+) -> tuple[Any, str]:
     """The tokenizer that the artifact was trained with: inside it, or a file with its hash. `option` is how the user
     gives one."""
     path = Path(given) if given else beside / "tokenizer.model"
     if artifact.tokenizer and not given:
-        return sentencepiece.SentencePieceProcessor(model_proto=artifact.tokenizer), "the artifact's tokenizer"
+        return sentencepiece.SentencePieceProcessor(
+            model_proto=artifact.tokenizer
+        ), "the artifact's tokenizer"
     absent = f"no tokenizer at {path}" if given else f"no tokenizer in the artifact nor at {path}"
     need(path.is_file(), f"{absent}; set {option} to the one that the artifact was trained with")
     ours, theirs = train_gpt.file_sha256(path), artifact.header["tokenizer_sha256"]
-    need(ours == theirs, f"{path} is tokenizer {ours[:12]}, but the artifact was trained with {theirs[:12]}; unset "
-         f"{option} or set it to that one")
+    need(
+        ours == theirs,
+        f"{path} is tokenizer {ours[:12]}, but the artifact was trained with {theirs[:12]}; unset "
+        f"{option} or set it to that one",
+    )
     return sentencepiece.SentencePieceProcessor(model_file=str(path)), str(path)
 
 
@@ -93,7 +118,10 @@ def code_sizes(extra: str) -> dict[str, int]:
 
 def code_hashes(names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of each file that `code_sizes` names: a record must ship these and no others."""
-    return {name: train_gpt.file_sha256(ROOT / name if (ROOT / name).is_file() else name) for name in names}
+    return {
+        name: train_gpt.file_sha256(ROOT / name if (ROOT / name).is_file() else name)
+        for name in names
+    }
 
 
 # ==== THE EXPERTS OVER A TEXT =========================================================================================
@@ -114,22 +142,44 @@ class Chunk(NamedTuple):
     state: str  # digest of the n-gram expert before these rows: of all tokens before them, which the match expert read
 
 
-def chunks(tokens: np.ndarray, sizes: np.ndarray, columns: Columns, matches: Matches, grams: NGram,
-           starts: list[int] | None = None) -> Iterator[Chunk]:
+def chunks(
+    tokens: np.ndarray,
+    sizes: np.ndarray,
+    columns: Columns,
+    matches: Matches,
+    grams: NGram,
+    starts: list[int] | None = None,
+) -> Iterator[Chunk]:
     """Rows in order, with all that a mixture reads about them; the n-gram expert learns each chunk as it is made."""
     starts = starts or list(range(0, columns.rows, COMMIT_ROWS))
     for first, end in pairwise([*starts, columns.rows]):
         at = slice(first, end)
         state, targets = grams.digest(), tokens[at.start + 1 : at.stop + 1]
-        yield Chunk(first, Inputs(
-            *(np.array(columns[name][at]) for name in ("logp", "sharp", "flat", "hint", "entropy")),
-            grams.fill(targets), Matches(*(part[at] for part in matches)), targets.astype(np.int64),
-            sizes[at].astype(np.int64)), state)
+        yield Chunk(
+            first,
+            Inputs(
+                *(
+                    np.array(columns[name][at])
+                    for name in ("logp", "sharp", "flat", "hint", "entropy")
+                ),
+                grams.fill(targets),
+                Matches(*(part[at] for part in matches)),
+                targets.astype(np.int64),
+                sizes[at].astype(np.int64),
+            ),
+            state,
+        )
 
 
 def empty_ngram(vocab_size: int, cfg: EvalConfig, expected_tokens: int, delay: int = 0) -> NGram:
-    return NGram(vocab_size, cfg.ngram_orders, cfg.ngram_memory_mb << 20, delay=delay, reset=cfg.expert_reset,
-                 expected_tokens=expected_tokens)
+    return NGram(
+        vocab_size,
+        cfg.ngram_orders,
+        cfg.ngram_memory_mb << 20,
+        delay=delay,
+        reset=cfg.expert_reset,
+        expected_tokens=expected_tokens,
+    )
 
 
 def make_ngram(vocab_size: int, cfg: EvalConfig, tokens: np.ndarray, delay: int = 0) -> NGram:
@@ -144,12 +194,22 @@ class MixedScorer:
     """What is counted: the neural model, mixed with experts that learn from what has been scored. `score` and
     `distribution` are the contract of every scorer; the rest is for the certificate."""
 
-    tolerance = 2e-5  # of log-probabilities: a shorter text runs in other shapes, which round otherwise
+    tolerance = (
+        2e-5  # of log-probabilities: a shorter text runs in other shapes, which round otherwise
+    )
 
     def __init__(self, neural: Neural, cfg: EvalConfig, table: ByteTable):
-        self.neural, self.cfg, self.table, self.vocab_size = neural, cfg, table, neural.model.cfg.vocab_size
+        self.neural, self.cfg, self.table, self.vocab_size = (
+            neural,
+            cfg,
+            table,
+            neural.model.cfg.vocab_size,
+        )
         self.commits: list[Commit] = []
-        self.mixture, self.grams = Mixture(self.vocab_size, cfg, DEFAULT_EXPERTS), None  # as the last score left them
+        self.mixture, self.grams = (
+            Mixture(self.vocab_size, cfg, DEFAULT_EXPERTS),
+            None,
+        )  # as the last score left them
 
     def score(self, tokens: np.ndarray) -> np.ndarray:
         matches = find_matches(tokens, self.vocab_size, self.cfg)
@@ -157,17 +217,33 @@ class MixedScorer:
         self.neural.fill(tokens, columns, matches.hint)
         return self.mixed(tokens, columns, matches)
 
-    def mixed(self, tokens: np.ndarray, columns: Columns, matches: Matches,
-              told: Callable[[int], None] | None = None) -> np.ndarray:
+    def mixed(
+        self,
+        tokens: np.ndarray,
+        columns: Columns,
+        matches: Matches,
+        told: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
         """The mixture over columns that are filled, logged chunk by chunk in `commits`."""
         self.mixture, self.commits = Mixture(self.vocab_size, self.cfg, DEFAULT_EXPERTS), []
         sizes, out, chain = self.table.count(tokens), np.empty(columns.rows), CHAIN_START
-        self.grams, learnt = make_ngram(self.vocab_size, self.cfg, tokens), dict(self.neural.digests)
-        for first, inputs, state in chunks(tokens, sizes, columns, matches, self.grams, sorted(learnt)):
-            before = hashlib.sha256((state + self.mixture.digest() + learnt.get(first, "")).encode()).hexdigest()
+        self.grams, learnt = (
+            make_ngram(self.vocab_size, self.cfg, tokens),
+            dict(self.neural.digests),
+        )
+        for first, inputs, state in chunks(
+            tokens, sizes, columns, matches, self.grams, sorted(learnt)
+        ):
+            before = hashlib.sha256(
+                (state + self.mixture.digest() + learnt.get(first, "")).encode()
+            ).hexdigest()
             logp = self.mixture.fill(inputs)
             out[first : first + len(logp)] = logp
-            self.commits.append(chained(chain, first, len(logp), -float(logp.sum()), int(inputs.sizes.sum()), before))
+            self.commits.append(
+                chained(
+                    chain, first, len(logp), -float(logp.sum()), int(inputs.sizes.sum()), before
+                )
+            )
             chain = self.commits[-1].chain
             if told:
                 told(first + len(logp))
@@ -175,7 +251,9 @@ class MixedScorer:
 
     def distribution(self, tokens: np.ndarray, i: int) -> np.ndarray:
         """float64[V] for position i, from tokens[:i] alone: all of it is scored and learnt again."""
-        known = np.append(tokens[:i], 0).astype(tokens.dtype)  # a row has a target; any token serves, it is not read
+        known = np.append(tokens[:i], 0).astype(
+            tokens.dtype
+        )  # a row has a target; any token serves, it is not read
         p = self.neural.distributions(known, np.array([i - 1]))[0]
         self.score(tokens[:i])
         match = make_match(self.vocab_size, self.cfg)
@@ -183,7 +261,10 @@ class MixedScorer:
         return self.mixture.distribution(p, self.grams.evidence(), match.hint())
 
     def boundaries(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        return {"chunk": np.arange(0, max(len(tokens) - 1, 0), COMMIT_ROWS), **self.neural.boundaries(tokens)}
+        return {
+            "chunk": np.arange(0, max(len(tokens) - 1, 0), COMMIT_ROWS),
+            **self.neural.boundaries(tokens),
+        }
 
     @torch.no_grad()
     def embeddings(self, tokens: np.ndarray) -> np.ndarray:
@@ -211,11 +292,20 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-def ablation(tokens: np.ndarray, sizes: np.ndarray, columns: Columns, matches: Matches, vocab_size: int,
-             cfg: EvalConfig, told: Callable[[int], None] | None = None) -> dict[str, float]:
+def ablation(
+    tokens: np.ndarray,
+    sizes: np.ndarray,
+    columns: Columns,
+    matches: Matches,
+    vocab_size: int,
+    cfg: EvalConfig,
+    told: Callable[[int], None] | None = None,
+) -> dict[str, float]:
     """Sum of log-probabilities for each mixture of VARIANTS, all in one pass over the columns."""
-    tried = {name: Mixture(vocab_size, replace(cfg, **settings), experts)
-             for name, (settings, experts) in VARIANTS.items()}
+    tried = {
+        name: Mixture(vocab_size, replace(cfg, **settings), experts)
+        for name, (settings, experts) in VARIANTS.items()
+    }
     sums = dict.fromkeys(tried, 0.0)
     for chunk in chunks(tokens, sizes, columns, matches, make_ngram(vocab_size, cfg, tokens)):
         for name, mixture in tried.items():
@@ -225,12 +315,20 @@ def ablation(tokens: np.ndarray, sizes: np.ndarray, columns: Columns, matches: M
     return sums
 
 
-def delayed(tokens: np.ndarray, sizes: np.ndarray, columns: Columns, vocab_size: int, cfg: EvalConfig,
-            delay: int) -> float:
+def delayed(
+    tokens: np.ndarray,
+    sizes: np.ndarray,
+    columns: Columns,
+    vocab_size: int,
+    cfg: EvalConfig,
+    delay: int,
+) -> float:
     """Sum of log-probabilities of a linear mixture whose experts know only text that is `delay` tokens old."""
     matches, total = find_matches(tokens, vocab_size, cfg, delay), 0.0
     mixture = Mixture(vocab_size, replace(cfg, mix_mode="linear"), DEFAULT_EXPERTS)
-    for chunk in chunks(tokens, sizes, columns, matches, make_ngram(vocab_size, cfg, tokens, delay)):
+    for chunk in chunks(
+        tokens, sizes, columns, matches, make_ngram(vocab_size, cfg, tokens, delay)
+    ):
         total += float(mixture.fill(chunk.inputs).sum())
     return total
 

@@ -30,7 +30,9 @@ class Rolling:
     @torch.no_grad()
     def learn(self, tokens: np.ndarray) -> None:
         """int64[B]: what came in each stream."""
-        self.logits = self.memory.logits(torch.from_numpy(tokens)[:, None].to(self.memory.rt.device))[:, -1]
+        self.logits = self.memory.logits(
+            torch.from_numpy(tokens)[:, None].to(self.memory.rt.device)
+        )[:, -1]
 
     def probabilities(self) -> np.ndarray:
         """float64[B, V]: of the next token of each stream."""
@@ -46,7 +48,10 @@ class Windowed:
         need(type(neural) is Neural, "a model that trains as it reads is not decoded; unset TTT")
         self.neural, self.start = neural, -1
         self.recent: list[int] = []  # tokens that the next window may begin with
-        self.read, self.document = 0, 0  # tokens; where the document began, for windows that start anew there
+        self.read, self.document = (
+            0,
+            0,
+        )  # tokens; where the document began, for windows that start anew there
         self.learn(first)
 
     @torch.no_grad()
@@ -71,7 +76,10 @@ class Windowed:
 
 
 def checked(p: Tensor) -> np.ndarray:
-    need(bool(torch.isfinite(p).all()), "the model gives no number for a token: its weights are damaged or too large")
+    need(
+        bool(torch.isfinite(p).all()),
+        "the model gives no number for a token: its weights are damaged or too large",
+    )
     return p.cpu().numpy()
 
 
@@ -79,10 +87,19 @@ class Mixed:
     """A neural predictor, mixed with experts that all streams share: each has contexts and a history of its own, but
     what one learns, all know at the next step. `count` tokens will come, after those of `first`, one a stream."""
 
-    def __init__(self, neural: Rolling | Windowed, table: ByteTable, cfg: EvalConfig, first: np.ndarray, count: int):
+    def __init__(
+        self,
+        neural: Rolling | Windowed,
+        table: ByteTable,
+        cfg: EvalConfig,
+        first: np.ndarray,
+        count: int,
+    ):
         self.neural, self.table, self.streams, self.last = neural, table, neural.streams, first
-        need(self.streams == 1 or not cfg.expert_reset, "experts that forget at each BOS cannot be shared by streams; "
-             "set EXPERT_RESET=0")
+        need(
+            self.streams == 1 or not cfg.expert_reset,
+            "experts that forget at each BOS cannot be shared by streams; set EXPERT_RESET=0",
+        )
         vocab_size, self.longest = len(table.base), 2 + count // self.streams
         self.grams = empty_ngram(vocab_size, cfg, count + self.streams).side_by_side(self.streams)
         self.matches = make_match(vocab_size, cfg).side_by_side(self.streams, self.longest)
@@ -97,12 +114,20 @@ class Mixed:
             known[0].append(grams.fill(token)), known[1].append(match.fill(token))
         for match in self.matches:
             match.end_at_unread(self.longest)
-        return tuple(kind(*map(np.concatenate, zip(*parts, strict=True)))
-                     for kind, parts in zip((Evidence, Matches), known, strict=True))
+        return tuple(
+            kind(*map(np.concatenate, zip(*parts, strict=True)))
+            for kind, parts in zip((Evidence, Matches), known, strict=True)
+        )
 
     def probabilities(self) -> np.ndarray:
-        return np.stack([self.mixture.distribution(self.held[b], self.grams[b].evidence(), self.matches[b].hint())
-                         for b in range(self.streams)])
+        return np.stack(
+            [
+                self.mixture.distribution(
+                    self.held[b], self.grams[b].evidence(), self.matches[b].hint()
+                )
+                for b in range(self.streams)
+            ]
+        )
 
     def learn(self, tokens: np.ndarray) -> None:
         self.mixture.fill(self.inputs(tokens, *self.read(tokens)))
@@ -113,9 +138,21 @@ class Mixed:
     def inputs(self, tokens: np.ndarray, grams: Evidence, matches: Matches) -> Inputs:
         """What a mixture reads about the tokens that came, one in each stream."""
         logp, rows = np.log(np.maximum(self.held, TINY)), np.arange(self.streams)
-        again = {name: logp / t - np.log(np.exp(logp / t).sum(axis=1, keepdims=True))
-                 for name, t in TEMPERATURES.items()}
-        sizes = self.table.base[tokens] + (self.table.space[tokens] & ~self.table.boundary[self.last])
-        return Inputs(logp[rows, tokens], again["sharp"][rows, tokens], again["flat"][rows, tokens],
-                      logp[rows, np.maximum(matches.hint, 0)], -(self.held * logp).sum(axis=1),
-                      grams, matches, tokens, sizes.astype(np.int64))
+        again = {
+            name: logp / t - np.log(np.exp(logp / t).sum(axis=1, keepdims=True))
+            for name, t in TEMPERATURES.items()
+        }
+        sizes = self.table.base[tokens] + (
+            self.table.space[tokens] & ~self.table.boundary[self.last]
+        )
+        return Inputs(
+            logp[rows, tokens],
+            again["sharp"][rows, tokens],
+            again["flat"][rows, tokens],
+            logp[rows, np.maximum(matches.hint, 0)],
+            -(self.held * logp).sum(axis=1),
+            grams,
+            matches,
+            tokens,
+            sizes.astype(np.int64),
+        )

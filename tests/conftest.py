@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch and numpy are imported: workers of the tests share few cores
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch and numpy are imported: workers of the tests share few cores
+)
 
 import hypothesis
 import numpy as np
@@ -23,10 +25,14 @@ import torch
 from train_gpt import BOS_ID, file_sha256, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts us in the background has it ignored
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell that puts us in the background has it ignored
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("default", max_examples=30, deadline=None)
-hypothesis.settings.register_profile("ci", max_examples=60, deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile(
+    "ci", max_examples=60, deadline=None, derandomize=True, print_blob=True
+)
 hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
@@ -38,7 +44,18 @@ most made after also did many off before must well back through years where much
 people just state those between own under never day same another know while last might great old year come since against
 go came right used take three small world house water country government congress nation peace war law public citizens
 """.split()
-SAMPLES = ["naïve", "Zürich", "€100", "“quoted”", "日本", "x²", "🙂", "\n", "  ", "1,776"]  # not all in the vocabulary
+SAMPLES = [
+    "naïve",
+    "Zürich",
+    "€100",
+    "“quoted”",
+    "日本",
+    "x²",
+    "🙂",
+    "\n",
+    "  ",
+    "1,776",
+]  # not all in the vocabulary
 
 
 def english_like(seed: int, documents: int) -> list[str]:
@@ -50,7 +67,9 @@ def english_like(seed: int, documents: int) -> list[str]:
         at, words = int(rng.integers(len(WORDS))), []
         for choice, end in zip(rng.integers(0, 4, length), rng.random((length, 2)), strict=True):
             at = int(followers[at, choice])
-            words.append(SAMPLES[at % len(SAMPLES)] if end[0] < 0.01 else WORDS[at] + "." * int(end[1] < 0.1))
+            words.append(
+                SAMPLES[at % len(SAMPLES)] if end[0] < 0.01 else WORDS[at] + "." * int(end[1] < 0.1)
+            )
         texts.append(" ".join(words).capitalize())
     return texts
 
@@ -58,15 +77,34 @@ def english_like(seed: int, documents: int) -> list[str]:
 def train_tokenizer(texts: list[str], vocab_size: int, **options) -> bytes:
     """A SentencePiece model as data/prepare.py makes it: BPE with byte fallback, text kept exactly."""
     model = BytesIO()
-    sentencepiece.SentencePieceTrainer.train(**dict(
-        sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
-        character_coverage=0.999, pad_id=0, bos_id=BOS_ID, eos_id=2, unk_id=3, num_threads=1, minloglevel=2) | options)
+    sentencepiece.SentencePieceTrainer.train(
+        **dict(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            character_coverage=0.999,
+            pad_id=0,
+            bos_id=BOS_ID,
+            eos_id=2,
+            unk_id=3,
+            num_threads=1,
+            minloglevel=2,
+        )
+        | options
+    )
     return model.getvalue()
 
 
 def to_tokens(tokenizer, texts: list[str]) -> np.ndarray:
-    return np.array([token for ids in tokenizer.encode(texts) for token in (BOS_ID, *ids)], dtype="<u2")
+    return np.array(
+        [token for ids in tokenizer.encode(texts) for token in (BOS_ID, *ids)], dtype="<u2"
+    )
 
 
 class Corpus(NamedTuple):
@@ -105,22 +143,46 @@ def corpus(tmp_path_factory) -> Corpus:
 @pytest.fixture(scope="session")
 def trainer_env(corpus):
     """`trainer_env(out_dir, **settings)`: a clean environment for train_gpt.py; a setting of None is left out."""
+
     def build(out_dir, **settings) -> dict[str, str]:
-        env = dict(PATH=os.environ["PATH"], HOME=str(out_dir), OMP_NUM_THREADS="1", PRESET="smoke", RUN_ID="test",
-                   DATA_PATH=corpus.folder, VOCAB_SIZE=corpus.vocab_size, CHECKPOINT_SECONDS=0, OUT_DIR=out_dir)
+        env = dict(
+            PATH=os.environ["PATH"],
+            HOME=str(out_dir),
+            OMP_NUM_THREADS="1",
+            PRESET="smoke",
+            RUN_ID="test",
+            DATA_PATH=corpus.folder,
+            VOCAB_SIZE=corpus.vocab_size,
+            CHECKPOINT_SECONDS=0,
+            OUT_DIR=out_dir,
+        )
         return {name: str(value) for name, value in (env | settings).items() if value is not None}
+
     return build
 
 
 @pytest.fixture(scope="session")
 def run_trainer(trainer_env):
     """`run_trainer(out_dir, timeout=120, **settings)`: runs `python train_gpt.py` to its end, in `out_dir`."""
+
     def run(out_dir, timeout: float = 120, **settings) -> Result:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         env = trainer_env(out_dir, **settings)
-        done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=out_dir, timeout=timeout,
-                              capture_output=True, text=True)
-        return Result(done.returncode, done.stdout, done.stderr, read_events(Path(out_dir), env.get("RUN_ID", "test")))
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train_gpt.py")],
+            env=env,
+            cwd=out_dir,
+            timeout=timeout,
+            capture_output=True,
+            text=True,
+        )
+        return Result(
+            done.returncode,
+            done.stdout,
+            done.stderr,
+            read_events(Path(out_dir), env.get("RUN_ID", "test")),
+        )
+
     return run
 
 
@@ -135,12 +197,27 @@ def exported(tmp_path_factory, corpus):
     from test_writing import make_artifact
 
     from fairway.coreml.export import Choice, Source, export
+
     folder = tmp_path_factory.mktemp("coreml")
-    source = Source.read(make_artifact(folder, corpus, num_layers=2, smear_gate=True, bigram_vocab_size=32,
-                                       bigram_dim=8, xsa_last_n=1))
-    sha256, text = file_sha256(source.path), read_shard(corpus.folder / "tiny_train_000000.bin")[:400]
+    source = Source.read(
+        make_artifact(
+            folder,
+            corpus,
+            num_layers=2,
+            smear_gate=True,
+            bigram_vocab_size=32,
+            bigram_dim=8,
+            xsa_last_n=1,
+        )
+    )
+    sha256, text = (
+        file_sha256(source.path),
+        read_shard(corpus.folder / "tiny_train_000000.bin")[:400],
+    )
     shared = Path(tmp_path_factory.getbasetemp())
-    shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / f"shards-{sha256[:12]}"
+    shared = (
+        shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    ) / f"shards-{sha256[:12]}"
 
     def get(**choice) -> Path:
         made = shared / "-".join(f"{name}={value}" for name, value in sorted(choice.items()))
@@ -150,5 +227,6 @@ def exported(tmp_path_factory, corpus):
             with contextlib.suppress(OSError):  # another process was sooner
                 os.rename(folder / made.name, made)
         return made
+
     get.source, get.source_sha256, get.text = source, sha256, text
     return get

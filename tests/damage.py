@@ -11,7 +11,7 @@ from train_gpt import UserError
 def refused_or_read(path: Path, data: bytes, at: int, byte: int, cut: bool, read):
     """What `read(path)` makes of `data` cut at a place, or with another byte there; None where it is refused, which
     must happen in one line that says what to do."""
-    path.write_bytes(data[:at] if cut else data[:at] + bytes([byte]) + data[at + 1:])
+    path.write_bytes(data[:at] if cut else data[:at] + bytes([byte]) + data[at + 1 :])
     try:
         return read(path)
     except UserError as e:

@@ -29,11 +29,36 @@ from train_gpt import BOS_ID, GPT, K_GRID, Averages, Config, Run, Runtime, Token
 # by 1e-7 to 1e-6 of themselves no loss moved by more than 2e-5.
 PATH = Path(__file__).resolve().parent / "golden" / "oracle.npz"
 SETTINGS = dict(
-    vocab_size=64, num_layers=4, model_dim=16, num_heads=4, num_kv_heads=2, mlp_mult=3.0, train_seq_len=16,
-    train_batch_tokens=128, iterations=20, max_wallclock_seconds=0.0, warmup_steps=0, warmdown_frac=0.4, seed=6,
-    smear_gate=True, bigram_vocab_size=32, bigram_dim=8, matrix_lr=0.005, scalar_lr=0.005, tied_embed_lr=0.007,
-    muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=15, muon_wd=0.04, adam_wd=0.04,
-    embed_wd=0.04, grad_clip_norm=0.3, qat_start_frac=0.5, attn_bits=6, mlp_bits=6)
+    vocab_size=64,
+    num_layers=4,
+    model_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_mult=3.0,
+    train_seq_len=16,
+    train_batch_tokens=128,
+    iterations=20,
+    max_wallclock_seconds=0.0,
+    warmup_steps=0,
+    warmdown_frac=0.4,
+    seed=6,
+    smear_gate=True,
+    bigram_vocab_size=32,
+    bigram_dim=8,
+    matrix_lr=0.005,
+    scalar_lr=0.005,
+    tied_embed_lr=0.007,
+    muon_momentum=0.99,
+    muon_momentum_warmup_start=0.92,
+    muon_momentum_warmup_steps=15,
+    muon_wd=0.04,
+    adam_wd=0.04,
+    embed_wd=0.04,
+    grad_clip_norm=0.3,
+    qat_start_frac=0.5,
+    attn_bits=6,
+    mlp_bits=6,
+)
 K = K_GRID[0]  # of the quantiser, in the steps whose passes see rounded weights
 # How far an implementation may be off: largest difference, of gradients and weights as a part of the tensor's largest.
 TOLERANCES = {"logits": 1e-5, "loss": 1e-5, "gradients": 1e-4, "steps": 1e-4, "losses": 1e-4}
@@ -42,7 +67,9 @@ TOLERANCES = {"logits": 1e-5, "loss": 1e-5, "gradients": 1e-4, "steps": 1e-4, "l
 class Oracle(NamedTuple):
     cfg: Config
     weights: dict[str, np.ndarray]  # by the names of train_gpt.GPT
-    tokens: np.ndarray  # uint16: batch i is tokens[128 i : 128 i + 129], inputs and, one further, their targets
+    tokens: (
+        np.ndarray
+    )  # uint16: batch i is tokens[128 i : 128 i + 129], inputs and, one further, their targets
     logits: np.ndarray  # [8, 16, 64] of batch 0
     loss: float  # its mean cross-entropy
     gradients: dict[str, np.ndarray]  # of that mean, before clipping
@@ -60,20 +87,38 @@ class Oracle(NamedTuple):
 def read(path: Path = PATH) -> Oracle:
     with np.load(path) as file:
         held = dict(file)
-    named = lambda part: {n.removeprefix(f"{part}/"): v for n, v in held.items() if n.startswith(f"{part}/")}  # noqa: E731
-    return Oracle(Config(**json.loads(str(held["settings"]))), named("weights"), held["tokens"], held["logits"],
-                  float(held["loss"]), named("gradients"), [named(f"step{i}") for i in (1, 2, 3)], held["losses"])
+
+    def named(part):
+        return {n.removeprefix(f"{part}/"): v for n, v in held.items() if n.startswith(f"{part}/")}  # noqa: E731
+
+    return Oracle(
+        Config(**json.loads(str(held["settings"]))),
+        named("weights"),
+        held["tokens"],
+        held["logits"],
+        float(held["loss"]),
+        named("gradients"),
+        [named(f"step{i}") for i in (1, 2, 3)],
+        held["losses"],
+    )
 
 
 def differences(golden: Oracle, made: Oracle) -> dict[str, float]:
     """How far `made` is off in each of TOLERANCES."""
+
     def worst(wanted: dict[str, np.ndarray], got: dict[str, np.ndarray]) -> float:
         assert {n: v.shape for n, v in got.items()} == {n: v.shape for n, v in wanted.items()}
-        return max(float(np.abs(got[n] - w).max() / max(np.abs(w).max(), 1e-12)) for n, w in wanted.items())
-    return {"logits": float(np.abs(made.logits - golden.logits).max()), "loss": abs(made.loss - golden.loss),
-            "gradients": worst(golden.gradients, made.gradients),
-            "steps": max(map(worst, golden.steps, made.steps)),
-            "losses": float(np.abs(made.losses - golden.losses).max())}
+        return max(
+            float(np.abs(got[n] - w).max() / max(np.abs(w).max(), 1e-12)) for n, w in wanted.items()
+        )
+
+    return {
+        "logits": float(np.abs(made.logits - golden.logits).max()),
+        "loss": abs(made.loss - golden.loss),
+        "gradients": worst(golden.gradients, made.gradients),
+        "steps": max(map(worst, golden.steps, made.steps)),
+        "losses": float(np.abs(made.losses - golden.losses).max()),
+    }
 
 
 # ---- Making it -------------------------------------------------------------------------------------------------------
@@ -89,7 +134,10 @@ def some_tokens(cfg: Config) -> np.ndarray:
 def first_weights(cfg: Config) -> dict[str, torch.Tensor]:
     model, noise = GPT(cfg), torch.Generator().manual_seed(cfg.seed)
     train_gpt.initialise(model, cfg)
-    return {n: p.detach() + 0.1 * torch.randn(p.shape, generator=noise) for n, p in model.named_parameters()}
+    return {
+        n: p.detach() + 0.1 * torch.randn(p.shape, generator=noise)
+        for n, p in model.named_parameters()
+    }
 
 
 def arrays(model: GPT, what=lambda p: p) -> dict[str, np.ndarray]:
@@ -100,13 +148,29 @@ def make(cfg: Config, weights: dict[str, torch.Tensor], tokens: np.ndarray) -> O
     """What PyTorch says of these settings, weights and tokens."""
     cpu, model = Runtime(0, 1, torch.device("cpu"), "cpu"), GPT(cfg)
     model.load_state_dict(weights, strict=True)
-    run = Run(cfg, cpu, None, None, model, model, list(model.parameters()), train_gpt.make_optimisers(model, cfg, cpu),
-              TokenStream([tokens]), Averages(), k=K)
+    run = Run(
+        cfg,
+        cpu,
+        None,
+        None,
+        model,
+        model,
+        list(model.parameters()),
+        train_gpt.make_optimisers(model, cfg, cpu),
+        TokenStream([tokens]),
+        Averages(),
+        k=K,
+    )
     start = Oracle(cfg, arrays(model), tokens, np.empty(0), 0.0, {}, [], np.empty(0))
     with torch.no_grad():
         logits = model.logits(torch.from_numpy(start.batch(0)[0])).numpy()
     loss = train_gpt.accumulate_gradients(run).item()
-    gradients, run.stream, steps, losses = arrays(model, lambda p: p.grad), TokenStream([tokens]), [], []
+    gradients, run.stream, steps, losses = (
+        arrays(model, lambda p: p.grad),
+        TokenStream([tokens]),
+        [],
+        [],
+    )
     for step in range(cfg.iterations):
         progress = train_gpt.progress_of(step, 0.0, cfg)
         run.qat = progress >= cfg.qat_start_frac
@@ -114,7 +178,9 @@ def make(cfg: Config, weights: dict[str, torch.Tensor], tokens: np.ndarray) -> O
         losses.append(run.loss.item())
         if step < 3:
             steps.append(arrays(model))
-    return start._replace(logits=logits, loss=loss, gradients=gradients, steps=steps, losses=np.array(losses))
+    return start._replace(
+        logits=logits, loss=loss, gradients=gradients, steps=steps, losses=np.array(losses)
+    )
 
 
 def made_anew() -> Oracle:
@@ -123,12 +189,24 @@ def made_anew() -> Oracle:
 
 
 def write(oracle: Oracle, path: Path = PATH) -> int:
-    held = {"settings": json.dumps(dataclasses.asdict(oracle.cfg)), "tokens": oracle.tokens, "logits": oracle.logits,
-            "loss": oracle.loss, "losses": oracle.losses}
-    parts = {"weights": oracle.weights, "gradients": oracle.gradients,
-             **{f"step{i + 1}": step for i, step in enumerate(oracle.steps)}}
+    held = {
+        "settings": json.dumps(dataclasses.asdict(oracle.cfg)),
+        "tokens": oracle.tokens,
+        "logits": oracle.logits,
+        "loss": oracle.loss,
+        "losses": oracle.losses,
+    }
+    parts = {
+        "weights": oracle.weights,
+        "gradients": oracle.gradients,
+        **{f"step{i + 1}": step for i, step in enumerate(oracle.steps)},
+    }
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **held, **{f"{part}/{n}": v for part, named in parts.items() for n, v in named.items()})
+    np.savez_compressed(
+        buffer,
+        **held,
+        **{f"{part}/{n}": v for part, named in parts.items() for n, v in named.items()},
+    )
     with train_gpt.replacing(path) as f:
         return f.write(buffer.getbuffer())
 
@@ -136,4 +214,6 @@ def write(oracle: Oracle, path: Path = PATH) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     golden = made_anew()
-    print(f"{PATH}: {write(golden)} bytes, losses {golden.losses[0]:.4f} to {golden.losses[-1]:.4f}")
+    print(
+        f"{PATH}: {write(golden)} bytes, losses {golden.losses[0]:.4f} to {golden.losses[-1]:.4f}"
+    )

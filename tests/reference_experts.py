@@ -18,7 +18,9 @@ class ReferenceNGram:
 
     def forget(self) -> None:
         self.text = []
-        self.followers = [{} for _ in range(self.orders)]  # context -> [how many, {token: how often}]
+        self.followers = [
+            {} for _ in range(self.orders)
+        ]  # context -> [how many, {token: how often}]
 
     def update(self, token: int) -> None:
         if self.reset and token == BOS_ID:
@@ -26,7 +28,7 @@ class ReferenceNGram:
         self.text.append(token)
         i = len(self.text) - 1 - self.delay  # the follower that is old enough now
         for k in range(min(self.orders, i + 1)):
-            entry = self.followers[k].setdefault(tuple(self.text[i - k:i]), [0, {}])
+            entry = self.followers[k].setdefault(tuple(self.text[i - k : i]), [0, {}])
             entry[0] += 1
             entry[1][self.text[i]] = entry[1].get(self.text[i], 0) + 1
 
@@ -34,13 +36,15 @@ class ReferenceNGram:
         """(hits, seen, kinds) by context length."""
         rows, n = [], len(self.text)
         for k in range(self.orders):
-            seen, counts = self.followers[k].get(tuple(self.text[n - k:]), (0, {})) if k <= n else (0, {})
+            seen, counts = (
+                self.followers[k].get(tuple(self.text[n - k :]), (0, {})) if k <= n else (0, {})
+            )
             rows.append((counts.get(target, 0), seen, len(counts)))
         return rows
 
     def probability(self, target: int, orders: int = 0) -> float:
         p = 1 / self.vocab_size
-        for k, (hits, seen, kinds) in enumerate(self.about(target)[:orders or self.orders]):
+        for k, (hits, seen, kinds) in enumerate(self.about(target)[: orders or self.orders]):
             d, c = DISCOUNTS[min(k, len(DISCOUNTS) - 1)], ESCAPES[min(k, len(ESCAPES) - 1)]
             if seen:
                 p = (max(hits - d, 0) + (d + c) * kinds * p) / (seen + c * kinds)
@@ -70,8 +74,15 @@ def bucket(context: tuple[int, ...], buckets: int) -> int:
 class ReferenceMatch:
     """Longest match among the last places that a context (or, given `buckets`, its bucket) was followed at."""
 
-    def __init__(self, vocab_size: int, least: int = 8, delay: int = 0, reset: bool = False, candidates: int = 4,
-                 buckets: int = 0):
+    def __init__(
+        self,
+        vocab_size: int,
+        least: int = 8,
+        delay: int = 0,
+        reset: bool = False,
+        candidates: int = 4,
+        buckets: int = 0,
+    ):
         self.vocab_size, self.least, self.delay, self.reset = vocab_size, least, delay, reset
         self.candidates, self.buckets = candidates, buckets
         self.forget()
@@ -81,7 +92,7 @@ class ReferenceMatch:
         self.counts = {}  # (goes on, group of length) -> [right, all]
 
     def key(self, i: int):
-        context = tuple(self.text[i - self.least:i])
+        context = tuple(self.text[i - self.least : i])
         return bucket(context, self.buckets) if self.buckets else context
 
     def find(self) -> tuple[int, int]:
@@ -116,7 +127,9 @@ class ReferenceMatch:
             right, hints = right + (token == self.text[place]), hints + 1
             half = 0.5 if hints > RECENT else 1
             self.counts[bool(self.going_on), group] = right * half, hints * half
-            self.going_on = (place + 1, min(length + 1, LONGEST)) if token == self.text[place] else None
+            self.going_on = (
+                (place + 1, min(length + 1, LONGEST)) if token == self.text[place] else None
+            )
         if self.reset and token == BOS_ID:
             self.forget()
         self.text.append(token)
@@ -124,7 +137,7 @@ class ReferenceMatch:
         if i >= self.least:
             kept = self.places.setdefault(self.key(i), [])
             kept.insert(0, i)
-            del kept[self.candidates:]
+            del kept[self.candidates :]
 
     def probability(self, target: int) -> float:
         hint, _, rate = self.hint()

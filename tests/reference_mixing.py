@@ -26,12 +26,23 @@ class Row(NamedTuple):
 
 def rows_of(inputs: m.Inputs) -> list[Row]:
     """The columns turned round."""
-    grams = [[tuple(int(part[j, k]) for part in inputs.grams) for k in range(inputs.grams.hits.shape[1])]
-             for j in range(len(inputs.logp))]
+    grams = [
+        [tuple(int(part[j, k]) for part in inputs.grams) for k in range(inputs.grams.hits.shape[1])]
+        for j in range(len(inputs.logp))
+    ]
     columns = (inputs.logp, inputs.sharp, inputs.flat, inputs.hint, inputs.entropy)
-    return [Row(*(float(c[j]) for c in columns), grams[j], int(inputs.matches.hint[j]), int(inputs.matches.length[j]),
-                float(inputs.matches.rate[j]), int(inputs.targets[j]), int(inputs.sizes[j]))
-            for j in range(len(inputs.logp))]
+    return [
+        Row(
+            *(float(c[j]) for c in columns),
+            grams[j],
+            int(inputs.matches.hint[j]),
+            int(inputs.matches.length[j]),
+            float(inputs.matches.rate[j]),
+            int(inputs.targets[j]),
+            int(inputs.sizes[j]),
+        )
+        for j in range(len(inputs.logp))
+    ]
 
 
 def bucket(value: float, edges) -> int:
@@ -63,8 +74,11 @@ class ReferenceMixture:
     def __init__(self, vocab_size: int, cfg, experts=m.EXPERTS):
         self.vocab_size, self.cfg = vocab_size, cfg
         others = max(len(experts) - 1, 1)
-        first = {e: cfg.mix_neural if e == "neural" else (1 - cfg.mix_neural) / others
-                 for e in m.EXPERTS if e in experts}
+        first = {
+            e: cfg.mix_neural if e == "neural" else (1 - cfg.mix_neural) / others
+            for e in m.EXPERTS
+            if e in experts
+        }
         self.first = {e: w / sum(first.values()) for e, w in first.items()}
         self.weights, self.visits = {}, {}  # by set
         self.gate = {e: [0.0] * m.FEATURES for e in self.first}
@@ -82,12 +96,21 @@ class ReferenceMixture:
         odds = math.log(rate / (1 - rate) * (self.vocab_size - 1))
         tilt, pool = self.tilts.get(length, 0.0), self.pools.get(length, 0.5)
         chain, believed = self.chain(row)
-        p = dict(neural=positive(row.logp), sharp=positive(row.sharp), flat=positive(row.flat),
-                 ngram=blended(row.grams, self.vocab_size), bigram=blended(row.grams[:2], self.vocab_size),
-                 chain=max(chain, m.TINY), match=positive(row.logp), tilt=positive(row.logp))
+        p = dict(
+            neural=positive(row.logp),
+            sharp=positive(row.sharp),
+            flat=positive(row.flat),
+            ngram=blended(row.grams, self.vocab_size),
+            bigram=blended(row.grams[:2], self.vocab_size),
+            chain=max(chain, m.TINY),
+            match=positive(row.logp),
+            tilt=positive(row.logp),
+        )
         pooled = row.logp
         if row.hint >= 0:
-            p["match"] = row.rate if row.hint == row.target else (1 - row.rate) / (self.vocab_size - 1)
+            p["match"] = (
+                row.rate if row.hint == row.target else (1 - row.rate) / (self.vocab_size - 1)
+            )
             p["tilt"], pooled = positive(lift(row, tilt)), lift(row, pool * odds)
         features, where = self.situation(row, length)
         w = self.weigh(features, where)
@@ -100,7 +123,9 @@ class ReferenceMixture:
             hit = float(row.hint == row.target)
             asked = row._replace(logp=row.hint_logp, target=row.hint)
             self.tilts[length] = tilt + m.LIFT_RATE * (hit - math.exp(lift(asked, tilt)))
-            self.pools[length] = pool + m.POOL_RATE * odds * (hit - math.exp(lift(asked, pool * odds)))
+            self.pools[length] = pool + m.POOL_RATE * odds * (
+                hit - math.exp(lift(asked, pool * odds))
+            )
         self.recent += m.MEMORY * (math.log(p["chain"]) - row.logp - self.recent)
         self.gained += (out - row.logp) / math.log(2)
         self.bytes += row.size
@@ -114,11 +139,26 @@ class ReferenceMixture:
         for k, (hits, seen, kinds) in enumerate(row.grams):
             if seen:
                 share = kinds / seen
-                spread = (0 if kinds == 1 else 1 if share <= 0.25 else 2 if share <= 0.5 else 3 if share < 1 else 4)
+                spread = (
+                    0
+                    if kinds == 1
+                    else 1
+                    if share <= 0.25
+                    else 2
+                    if share <= 0.5
+                    else 3
+                    if share < 1
+                    else 4
+                )
                 says.append((("gram", k, bucket(seen, m.SEEN_EDGES), spread, sure), hits / seen))
         if row.hint >= 0:
             group = bucket(row.length, m.LENGTH_EDGES)
-            says.append((("match", 0, group, min(int(row.rate * 5), 4), sure), float(row.hint == row.target)))
+            says.append(
+                (
+                    ("match", 0, group, min(int(row.rate * 5), 4), sure),
+                    float(row.hint == row.target),
+                )
+            )
         for place, counted in says:
             right, every = self.trust.get(place, self.fresh_trust(place))
             t = right / every
@@ -127,7 +167,9 @@ class ReferenceMixture:
         return p, believed
 
     def fresh_trust(self, place) -> tuple[float, float]:
-        return m.TRUST_PRIOR * (m.TRUST_MATCH if place[0] == "match" else m.TRUST_GRAMS), m.TRUST_PRIOR
+        return m.TRUST_PRIOR * (
+            m.TRUST_MATCH if place[0] == "match" else m.TRUST_GRAMS
+        ), m.TRUST_PRIOR
 
     def learn_trust(self, place, credit: float) -> None:
         right, every = self.trust.get(place, self.fresh_trust(place))
@@ -141,7 +183,9 @@ class ReferenceMixture:
                 break
             contexts += 1
         longest = min(max(contexts - 2, 0), m.LONGEST - 1)
-        features = [float(i == length) for i in range(m.LENGTHS)] + [float(i == longest) for i in range(m.LONGEST)]
+        features = [float(i == length) for i in range(m.LENGTHS)] + [
+            float(i == longest) for i in range(m.LONGEST)
+        ]
         features += [row.entropy / 3, min(max(4 * self.recent, -2.0), 2.0), 1.0]
         sets = (length, longest, bucket(self.recent, m.ADVANTAGE_EDGES))
         return features, sets if self.cfg.mix_weights == "sets" else ()
@@ -150,7 +194,9 @@ class ReferenceMixture:
         w = dict(self.weights.get(where, self.first))
         if self.cfg.mix_weights == "gate":
             for e in w:
-                w[e] *= math.exp(min(sum(g * f for g, f in zip(self.gate[e], features, strict=True)), 300.0))
+                w[e] *= math.exp(
+                    min(sum(g * f for g, f in zip(self.gate[e], features, strict=True)), 300.0)
+                )
             w = {e: w[e] / sum(w.values()) for e in w}
         return w
 
@@ -164,7 +210,9 @@ class ReferenceMixture:
             floor = cfg.mix_floor if cfg.mix_weights == "exponential" else 0.0
             share = cfg.mix_share if cfg.mix_weights == "share" else 0.0
             new = {e: max(w[e] * p[e] ** cfg.mix_lr, floor, m.TINY) for e in w}
-            self.weights[where] = {e: (1 - share) * new[e] / sum(new.values()) + share / len(w) for e in w}
+            self.weights[where] = {
+                e: (1 - share) * new[e] / sum(new.values()) + share / len(w) for e in w
+            }
         else:
             visits = self.visits[where] = self.visits.get(where, 0) + 1
             step = max(cfg.mix_rate, 1 / (visits + 1.5 / cfg.mix_rate))

@@ -19,8 +19,14 @@ from train_gpt import BOS_ID, GPT, PRESETS, Config, Runtime, UserError, initiali
 V, LENGTH = 64, 32
 ALONE = Runtime(0, 1, torch.device("cpu"), "test")
 TTT = ("chunks", "lora", "bias")
-SMALL = dict(vocab_size=V, train_seq_len=LENGTH, train_batch_tokens=8 * LENGTH, model_dim=32, bigram_vocab_size=16,
-             bigram_dim=8)
+SMALL = dict(
+    vocab_size=V,
+    train_seq_len=LENGTH,
+    train_batch_tokens=8 * LENGTH,
+    model_dim=32,
+    bigram_vocab_size=16,
+    bigram_dim=8,
+)
 
 
 def small_model() -> GPT:
@@ -47,8 +53,13 @@ def text(seed: int = 0, size: int = 180) -> np.ndarray:
 
 
 def scorer(model: GPT, ttt: str, rt: Runtime = ALONE, **settings) -> Neural:
-    usual = dict(eval_stride=8, ttt_chunk=8 if ttt == "lora" else 24, eval_batch_tokens=128, ttt_rank=2,
-                 ttt_lr=5.0 if ttt == "bias" else 0.02)
+    usual = dict(
+        eval_stride=8,
+        ttt_chunk=8 if ttt == "lora" else 24,
+        eval_batch_tokens=128,
+        ttt_rank=2,
+        ttt_lr=5.0 if ttt == "bias" else 0.02,
+    )
     return adapting(model, EvalConfig(ttt=ttt, **{**usual, **settings}), rt)
 
 
@@ -67,7 +78,9 @@ def test_the_factory_gives_what_ttt_asks_for(model):
     assert not scorer(model, "chunks", eval_mode="cached").cached
 
 
-@given(st.integers(0, 90), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.booleans())
+@given(
+    st.integers(0, 90), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.booleans()
+)
 def test_cutting_windows_leaves_each_row_its_context(size, length, stride, chunk, documents):
     tokens = np.where(np.arange(size) % 17 == 0, BOS_ID, 9)
     whole = plan(tokens, length, min(stride, length), documents)
@@ -75,7 +88,11 @@ def test_cutting_windows_leaves_each_row_its_context(size, length, stride, chunk
     rows = np.arange(max(size - 1, 0))
     assert (coverage(cut, len(rows)) == 1).all()
     assert (cut.first // chunk == (cut.end - 1) // chunk).all()
-    context = [w.start[np.searchsorted(w.first, rows, side="right") - 1] for w in (whole, cut)] if len(rows) else [0, 0]
+    context = (
+        [w.start[np.searchsorted(w.first, rows, side="right") - 1] for w in (whole, cut)]
+        if len(rows)
+        else [0, 0]
+    )
     assert np.array_equal(*context)
 
 
@@ -91,7 +108,9 @@ def test_what_learns_nothing_scores_as_plain_windows_do(model, ttt):
 @pytest.mark.parametrize("ttt", TTT)
 def test_learning_pays_on_text_that_repeats_itself(model, ttt):
     tokens, learns = text(size=400), scorer(model, ttt, eval_documents=True)
-    gain = filled(learns, tokens) - filled(Neural(model, EvalConfig(eval_documents=True), ALONE), tokens)
+    gain = filled(learns, tokens) - filled(
+        Neural(model, EvalConfig(eval_documents=True), ALONE), tokens
+    )
     assert gain.mean() > 0.05
 
 
@@ -99,7 +118,9 @@ def test_learning_pays_on_text_that_repeats_itself(model, ttt):
 def test_epochs_are_passes_over_what_was_scored(model, ttt):
     once, twice = (filled(scorer(model, ttt, ttt_epochs=n), text()) for n in (1, 2))
     chunk = scorer(model, ttt).plan(text()).end[0] if ttt == "lora" else 24
-    assert np.array_equal(once[:chunk], twice[:chunk]) and np.array_equal(once, twice) == (ttt == "bias")
+    assert np.array_equal(once[:chunk], twice[:chunk]) and np.array_equal(once, twice) == (
+        ttt == "bias"
+    )
 
 
 def test_adapters_start_as_an_exact_no_op_that_has_a_gradient(model):
@@ -109,15 +130,21 @@ def test_adapters_start_as_an_exact_no_op_that_has_a_gradient(model):
         logits = model.logits(tokens)
         assert torch.equal(logits, plain)
         loss = logits.square().sum()
-        down, up = (torch.autograd.grad(loss, adapters.values[i::2], retain_graph=True) for i in (0, 1))
+        down, up = (
+            torch.autograd.grad(loss, adapters.values[i::2], retain_graph=True) for i in (0, 1)
+        )
         assert len(up) == 6 * len(model.blocks)
-        assert all((g.abs().amax(dim=(1, 2)) > 0).all() for g in up) and not any(g.any() for g in down)
+        assert all((g.abs().amax(dim=(1, 2)) > 0).all() for g in up) and not any(
+            g.any() for g in down
+        )
         adapters.step([g for pair in zip(down, up, strict=True) for g in pair], 0.01)
         moved = model.logits(tokens)
         assert not torch.equal(moved, plain)
         assert all(g.any() for g in torch.autograd.grad(moved.square().sum(), adapters.values))
         adapters.reset(1)
-        assert torch.equal(model.logits(tokens)[1], plain[1]) and not torch.equal(model.logits(tokens)[2], plain[2])
+        assert torch.equal(model.logits(tokens)[1], plain[1]) and not torch.equal(
+            model.logits(tokens)[2], plain[2]
+        )
     assert torch.equal(model.logits(tokens), plain)
 
 
@@ -137,7 +164,10 @@ def test_adam_counts_the_steps_of_each_lane(model):
             for p, g in zip(params, gradients, strict=True):
                 p.grad = g[lane]
             adam.step()
-        assert all(torch.allclose(p, t[lane], atol=1e-7) for p, t in zip(params, adapters.values, strict=True))
+        assert all(
+            torch.allclose(p, t[lane], atol=1e-7)
+            for p, t in zip(params, adapters.values, strict=True)
+        )
 
 
 def test_the_bias_takes_the_exact_gradient(model):
@@ -150,7 +180,7 @@ def test_the_bias_takes_the_exact_gradient(model):
     bias = torch.zeros(V, dtype=torch.float64, requires_grad=True)
     targets = torch.from_numpy(tokens[1:25].astype(np.int64))
     loss = torch.nn.functional.cross_entropy(torch.from_numpy(plain).double() + bias, targets)
-    gradient, = torch.autograd.grad(loss, bias)
+    (gradient,) = torch.autograd.grad(loss, bias)
     assert torch.allclose(found[0], -5.0 * gradient, rtol=1e-6, atol=1e-12) and len(found) == 2
 
 
@@ -189,10 +219,15 @@ def test_no_row_and_no_state_knows_what_comes_later(model, ttt, lanes):
     assert {"chunk", "document", "window", "batch"} == kinds.keys()
     edges = np.concatenate([kinds["chunk"], kinds["document"]])
     rng = np.random.default_rng(3)
-    for row in rng.choice(np.unique(np.concatenate([edges - 1, edges, edges + 1, rng.integers(0, 170, 9)])[1:]), 5):
+    for row in rng.choice(
+        np.unique(np.concatenate([edges - 1, edges, edges + 1, rng.integers(0, 170, 9)])[1:]), 5
+    ):
         row = int(np.clip(row, 0, 176))
         for other in changes(tokens, row):
-            assert np.abs(filled(learns, other.astype(np.uint16))[: row + 1] - base[: row + 1]).max() < 1e-5
+            assert (
+                np.abs(filled(learns, other.astype(np.uint16))[: row + 1] - base[: row + 1]).max()
+                < 1e-5
+            )
             assert [s for s in learns.digests if s[0] <= row] == [s for s in digests if s[0] <= row]
 
 
@@ -208,7 +243,8 @@ def test_digests_tell_what_was_learned_before_each_chunk(model, ttt):
     other[[30, 31]] = [13, 60]  # the first chunk of bias and chunks ends at row 23, of lora at 7
     filled(learns, other)
     assert [a == b for a, b in zip(digests, learns.digests, strict=True)] == [
-        first <= 29 or ttt == "lora" and first >= 69 for first in firsts]
+        first <= 29 or ttt == "lora" and first >= 69 for first in firsts
+    ]
 
 
 def test_every_bit_counts_in_a_fingerprint():
@@ -221,7 +257,9 @@ def test_every_bit_counts_in_a_fingerprint():
             found = fingerprints([other.view_as(t) if u is t else u for u in tensors])
             assert [a == b for a, b in zip(found, base, strict=True)] == [True, False, True]
             seen.add(found[1])
-    assert len(seen) == 27 and fingerprints([tensors[0][:, [1, 0, 2, 3, 4]]]) != fingerprints(tensors[:1])
+    assert len(seen) == 27 and fingerprints([tensors[0][:, [1, 0, 2, 3, 4]]]) != fingerprints(
+        tensors[:1]
+    )
 
 
 @pytest.mark.parametrize("lanes", [1, 3])
@@ -230,14 +268,20 @@ def test_distributions_are_those_that_scoring_held(model, ttt, lanes):
     tokens, learns = text(), scorer(model, ttt)
     if ttt == "lora":
         learns.adapters = Adapters(model, 2, lanes)
-    scores, rows = filled(learns, tokens), np.array([178, 3, 23, 24, 24, 69, 70, 71, 74, 100, 129, 150])
+    scores, rows = (
+        filled(learns, tokens),
+        np.array([178, 3, 23, 24, 24, 69, 70, 71, 74, 100, 129, 150]),
+    )
     held = learns.distributions(tokens, rows)
     assert np.abs(held.sum(axis=1) - 1).max() < 1e-12
     assert np.abs(np.log(held[np.arange(len(rows)), tokens[rows + 1]]) - scores[rows]).max() < 1e-6
     for row, was in zip(rows[1:], held[1:], strict=True):
         for other in changes(tokens, int(row) - 1):
             if len(other) > row + 1:
-                assert np.abs(learns.distributions(other.astype(np.uint16), [row])[0] - was).max() < 1e-6
+                assert (
+                    np.abs(learns.distributions(other.astype(np.uint16), [row])[0] - was).max()
+                    < 1e-6
+                )
     assert learns.distributions(tokens, np.array([], np.int64)).shape == (0, V)
 
 
@@ -255,6 +299,7 @@ def test_a_scorer_forgets_each_text_also_when_it_is_interrupted(model, ttt):
     def stop(rows: np.ndarray, nats: np.ndarray) -> None:
         if rows[0] > 60:
             raise Stopped
+
     with pytest.raises(Stopped):
         learns.fill(tokens, columns_in_memory(179, {"logp": "f8"}), None, stop)
     assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
@@ -270,7 +315,9 @@ def test_a_run_goes_on_from_what_it_had_scored(model, ttt):
     digests, columns = learns.digests, columns_in_memory(179, {"logp": "f8"})
     columns.put(np.arange(60), {"logp": whole[:60]})
     learns.fill(tokens, columns, None, lambda rows, nats: told.extend(rows))
-    assert columns.complete() and np.array_equal(columns["logp"], whole) and learns.digests == digests
+    assert (
+        columns.complete() and np.array_equal(columns["logp"], whole) and learns.digests == digests
+    )
     assert min(told) == (56 if ttt == "lora" else 48)  # where the chunk starts that was cut
 
 
@@ -285,13 +332,18 @@ def test_when_the_time_is_spent_every_row_is_scored_still(model, ttt):
     assert learns.spent > 0
 
 
-@pytest.mark.parametrize("tokens", [[], [BOS_ID], [7], [BOS_ID, 7], [7] * 60, [BOS_ID] * 40, [V - 1] * 24 + [BOS_ID]],
-                         ids=lambda tokens: f"{len(tokens)}")
+@pytest.mark.parametrize(
+    "tokens",
+    [[], [BOS_ID], [7], [BOS_ID, 7], [7] * 60, [BOS_ID] * 40, [V - 1] * 24 + [BOS_ID]],
+    ids=lambda tokens: f"{len(tokens)}",
+)
 @pytest.mark.parametrize("ttt", TTT)
 def test_odd_texts(model, ttt, tokens):
     tokens, learns = np.array(tokens, np.uint16), scorer(model, ttt)
     scores = filled(learns, tokens)
-    assert np.isfinite(scores).all() and len(learns.digests) == len(learns.boundaries(tokens)["chunk"])
+    assert np.isfinite(scores).all() and len(learns.digests) == len(
+        learns.boundaries(tokens)["chunk"]
+    )
     if len(scores):
         row = len(scores) - 1
         assert abs(np.log(learns.distributions(tokens, [row])[0, tokens[-1]]) - scores[-1]) < 1e-6
@@ -319,7 +371,10 @@ class Ranks:
         if rt.world > 1:
             self.given[rt.rank] = [t.clone() for t in tensors]
             self.barrier.wait(60)
-            sums = [sum(ts) for ts in zip(*(self.given[rank] for rank in range(self.world)), strict=True)]
+            sums = [
+                sum(ts)
+                for ts in zip(*(self.given[rank] for rank in range(self.world)), strict=True)
+            ]
             self.barrier.wait(60)
             torch._foreach_copy_(tensors, sums)
 
@@ -332,6 +387,7 @@ class Ranks:
             except BaseException as e:
                 failed.append(e)
                 self.barrier.abort()
+
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.world)]
         for thread in threads:
             thread.start()
@@ -343,14 +399,23 @@ class Ranks:
 @pytest.mark.parametrize("ttt", TTT)
 def test_ranks_share_the_work_and_learn_the_same(model, ttt, monkeypatch):
     tokens, alone = text(), scorer(model, ttt, eval_batch_tokens=64)
-    base, columns, digests, told = filled(alone, tokens), columns_in_memory(179, {"logp": "f8"}), {}, {}
+    base, columns, digests, told = (
+        filled(alone, tokens),
+        columns_in_memory(179, {"logp": "f8"}),
+        {},
+        {},
+    )
 
     models = [small_model(), small_model()]
 
     def work(rt: Runtime) -> None:
-        learns, told[rt.rank] = scorer(models[rt.rank], ttt, rt, eval_batch_tokens=64, ttt_seconds=1000.0), []
+        learns, told[rt.rank] = (
+            scorer(models[rt.rank], ttt, rt, eval_batch_tokens=64, ttt_seconds=1000.0),
+            [],
+        )
         learns.fill(tokens, columns, None, lambda rows, nats: told[rt.rank].extend(rows))
         digests[rt.rank] = learns.digests
+
     Ranks(2, monkeypatch).run(work)
     assert columns.complete() and np.abs(columns["logp"] - base).max() < 1e-5
     assert digests[0] == digests[1] and [d[0] for d in digests[0]] == [d[0] for d in alone.digests]

@@ -43,7 +43,9 @@ from train_gpt import (
 )
 
 PRELUDE_BYTES = 48  # magic, version, header's length, header's SHA-256
-TINY = PRESETS["smoke"] | dict(vocab_size=96, model_dim=32, num_heads=2, num_kv_heads=1, train_seq_len=32)
+TINY = PRESETS["smoke"] | dict(
+    vocab_size=96, model_dim=32, num_heads=2, num_kv_heads=1, train_seq_len=32
+)
 K = 5.0
 CONFIGS = {
     "8 bits": Config(**TINY | dict(attn_bits=8, mlp_bits=8)),
@@ -51,11 +53,27 @@ CONFIGS = {
     "5 bits": Config(**TINY | dict(attn_bits=5, mlp_bits=5, embed_bits=5)),
     "4 bits": Config(**TINY | dict(attn_bits=4, mlp_bits=4, embed_bits=4)),
     "mixed": Config(**TINY | dict(attn_bits=6, mlp_bits=5, embed_bits=7)),
-    "baseline features": Config(**TINY | dict(bigram_vocab_size=0, smear_gate=False, ortho_init=False, attn_bits=8)),
+    "baseline features": Config(
+        **TINY | dict(bigram_vocab_size=0, smear_gate=False, ortho_init=False, attn_bits=8)
+    ),
     "one layer": Config(**TINY | dict(num_layers=1)),  # no skips: a tensor of no rows
-    "frontier features": Config(**TINY | dict(
-        num_layers=5, leaky_slope=0.5, xsa_last_n=5, ln_scale=True, rope_dims=8, attn_gate=True, qk_gain_init=5.0,
-        parallel_start_layer=3, loop_start=1, loop_end=2, num_loops=2, loop_adaln=True)),
+    "frontier features": Config(
+        **TINY
+        | dict(
+            num_layers=5,
+            leaky_slope=0.5,
+            xsa_last_n=5,
+            ln_scale=True,
+            rope_dims=8,
+            attn_gate=True,
+            qk_gain_init=5.0,
+            parallel_start_layer=3,
+            loop_start=1,
+            loop_end=2,
+            num_loops=2,
+            loop_adaln=True,
+        )
+    ),
 }
 
 
@@ -70,7 +88,9 @@ def trained(cfg: Config, looping: bool = False) -> GPT:
     return model
 
 
-def encoded(model: GPT, codec: str = "brotli", tokenizer: bytes = b"a tokenizer", k: float = K, **settings) -> bytes:
+def encoded(
+    model: GPT, codec: str = "brotli", tokenizer: bytes = b"a tokenizer", k: float = K, **settings
+) -> bytes:
     cfg = dataclasses.replace(model.cfg, **settings)
     rounded = quantised(dict(model.named_parameters()), k, cfg, {})
     return encode_artifact(rounded, k, cfg, model.looping, codec, tokenizer)
@@ -84,6 +104,7 @@ def write(path: Path, data: bytes) -> Path:
 
 # ---- Exact -----------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_artifact_is_the_rounded_forward_pass_exactly(tmp_path, name, codec):
@@ -92,21 +113,30 @@ def test_the_artifact_is_the_rounded_forward_pass_exactly(tmp_path, name, codec)
         model = trained(cfg, looping)
         path = write(tmp_path / "a.ptz", encoded(model, codec))
         read = build_model(read_artifact(path))
-        tokens = torch.randint(0, cfg.vocab_size, (3, 32), generator=torch.Generator().manual_seed(4))
+        tokens = torch.randint(
+            0, cfg.vocab_size, (3, 32), generator=torch.Generator().manual_seed(4)
+        )
         with torch.no_grad():
             plain = model.logits(tokens)
             with weights_replaced(list(model.parameters()), rounded_parameters(model, K)):
                 rounded, loss = model.logits(tokens), model(tokens, tokens)
-            assert torch.equal(read.logits(tokens), rounded) and torch.equal(read(tokens, tokens), loss)
+            assert torch.equal(read.logits(tokens), rounded) and torch.equal(
+                read(tokens, tokens), loss
+            )
             assert not torch.equal(plain, rounded)  # rounding did something
-            assert torch.equal(model.logits(tokens), plain)  # and the model has its own weights again
+            assert torch.equal(
+                model.logits(tokens), plain
+            )  # and the model has its own weights again
         for (n, p), own in zip(read.named_parameters(), rounded_parameters(model, K), strict=True):
             assert torch.equal(p, own), n
 
 
 def test_gptq_codes_come_back_too(tmp_path):
     model = trained(CONFIGS["6 bits"])
-    state, x = dict(model.named_parameters()), torch.randn(200, 32, generator=torch.Generator().manual_seed(5))
+    state, x = (
+        dict(model.named_parameters()),
+        torch.randn(200, 32, generator=torch.Generator().manual_seed(5)),
+    )
     name = "blocks.1.attn.q.weight"
     hessians = {name: (x * torch.linspace(0.1, 3, 32)).T @ x}
     rounded = quantised(state, K, model.cfg, hessians)
@@ -149,9 +179,17 @@ def test_without_its_tokenizer_it_still_names_it(tmp_path):
 def test_everything_that_the_model_reads_is_in_the_header():
     """A setting that changes the forward pass but is not in the artifact would be lost on the way."""
     model_part = inspect.getsource(train_gpt).split("# ==== MODEL")[1].split("# ==== OPTIMISERS")[0]
-    used = {n.attr for n in ast.walk(ast.parse(model_part[model_part.index("\n") :])) if isinstance(n, ast.Attribute)
-            and (isinstance(n.value, ast.Name) and n.value.id == "cfg" or isinstance(n.value, ast.Attribute)
-                 and n.value.attr == "cfg")}
+    used = {
+        n.attr
+        for n in ast.walk(ast.parse(model_part[model_part.index("\n") :]))
+        if isinstance(n, ast.Attribute)
+        and (
+            isinstance(n.value, ast.Name)
+            and n.value.id == "cfg"
+            or isinstance(n.value, ast.Attribute)
+            and n.value.attr == "cfg"
+        )
+    }
     assert "model_dim" in used and used - {"seed"} <= set(train_gpt.MODEL_FIELDS)
 
 
@@ -161,13 +199,17 @@ def test_the_file_of_a_run_is_read_back(run_trainer, corpus, tmp_path):
     said = next(e for e in done.events if e["event"] == "artifact")
     path = tmp_path / Path(said["path"]).name
     artifact = read_artifact(path)
-    assert said["bytes"] == path.stat().st_size and said["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (
+        said["bytes"] == path.stat().st_size
+        and said["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     assert said["bytes"] + said["code_bytes"] <= said["budget_bytes"]
     assert artifact.tokenizer == (corpus.folder / "tokenizer.model").read_bytes()
     assert artifact.config.vocab_size == corpus.vocab_size
 
 
 # ---- Layout ----------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
@@ -191,8 +233,11 @@ class Parts:
 
     def forged(self, text: bytes | None = None, **changes) -> bytes:
         """Sizes and checksums follow the contents, unless `changes` say otherwise; None leaves a key out."""
-        sizes = dict(payload_bytes=len(self.payload), tokenizer_bytes=len(self.inside),
-                     payload_sha256=hashlib.sha256(self.payload + self.inside).hexdigest())
+        sizes = dict(
+            payload_bytes=len(self.payload),
+            tokenizer_bytes=len(self.inside),
+            payload_sha256=hashlib.sha256(self.payload + self.inside).hexdigest(),
+        )
         header = {n: v for n, v in (self.header | sizes | changes).items() if v is not None}
         text = json.dumps(header).encode() if text is None else text
         start = ARTIFACT_MAGIC + struct.pack("<II", 1, len(text)) + hashlib.sha256(text).digest()
@@ -211,7 +256,10 @@ def test_the_documented_layout(blob):
     length, parts = int.from_bytes(blob[12:16], "little"), Parts(blob)
     text = blob[PRELUDE_BYTES : PRELUDE_BYTES + length]
     assert blob[16:48] == hashlib.sha256(text).digest() and text.startswith(b'{"model":{')
-    assert len(blob) == PRELUDE_BYTES + length + parts.header["payload_bytes"] + parts.header["tokenizer_bytes"]
+    assert (
+        len(blob)
+        == PRELUDE_BYTES + length + parts.header["payload_bytes"] + parts.header["tokenizer_bytes"]
+    )
     assert brotli.decompress(parts.inside) == b"a tokenizer"
 
 
@@ -228,23 +276,39 @@ def test_the_tensor_table_names_every_tensor_once_with_bits_and_shape(blob, mode
 
 # ---- Damage ----------------------------------------------------------------------------------------------------------
 
+
 def refused(path: Path) -> str:
     with pytest.raises(ArtifactError) as caught:
         read_artifact(path)
     message = str(caught.value)
-    assert message.startswith(f"{path}: ") and "\n" not in message and len(message) < len(str(path)) + 700
+    assert (
+        message.startswith(f"{path}: ")
+        and "\n" not in message
+        and len(message) < len(str(path)) + 700
+    )
     return message
 
 
-@pytest.mark.parametrize(("data", "says"), [
-    (b"", "not a Fairway artifact"), (b"FAIRWAY", "not a Fairway artifact"), (b"x" * 500, "not a Fairway artifact"),
-    (b"FAIRWAY\0" + bytes(39), "not a Fairway artifact"),
-    (b"FAIRWAY\0" + bytes(40), "version 0; this reader knows 1"),
-    (b"FAIRWAY\0\2\0\0\0" + bytes(99), "version 2; this reader knows 1"),
-    (b"FAIRWAY\0\1\0\0\0\xff\xff\xff\xff" + bytes(99), "no room for a header of 4294967295 bytes"),
-    (b"FAIRWAY\0\1\0\0\0\x64\0\0\0" + bytes(99), "no room for a header of 100 bytes"),
-    (b"FAIRWAY\0\1\0\0\0\2\0\0\0" + bytes(99), "the header does not match its checksum: damaged"),
-])
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "not a Fairway artifact"),
+        (b"FAIRWAY", "not a Fairway artifact"),
+        (b"x" * 500, "not a Fairway artifact"),
+        (b"FAIRWAY\0" + bytes(39), "not a Fairway artifact"),
+        (b"FAIRWAY\0" + bytes(40), "version 0; this reader knows 1"),
+        (b"FAIRWAY\0\2\0\0\0" + bytes(99), "version 2; this reader knows 1"),
+        (
+            b"FAIRWAY\0\1\0\0\0\xff\xff\xff\xff" + bytes(99),
+            "no room for a header of 4294967295 bytes",
+        ),
+        (b"FAIRWAY\0\1\0\0\0\x64\0\0\0" + bytes(99), "no room for a header of 100 bytes"),
+        (
+            b"FAIRWAY\0\1\0\0\0\2\0\0\0" + bytes(99),
+            "the header does not match its checksum: damaged",
+        ),
+    ],
+)
 def test_what_is_no_artifact(tmp_path, data, says):
     assert says in refused(write(tmp_path / "bad.ptz", data))
 
@@ -270,6 +334,7 @@ def test_flipped_bits(blob, tmp_path):
 
 # ---- Hostile: every checksum is right --------------------------------------------------------------------------------
 
+
 def model_change(says: str, **changes):
     return says, lambda parts: parts.forged(model=parts.header["model"] | changes)
 
@@ -278,6 +343,7 @@ def tensor_change(says: str, change):
     def forge(parts):
         change(table := parts.header["tensors"])
         return parts.forged(tensors=table)
+
     return says, forge
 
 
@@ -287,6 +353,7 @@ def header_change(says: str, **changes):
 
 def payload_change(says: str, change, **header):
     """`change` gets the payload's planes by tensor: codes and steps of a matrix, or the bytes of fp16 values."""
+
     def forge(parts):
         shapes, names = [], []
         for name, (bits, *shape) in parts.header["tensors"].items():
@@ -296,6 +363,7 @@ def payload_change(says: str, change, **header):
         change(planes)
         parts.payload = CODECS["brotli"].encode(list(planes.values()))
         return parts.forged(**header)
+
     return says, forge
 
 
@@ -304,6 +372,7 @@ def raw_payload(says: str, payload, inside: bytes | None = None, **header):
         parts.payload = payload(parts) if callable(payload) else payload
         parts.inside = parts.inside if inside is None else inside
         return parts.forged(**header)
+
     return says, forge
 
 
@@ -319,12 +388,14 @@ def described(parts, **settings) -> dict:
 def put(name: str, value: int, row: int = 0, column: int = 0):
     def change(planes):
         planes[name][row, column] = value
+
     return change
 
 
 def put_value(name: str, value: int):
     def change(planes):
         planes[name][:, 0] = value >> 8, value & 255
+
     return change
 
 
@@ -332,13 +403,23 @@ Q, EMB = "blocks.0.attn.q.weight", "tok_emb.weight"
 PACKED_BOMB = brotli.compress(bytes(2**28), quality=1)  # 256 MiB of zeros
 HOSTILE = {
     # The tensor table
-    "other shape": tensor_change(f"tensor '{Q}' is [6, 33, 32]", lambda t: t.update({Q: [6, 33, 32]})),
-    "huge shape": tensor_change("tensor 'tok_emb.weight'", lambda t: t.update({EMB: [7, 10**9, 10**9]})),
+    "other shape": tensor_change(
+        f"tensor '{Q}' is [6, 33, 32]", lambda t: t.update({Q: [6, 33, 32]})
+    ),
+    "huge shape": tensor_change(
+        "tensor 'tok_emb.weight'", lambda t: t.update({EMB: [7, 10**9, 10**9]})
+    ),
     "negative shape": tensor_change(f"tensor '{Q}'", lambda t: t.update({Q: [6, -32, -32]})),
-    "other bits": tensor_change(f"tensor '{Q}' is [5, 32, 32]", lambda t: t.update({Q: [5, 32, 32]})),
-    "matrix as fp16": tensor_change(f"tensor '{Q}' is [16, 32, 32]", lambda t: t.update({Q: [16, 32, 32]})),
+    "other bits": tensor_change(
+        f"tensor '{Q}' is [5, 32, 32]", lambda t: t.update({Q: [5, 32, 32]})
+    ),
+    "matrix as fp16": tensor_change(
+        f"tensor '{Q}' is [16, 32, 32]", lambda t: t.update({Q: [16, 32, 32]})
+    ),
     "missing tensor": tensor_change(f"tensor '{Q}' is None", lambda t: t.pop(Q)),
-    "another tensor": tensor_change("tensor 'extra.weight'", lambda t: t.update({"extra.weight": [6, 2, 2]})),
+    "another tensor": tensor_change(
+        "tensor 'extra.weight'", lambda t: t.update({"extra.weight": [6, 2, 2]})
+    ),
     "name of a buffer": tensor_change("tensor 'cos'", lambda t: t.update({"cos": [16, 32, 8]})),
     "empty entry": tensor_change(f"tensor '{Q}' is []", lambda t: t.update({Q: []})),
     "no list": tensor_change(f"tensor '{Q}' is 6", lambda t: t.update({Q: 6})),
@@ -349,11 +430,15 @@ HOSTILE = {
     "long name": tensor_change("tensor '", lambda t: t.update({"x" * 10**5: [6, 2, 2]})),
     "surrogate name": tensor_change("tensor '", lambda t: t.update({"\ud800": [6, 2, 2]})),
     # The model
-    "a billion layers": model_change("NUM_LAYERS is 1000000000; it must be from 1 to 256", num_layers=10**9),
+    "a billion layers": model_change(
+        "NUM_LAYERS is 1000000000; it must be from 1 to 256", num_layers=10**9
+    ),
     "256 layers": model_change("256 layers, but", num_layers=256),
     "wide": model_change("not [16, 1, 16384]", model_dim=16_384),
     "long context": model_change("TRAIN_SEQ_LEN is 10000000", train_seq_len=10**7),
-    "contradiction": model_change("MODEL_DIM is 32; it must be a multiple of NUM_HEADS=3", num_heads=3),
+    "contradiction": model_change(
+        "MODEL_DIM is 32; it must be a multiple of NUM_HEADS=3", num_heads=3
+    ),
     "vocabulary as text": model_change("VOCAB_SIZE is '96', not int", vocab_size="96"),
     "vocabulary as float": model_change("VOCAB_SIZE is 96.0, not int", vocab_size=96.0),
     "vocabulary as bool": model_change("VOCAB_SIZE is True, not int", vocab_size=True),
@@ -374,13 +459,24 @@ HOSTILE = {
     "spread beyond floats": model_change("TIED_EMBED_INIT_STD", tied_embed_init_std=10**400),
     "unknown setting": model_change("the model must state exactly", __class__="GPT"),
     "training setting": model_change("the model must state exactly", train_batch_tokens=8),
-    "missing setting": ("the model must state exactly", lambda p: p.forged(
-        model={n: v for n, v in p.header["model"].items() if n != "vocab_size"})),
-    "16 G weights": ("at most 48000000 are read", lambda p: p.forged(**described(
-        p, vocab_size=65_536, model_dim=16_384, num_heads=8, mlp_mult=16.0))),
-    "just too many weights": ("at most 48000000 are read", lambda p: p.forged(**described(
-        p, vocab_size=63_000, model_dim=1024, bigram_vocab_size=0))),
-    "rope tables": ("out of range", lambda p: p.forged(**described(p, train_seq_len=65_536, model_dim=1024))),
+    "missing setting": (
+        "the model must state exactly",
+        lambda p: p.forged(model={n: v for n, v in p.header["model"].items() if n != "vocab_size"}),
+    ),
+    "16 G weights": (
+        "at most 48000000 are read",
+        lambda p: p.forged(
+            **described(p, vocab_size=65_536, model_dim=16_384, num_heads=8, mlp_mult=16.0)
+        ),
+    ),
+    "just too many weights": (
+        "at most 48000000 are read",
+        lambda p: p.forged(**described(p, vocab_size=63_000, model_dim=1024, bigram_vocab_size=0)),
+    ),
+    "rope tables": (
+        "out of range",
+        lambda p: p.forged(**described(p, train_seq_len=65_536, model_dim=1024)),
+    ),
     # The header
     "other version of types": header_change("the header must hold exactly", looping=1),
     "k as text": header_change("the header must hold exactly", k="5"),
@@ -398,7 +494,9 @@ HOSTILE = {
     "negative sizes": header_change("", payload_bytes=-1, tokenizer_bytes=10**6),
     "sizes beyond the file": header_change("bytes follow", payload_bytes=2**62),
     "size too small": header_change("bytes follow", payload_bytes=5),
-    "other checksum": header_change("the payload does not match its checksum", payload_sha256="0" * 64),
+    "other checksum": header_change(
+        "the payload does not match its checksum", payload_sha256="0" * 64
+    ),
     "other tokenizer": header_change("tokenizer", tokenizer_sha256="0" * 64),
     "empty header": ("the header is not JSON", lambda p: p.forged(b"")),
     "no JSON": ("the header is not JSON", lambda p: p.forged(b"{model}")),
@@ -406,21 +504,40 @@ HOSTILE = {
     "null": ("the header must hold exactly", lambda p: p.forged(b"null")),
     "list": ("the header must hold exactly", lambda p: p.forged(b"[]")),
     "deep": ("the header is not JSON", lambda p: p.forged(b"[" * 10**6)),
-    "digits": ("the header is not JSON", lambda p: p.text('"vocab_size": 96', '"vocab_size": ' + "9" * 5000)),
+    "digits": (
+        "the header is not JSON",
+        lambda p: p.text('"vocab_size": 96', '"vocab_size": ' + "9" * 5000),
+    ),
     "huge header": ("no room for a header of", lambda p: p.forged(b" " * (MOST_HEADER_BYTES + 1))),
-    "duplicate setting": ("", lambda p: p.text('"vocab_size": 96', '"vocab_size": 96, "vocab_size": 96')),
+    "duplicate setting": (
+        "",
+        lambda p: p.text('"vocab_size": 96', '"vocab_size": 96, "vocab_size": 96'),
+    ),
     "duplicate tensor": ("", lambda p: p.text(f'"{Q}": [', f'"{Q}": [6, 32, 32], "{Q}": [')),
     "k beyond floats": ("", lambda p: p.text('"k": 5.0', '"k": 1e999')),
-    "duplicate key": ("", lambda p: p.text('"codec": "brotli"', '"codec": "zstd", "codec": "brotli"')),
+    "duplicate key": (
+        "",
+        lambda p: p.text('"codec": "brotli"', '"codec": "zstd", "codec": "brotli"'),
+    ),
     # The payload
     "code beyond 6 bits": payload_change(f"tensor '{Q}' has codes outside 6 bits", put(Q, 32)),
-    "code below 6 bits": payload_change(f"tensor '{Q}' has codes outside 6 bits", put(Q, 256 - 32, 31, 31)),
-    "least code of a byte": payload_change("tensor 'tok_emb.weight' has codes outside 7 bits", put(EMB, 128)),
+    "code below 6 bits": payload_change(
+        f"tensor '{Q}' has codes outside 6 bits", put(Q, 256 - 32, 31, 31)
+    ),
+    "least code of a byte": payload_change(
+        "tensor 'tok_emb.weight' has codes outside 7 bits", put(EMB, 128)
+    ),
     "infinite step": payload_change(f"tensor '{Q}' is not finite", put_value(f"{Q} steps", 0x7F80)),
     "NaN step": payload_change(f"tensor '{Q}' is not finite", put_value(f"{Q} steps", 0x7FC0)),
-    "overflowing step": payload_change(f"tensor '{Q}' is not finite", put_value(f"{Q} steps", 0x7F7F)),
-    "infinite gate": payload_change("tensor 'smear.gate' is not finite", put_value("smear.gate", 0x7C00)),
-    "NaN gate": payload_change("tensor 'smear.gate' is not finite", put_value("smear.gate", 0xFE01)),
+    "overflowing step": payload_change(
+        f"tensor '{Q}' is not finite", put_value(f"{Q} steps", 0x7F7F)
+    ),
+    "infinite gate": payload_change(
+        "tensor 'smear.gate' is not finite", put_value("smear.gate", 0x7C00)
+    ),
+    "NaN gate": payload_change(
+        "tensor 'smear.gate' is not finite", put_value("smear.gate", 0xFE01)
+    ),
     "another codec's payload": header_change("zstd", codec="zstd"),
     "ans of brotli": header_change("ans: truncated", codec="ans"),
     "empty payload": raw_payload("brotli", b""),
@@ -429,21 +546,38 @@ HOSTILE = {
     "short payload": raw_payload("wrong number of symbols", brotli.compress(b"short")),
     "brotli bomb": raw_payload("brotli: truncated or too long", PACKED_BOMB),
     "zstd bomb": raw_payload("zstd: wrong size", zstandard.compress(bytes(2**28)), codec="zstd"),
-    "tokenizer bomb": raw_payload("brotli: truncated or too long", lambda p: p.payload, PACKED_BOMB),
+    "tokenizer bomb": raw_payload(
+        "brotli: truncated or too long", lambda p: p.payload, PACKED_BOMB
+    ),
     "tokenizer of no kind": raw_payload("", lambda p: p.payload, b"\xff" * 50),
-    "tokenizer cut short": raw_payload("brotli", lambda p: p.payload, brotli.compress(b"tokenizer" * 9)[:-1]),
+    "tokenizer cut short": raw_payload(
+        "brotli", lambda p: p.payload, brotli.compress(b"tokenizer" * 9)[:-1]
+    ),
 }
 
 
 def largest(blob: bytes, codec: str) -> bytes:
     """As many weights as are read, all zero: a hundred kilobytes that ask for as much memory as any may."""
     parts = Parts(blob)
-    header = described(parts, vocab_size=42_000, model_dim=1024, num_heads=1, num_kv_heads=1, bigram_vocab_size=0,
-                       num_layers=1, mlp_mult=0.25, train_seq_len=46_000)
-    sizes = [2 * np.prod(shape) if bits == 16 else np.prod(shape) + 2 * shape[0]
-             for bits, *shape in header["tensors"].values()]
+    header = described(
+        parts,
+        vocab_size=42_000,
+        model_dim=1024,
+        num_heads=1,
+        num_kv_heads=1,
+        bigram_vocab_size=0,
+        num_layers=1,
+        mlp_mult=0.25,
+        train_seq_len=46_000,
+    )
+    sizes = [
+        2 * np.prod(shape) if bits == 16 else np.prod(shape) + 2 * shape[0]
+        for bits, *shape in header["tensors"].values()
+    ]
     zeros = bytes(int(sum(sizes)))
-    parts.payload = zstandard.compress(zeros) if codec == "zstd" else brotli.compress(zeros, quality=1)
+    parts.payload = (
+        zstandard.compress(zeros) if codec == "zstd" else brotli.compress(zeros, quality=1)
+    )
     assert sum(np.prod(shape) for _, *shape in header["tensors"].values()) > 0.98 * MOST_WEIGHTS
     return parts.forged(codec=codec, **header)
 
@@ -475,19 +609,34 @@ def verdicts(blob, tmp_path_factory) -> dict[str, tuple[str, str, int]]:
     folder = tmp_path_factory.mktemp("hostile")
     for i, (_, forge) in enumerate(HOSTILE.values()):
         (folder / f"{i:03}").write_bytes(forge(Parts(copy.copy(blob))))
-    for i, depth in enumerate(range(930, 1000)):  # around Python's limit: parsed, yet too deep to print
+    for i, depth in enumerate(
+        range(930, 1000)
+    ):  # around Python's limit: parsed, yet too deep to print
         nest = "[" * depth + "]" * depth
-        (folder / f"deep {i:03}a").write_bytes(Parts(blob).text('"vocab_size": 96', f'"vocab_size": {nest}'))
+        (folder / f"deep {i:03}a").write_bytes(
+            Parts(blob).text('"vocab_size": 96', f'"vocab_size": {nest}')
+        )
         (folder / f"deep {i:03}b").write_bytes(Parts(blob).text(f'"{Q}": [6,', f'"{Q}": [{nest},'))
     (folder / "largest zstd").write_bytes(largest(blob, "zstd"))
     (folder / "largest brotli").write_bytes(largest(blob, "brotli"))
     parts, size = Parts(blob), 3 * 2**30
-    with open(folder / "sparse", "wb") as f:  # a file larger than any artifact, which takes no room on the disk
-        f.write(parts.forged(payload_bytes=size - len(parts.inside))[: -len(parts.payload) - len(parts.inside)])
+    with open(
+        folder / "sparse", "wb"
+    ) as f:  # a file larger than any artifact, which takes no room on the disk
+        f.write(
+            parts.forged(payload_bytes=size - len(parts.inside))[
+                : -len(parts.payload) - len(parts.inside)
+            ]
+        )
         f.truncate(f.tell() + size)
     paths = sorted(str(p) for p in folder.iterdir())
-    done = subprocess.run([sys.executable, "-c", VERDICTS, str(Path(train_gpt.__file__).parent), *paths], text=True,
-                          capture_output=True, timeout=120, env=dict(PATH=os.environ["PATH"], OMP_NUM_THREADS="1"))
+    done = subprocess.run(
+        [sys.executable, "-c", VERDICTS, str(Path(train_gpt.__file__).parent), *paths],
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env=dict(PATH=os.environ["PATH"], OMP_NUM_THREADS="1"),
+    )
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
     assert [path for path, *_ in said] == paths
@@ -503,7 +652,9 @@ def test_hostile_artifacts_end_in_artifact_error(verdicts, name):
 
 
 def test_headers_as_deep_as_python_parses(verdicts):
-    assert {kind for name, (kind, *_) in verdicts.items() if name.startswith("deep ")} == {"ArtifactError"}
+    assert {kind for name, (kind, *_) in verdicts.items() if name.startswith("deep ")} == {
+        "ArtifactError"
+    }
 
 
 def test_a_file_larger_than_any_artifact(verdicts):
@@ -517,10 +668,38 @@ def test_hostile_artifacts_take_less_than_a_gibibyte(verdicts):
 
 # ---- Mutants ---------------------------------------------------------------------------------------------------------
 
+
 def mutant_header(parts: Parts, rng: np.random.Generator) -> bytes:
     """A value of the header, somewhere, replaced by one that is as wrong as can be; checksums right."""
-    nasty = [0, 1, -1, 2, 7, 255, 2**31, 2**63, -(10**30), 1.5, -0.0, 1e300, None, True, False, "", "ans", "zstd", [],
-             [1], {}, {"a": 1}, [16, 1], float("nan"), float("inf"), "\0", "ÿ" * 99]
+    nasty = [
+        0,
+        1,
+        -1,
+        2,
+        7,
+        255,
+        2**31,
+        2**63,
+        -(10**30),
+        1.5,
+        -0.0,
+        1e300,
+        None,
+        True,
+        False,
+        "",
+        "ans",
+        "zstd",
+        [],
+        [1],
+        {},
+        {"a": 1},
+        [16, 1],
+        float("nan"),
+        float("inf"),
+        "\0",
+        "ÿ" * 99,
+    ]
     header = parts.header = copy.deepcopy(parts.header)
     for _ in range(rng.integers(1, 3)):
         place = header[["model", "tensors"][rng.integers(2)]] if rng.random() < 0.8 else header
@@ -553,18 +732,26 @@ def mutant(good: bytes, other: bytes, rng: np.random.Generator) -> bytes:
 def test_2000_mutants_end_in_artifact_or_shard_error(blob, corpus, tmp_path):
     rng, path = np.random.default_rng(8), tmp_path / "mutant"
     shard = (corpus.folder / "tiny_val_000000.bin").read_bytes()
-    others, ends = [encoded(trained(CONFIGS["8 bits"]), codec) for codec in CODECS], {"refused": 0, "read": 0}
+    others, ends = (
+        [encoded(trained(CONFIGS["8 bits"]), codec) for codec in CODECS],
+        {"refused": 0, "read": 0},
+    )
     for i in range(2000):
         kind = i % 4
         if kind < 2:
             data = mutant(blob, others[i % 3], rng)
         else:
-            data = mutant_header(Parts(others[i % 3]), rng) if kind == 2 else mutant(shard, blob, rng)
+            data = (
+                mutant_header(Parts(others[i % 3]), rng) if kind == 2 else mutant(shard, blob, rng)
+            )
         path.write_bytes(data)
         try:
             if kind == 3:
                 tokens = read_shard(path, corpus.vocab_size)
-                assert 2 * len(tokens) + 1024 == len(data) and tokens.max(initial=0) < corpus.vocab_size
+                assert (
+                    2 * len(tokens) + 1024 == len(data)
+                    and tokens.max(initial=0) < corpus.vocab_size
+                )
             else:
                 artifact = read_artifact(path)
                 assert kind == 2 or data in (blob, *others)
@@ -577,6 +764,7 @@ def test_2000_mutants_end_in_artifact_or_shard_error(blob, corpus, tmp_path):
 
 
 # ---- Code is never run -----------------------------------------------------------------------------------------------
+
 
 class Exploit:
     def __init__(self, path: Path):
@@ -601,7 +789,10 @@ def test_nothing_on_the_way_to_a_model_can_unpickle():
     """All functions that `read_artifact` and `build_model` reach, by name, call no loader but JSON's."""
     tree = ast.parse(inspect.getsource(train_gpt))
     functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-    reached, todo = set(), ["read_artifact", "build_model", "Codec", "unpack_zstd", "unpack_ans", "fill"]
+    reached, todo = (
+        set(),
+        ["read_artifact", "build_model", "Codec", "unpack_zstd", "unpack_ans", "fill"],
+    )
     called = set()
     while todo:
         name = todo.pop()
@@ -614,7 +805,22 @@ def test_nothing_on_the_way_to_a_model_can_unpickle():
                 called.add(node.id)
             elif isinstance(node, ast.Attribute):
                 called.add(ast.unparse(node))
-    assert {"read_header", "header_config", "read_weights", "decompress_brotli", "GPT", "Codec"} <= reached
-    loaders = {c for c in called if c.split(".")[-1] in ("load", "loads", "eval", "exec", "literal_eval", "fromfile")}
+    assert {
+        "read_header",
+        "header_config",
+        "read_weights",
+        "decompress_brotli",
+        "GPT",
+        "Codec",
+    } <= reached
+    loaders = {
+        c
+        for c in called
+        if c.split(".")[-1] in ("load", "loads", "eval", "exec", "literal_eval", "fromfile")
+    }
     assert loaders == {"json.loads"} and "pickle" not in called
-    assert not [n for n in tree.body if isinstance(n, ast.Import) and any("pickle" in a.name for a in n.names)]
+    assert not [
+        n
+        for n in tree.body
+        if isinstance(n, ast.Import) and any("pickle" in a.name for a in n.names)
+    ]

@@ -51,7 +51,9 @@ class Counting:
 
 def some_tokens(n: int, vocab_size: int, seed: int = 0) -> np.ndarray:
     """Some of them often, most of them hardly ever."""
-    return np.minimum(np.random.default_rng(seed).geometric(0.2, n) - 1, vocab_size - 1).astype(np.uint16)
+    return np.minimum(np.random.default_rng(seed).geometric(0.2, n) - 1, vocab_size - 1).astype(
+        np.uint16
+    )
 
 
 def plainly_decoded(predictor, payload: bytes, count: int) -> list[int]:
@@ -90,9 +92,15 @@ def test_frequencies_are_whole_and_sum_to_the_whole(V):
     for spread in (0.0, 1.0, 8.0, 60.0):
         p = np.exp(spread * rng.standard_normal((6, V)))
         p[0, : V // 2] = 0
-        p /= p.sum(axis=1, keepdims=True) * (1 + rng.uniform(-9e-7, 9e-7, (6, 1)))  # as rough as may be
+        p /= p.sum(axis=1, keepdims=True) * (
+            1 + rng.uniform(-9e-7, 9e-7, (6, 1))
+        )  # as rough as may be
         weights = weights_of(p)
-        assert weights.dtype == np.float64 and (weights == np.floor(weights)).all() and (weights >= 0).all()
+        assert (
+            weights.dtype == np.float64
+            and (weights == np.floor(weights)).all()
+            and (weights >= 0).all()
+        )
         assert (weights.sum(axis=1) == WHOLE - V).all()
         others = np.arange(V) != p.argmax(axis=1)[:, None]
         assert (weights == np.floor(p * (WHOLE - V)))[others].all()
@@ -100,18 +108,23 @@ def test_frequencies_are_whole_and_sum_to_the_whole(V):
 
 def test_what_rounding_leaves_goes_to_the_first_of_the_most_probable():
     assert weights_of(np.full((1, 3), 1 / 3)).tolist() == [[5592405, 5592404, 5592404]]
-    assert weights_of(np.array([[0, 1.0, 0], [0.2, 0.4, 0.4]])).tolist() == [[0, WHOLE - 3, 0],
-                                                                             [3355442, 6710886, 6710885]]
+    assert weights_of(np.array([[0, 1.0, 0], [0.2, 0.4, 0.4]])).tolist() == [
+        [0, WHOLE - 3, 0],
+        [3355442, 6710886, 6710885],
+    ]
 
 
-@pytest.mark.parametrize("row", [[0.5, 0.5, np.nan], [0.5, 0.6, -0.1], [np.inf, 0, 0], [0.5, 0.49999, 0], [0, 0, 0]])
+@pytest.mark.parametrize(
+    "row", [[0.5, 0.5, np.nan], [0.5, 0.6, -0.1], [np.inf, 0, 0], [0.5, 0.49999, 0], [0, 0, 0]]
+)
 def test_what_are_no_probabilities(row):
     with pytest.raises(BitstreamError, match="gives no probabilities"):
         weights_of(np.array([[1.0, 0, 0], row]))
 
 
-@pytest.mark.parametrize(("V", "streams", "count"), [(4, 1, 90), (4, 7, 90), (300, 3, 61), (1024, 8, 40),
-                                                     (65536, 2, 12)])
+@pytest.mark.parametrize(
+    ("V", "streams", "count"), [(4, 1, 90), (4, 7, 90), (300, 3, 61), (1024, 8, 40), (65536, 2, 12)]
+)
 def test_plain_integers_decode_the_payload(V, streams, count):
     """Of every vocabulary: nothing is rounded by the library, and each word is used."""
     for seed in range(3):
@@ -138,7 +151,12 @@ def test_any_tokens_come_back(streams, V, data):
 
 
 def test_streams_follow_each_other_in_the_text():
-    assert stream_sizes(10, 4).tolist() == [3, 3, 2, 2] and stream_sizes(2, 4).tolist() == [1, 1, 0, 0]
+    assert stream_sizes(10, 4).tolist() == [3, 3, 2, 2] and stream_sizes(2, 4).tolist() == [
+        1,
+        1,
+        0,
+        0,
+    ]
     assert stream_sizes(0, 3).tolist() == [0, 0, 0] and stream_sizes(8, 4).tolist() == [2, 2, 2, 2]
     assert [default_streams(n) for n in (0, 1, 600, 5000, 10**9)] == [1, 1, 1, 9, 64]
 
@@ -165,7 +183,11 @@ def test_whole_numbers_cost_next_to_nothing(V, most):
 # ---- Payloads that are not what they should be -----------------------------------------------------------------------
 def test_damaged_payloads_end_in_an_error_or_in_other_tokens():
     """The container's checksum finds them; here they must only end, in as many tokens as were asked for."""
-    payload, rng, refused = encode_tokens(Counting(4, 300), some_tokens(400, 300)), np.random.default_rng(0), 0
+    payload, rng, refused = (
+        encode_tokens(Counting(4, 300), some_tokens(400, 300)),
+        np.random.default_rng(0),
+        0,
+    )
     for n in range(150):
         words = np.frombuffer(payload, "<u4").copy()
         words[rng.integers(len(words))] ^= np.uint32(1 << rng.integers(32))
@@ -185,7 +207,10 @@ def test_a_payload_of_no_whole_words():
 
 def test_decoding_stops_when_the_bits_are_used_up():
     """However many tokens are promised: work and memory follow what the payload holds."""
-    payload, counting = encode_tokens(Counting(2, 300), some_tokens(300, 300)), Counting(2, 300, alpha=5)
+    payload, counting = (
+        encode_tokens(Counting(2, 300), some_tokens(300, 300)),
+        Counting(2, 300, alpha=5),
+    )
     tracemalloc.start()
     with pytest.raises(BitstreamError, match="ends before its tokens do|does not decode"):
         decode_tokens(counting, payload, 1 << 27)
@@ -194,8 +219,16 @@ def test_decoding_stops_when_the_bits_are_used_up():
 
 
 # ---- Container -------------------------------------------------------------------------------------------------------
-HEADER = Header(b"\xab" * 12, b"\xcd" * 12, MadeOn((2, 13, 0), 2, 200), 2, 9, 1, (("a.txt", 5), ("日本.bin", 7)),
-                {"ngram_orders": 4, "mix_mode": "log", "mix_rate": 0.25})
+HEADER = Header(
+    b"\xab" * 12,
+    b"\xcd" * 12,
+    MadeOn((2, 13, 0), 2, 200),
+    2,
+    9,
+    1,
+    (("a.txt", 5), ("日本.bin", 7)),
+    {"ngram_orders": 4, "mix_mode": "log", "mix_rate": 0.25},
+)
 PROOF = HEADER._replace(streams=1, count=20_000, first=300, files=None, experts={})
 PAYLOAD = b"8 bytes!"
 
@@ -208,11 +241,26 @@ def number(n: int, more: int = 0) -> bytes:
 
 def forged(**changed) -> bytes:
     """HEADER and PAYLOAD written from docs/BITSTREAM.md, with some parts replaced, and a checksum that is right."""
-    parts = dict(flags=b"\x02", artifact=b"\xab" * 12, digest=b"\xcd" * 12, torch=bytes([2, 13, 0]), device=b"\x02",
-                 threads=number(200), streams=number(2), count=number(9), files=number(2), name=number(5) + b"a.txt",
-                 size=number(5), name2=number(10) + "日本.bin".encode(), size2=number(7), settings=number(3),
-                 orders=b"\x05" + number(4), mode=b"\x09" + number(1), rate=b"\x0e" + struct.pack("<d", 0.25),
-                 payload=PAYLOAD)
+    parts = dict(
+        flags=b"\x02",
+        artifact=b"\xab" * 12,
+        digest=b"\xcd" * 12,
+        torch=bytes([2, 13, 0]),
+        device=b"\x02",
+        threads=number(200),
+        streams=number(2),
+        count=number(9),
+        files=number(2),
+        name=number(5) + b"a.txt",
+        size=number(5),
+        name2=number(10) + "日本.bin".encode(),
+        size2=number(7),
+        settings=number(3),
+        orders=b"\x05" + number(4),
+        mode=b"\x09" + number(1),
+        rate=b"\x0e" + struct.pack("<d", 0.25),
+        payload=PAYLOAD,
+    )
     rest = b"".join((parts | changed).values())
     return b"FWY\x01" + zlib.crc32(rest).to_bytes(4, "little") + rest
 
@@ -220,20 +268,36 @@ def forged(**changed) -> bytes:
 def refusal(data: bytes) -> str:
     with pytest.raises(BitstreamError) as e:
         unpacked(data, "f.fwy")
-    assert "\n" not in str(e.value) and str(e.value).startswith("f.fwy: ") and len(str(e.value)) < 400
+    assert (
+        "\n" not in str(e.value) and str(e.value).startswith("f.fwy: ") and len(str(e.value)) < 400
+    )
     return str(e.value)
 
 
 def test_what_is_packed_comes_back(tmp_path):
     (tmp_path / "f.fwy").write_bytes(packed(HEADER, PAYLOAD))
     header, payload = read_bitstream(tmp_path / "f.fwy")
-    assert header == HEADER and payload == PAYLOAD and header.first_tokens().tolist() == [1, 1] and header.size == 12
+    assert (
+        header == HEADER
+        and payload == PAYLOAD
+        and header.first_tokens().tolist() == [1, 1]
+        and header.size == 12
+    )
     assert header.settings() == EvalConfig(ngram_orders=4, mix_mode="log", mix_rate=0.25)
     assert forged() == packed(HEADER, PAYLOAD)
-    for other in (PROOF, HEADER._replace(experts=None), PROOF._replace(experts={"expert_reset": True})):
+    for other in (
+        PROOF,
+        HEADER._replace(experts=None),
+        PROOF._replace(experts={"expert_reset": True}),
+    ):
         assert unpacked(packed(other, b""), "f") == (other, b"")
-    assert PROOF.first_tokens().tolist() == [300] and HEADER._replace(experts=None).settings() is None
-    assert str(HEADER.made_on) == "torch 2.13.0, cpu, AVX512, 200 threads" and HEADER.made_on.kind == "cpu"
+    assert (
+        PROOF.first_tokens().tolist() == [300] and HEADER._replace(experts=None).settings() is None
+    )
+    assert (
+        str(HEADER.made_on) == "torch 2.13.0, cpu, AVX512, 200 threads"
+        and HEADER.made_on.kind == "cpu"
+    )
 
 
 def test_a_proofs_header_leaves_room_in_64_bytes():
@@ -241,15 +305,29 @@ def test_a_proofs_header_leaves_room_in_64_bytes():
     assert len(packed(PROOF, b"")) <= 48
 
 
-@given(st.fixed_dictionaries({}, optional={
-    "eval_mode": st.just("cached"), "eval_seq_len": st.integers(64, 65_536), "eval_documents": st.just(True),
-    "ntk_rope": st.just(False), "ngram_orders": st.integers(1, 5), "mix_weights": st.sampled_from(["em", "gate"]),
-    "mix_lr": st.floats(0, 0.9), "mix_guard": st.floats(1, 10), "match_least": st.integers(9, 64)}))
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "eval_mode": st.just("cached"),
+            "eval_seq_len": st.integers(64, 65_536),
+            "eval_documents": st.just(True),
+            "ntk_rope": st.just(False),
+            "ngram_orders": st.integers(1, 5),
+            "mix_weights": st.sampled_from(["em", "gate"]),
+            "mix_lr": st.floats(0, 0.9),
+            "mix_guard": st.floats(1, 10),
+            "match_least": st.integers(9, 64),
+        },
+    )
+)
 def test_settings_are_those_that_differ(settings):
     cfg = EvalConfig(**settings, checkpoint="elsewhere", device="cpu")
     assert described(cfg, SETTINGS) == settings
     assert unpacked(packed(PROOF._replace(experts=settings), b""), "f")[0].experts == settings
-    assert set(described(cfg, EXPERT_SETTINGS)) == {n for n in settings if not n.startswith(("eval", "ntk"))}
+    assert set(described(cfg, EXPERT_SETTINGS)) == {
+        n for n in settings if not n.startswith(("eval", "ntk"))
+    }
     assert described(None, SETTINGS) is None
 
 
@@ -257,16 +335,35 @@ def test_settings_and_their_defaults_are_those_of_version_1():
     """Files hold what differs from these, by its place: whoever changes one must raise the version of the format."""
     names = [f.name for f in dataclasses.fields(EvalConfig)]
     of_predictions = names[names.index("eval_mode") : names.index("ttt")]
-    assert list(SETTINGS) == [name for name in of_predictions if name != "eval_batch_tokens"]  # a matter of speed
+    assert list(SETTINGS) == [
+        name for name in of_predictions if name != "eval_batch_tokens"
+    ]  # a matter of speed
     assert [getattr(EvalConfig(), name) for name in SETTINGS] == [
-        "sliding", 0, 64, False, True, 6, 2304, 8, False, "linear", "sets", 1.0, 0.01, 0.1, 0.05, 0.5, 0.0001]
+        "sliding",
+        0,
+        64,
+        False,
+        True,
+        6,
+        2304,
+        8,
+        False,
+        "linear",
+        "sets",
+        1.0,
+        0.01,
+        0.1,
+        0.05,
+        0.5,
+        0.0001,
+    ]
 
 
 @given(st.data())
 def test_any_damage_is_seen(data):
     blob = packed(HEADER, PAYLOAD)
     at = data.draw(st.integers(0, len(blob) - 1))
-    flipped = blob[:at] + bytes([blob[at] ^ data.draw(st.integers(1, 255))]) + blob[at + 1:]
+    flipped = blob[:at] + bytes([blob[at] ^ data.draw(st.integers(1, 255))]) + blob[at + 1 :]
     more = blob[:at] + data.draw(st.binary(min_size=1, max_size=9)) + blob[at:]
     assert refusal(flipped) and refusal(blob[:at]) and (more == blob or refusal(more))
 
@@ -275,7 +372,9 @@ def test_any_damage_is_seen(data):
 def test_what_is_no_bitstream(data):
     sealed = b"FWY\x01" + zlib.crc32(data).to_bytes(4, "little") + data
     assert refusal(data) and refusal(b"FWY\x01" + data)
-    with contextlib.suppress(BitstreamError):  # a checksum that holds, over anything: a header, or refused
+    with contextlib.suppress(
+        BitstreamError
+    ):  # a checksum that holds, over anything: a header, or refused
         header, payload = unpacked(sealed, "f")
         assert packed(header, payload) == sealed
 
@@ -310,8 +409,20 @@ FORGED = {
     "boolean": (dict(mode=b"\x08" + number(2)), "EXPERT_RESET"),
     "a default in full": (dict(orders=b"\x05" + number(6)), "default"),
 }
-EVIL = ["", ".", "..", "/etc/passwd", "../up", "a/b", "a\\b", "a\0b", "a\nb", "\x1b[2J", "\u202etxt",
-        "a" * (MOST_NAME_BYTES + 1)]
+EVIL = [
+    "",
+    ".",
+    "..",
+    "/etc/passwd",
+    "../up",
+    "a/b",
+    "a\\b",
+    "a\0b",
+    "a\nb",
+    "\x1b[2J",
+    "\u202etxt",
+    "a" * (MOST_NAME_BYTES + 1),
+]
 
 
 @pytest.mark.parametrize("case", FORGED)
@@ -331,7 +442,9 @@ def test_evil_names(name):
 def test_every_cut_of_a_header_is_seen_behind_a_checksum_that_holds():
     whole = forged(payload=b"")[8:]
     for at in range(len(whole)):
-        assert "cut short" in refusal(b"FWY\x01" + zlib.crc32(whole[:at]).to_bytes(4, "little") + whole[:at])
+        assert "cut short" in refusal(
+            b"FWY\x01" + zlib.crc32(whole[:at]).to_bytes(4, "little") + whole[:at]
+        )
 
 
 def test_another_version_and_a_file_larger_than_any_bitstream(tmp_path):

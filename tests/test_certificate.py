@@ -22,8 +22,20 @@ from tests.zoo.honest import TABLE, TEXT, TOKENIZER, Bigram, Smeared, Uniform, V
 from train_gpt import BOS_ID, ByteTable, UserError, write_shard
 
 verdicts = functools.cache(verdicts_on)
-RULES = ["causal", "normalised", "target-blind", "score first", "one pass", "coverage", "claim", "bytes", "canary",
-         "paid prefix", "smear", "sizes"]
+RULES = [
+    "causal",
+    "normalised",
+    "target-blind",
+    "score first",
+    "one pass",
+    "coverage",
+    "claim",
+    "bytes",
+    "canary",
+    "paid prefix",
+    "smear",
+    "sizes",
+]
 
 
 def said(certificate, rule: str):
@@ -61,7 +73,10 @@ def test_the_smear_rule_and_the_others_are_each_broken_by_somebody():
 
 def test_what_a_scorer_does_not_offer_is_not_held_against_it():
     plain = verdicts(Uniform)
-    assert [v.rule for v in plain.verdicts if v.verdict == "cannot tell"] == ["score first", "smear"]
+    assert [v.rule for v in plain.verdicts if v.verdict == "cannot tell"] == [
+        "score first",
+        "smear",
+    ]
     assert plain.about["vocab_size"] == V
     smear = said(verdicts(Smeared), "smear")
     assert smear.verdict == "ok" and verdicts(Smeared).about["tolerance"] == 1e-6
@@ -78,23 +93,34 @@ def test_the_zoo_table_names_every_scorer_and_marks_what_it_breaks():
 def test_claims_for_the_whole_text_are_held_against_its_prefixes():
     honest = Bigram().score(TEXT)
     assert said(certify(Bigram(), TEXT, claimed=honest, seconds=0.1), "claim").verdict == "ok"
-    for wrong, told in ((honest * 0.99, "moved by"), (honest[:-1], "1,198 scores were claimed for 1,199 targets")):
+    for wrong, told in (
+        (honest * 0.99, "moved by"),
+        (honest[:-1], "1,198 scores were claimed for 1,199 targets"),
+    ):
         verdict = said(certify(Bigram(), TEXT, claimed=wrong, seconds=0.1), "claim")
         assert verdict.verdict == "FAIL" and told in verdict.figure
     unscored = np.append(honest[:-1], np.nan)
-    assert said(certify(Bigram(), TEXT, claimed=unscored, seconds=0.1), "coverage").verdict == "FAIL"
+    assert (
+        said(certify(Bigram(), TEXT, claimed=unscored, seconds=0.1), "coverage").verdict == "FAIL"
+    )
 
 
-@pytest.mark.parametrize("text", [np.full(200, 5), np.full(200, BOS_ID), np.arange(200) % 40 + 4, TEXT[:128]],
-                         ids=["one token", "only BOS", "no BOS", "the shortest"])
+@pytest.mark.parametrize(
+    "text",
+    [np.full(200, 5), np.full(200, BOS_ID), np.arange(200) % 40 + 4, TEXT[:128]],
+    ids=["one token", "only BOS", "no BOS", "the shortest"],
+)
 def test_odd_texts_are_judged_too(text):
     certificate = certify(Bigram(), text.astype(np.int64), byte_table=TABLE, seconds=0.05)
     assert [(v.rule, v.figure) for v in certificate.verdicts if v.verdict == "FAIL"] == []
 
 
 def test_a_text_that_cannot_be_judged_is_one_line():
-    for text, told in ((TEXT[:127], "at least 128 tokens, not 127"), (TEXT[:0], "not 0"),
-                       (np.full(200, V), f"holds token {V}, but the scorer's vocabulary is {V}")):
+    for text, told in (
+        (TEXT[:127], "at least 128 tokens, not 127"),
+        (TEXT[:0], "not 0"),
+        (np.full(200, V), f"holds token {V}, but the scorer's vocabulary is {V}"),
+    ):
         with pytest.raises(UserError, match=told):
             certify(Bigram(), text, seconds=0.05)
     short = ByteTable(TABLE.base[:9], TABLE.space[:9], TABLE.boundary[:9])
@@ -125,13 +151,23 @@ def test_the_scorer_cannot_change_the_text_and_the_seed_settles_the_rest():
     assert certify(Overwrites(), TEXT, seconds=0.05).passed and (TEXT == before).all()
 
 
-@pytest.mark.parametrize("rule, extra", [
-    ("coverage", dict(vocab_size="many")), ("coverage", dict(boundaries=lambda tokens: [1, 2])),
-    ("score first", dict(commits=[{"first": 0}])), ("score first", dict(commits=[(-1, 2**70, 0, 0, "", "")])),
-    ("smear", dict(embeddings=lambda tokens: [[1], [2, 3]])), ("smear", dict(embeddings=lambda tokens: np.zeros(3))),
-    ("coverage", dict(commits=[])), ("coverage", dict(tolerance=float("nan"))), ("coverage", dict(score=None)),
-    ("normalised", dict(distribution=lambda tokens, i: np.full(V, np.nan))),
-    ("coverage", dict(distribution=lambda tokens, i: "a")), ("coverage", dict(score=lambda tokens: sys.exit(0)))])
+@pytest.mark.parametrize(
+    "rule, extra",
+    [
+        ("coverage", dict(vocab_size="many")),
+        ("coverage", dict(boundaries=lambda tokens: [1, 2])),
+        ("score first", dict(commits=[{"first": 0}])),
+        ("score first", dict(commits=[(-1, 2**70, 0, 0, "", "")])),
+        ("smear", dict(embeddings=lambda tokens: [[1], [2, 3]])),
+        ("smear", dict(embeddings=lambda tokens: np.zeros(3))),
+        ("coverage", dict(commits=[])),
+        ("coverage", dict(tolerance=float("nan"))),
+        ("coverage", dict(score=None)),
+        ("normalised", dict(distribution=lambda tokens, i: np.full(V, np.nan))),
+        ("coverage", dict(distribution=lambda tokens, i: "a")),
+        ("coverage", dict(score=lambda tokens: sys.exit(0))),
+    ],
+)
 def test_odd_answers_are_a_verdict_not_a_traceback(rule, extra):
     scorer = Uniform()
     for name, value in extra.items():
@@ -155,9 +191,14 @@ def test_bytes_are_audited_against_a_real_tokenizer(corpus):
     assert verdict.verdict == "ok" and verdict.details["documents"] >= 8
     table = ByteTable.of(corpus.tokenizer, corpus.vocab_size)
     twice = ByteTable(table.base + table.space, table.space, table.boundary)
-    verdict = said(certify(Flat(), tokens, byte_table=twice, tokenizer=corpus.tokenizer, seconds=0.1), "bytes")
+    verdict = said(
+        certify(Flat(), tokens, byte_table=twice, tokenizer=corpus.tokenizer, seconds=0.1), "bytes"
+    )
     assert verdict.verdict == "FAIL" and "decodes to" in verdict.figure
-    assert said(certify(Flat(), tokens, byte_table=table, seconds=0.1), "bytes").verdict == "cannot tell"
+    assert (
+        said(certify(Flat(), tokens, byte_table=table, seconds=0.1), "bytes").verdict
+        == "cannot tell"
+    )
     assert said(certify(Flat(), tokens, seconds=0.1), "bytes").verdict == "cannot tell"
 
 
@@ -166,7 +207,10 @@ def test_the_totals_of_the_challenge_are_known(monkeypatch):
     monkeypatch.setattr("fairway.certificate.rules.CANONICAL_TARGETS", {len(TEXT) - 1: "SP48"})
     for there, verdict in ((told, "ok"), (int(told * 1.001), "FAIL")):
         monkeypatch.setattr("fairway.certificate.rules.CANONICAL_BYTES", there)
-        assert said(certify(Bigram(), TEXT, byte_table=TABLE, seconds=0.05), "coverage").verdict == verdict
+        assert (
+            said(certify(Bigram(), TEXT, byte_table=TABLE, seconds=0.05), "coverage").verdict
+            == verdict
+        )
 
 
 def test_sizes_count_every_module_that_is_imported():
@@ -177,11 +221,18 @@ def test_sizes_count_every_module_that_is_imported():
     def judge(**change):
         sizes = {"artifact": 1000, "code": code} | change
         budget = 1000 + sum(code.values())
-        return said(certify(Uniform(), TEXT, sizes=sizes, budget_bytes=budget, seconds=0.05), "sizes")
+        return said(
+            certify(Uniform(), TEXT, sizes=sizes, budget_bytes=budget, seconds=0.05), "sizes"
+        )
 
     assert judge().verdict == "ok"
-    assert judge(artifact=1001).figure.endswith(f"1 over the budget of {1000 + sum(code.values()):,}")
-    assert "train_gpt.py is imported" in judge(code={k: v for k, v in code.items() if k != "train_gpt.py"}).figure
+    assert judge(artifact=1001).figure.endswith(
+        f"1 over the budget of {1000 + sum(code.values()):,}"
+    )
+    assert (
+        "train_gpt.py is imported"
+        in judge(code={k: v for k, v in code.items() if k != "train_gpt.py"}).figure
+    )
     assert "counted as 74" in judge(code=code | {"train_gpt.py": 74}).figure
     absolute = {str(ROOT / path): size for path, size in code.items()}
     assert judge(code=absolute).verdict == "ok"
@@ -201,7 +252,11 @@ def test_any_change_of_a_commit_breaks_the_chain(entries, data):
     assert verify_chain(log) is None and verify_chain([tuple(c) for c in log]) is None
     if log:
         at = data.draw(st.integers(0, len(log) - 1))
-        for change in (dict(first=log[at].first + 1), dict(nats=log[at].nats + 1.0), dict(state="cd" * 32)):
+        for change in (
+            dict(first=log[at].first + 1),
+            dict(nats=log[at].nats + 1.0),
+            dict(state="cd" * 32),
+        ):
             assert verify_chain([*log[:at], log[at]._replace(**change), *log[at + 1 :]]) == at
         if at + 1 < len(log):
             assert verify_chain([*log[:at], *log[at + 1 :]]) == at
@@ -209,15 +264,26 @@ def test_any_change_of_a_commit_breaks_the_chain(entries, data):
 
 def test_the_first_chain_is_what_it_says():
     commit = chained(CHAIN_START, np.int64(0), np.int32(64), np.float64(1.5), np.int16(100), "00")
-    assert commit == (0, 64, 1.5, 100, "00", "b4ddfb70b96610eb40fb8843c4f09aae341aa8eb32ab01b4b1ea71fc442b1545")
+    assert commit == (
+        0,
+        64,
+        1.5,
+        100,
+        "00",
+        "b4ddfb70b96610eb40fb8843c4f09aae341aa8eb32ab01b4b1ea71fc442b1545",
+    )
 
 
 # ---- Speed, progress, threads ----------------------------------------------------------------------------------------
 def test_time_is_kept_and_told():
     told, start = [], time.perf_counter()
-    certificate = certify(Bigram(), TEXT, seconds=1.0, progress=lambda rule, fraction: told.append((rule, fraction)))
+    certificate = certify(
+        Bigram(), TEXT, seconds=1.0, progress=lambda rule, fraction: told.append((rule, fraction))
+    )
     assert time.perf_counter() - start < 10
-    assert [rule for rule, _ in told] == RULES and [f for _, f in told] == sorted(f for _, f in told)
+    assert [rule for rule, _ in told] == RULES and [f for _, f in told] == sorted(
+        f for _, f in told
+    )
     assert certificate.about["seconds"] < 10
 
 
@@ -232,8 +298,14 @@ def test_a_thread_that_cannot_be_interrupted_still_judges():
 # ---- The command -----------------------------------------------------------------------------------------------------
 def command(cwd, *args):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "fairway.certificate", *map(str, args)], cwd=cwd, env=env,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "fairway.certificate", *map(str, args)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -242,7 +314,8 @@ def test_the_command_judges_a_scorer_of_ones_own(tmp_path, monkeypatch, capsys):
         "import numpy as np\nclass Flat:\n    lift = 0.0\n"
         "    def score(self, tokens): return np.full(len(tokens) - 1, -np.log(64) + self.lift)\n"
         "    def distribution(self, tokens, i): return np.full(64, 1 / 64)\n"
-        "class Lifted(Flat): lift = 0.5\n")
+        "class Lifted(Flat): lift = 0.5\n"
+    )
     code, out, err = command(tmp_path, "mine:Flat", "--seconds", 0.2, "--json", "c.json")
     assert (code, err) == (0, "") and out.splitlines()[0].split() == ["rule", "verdict", "figure"]
     read = json.loads((tmp_path / "c.json").read_text())
@@ -250,7 +323,9 @@ def test_the_command_judges_a_scorer_of_ones_own(tmp_path, monkeypatch, capsys):
     write_shard(tmp_path / "x_val_000000.bin", synthetic_tokens(64, 500))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", "certificate mine:Lifted --seconds .2 --val *_val_*.bin --tokens 300".split())
+    monkeypatch.setattr(
+        sys, "argv", "certificate mine:Lifted --seconds .2 --val *_val_*.bin --tokens 300".split()
+    )
     assert main() == 1
     out, err = capsys.readouterr()
     assert "FAIL" in out and err == ""
@@ -262,14 +337,24 @@ def test_mistakes_at_the_command_are_one_line_each(tmp_path, monkeypatch, capsys
     (tmp_path / "none.model").write_bytes(b"no model")
     (tmp_path / "short.bin").write_bytes(b"no shard")
     for args, told in (
-        ("", "required"), ("mine", "write module:Scorer"), ("no_such:Scorer", "no_such"), ("json:loads", "json:loads"),
+        ("", "required"),
+        ("mine", "write module:Scorer"),
+        ("no_such:Scorer", "no_such"),
+        ("json:loads", "json:loads"),
         ("tests.zoo.honest:Uniform --val no*.bin", "matches no file"),
         ("tests.zoo.honest:Uniform --val short.bin", "not a token shard"),
-        ("tests.zoo.honest:Uniform --seconds 0", "--seconds is 0"), ("tests.zoo.honest:Uniform --tokens -1", "-1"),
-        ("tests.zoo.honest:Uniform --tokens 20", "at least 128 tokens"), ("x:y --artifact no.ptz", "no file"),
-        ("tests.zoo.honest:Uniform --tokenizer none.model", "--val"), ("x:y --wrong", "--help"),
-        ("tests.zoo.honest:Uniform --val short.bin --tokenizer none.model", "no SentencePiece model"),
-        ("builtins:object", "no vocab_size")):
+        ("tests.zoo.honest:Uniform --seconds 0", "--seconds is 0"),
+        ("tests.zoo.honest:Uniform --tokens -1", "-1"),
+        ("tests.zoo.honest:Uniform --tokens 20", "at least 128 tokens"),
+        ("x:y --artifact no.ptz", "no file"),
+        ("tests.zoo.honest:Uniform --tokenizer none.model", "--val"),
+        ("x:y --wrong", "--help"),
+        (
+            "tests.zoo.honest:Uniform --val short.bin --tokenizer none.model",
+            "no SentencePiece model",
+        ),
+        ("builtins:object", "no vocab_size"),
+    ):
         monkeypatch.setattr(sys, "argv", ["certificate", *args.split()])
         assert main() == 2, args
         out, err = capsys.readouterr()
@@ -282,7 +367,10 @@ def test_help_names_every_option(monkeypatch, capsys):
         main()
     shown = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(name in shown for name in "--val --tokenizer --tokens --seconds --json --artifact --budget".split())
+    assert all(
+        name in shown
+        for name in "--val --tokenizer --tokens --seconds --json --artifact --budget".split()
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [4, 48, 1024])
@@ -292,4 +380,7 @@ def test_synthetic_tokens_are_documents_that_can_be_learned(vocab_size):
     assert 5 < (tokens == BOS_ID).sum() < 60
     pairs = np.unique(np.stack([tokens[:-1], tokens[1:]]), axis=1).shape[1]
     shuffled = np.random.default_rng(0).permutation(tokens)
-    assert pairs < 0.9 * np.unique(np.stack([shuffled[:-1], shuffled[1:]]), axis=1).shape[1] or vocab_size == 4
+    assert (
+        pairs < 0.9 * np.unique(np.stack([shuffled[:-1], shuffled[1:]]), axis=1).shape[1]
+        or vocab_size == 4
+    )

@@ -29,7 +29,9 @@ def plane_lists(draw):
             plane = rng.integers(0, draw(st.integers(1, 256)), (rows, columns))
         else:
             spread = (rows, 1) if kind == "rows" else (1, columns)
-            plane = np.round(rng.normal(0, 9, (rows, columns)) * np.exp(rng.normal(0, 1, spread))).astype(np.int64)
+            plane = np.round(
+                rng.normal(0, 9, (rows, columns)) * np.exp(rng.normal(0, 1, spread))
+            ).astype(np.int64)
         planes.append((plane & 255).astype(np.uint8))
     return planes
 
@@ -40,7 +42,11 @@ def small_model() -> list[np.ndarray]:
     w = rng.normal(0, 1, (64, 96)) * np.exp(rng.normal(0, 0.7, (64, 1)))
     codes = np.clip(np.round(w * 5), -31, 31).astype(np.int8).view(np.uint8)
     halves = rng.normal(1, 0.1, 48).astype(np.float16).view(np.uint16)
-    return [codes, np.stack([halves >> 8, halves & 255]).astype(np.uint8), np.zeros((0, 3), np.uint8)]
+    return [
+        codes,
+        np.stack([halves >> 8, halves & 255]).astype(np.uint8),
+        np.zeros((0, 3), np.uint8),
+    ]
 
 
 SHAPES = [p.shape for p in small_model()]
@@ -63,8 +69,13 @@ def survives(name: str, payload: bytes, shapes) -> bool:
 
 # ---- Lossless --------------------------------------------------------------------------------------------------------
 
+
 def test_each_is_registered_under_its_own_name():
-    assert list(CODECS) == [codec.name for codec in CODECS.values()] and set(CODECS) == {"zstd", "brotli", "ans"}
+    assert list(CODECS) == [codec.name for codec in CODECS.values()] and set(CODECS) == {
+        "zstd",
+        "brotli",
+        "ans",
+    }
 
 
 @each
@@ -73,7 +84,9 @@ def test_decode_inverts_encode(name, planes):
     codec, shapes = CODECS[name], [p.shape for p in planes]
     kept, payload = [p.copy() for p in planes], codec.encode(planes)
     back = codec.decode(payload, shapes)
-    assert len(back) == len(planes) and all(np.array_equal(a, b) for a, b in zip(planes, back, strict=True))
+    assert len(back) == len(planes) and all(
+        np.array_equal(a, b) for a, b in zip(planes, back, strict=True)
+    )
     assert all(b.flags.writeable for b in back)
     assert codec.encode(planes) == payload  # deterministic, and it left its arguments alone
     assert all(np.array_equal(a, b) for a, b in zip(planes, kept, strict=True))
@@ -95,7 +108,9 @@ def test_one_symbol(name, symbol):
     for shape in ((1, 1), (1, 1000), (1000, 1), (300, 300)):
         plane = np.full(shape, symbol, np.uint8)
         payload = CODECS[name].encode([plane])
-        assert np.array_equal(CODECS[name].decode(payload, [shape])[0], plane) and len(payload) < 200
+        assert (
+            np.array_equal(CODECS[name].decode(payload, [shape])[0], plane) and len(payload) < 200
+        )
 
 
 @each
@@ -141,11 +156,16 @@ def test_layout_and_classes_pay():
 
 
 def test_equal_rows_cost_their_entropy():
-    codes = np.clip(np.round(np.random.default_rng(4).normal(0, 7, (512, 512))), -31, 31).astype(np.int8).view(np.uint8)
+    codes = (
+        np.clip(np.round(np.random.default_rng(4).normal(0, 7, (512, 512))), -31, 31)
+        .astype(np.int8)
+        .view(np.uint8)
+    )
     assert len(CODECS["ans"].encode([codes])) < 1.001 * order_0_bytes(codes) + 64
 
 
 # ---- Damage ----------------------------------------------------------------------------------------------------------
+
 
 @each
 def test_truncation_at_every_length_is_refused(name):
@@ -160,7 +180,14 @@ def test_truncation_at_every_length_is_refused(name):
 def test_other_shapes_are_refused(name):
     payload = small_payload(name)
     assert survives(name, payload, SHAPES)
-    for shapes in ([], SHAPES[:1], [*SHAPES, (1, 1)], [(64, 95), *SHAPES[1:]], [(65, 96), *SHAPES[1:]], [(0, 0)] * 3):
+    for shapes in (
+        [],
+        SHAPES[:1],
+        [*SHAPES, (1, 1)],
+        [(64, 95), *SHAPES[1:]],
+        [(65, 96), *SHAPES[1:]],
+        [(0, 0)] * 3,
+    ):
         assert not survives(name, payload, shapes), shapes
 
 
@@ -190,7 +217,10 @@ def test_ans_notices_damaged_symbols():
 
 
 @each
-@given(payload=st.binary(max_size=200), shapes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), max_size=4))
+@given(
+    payload=st.binary(max_size=200),
+    shapes=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), max_size=4),
+)
 def test_any_bytes(name, payload, shapes):
     survives(name, payload, shapes)
 
@@ -203,25 +233,35 @@ def test_any_side_information(side, repeat, words):
         survives("ans", len(packed).to_bytes(4, "little") + packed + words, shapes)
 
 
-@given(count=st.integers(1, 3), beyond=st.integers(0, 1), seed=st.integers(0, 2**20), words=st.integers(0, 60))
+@given(
+    count=st.integers(1, 3),
+    beyond=st.integers(0, 1),
+    seed=st.integers(0, 2**20),
+    words=st.integers(0, 60),
+)
 def test_plausible_side_information(count, beyond, seed, words):
     rng = np.random.default_rng(seed)
     tables = rng.integers(0, 256, (count, 256)) * (rng.random((count, 256)) < rng.random())
     ids = rng.integers(0, count + beyond, 40)
-    side = brotli.compress(bytes([count, 1, *tables.astype(np.uint8).ravel(), *ids.tolist()]), quality=1)
+    side = brotli.compress(
+        bytes([count, 1, *tables.astype(np.uint8).ravel(), *ids.tolist()]), quality=1
+    )
     survives("ans", len(side).to_bytes(4, "little") + side + rng.bytes(4 * words), [(40, 33)])
 
 
-@pytest.mark.parametrize(("name", "payload", "says"), [
-    ("zstd", b"", "zstd: "),
-    ("zstd", zstandard.compress(b"abcdefg"), "zstd: wrong size"),
-    ("brotli", brotli.compress(b"abcdefg")[:-1], "brotli: truncated or too long"),
-    ("brotli", brotli.compress(b"abcdefghi"), "brotli: truncated or too long"),
-    ("brotli", brotli.compress(b"abcdefg"), "wrong number of symbols"),
-    ("brotli", b"\xff" * 9, "brotli: "),
-    ("ans", b"", "ans: truncated"),
-    ("ans", b"\xff\xff\xff\xff", "ans: truncated"),
-])
+@pytest.mark.parametrize(
+    ("name", "payload", "says"),
+    [
+        ("zstd", b"", "zstd: "),
+        ("zstd", zstandard.compress(b"abcdefg"), "zstd: wrong size"),
+        ("brotli", brotli.compress(b"abcdefg")[:-1], "brotli: truncated or too long"),
+        ("brotli", brotli.compress(b"abcdefghi"), "brotli: truncated or too long"),
+        ("brotli", brotli.compress(b"abcdefg"), "wrong number of symbols"),
+        ("brotli", b"\xff" * 9, "brotli: "),
+        ("ans", b"", "ans: truncated"),
+        ("ans", b"\xff\xff\xff\xff", "ans: truncated"),
+    ],
+)
 def test_a_refusal_says_why(name, payload, says):
     with pytest.raises(CodecError, match=f"^{says}"):
         CODECS[name].decode(payload, [(2, 4)])
@@ -237,8 +277,13 @@ def test_bombs_stay_bounded():
     unsized = zstandard.ZstdCompressor(level=1, write_content_size=False).compress(huge)
     packed = brotli.compress(huge, quality=1)
     del huge
-    for name, payload in (("zstd", zstd), ("zstd", unsized), ("zstd", bytes(liar)), ("brotli", packed),
-                          ("ans", len(packed).to_bytes(4, "little") + packed)):
+    for name, payload in (
+        ("zstd", zstd),
+        ("zstd", unsized),
+        ("zstd", bytes(liar)),
+        ("brotli", packed),
+        ("ans", len(packed).to_bytes(4, "little") + packed),
+    ):
         tracemalloc.start()
         with pytest.raises(CodecError):
             CODECS[name].decode(payload, [(8, 8)])
@@ -247,6 +292,7 @@ def test_bombs_stay_bounded():
 
 
 # ---- The format ------------------------------------------------------------------------------------------------------
+
 
 def reference_decode(payload: bytes, shapes) -> list[np.ndarray]:
     """The entropy coder's format in plain integers: what another language would do."""
@@ -300,12 +346,17 @@ def test_ans_matches_the_integer_reference_on_a_model():
 
 
 def test_table_entries_are_small_floats():
-    assert WEIGHTS[:33].tolist() == [*range(32), 32] and WEIGHTS[33] == 34 and WEIGHTS[-1] == 31 << 14
+    assert (
+        WEIGHTS[:33].tolist() == [*range(32), 32] and WEIGHTS[33] == 34 and WEIGHTS[-1] == 31 << 14
+    )
     assert (np.diff(WEIGHTS) > 0).all() and TABLE_SUM + 256 == 2**24
 
 
-GOLDEN_PLANES = [np.array([[1, 2, 3, 3], [3, 2, 3, 3]], np.uint8), np.zeros((2, 0), np.uint8),
-                 np.full((1, 1), 200, np.uint8)]
+GOLDEN_PLANES = [
+    np.array([[1, 2, 3, 3], [3, 2, 3, 3]], np.uint8),
+    np.zeros((2, 0), np.uint8),
+    np.full((1, 1), 200, np.uint8),
+]
 GOLDEN = {
     "zstd": "28b52ffd20094900000102030303020303c8",
     "brotli": "0f04800102030303020303c803",
@@ -324,4 +375,6 @@ def test_golden_bytes_of_the_entropy_coder():
     """Both ways, but for how brotli packs the side information."""
     golden, now = bytes.fromhex(GOLDEN["ans"]), CODECS["ans"].encode(GOLDEN_PLANES)
     parts = [(brotli.decompress(p[4 : 4 + p[0]]), p[4 + p[0] :]) for p in (golden, now)]
-    assert parts[0] == parts[1] and parts[0][0][:3] == bytes([1, 0, 0])  # one class, both planes whole
+    assert parts[0] == parts[1] and parts[0][0][:3] == bytes(
+        [1, 0, 0]
+    )  # one class, both planes whole

@@ -19,7 +19,9 @@ FILES = ["columns.json", "covered.npy", "hint.npy", "logp.npy"]
 
 
 def put(columns, rows, value: float = 1.5) -> None:
-    columns.put(np.array(rows), {"logp": np.full(len(rows), value), "hint": np.full(len(rows), -value)})
+    columns.put(
+        np.array(rows), {"logp": np.full(len(rows), value), "hint": np.full(len(rows), -value)}
+    )
 
 
 def names(folder) -> list[str]:
@@ -43,22 +45,45 @@ def folder(tmp_path):
 
 def test_the_same_key_finds_the_rows_that_were_filled(folder):
     again = open_columns(folder, 5, TYPES, dict(reversed(KEY.items())))
-    assert again["logp"].tolist() == [0, 1.5, 0, 1.5, 0] and again["hint"].tolist() == [0, -1.5, 0, -1.5, 0]
-    assert again.covered.tolist() == [0, 1, 0, 1, 0] and again.rows == 5 and again.names == ["logp", "hint"]
+    assert again["logp"].tolist() == [0, 1.5, 0, 1.5, 0] and again["hint"].tolist() == [
+        0,
+        -1.5,
+        0,
+        -1.5,
+        0,
+    ]
+    assert (
+        again.covered.tolist() == [0, 1, 0, 1, 0]
+        and again.rows == 5
+        and again.names == ["logp", "hint"]
+    )
     assert [again[name].dtype.str for name in (*TYPES, COVERED)] == ["<f8", "<f4", "|u1"]
     assert names(folder) == FILES and not again.complete()
     put(again, [0, 2, 4])
     assert open_columns(folder, 5, TYPES, KEY).complete()
 
 
-@pytest.mark.parametrize("changed", [dict(key=KEY | dict(eval_stride=32)), dict(key=KEY | dict(more=1)), dict(rows=6),
-                                     dict(rows=0), dict(kinds=TYPES | dict(logp="f4")), dict(kinds={"logp": "f8"})])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(key=KEY | dict(eval_stride=32)),
+        dict(key=KEY | dict(more=1)),
+        dict(rows=6),
+        dict(rows=0),
+        dict(kinds=TYPES | dict(logp="f4")),
+        dict(kinds={"logp": "f8"}),
+    ],
+)
 def test_another_key_begins_anew_and_leaves_nothing_of_the_old_one(folder, changed):
     (folder / "old.npy").write_bytes(b"something")
     wanted = dict(rows=5, kinds=TYPES, key=KEY) | changed
     columns = open_columns(folder, **wanted)
-    assert not columns.covered.any() and not columns["logp"].any() and columns.rows == wanted["rows"]
-    assert names(folder) == sorted(["columns.json", "covered.npy", *(f"{name}.npy" for name in wanted["kinds"])])
+    assert (
+        not columns.covered.any() and not columns["logp"].any() and columns.rows == wanted["rows"]
+    )
+    assert names(folder) == sorted(
+        ["columns.json", "covered.npy", *(f"{name}.npy" for name in wanted["kinds"])]
+    )
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "null", "[1]", '"\ud800"'])
@@ -71,20 +96,28 @@ def test_without_a_whole_manifest_columns_are_made_anew(folder, text):
     assert json.loads(manifest.read_text())["key"] == KEY
 
 
-@given(st.sampled_from(FILES[1:]), st.integers(0, 400), st.one_of(st.none(), st.binary(min_size=1, max_size=3)))
+@given(
+    st.sampled_from(FILES[1:]),
+    st.integers(0, 400),
+    st.one_of(st.none(), st.binary(min_size=1, max_size=3)),
+)
 def test_a_damaged_file_is_refused_or_holds_what_it_says(tmp_path_factory, name, at, noise):
     """Header and length are checked; what the numbers are is the reader's to find odd."""
     folder = tmp_path_factory.mktemp("damaged") / "columns"
     put(open_columns(folder, 40, TYPES, KEY), [1, 3])
     whole = (folder / name).read_bytes()
-    (folder / name).write_bytes(whole[:at] if noise is None else whole[:at] + noise + whole[at + len(noise) :])
+    (folder / name).write_bytes(
+        whole[:at] if noise is None else whole[:at] + noise + whole[at + len(noise) :]
+    )
     try:
         columns = open_columns(folder, 40, TYPES, KEY)
     except UserError as e:
         assert "\n" not in str(e) and str(folder) in str(e) and "delete" in str(e)
     else:
-        assert all(columns[name].shape == (40,) and columns[name].dtype == kind
-                   for name, kind in {**TYPES, COVERED: "u1"}.items())
+        assert all(
+            columns[name].shape == (40,) and columns[name].dtype == kind
+            for name, kind in {**TYPES, COVERED: "u1"}.items()
+        )
 
 
 @pytest.mark.parametrize("keep", [0, 5, 64, 127, 128, 136, -1])
@@ -97,8 +130,17 @@ def test_a_file_cut_short_is_refused_and_nothing_is_lost(folder, keep):
     assert names(folder) == FILES
 
 
-@pytest.mark.parametrize("other", [np.zeros(6), np.zeros(4), np.zeros((5, 1)), np.zeros(5, "f4"), np.zeros(5, ">f8"),
-                                   np.array([None] * 5)])
+@pytest.mark.parametrize(
+    "other",
+    [
+        np.zeros(6),
+        np.zeros(4),
+        np.zeros((5, 1)),
+        np.zeros(5, "f4"),
+        np.zeros(5, ">f8"),
+        np.array([None] * 5),
+    ],
+)
 def test_a_file_of_another_shape_or_type_is_refused(folder, other):
     np.save(folder / "logp.npy", other, allow_pickle=True)
     assert "delete" in refusal(folder)
@@ -126,7 +168,10 @@ def test_no_space_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, h
     else:
         monkeypatch.setattr(os, "posix_fallocate", full)
     message = refusal(tmp_path / "columns")
-    assert "no columns of 5 rows (65 bytes): No space left on device; free space, or set OUT_DIR" in message
+    assert (
+        "no columns of 5 rows (65 bytes): No space left on device; free space, or set OUT_DIR"
+        in message
+    )
     assert calls and not (tmp_path / "columns").exists()
 
 
@@ -145,7 +190,9 @@ def test_without_fallocate_files_are_the_same(tmp_path, monkeypatch):
 
 
 def test_only_opening_makes_nothing(tmp_path, folder):
-    assert "no columns of this artifact, text and settings" in refusal(tmp_path / "none", make=False)
+    assert "no columns of this artifact, text and settings" in refusal(
+        tmp_path / "none", make=False
+    )
     assert not (tmp_path / "none").exists()
     seen = open_columns(folder, 5, TYPES, KEY, make=False)
     assert seen.covered.tolist() == [0, 1, 0, 1, 0]
@@ -154,7 +201,9 @@ def test_only_opening_makes_nothing(tmp_path, folder):
 
 
 def test_only_opening_a_folder_of_another_key_is_refused(folder):
-    with pytest.raises(UserError, match="holds no columns of this artifact, text and settings; all ranks must"):
+    with pytest.raises(
+        UserError, match="holds no columns of this artifact, text and settings; all ranks must"
+    ):
         open_columns(folder, 5, TYPES, KEY | dict(artifact="b"), make=False)
     assert open_columns(folder, 5, TYPES, KEY).covered.tolist() == [0, 1, 0, 1, 0]
 

@@ -33,6 +33,7 @@ TOKENS = np.random.default_rng(0).integers(2, 97, 400).tolist()
 
 def in_torch(model):
     """A runner: each shard's graph, as it is before it is converted."""
+
     def load(folder: Folder, shard: str, function: str):
         m = folder.manifest
         module = graph.shards(model, m.dims, list(m.cuts), list(m.split))[shard]
@@ -42,15 +43,29 @@ def in_torch(model):
             made = module(*(torch.from_numpy(given[n]) for n in module.interface.inputs))
             made = made if isinstance(made, tuple) else (made,)
             return {n: v.numpy() for n, v in zip(module.interface.outputs, made, strict=True)}
+
         return call
+
     return load
 
 
 def chain_of(name: str, slots: int = 16, shapes: str = "enumerated", tokens: int = 4) -> Chain:
     model = MODELS[name]
     d, tables = graph.dims_of(model, slots), host_tables(model)
-    manifest = Manifest("a" * 64, "b" * 64, d, 1e4, "fp32", "none", shapes, tuple(layout.sizes(shapes, tokens)),
-                        (0, 1, d.passes), (0, 50, 97), {n: t.shape for n, t in tables.items()}, {})
+    manifest = Manifest(
+        "a" * 64,
+        "b" * 64,
+        d,
+        1e4,
+        "fp32",
+        "none",
+        shapes,
+        tuple(layout.sizes(shapes, tokens)),
+        (0, 1, d.passes),
+        (0, 50, 97),
+        {n: t.shape for n, t in tables.items()},
+        {},
+    )
     return Chain(Folder(Path("nowhere"), manifest, {}, tables), in_torch(model))
 
 
@@ -75,7 +90,10 @@ def test_slots_that_come_round_are_a_window(name, slots):
     assert np.abs(np.concatenate(out) - wanted(name, TOKENS[:at], slots)).max() < 2e-5
 
 
-@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), min_size=1, max_size=14), st.integers(0, 30))
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), min_size=1, max_size=14),
+    st.integers(0, 30),
+)
 def test_taking_back_and_going_on_is_never_having_read_it(steps, before):
     """Wrong tokens are read and taken back, as far as before the last calls; what is then said is the same."""
     chain = CHAINS["plain"]
@@ -140,9 +158,15 @@ def chain_after(chain: Chain, before: list[int], piece: list[int]) -> np.ndarray
     return chain(stream, piece)
 
 
-@pytest.mark.parametrize("tokens, message", [
-    ([], "a call of 0 tokens; these shards take 1 to 4"), ([1] * 5, "a call of 5 tokens"), ([97], "outside the 97"),
-    ([-1], "outside the 97")])
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        ([], "a call of 0 tokens; these shards take 1 to 4"),
+        ([1] * 5, "a call of 5 tokens"),
+        ([97], "outside the 97"),
+        ([-1], "outside the 97"),
+    ],
+)
 def test_calls_that_no_shard_takes_are_refused(tokens, message):
     chain = CHAINS["plain"]
     with pytest.raises(UserError, match=message):
@@ -159,7 +183,9 @@ def test_steps_are_filled_up_to_the_next_size():
         def told(given):
             called.append((shard, next(iter(given.values())).shape[-1]))
             return call(given)
+
         return told
+
     chain.runner = watched
     stream = chain.stream()
     for count in (1, 2, 3, 4):
@@ -177,14 +203,27 @@ def reader(chain: Chain) -> Reader:
 @pytest.mark.parametrize("draft", [None, NGram, Suffix])
 def test_greedy_text_is_that_of_pytorch(name, draft):
     prompt, count = [1, *TOKENS[:20]], 60  # further than the window
-    theirs, ours, rng = Reader(Memory(MODELS[name], 16)), reader(chain_of(name)), np.random.default_rng(0)
+    theirs, ours, rng = (
+        Reader(Memory(MODELS[name], 16)),
+        reader(chain_of(name)),
+        np.random.default_rng(0),
+    )
     theirs.last(prompt[:-1])
-    right = [step.token for step, _ in zip(plain(theirs, prompt, GREEDY, rng), range(count), strict=False)]
+    right = [
+        step.token
+        for step, _ in zip(plain(theirs, prompt, GREEDY, rng), range(count), strict=False)
+    ]
     ours.last(prompt[:-1])
-    steps = Speculation(ours, prompt, GREEDY, rng, draft(), 8) if draft else plain(ours, prompt, GREEDY, rng)
+    steps = (
+        Speculation(ours, prompt, GREEDY, rng, draft(), 8)
+        if draft
+        else plain(ours, prompt, GREEDY, rng)
+    )
     assert [step.token for step, _ in zip(steps, range(count), strict=False)] == right
     if draft:
-        assert steps.stats.accepted > 5 and steps.most == 3, "verified with the token before them, in one call"
+        assert steps.stats.accepted > 5 and steps.most == 3, (
+            "verified with the token before them, in one call"
+        )
 
 
 def test_beams_are_those_of_pytorch():
@@ -197,12 +236,20 @@ def test_beams_are_those_of_pytorch():
 
 
 # ---- Saved packages --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("choice", [dict(shapes="range", precision="fp32"), dict(shapes="fixed", precision="fp32"),
-                                    dict(shapes="multifunction", precision="fp32")])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        dict(shapes="range", precision="fp32"),
+        dict(shapes="fixed", precision="fp32"),
+        dict(shapes="multifunction", precision="fp32"),
+    ],
+)
 def test_packages_write_the_text_of_pytorch(exported, choice):
     model = exported.source.model
     prompt, texts = [1, *(t % model.cfg.vocab_size for t in TOKENS[:9])], []
-    chain = load_chain(exported(**choice), exported.source.path, load(exported.source.path), interpreted())
+    chain = load_chain(
+        exported(**choice), exported.source.path, load(exported.source.path), interpreted()
+    )
     for one in (Reader(Memory(model)), reader(chain)):
         one.last(prompt[:-1])
         steps = Speculation(one, prompt, GREEDY, np.random.default_rng(0), NGram(), 3)
@@ -213,15 +260,22 @@ def test_packages_write_the_text_of_pytorch(exported, choice):
 def test_shards_of_another_artifact_are_refused(exported, tmp_path):
     path, folder = exported.source.path, exported(shapes="fixed", precision="fp32")
     (tmp_path / "other").write_bytes(path.read_bytes() + b"x")
-    with pytest.raises(UserError, match="was exported from artifact '.*', not from .*; export it again"):
+    with pytest.raises(
+        UserError, match="was exported from artifact '.*', not from .*; export it again"
+    ):
         load_chain(folder, tmp_path / "other", load(path))
 
 
 @pytest.mark.parametrize("parts", [dict(rope_base=2e4), dict(tokenizer_sha256="0" * 64)])
-def test_a_manifest_that_claims_the_artifact_but_has_other_numbers_is_refused(exported, tmp_path, parts):
+def test_a_manifest_that_claims_the_artifact_but_has_other_numbers_is_refused(
+    exported, tmp_path, parts
+):
     shutil.copytree(exported(shapes="fixed", precision="fp32"), tmp_path / "s")
     write_manifest(tmp_path / "s", dataclasses.replace(read_manifest(tmp_path / "s"), **parts))
-    with pytest.raises(UserError, match="says that it was exported from this artifact, but its numbers are of another"):
+    with pytest.raises(
+        UserError,
+        match="says that it was exported from this artifact, but its numbers are of another",
+    ):
         load_chain(tmp_path / "s", exported.source.path, load(exported.source.path))
 
 
@@ -231,6 +285,9 @@ def test_embeddings_of_another_model_are_refused(exported, tmp_path):
     data[2] ^= 1
     (tmp_path / "s" / HOST).write_bytes(data)
     m = read_manifest(tmp_path / "s")
-    write_manifest(tmp_path / "s", dataclasses.replace(m, sha256=hashes_of(tmp_path / "s", list(m.interfaces()))))
+    write_manifest(
+        tmp_path / "s",
+        dataclasses.replace(m, sha256=hashes_of(tmp_path / "s", list(m.interfaces()))),
+    )
     with pytest.raises(UserError, match="its numbers are of another one"):
         load_chain(tmp_path / "s", exported.source.path, load(exported.source.path))

@@ -11,18 +11,30 @@ from fairway.coreml.host import Embedding, mask_of, rotations
 
 
 @torch.no_grad()
-def logits_in_steps(model, tokens: list[int], parts: int, precision: Precision = EXACT, steps=(4, 1, 2, 4, 3, 2)):
+def logits_in_steps(
+    model, tokens: list[int], parts: int, precision: Precision = EXACT, steps=(4, 1, 2, 4, 3, 2)
+):
     """float32[n, V], by a cache that is written as tokens come and calls that are filled up to four."""
     d = graph.dims_of(model, 16)
     chain = graph.shards(model, d, layout.even(d.passes, parts), layout.even(d.vocab, 3), precision)
     interfaces = {name: shard.interface for name, shard in chain.items()}
-    kept = {f"{c}{n}": torch.zeros(1, d.head, d.kv_heads, d.slots) for n in range(d.passes) for c in "kv"}
+    kept = {
+        f"{c}{n}": torch.zeros(1, d.head, d.kv_heads, d.slots)
+        for n in range(d.passes)
+        for c in "kv"
+    }
     positions, embed, out, at = np.full(16, -1), Embedding(host_tables(model)), [], 0
     for n in steps:
         piece = tokens[at : at + n]
         cos, sin = rotations(at, 4, d.rotary, model.cfg.rope_base)
-        have = {name: torch.from_numpy(array)[None, :, None] for name, array in (
-            ("x0", embed(piece + [0] * (4 - n), tokens[max(0, at - 2) : at])), ("cos", cos), ("sin", sin))}
+        have = {
+            name: torch.from_numpy(array)[None, :, None]
+            for name, array in (
+                ("x0", embed(piece + [0] * (4 - n), tokens[max(0, at - 2) : at])),
+                ("cos", cos),
+                ("sin", sin),
+            )
+        }
         have["mask"] = torch.from_numpy(mask_of(positions, at, n, 4))[None, None]
         graph.run_chain(chain, interfaces, have := have | kept)
         out.append(torch.cat([have[f"logits{j}"] for j in range(3)], dim=1)[0, :, 0, :n].T)
@@ -36,7 +48,10 @@ def logits_in_steps(model, tokens: list[int], parts: int, precision: Precision =
 @pytest.mark.parametrize("name", FEATURES)
 @torch.no_grad()
 def test_the_graph_says_what_the_model_says(name):
-    model, tokens = trained(looping=name != "loops_off", **FEATURES[name]).eval(), some_tokens(rows=1)
+    model, tokens = (
+        trained(looping=name != "loops_off", **FEATURES[name]).eval(),
+        some_tokens(rows=1),
+    )
     wanted, passes = model.logits(tokens)[0], len(model.passes(model.looping))
     for parts in {1, 2, passes}:
         found = logits_in_steps(model, tokens[0].tolist(), parts)
@@ -49,8 +64,12 @@ def test_scales_change_nothing_but_the_range_of_what_is_computed(name):
     model, tokens = trained(looping=True, **FEATURES[name]).eval(), some_tokens(rows=1)
     kinds = ("norm_attn", "norm_mlp", "attn.norm_q", "attn.norm_k")
     scales = {f"passes.{n}.act": 2.0 ** (n % 3 - 2) for n in range(13)}
-    peaks = {f"passes.{n}.{kind}": 2.0 ** (i - 1) for n in range(13) for i, kind in enumerate(kinds)}
-    found = logits_in_steps(model, tokens[0].tolist(), 1, Precision("fp32", scales, peaks | {"head.norm": 3.0}, 0.0))
+    peaks = {
+        f"passes.{n}.{kind}": 2.0 ** (i - 1) for n in range(13) for i, kind in enumerate(kinds)
+    }
+    found = logits_in_steps(
+        model, tokens[0].tolist(), 1, Precision("fp32", scales, peaks | {"head.norm": 3.0}, 0.0)
+    )
     assert (found - model.logits(tokens)[0]).abs().max() < 3e-5
 
 
@@ -58,8 +77,10 @@ def test_a_scale_reaches_the_activation():
     """Or the test above could not fail."""
     model = trained()
     d = graph.dims_of(model, 4)
-    plain, scaled = (graph.Layers(model, d, 0, 3, Precision("fp32", scales, {}, 0.0))
-                     for scales in ({}, {"passes.1.act": 0.25}))
+    plain, scaled = (
+        graph.Layers(model, d, 0, 3, Precision("fp32", scales, {}, 0.0))
+        for scales in ({}, {"passes.1.act": 0.25})
+    )
     assert torch.equal(scaled.passes["1"].fc.weight, plain.passes["1"].fc.weight / 4)
     assert torch.equal(scaled.passes["1"].proj.weight, plain.passes["1"].proj.weight * 16)
     assert torch.equal(scaled.passes["0"].fc.weight, plain.passes["0"].fc.weight)
@@ -67,12 +88,40 @@ def test_a_scale_reaches_the_activation():
 
 def test_which_passes_have_two_lanes():
     assert graph.dims_of(trained(**FEATURES["lanes"]), 4).parted == (False, True, True)
-    conditioned = dict(FEATURES["all"], parallel_start_layer=4)  # loops go back below the layer where lanes part
+    conditioned = dict(
+        FEATURES["all"], parallel_start_layer=4
+    )  # loops go back below the layer where lanes part
     assert graph.dims_of(trained(looping=True, **conditioned), 4).parted == (
-        False, False, False, False, True, True, True, True, True, True, True, True, True)
+        False,
+        False,
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        True,
+        True,
+        True,
+        True,
+        True,
+    )
     plain = dict(conditioned, loop_adaln=False)
     assert graph.dims_of(trained(looping=True, **plain), 4).parted == (
-        False, False, False, False, True, False, False, True, False, False, True, True, True)
+        False,
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+    )
 
 
 @pytest.mark.parametrize("adaln", [True, False])

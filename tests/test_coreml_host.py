@@ -29,25 +29,36 @@ def test_embeddings_of_pieces_are_those_of_the_whole(name, pieces):
         at += length
 
 
-@pytest.mark.parametrize("first, count, rotary, base", [(0, 9, 4, 1e4), (700, 3, 8, 1e4), (5, 2, 1, 500.0)])
+@pytest.mark.parametrize(
+    "first, count, rotary, base", [(0, 9, 4, 1e4), (700, 3, 8, 1e4), (5, 2, 1, 500.0)]
+)
 def test_rotations_are_the_trainers(first, count, rotary, base):
-    for mine, table in zip(rotations(first, count, rotary, base), rope_tables(first + count, 2 * rotary, base),
-                           strict=True):
+    for mine, table in zip(
+        rotations(first, count, rotary, base),
+        rope_tables(first + count, 2 * rotary, base),
+        strict=True,
+    ):
         np.testing.assert_array_equal(mine, table[first:].T.numpy())
 
 
-@given(st.integers(1, 9), st.integers(0, 40), st.integers(1, 4), st.integers(0, 3), st.integers(0, 9))
+@given(
+    st.integers(1, 9), st.integers(0, 40), st.integers(1, 4), st.integers(0, 3), st.integers(0, 9)
+)
 def test_a_token_sees_its_window_and_nothing_else(slots, read, count, filler, window):
     positions = np.full(slots, -1)
     for p in range(read):
         positions[p % slots] = p
     mask = mask_of(positions, read, count, count + filler, window)
-    assert mask.shape == (count + filler, slots + count + filler) and set(np.unique(mask)) <= {0, np.float32(MASKED)}
+    assert mask.shape == (count + filler, slots + count + filler) and set(np.unique(mask)) <= {
+        0,
+        np.float32(MASKED),
+    }
     back = window or slots
     for t in range(count):
         at = read + t
         seen = {int(positions[s]) for s in range(slots) if mask[t, s] == 0} | {
-            read + u for u in range(count + filler) if mask[t, slots + u] == 0}
+            read + u for u in range(count + filler) if mask[t, slots + u] == 0
+        }
         kept = {int(p) for p in positions if p >= 0} | set(range(read, read + count))
         assert seen == {p for p in kept if at - back < p <= at}
     assert (mask == 0).any(axis=1).all(), "no row is all masked: a softmax of nothing is no number"

@@ -25,14 +25,22 @@ def test_skips_are_those_of_the_model(passes):
 @given(st.lists(st.booleans(), min_size=1, max_size=12), st.data())
 def test_a_chain_cut_anywhere_has_every_name_when_it_is_wanted(parted, data):
     d = dims(len(parted), tuple(parted))
-    cuts = [0, *sorted(data.draw(st.sets(st.integers(1, d.passes - 1)) if d.passes > 1 else st.just(set()))), d.passes]
+    cuts = [
+        0,
+        *sorted(
+            data.draw(st.sets(st.integers(1, d.passes - 1)) if d.passes > 1 else st.just(set()))
+        ),
+        d.passes,
+    ]
     split = even(97, data.draw(st.integers(1, 5)))
     have = {"x0", "cos", "sin", "mask"} | {f"{c}{n}" for n in range(d.passes) for c in "kv"}
     chain = [layout.layers(a, b, d) for a, b in zip(cuts, cuts[1:], strict=False)]
     chain += [layout.head(n, split, d) for n in range(len(split) - 1)]
     for interface in chain:
         assert interface.inputs.keys() <= have
-        assert not interface.outputs.keys() & (have | interface.inputs.keys()), "no name is given twice"
+        assert not interface.outputs.keys() & (have | interface.inputs.keys()), (
+            "no name is given twice"
+        )
         have |= interface.outputs.keys()
     assert {f"{c}{n}_new" for n in range(d.passes) for c in "kv"} <= have
     heads = chain[len(cuts) - 1 :]

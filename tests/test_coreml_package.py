@@ -29,7 +29,9 @@ pytestmark = pytest.mark.apple
 @pytest.fixture
 def copied(exported, tmp_path):
     """A package that a test may spoil."""
-    shutil.copytree(exported(shapes="fixed", precision="fp32") / "layers0.mlpackage", tmp_path / "p.mlpackage")
+    shutil.copytree(
+        exported(shapes="fixed", precision="fp32") / "layers0.mlpackage", tmp_path / "p.mlpackage"
+    )
     return tmp_path / "p.mlpackage"
 
 
@@ -39,15 +41,19 @@ def test_our_reader_sees_what_coremltools_sees(exported, shapes):
     path = exported(shapes=shapes) / "layers0.mlpackage"
     import_coremltools()
     from coremltools.proto import Model_pb2
+
     theirs, ours = Model_pb2.Model(), read_package(path)
     theirs.ParseFromString((path / MODEL).read_bytes())
     assert ours.functions.keys() == theirs.mlProgram.functions.keys()
     for name, function in theirs.mlProgram.functions.items():
         block = function.block_specializations[function.opset]
         mine = ours.functions[name]
-        assert list(mine.inputs) == [i.name for i in function.inputs] and list(mine.outputs) == list(block.outputs)
-        assert [(op["type"], [o["name"] for o in op["outputs"]]) for op in mine.body["operations"]] == [
-            (op.type, [o.name for o in op.outputs]) for op in block.operations]
+        assert list(mine.inputs) == [i.name for i in function.inputs] and list(
+            mine.outputs
+        ) == list(block.outputs)
+        assert [
+            (op["type"], [o["name"] for o in op["outputs"]]) for op in mine.body["operations"]
+        ] == [(op.type, [o.name for o in op.outputs]) for op in block.operations]
         sizes = {feature.shapes for feature in mine.inputs.values()}
         assert len(sizes) > 2 and all(feature.kind == "fp16" for feature in mine.inputs.values())
 
@@ -67,7 +73,9 @@ def test_small_weights_unpack_to_what_coremltools_says(exported, quantise, tmp_p
     ct.optimize.coreml.decompress_weights(model).save(str(tmp_path / "dense.mlpackage"))
     kept = matrices(read_package(tmp_path / "small.mlpackage"))
     assert all(m.plain == (m.elements <= LEAST_WEIGHTS) for m in kept.values())
-    ours, theirs, before = map(weights_of, (tmp_path / "small.mlpackage", tmp_path / "dense.mlpackage", plain))
+    ours, theirs, before = map(
+        weights_of, (tmp_path / "small.mlpackage", tmp_path / "dense.mlpackage", plain)
+    )
     assert ours.keys() == theirs.keys() == before.keys() and len(ours) == 12
     for name in ours:
         moved = np.abs(ours[name].astype(float) - before[name]).max()
@@ -76,7 +84,10 @@ def test_small_weights_unpack_to_what_coremltools_says(exported, quantise, tmp_p
         np.testing.assert_array_equal(ours[name], theirs[name])
 
 
-@given(st.sampled_from([k for k in KINDS.values() if k.bits < 8]), st.lists(st.integers(0, 63), max_size=40))
+@given(
+    st.sampled_from([k for k in KINDS.values() if k.bits < 8]),
+    st.lists(st.integers(0, 63), max_size=40),
+)
 def test_narrow_numbers_follow_one_another_from_the_lowest_bit(kind, values):
     values = [v % (1 << kind.bits) for v in values]
     bits = "".join(f"{v:0{kind.bits}b}"[::-1] for v in values)
@@ -121,7 +132,9 @@ def test_sizes_are_not_believed():
     weights[:12] = np.array([0xDEADBEEF, 2, 1 << 30], "<u4").view(np.uint8)
     with pytest.raises(PackageError, match="not 16: damaged"):
         from_blob({"file": "@model_path/weights/weight.bin", "offset": 0}, KINDS[11], (4,), weights)
-    huge = {"type": {"tensor": {"dtype": 11, "rank": 2, "dims": [{"constant": {"size": 1 << 40}}] * 2}}}
+    huge = {
+        "type": {"tensor": {"dtype": 11, "rank": 2, "dims": [{"constant": {"size": 1 << 40}}] * 2}}
+    }
     with pytest.raises(PackageError, match="a tensor of shape"):
         constant(huge, weights)
 
@@ -138,8 +151,15 @@ def test_flipped_bytes_end_in_a_program_or_in_one_error(exported, tmp_path_facto
         (spoilt / name).write_bytes(raw[: len(raw) - data.draw(st.sampled_from([0, 0, 0, 1, 77]))])
     try:
         program = Program(read_package(spoilt))
-        found = program({n: np.ones([high for _, high in f.shapes[0]], np.float32) for n, f in program.inputs.items()})
-        assert found.keys() == program.outputs.keys() and all(np.isfinite(v).all() for v in found.values())
+        found = program(
+            {
+                n: np.ones([high for _, high in f.shapes[0]], np.float32)
+                for n, f in program.inputs.items()
+            }
+        )
+        assert found.keys() == program.outputs.keys() and all(
+            np.isfinite(v).all() for v in found.values()
+        )
     except PackageError as e:
         assert "\n" not in str(e) and str(spoilt) in str(e)
     shutil.rmtree(spoilt)

@@ -33,5 +33,7 @@ def test_nothing_is_printed_and_errors_go_through(capfd):
 
 def test_its_absence_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "coremltools", None)
-    with pytest.raises(UserError, match="coremltools is not installed .*pip install -r requirements-apple.txt"):
+    with pytest.raises(
+        UserError, match="coremltools is not installed .*pip install -r requirements-apple.txt"
+    ):
         import_coremltools()

@@ -40,8 +40,12 @@ def test_numbers_packed_or_one_by_one(values):
 def test_floats(values):
     data = struct.pack(f"<{len(values)}f", *values)
     assert wire.read(field(1, data), "Floats").get("values", []) == values
-    assert wire.read(b"".join(varint(1 << 3 | 5) + struct.pack("<f", v) for v in values), "Floats").get(
-        "values", []) == values
+    assert (
+        wire.read(
+            b"".join(varint(1 << 3 | 5) + struct.pack("<f", v) for v in values), "Floats"
+        ).get("values", [])
+        == values
+    )
 
 
 some = st.binary(max_size=9)
@@ -49,8 +53,12 @@ some = st.binary(max_size=9)
 
 @given(st.dictionaries(st.text(max_size=5), some, max_size=4), st.integers(300, 500), some)
 def test_maps_by_name_and_unknown_fields_are_passed_over(attributes, unknown, junk):
-    values = {name: field(3, field(1, field(7, field(1, data)))) for name, data in attributes.items()}
-    data = field(1, b"const") + b"".join(field(5, field(1, name.encode()) + field(2, v)) for name, v in values.items())
+    values = {
+        name: field(3, field(1, field(7, field(1, data)))) for name, data in attributes.items()
+    }
+    data = field(1, b"const") + b"".join(
+        field(5, field(1, name.encode()) + field(2, v)) for name, v in values.items()
+    )
     data += field(unknown, junk) + number(unknown, 7) + varint(unknown << 3 | 1) + bytes(8)
     found = wire.read(data, "Operation")
     assert found["type"] == "const"
@@ -62,8 +70,21 @@ def test_the_last_of_a_single_field_counts():
     assert wire.read(number(1, 3) + number(1, 4), "Program") == {"version": 4}
 
 
-WHOLE = field(502, number(1, 1) + field(2, field(1, b"main") + field(2, field(2, b"CoreML8") + field(
-    3, field(1, b"CoreML8") + field(2, field(2, b"x") + field(3, field(1, b"relu")))))))
+WHOLE = field(
+    502,
+    number(1, 1)
+    + field(
+        2,
+        field(1, b"main")
+        + field(
+            2,
+            field(2, b"CoreML8")
+            + field(
+                3, field(1, b"CoreML8") + field(2, field(2, b"x") + field(3, field(1, b"relu")))
+            ),
+        ),
+    ),
+)
 
 
 @given(st.integers(1, len(WHOLE) - 1))

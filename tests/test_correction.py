@@ -23,10 +23,14 @@ SPLIT, ARTIFACT = b"s" * 32, b"a" * 32
 def view_of(p: np.ndarray, threshold: float) -> View:
     """Of distributions [rows, V] held in memory."""
     tail = np.where(p < threshold, p, 0).sum(1)
-    return View(len(p), p.shape[1], threshold, tail.astype(np.float32), lambda positions: p[positions])
+    return View(
+        len(p), p.shape[1], threshold, tail.astype(np.float32), lambda positions: p[positions]
+    )
 
 
-def drawn(rows: int, vocab_size: int, seed: int = 0, spread: float = 2.5) -> tuple[np.ndarray, np.ndarray]:
+def drawn(
+    rows: int, vocab_size: int, seed: int = 0, spread: float = 2.5
+) -> tuple[np.ndarray, np.ndarray]:
     """Distributions of a model that errs as often as it says, and targets drawn from them."""
     rng = np.random.default_rng(seed)
     p = np.exp(spread * rng.standard_normal((rows, vocab_size)))
@@ -74,13 +78,21 @@ def plain_uniform_bytes(symbols: list[int], total: int) -> bytes:
 
 
 @given(st.integers(2, 2**32), st.integers(0, 200), st.integers(0, 2**32 - 1), st.booleans())
-def test_uniform_symbols_come_back_and_the_bytes_are_those_of_plain_integers(total, count, seed, extreme):
+def test_uniform_symbols_come_back_and_the_bytes_are_those_of_plain_integers(
+    total, count, seed, extreme
+):
     rng = np.random.default_rng(seed)
-    symbols = rng.choice([0, total // 2, total - 1], count) if extreme else rng.integers(0, total, count)
+    symbols = (
+        rng.choice([0, total // 2, total - 1], count) if extreme else rng.integers(0, total, count)
+    )
     data = rc.uniform_bytes(symbols, total)
     assert data == plain_uniform_bytes(symbols.tolist(), total)
-    assert extreme or 8 * len(data) <= count * math.log2(total) * 1.001 + 24  # middles are cut more often than chance
-    assert np.array_equal(rc.uniform_symbols(np.frombuffer(data, np.uint8).copy(), count, total), symbols)
+    assert (
+        extreme or 8 * len(data) <= count * math.log2(total) * 1.001 + 24
+    )  # middles are cut more often than chance
+    assert np.array_equal(
+        rc.uniform_symbols(np.frombuffer(data, np.uint8).copy(), count, total), symbols
+    )
 
 
 def test_a_range_that_straddles_a_border_is_cut_and_read_back():
@@ -113,7 +125,9 @@ def cases(draw):
     if kind == "ends":
         listed[[0, -1] if rows else []] = True
     rows = np.flatnonzero(listed)
-    return Entries(rows, rng.integers(0, vocab_size, len(rows))), view_of(p, draw(st.sampled_from([2e-4, 0.1, 1.0])))
+    return Entries(rows, rng.integers(0, vocab_size, len(rows))), view_of(
+        p, draw(st.sampled_from([2e-4, 0.1, 1.0]))
+    )
 
 
 @each
@@ -126,7 +140,10 @@ def test_entries_come_back_whatever_they_are(name, case):
 @pytest.mark.parametrize("name", ["varint", "rice"])
 def test_large_vocabularies_and_far_rows_come_back(name):
     for rows, vocab_size in ((10**9, 65_536), (2**40, 50_257)):
-        entries = Entries(np.array([0, 127, 128, 256, 10**6, rows - 1]), np.array([0, 255, 256, vocab_size - 1, 1, 2]))
+        entries = Entries(
+            np.array([0, 127, 128, 256, 10**6, rows - 1]),
+            np.array([0, 255, 256, vocab_size - 1, 1, 2]),
+        )
         view = View(rows, vocab_size)
         assert same(CODECS[name].decode(CODECS[name].encode(entries, view), view), entries)
 
@@ -134,7 +151,9 @@ def test_large_vocabularies_and_far_rows_come_back(name):
 def test_the_modelled_codec_takes_65536_tokens():
     p, targets = drawn(40, 65_536)
     entries, view = below(p, targets, 1e-5), view_of(p, 1e-5)
-    assert len(entries.positions) and same(modelled.decode(modelled.encode(entries, view), view), entries)
+    assert len(entries.positions) and same(
+        modelled.decode(modelled.encode(entries, view), view), entries
+    )
 
 
 def test_formats_are_what_they_were():
@@ -142,12 +161,19 @@ def test_formats_are_what_they_were():
     entries, view = Entries(np.array([2, 3, 203]), np.array([5, 300, 1])), View(256, 512)
     assert CODECS["varint"].encode(entries, view).hex(" ") == "03 02 05 00 00 2c 01 c7 01 01 00"
     entries, view = Entries(np.array([1, 2, 7]), np.array([3, 0, 2])), View(8, 4)
-    assert CODECS["rice"].encode(entries, view) == bytes([3, 0, 0b10_0_11110]) + plain_uniform_bytes([3, 0, 2], 4)
-    rows, p = np.arange(400), np.full((400, 8), 1.0)  # parts of 1,024, so that every sum is exact on any machine
+    assert CODECS["rice"].encode(entries, view) == bytes(
+        [3, 0, 0b10_0_11110]
+    ) + plain_uniform_bytes([3, 0, 2], 4)
+    rows, p = (
+        np.arange(400),
+        np.full((400, 8), 1.0),
+    )  # parts of 1,024, so that every sum is exact on any machine
     p[rows, rows % 8] += 1000 - 8 * (rows % 100)
     p[rows, (rows + 3) % 8] += 16 + 8 * (rows % 100)
     listed = rows[rows % 23 == 5]
-    payload = CODECS["modelled"].encode(Entries(listed, (5 * listed + 1) % 8), view_of(p / 1024, 0.02))
+    payload = CODECS["modelled"].encode(
+        Entries(listed, (5 * listed + 1) % 8), view_of(p / 1024, 0.02)
+    )
     assert payload.hex() == "120bad68547655913a2b6ec5a28c3962096673e2a8c9"
 
 
@@ -156,7 +182,10 @@ def test_bits_an_entry_are_within_2_percent_of_the_floor(name, model):
     p, targets, view = model
     entries = below(p, targets, view.threshold)
     assert len(entries.positions) > 600
-    bits, floor = 8 * len(CODECS[name].encode(entries, view)), CODECS[name].floor_bits(entries, view)
+    bits, floor = (
+        8 * len(CODECS[name].encode(entries, view)),
+        CODECS[name].floor_bits(entries, view),
+    )
     assert 0.999 * floor - 16 < bits < 1.02 * floor
 
 
@@ -165,7 +194,10 @@ def test_bits_an_entry_are_within_2_percent_of_the_floor(name, model):
 def test_rice_is_within_2_percent_of_the_floor_for_any_vocabulary(vocab_size, rate):
     rng, rows = np.random.default_rng(1), int(4000 / rate)
     positions = np.unique(rng.integers(0, rows, 4000))
-    entries, view = Entries(positions, rng.integers(0, vocab_size, len(positions))), View(rows, vocab_size)
+    entries, view = (
+        Entries(positions, rng.integers(0, vocab_size, len(positions))),
+        View(rows, vocab_size),
+    )
     floor = scatter_bits(len(positions), rows) + len(positions) * math.log2(vocab_size)
     assert CODECS["rice"].floor_bits(entries, view) == pytest.approx(floor)
     assert 8 * len(CODECS["rice"].encode(entries, view)) < 1.02 * floor
@@ -175,7 +207,9 @@ def test_floors_are_what_the_schemes_say(model):
     """Counted once more, in plain Python."""
     _, targets, _ = model
     rows, view = np.array([5, 140, 141, 20_000]), View(30_000, 64)
-    assert CODECS["varint"].floor_bits(Entries(rows, rows % 64), view) == 4 * 16 + 8 * (1 + 2 + 1 + 3)
+    assert CODECS["varint"].floor_bits(Entries(rows, rows % 64), view) == 4 * 16 + 8 * (
+        1 + 2 + 1 + 3
+    )
     assert scatter_bits(1, 4) == pytest.approx(-math.log2(0.25) - 3 * math.log2(0.75))
     assert scatter_bits(0, 9) == scatter_bits(9, 9) == 0
 
@@ -186,7 +220,10 @@ def test_the_modelled_codec_costs_what_a_true_model_says(model):
     entries = below(p, targets, view.threshold)
     listed = np.zeros(len(p), bool)
     listed[entries.positions] = True
-    true = -np.log2(p[entries.positions, entries.tokens]).sum() - np.log2(1 - view.tail[~listed].astype(float)).sum()
+    true = (
+        -np.log2(p[entries.positions, entries.tokens]).sum()
+        - np.log2(1 - view.tail[~listed].astype(float)).sum()
+    )
     assert modelled.floor_bits(entries, view) == pytest.approx(true, rel=0.04)
     assert len(modelled.encode(entries, view)) < 0.62 * len(CODECS["varint"].encode(entries, view))
 
@@ -223,12 +260,17 @@ def test_the_model_is_asked_for_listed_rows_only_and_in_batches(model, monkeypat
 def test_a_view_that_holds_rows_asks_for_them_once(model, monkeypatch):
     p, targets, view = model
     entries, asked = below(p, targets, view.threshold), []
-    watched = View(view.rows, 64, view.threshold, view.tail, lambda rows: asked.append(len(rows)) or p[rows])
+    watched = View(
+        view.rows, 64, view.threshold, view.tail, lambda rows: asked.append(len(rows)) or p[rows]
+    )
     assert choose(logp_of(p, targets), targets, watched, "rice", 700).positions.size and not asked
     assert choose(logp_of(p, targets), targets, watched, "modelled", 700).positions.size
     assert asked == [len(entries.positions)]
     monkeypatch.setattr("fairway.correction.entries.MOST_HELD", 64 * len(entries.positions) - 1)
-    assert watched.holding(entries.positions) is watched and View(9, 4).holding(entries.positions).distributions is None
+    assert (
+        watched.holding(entries.positions) is watched
+        and View(9, 4).holding(entries.positions).distributions is None
+    )
 
 
 def test_rows_beyond_a_batch_of_flags_come_back():
@@ -257,8 +299,8 @@ def mutant(data: bytes, rng: np.random.Generator) -> bytes:
     if kind == 1:
         return data + rng.bytes(int(rng.integers(1, 9)))
     if kind == 2:
-        return data[:at] + rng.bytes(int(rng.integers(0, 9))) + data[at + int(rng.integers(9)):]
-    return data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1:]
+        return data[:at] + rng.bytes(int(rng.integers(0, 9))) + data[at + int(rng.integers(9)) :]
+    return data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1 :]
 
 
 @each
@@ -275,21 +317,35 @@ def test_500_mutants_of_a_payload_end_in_entries_or_an_error(name, model):
             refused += 1
             assert "\n" not in str(e)
         else:
-            assert (np.diff(positions) > 0).all() and (not len(positions) or 0 <= positions[0] <= positions[-1] < 1500)
+            assert (np.diff(positions) > 0).all() and (
+                not len(positions) or 0 <= positions[0] <= positions[-1] < 1500
+            )
             assert len(positions) == len(tokens) and ((0 <= tokens) & (tokens < 64)).all()
     assert refused > 25
 
 
 @each
-@pytest.mark.parametrize("payload", [
-    b"", b"\xff" * 9, b"\xff" * 8 + b"\x7f", b"\xff\xff\x03", b"\xe8\x07", b"\xe8\x07\x00"])
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"\xff" * 9, b"\xff" * 8 + b"\x7f", b"\xff\xff\x03", b"\xe8\x07", b"\xe8\x07\x00"],
+)
 def test_a_hostile_payload_takes_no_memory(name, payload, model):
-    view = View(1500, 64, 2.0**-8, np.zeros(1500, np.float32), lambda positions: np.ones((len(positions), 64)) / 64)
-    CODECS[name].decode(CODECS[name].encode(Entries(np.array([1]), np.array([2])), view), view)  # compiled
+    view = View(
+        1500,
+        64,
+        2.0**-8,
+        np.zeros(1500, np.float32),
+        lambda positions: np.ones((len(positions), 64)) / 64,
+    )
+    CODECS[name].decode(
+        CODECS[name].encode(Entries(np.array([1]), np.array([2])), view), view
+    )  # compiled
     tracemalloc.start()
     try:
         positions, _ = CODECS[name].decode(payload, view)
-        assert name == "modelled" and len(positions) <= 1500  # zeros that never end are a stream of its own
+        assert (
+            name == "modelled" and len(positions) <= 1500
+        )  # zeros that never end are a stream of its own
     except CorrectionError:
         pass
     peak = tracemalloc.get_traced_memory()[1]
@@ -298,10 +354,17 @@ def test_a_hostile_payload_takes_no_memory(name, payload, model):
 
 
 @each
-@pytest.mark.parametrize("positions, tokens, told", [
-    ([1, 1], [0, 0], "do not increase"), ([2, 1], [0, 0], "do not increase"), ([-1], [0], "row -1"),
-    ([0, 20_000], [0, 0], "row 20000, but the split has 20000 rows"),
-    ([1], [64], "token 64, but the vocabulary has 64"), ([1, 2], [0], "2 positions but 1 tokens")])
+@pytest.mark.parametrize(
+    "positions, tokens, told",
+    [
+        ([1, 1], [0, 0], "do not increase"),
+        ([2, 1], [0, 0], "do not increase"),
+        ([-1], [0], "row -1"),
+        ([0, 20_000], [0, 0], "row 20000, but the split has 20000 rows"),
+        ([1], [64], "token 64, but the vocabulary has 64"),
+        ([1, 2], [0], "2 positions but 1 tokens"),
+    ],
+)
 def test_entries_that_no_table_may_hold_are_refused(name, positions, tokens, told, model):
     with pytest.raises(CorrectionError, match=told):
         CODECS[name].encode(Entries(np.array(positions), np.array(tokens)), model[2])
@@ -309,10 +372,15 @@ def test_entries_that_no_table_may_hold_are_refused(name, positions, tokens, tol
 
 def test_a_view_without_a_model_is_told_what_it_lacks():
     entries = Entries(np.array([1]), np.array([0]))
-    for view, told in ((View(9, 4), "choose varint or rice"),
-                       (View(9, 4, 0.1, np.zeros(8), lambda p: np.ones((len(p), 4))), "8 rows, but the split has 9"),
-                       (View(9, 4, 0.1, np.full(9, np.nan), lambda p: np.ones((len(p), 4))), "not finite"),
-                       (View(9, 4, 0.1, np.zeros(9), lambda p: np.ones((len(p), 5))), r"shape \(1, 5\)")):
+    for view, told in (
+        (View(9, 4), "choose varint or rice"),
+        (
+            View(9, 4, 0.1, np.zeros(8), lambda p: np.ones((len(p), 4))),
+            "8 rows, but the split has 9",
+        ),
+        (View(9, 4, 0.1, np.full(9, np.nan), lambda p: np.ones((len(p), 4))), "not finite"),
+        (View(9, 4, 0.1, np.zeros(9), lambda p: np.ones((len(p), 5))), r"shape \(1, 5\)"),
+    ):
         with pytest.raises(CorrectionError, match=told):
             modelled.encode(entries, view)
 
@@ -328,9 +396,13 @@ def test_the_closed_form_is_the_softmax_with_20_added(vocab_size, seed, spread):
     raised = np.exp(logits - logits.max())
     raised /= raised.sum()
     full = applied(p, token)
-    assert full.sum() == pytest.approx(1, abs=1e-12) and np.allclose(full, raised, rtol=1e-9, atol=1e-300)
+    assert full.sum() == pytest.approx(1, abs=1e-12) and np.allclose(
+        full, raised, rtol=1e-9, atol=1e-300
+    )
     assert math.exp(boosted(np.log(p[token]))) == pytest.approx(raised[token], rel=1e-9)
-    assert saved_bits(np.log(p[token])) == pytest.approx(np.log2(raised[token]) - np.log2(p[token]), abs=1e-8)
+    assert saved_bits(np.log(p[token])) == pytest.approx(
+        np.log2(raised[token]) - np.log2(p[token]), abs=1e-8
+    )
 
 
 def test_certain_and_impossible_tokens_stay_what_they_are():
@@ -366,9 +438,13 @@ def test_every_bit_of_the_table_is_charged(model):
     logp, entries = logp_of(p, targets), below(p, targets, view.threshold)
     told, text_bytes = charge(logp, entries, 1000, 50_000), 50_000
     assert told.paid_bits == 8000
-    assert told.oracle_bpb == pytest.approx(-apply(logp, entries, targets).sum() / math.log(2) / text_bytes)
+    assert told.oracle_bpb == pytest.approx(
+        -apply(logp, entries, targets).sum() / math.log(2) / text_bytes
+    )
     assert told.charged_bpb == pytest.approx(told.oracle_bpb + 8000 / text_bytes)
-    assert told.saved_bits == pytest.approx((apply(logp, entries, targets) - logp).sum() / math.log(2))
+    assert told.saved_bits == pytest.approx(
+        (apply(logp, entries, targets) - logp).sum() / math.log(2)
+    )
     nothing = Entries(entries.positions[:0], entries.tokens[:0])
     assert charge(np.zeros(0), nothing, table.EMPTY_BYTES, 5).oracle_bpb == 0
     with pytest.raises(UserError, match="0 bytes of text"):
@@ -392,7 +468,10 @@ def test_entries_pay_where_the_model_is_sure_and_wrong(name):
     logp, view = logp_of(p, targets), view_of(p, 2.0**-10)
     entries = choose(logp, targets, view, name)
     told = charge(logp, entries, table.size(entries, view, name), 20_000)
-    assert len(entries.positions) == (targets > 0).sum() and told.charged_bpb < -logp.sum() / math.log(2) / 20_000
+    assert (
+        len(entries.positions) == (targets > 0).sum()
+        and told.charged_bpb < -logp.sum() / math.log(2) / 20_000
+    )
 
 
 @each
@@ -428,14 +507,19 @@ def test_a_budget_of_more_than_there_is_takes_all_and_too_small_a_one_is_refused
 def test_a_split_of_nothing_has_a_table_of_nothing(name):
     p = np.zeros((0, 16))
     entries = choose(np.zeros(0), np.zeros(0, np.int64), view_of(p, 0.1), name, 10_000)
-    assert len(entries.positions) == 0 and table.size(entries, view_of(p, 0.1), name) == table.EMPTY_BYTES
+    assert (
+        len(entries.positions) == 0
+        and table.size(entries, view_of(p, 0.1), name) == table.EMPTY_BYTES
+    )
 
 
 def test_the_threshold_follows_the_budget():
     logp = -np.arange(1, 30_001) / 1000.0
     assert table.threshold_for(logp) == table.threshold_for(logp, 10**6) == 2.0**-10
     for budget in (100, 2000, 20_000):
-        assert (logp < math.log(table.threshold_for(logp, budget))).sum() == pytest.approx(budget // 2, abs=1)
+        assert (logp < math.log(table.threshold_for(logp, budget))).sum() == pytest.approx(
+            budget // 2, abs=1
+        )
     assert table.threshold_for(np.zeros(0), 100) == 2.0**-10
 
 
@@ -463,7 +547,9 @@ def test_a_table_comes_back_from_its_file(name, tables, model, tmp_path):
 
 
 def test_one_entry_comes_back_from_its_file_where_the_model_expects_every_row(tmp_path):
-    view = View(20_000, 64, 0.5, np.ones(20_000), lambda positions: np.full((len(positions), 64), 1 / 64))
+    view = View(
+        20_000, 64, 0.5, np.ones(20_000), lambda positions: np.full((len(positions), 64), 1 / 64)
+    )
     entries = Entries(np.array([19_999]), np.array([3]))
     made = table.make_table(entries, view, "modelled", SPLIT, ARTIFACT)
     table.write_table(tmp_path / "t", made)
@@ -472,10 +558,12 @@ def test_one_entry_comes_back_from_its_file_where_the_model_expects_every_row(tm
 
 def test_a_table_of_something_else_is_refused_with_both_names(tables, tmp_path):
     table.write_table(tmp_path / "t", tables["rice"])
-    for change, told in ((dict(split=b"x" * 32), "the split 7373737373737373, but this is 7878"),
-                         (dict(artifact=b"x" * 32), "the artifact 6161616161616161, but this is 7878"),
-                         (dict(rows=19_999), "rows 20000, but this is 19999"),
-                         (dict(vocab_size=65), "a vocabulary of 64, but this is 65")):
+    for change, told in (
+        (dict(split=b"x" * 32), "the split 7373737373737373, but this is 7878"),
+        (dict(artifact=b"x" * 32), "the artifact 6161616161616161, but this is 7878"),
+        (dict(rows=19_999), "rows 20000, but this is 19999"),
+        (dict(vocab_size=65), "a vocabulary of 64, but this is 65"),
+    ):
         with pytest.raises(CorrectionError, match=f"t: made for {told}") as told:
             read(tmp_path / "t", **change)
         assert "\n" not in str(told.value)
@@ -497,7 +585,11 @@ def test_600_mutants_of_a_file_are_refused(tables, tmp_path):
     rng, path = np.random.default_rng(9), tmp_path / "t"
     for i in range(600):
         good = table.table_bytes(tables[list(CODECS)[i % 3]])
-        bad = mutant(good[: table.HEADER.size], rng) + good[table.HEADER.size :] if i % 2 else mutant(good, rng)
+        bad = (
+            mutant(good[: table.HEADER.size], rng) + good[table.HEADER.size :]
+            if i % 2
+            else mutant(good, rng)
+        )
         if bad == good:
             continue
         path.write_bytes(bad)
@@ -506,10 +598,16 @@ def test_600_mutants_of_a_file_are_refused(tables, tmp_path):
         assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("change, told", [
-    (dict(count=2**60), "cannot be of 20000 rows"), (dict(count=20_001), "cannot be of 20000 rows"),
-    (dict(threshold=math.nan), "no probability"),
-    (dict(threshold=0.0), "no probability"), (dict(codec="none"), "is not one of varint, rice, modelled")])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (dict(count=2**60), "cannot be of 20000 rows"),
+        (dict(count=20_001), "cannot be of 20000 rows"),
+        (dict(threshold=math.nan), "no probability"),
+        (dict(threshold=0.0), "no probability"),
+        (dict(codec="none"), "is not one of varint, rice, modelled"),
+    ],
+)
 def test_a_hostile_header_with_a_right_checksum_is_refused(change, told, tables, tmp_path):
     path = tmp_path / "t"
     path.write_bytes(table.table_bytes(tables["rice"]._replace(**change)))
@@ -534,7 +632,9 @@ def test_lengths_are_checked_before_anything_is_read(tables, tmp_path):
 @each
 def test_another_view_than_the_writers_is_found_out(name, tables, model):
     p, targets, view = model
-    with pytest.raises(CorrectionError, match="threshold 0.00390625, but the view is of 20000, 64 and 0.5"):
+    with pytest.raises(
+        CorrectionError, match="threshold 0.00390625, but the view is of 20000, 64 and 0.5"
+    ):
         table.entries_of(tables[name], View(view.rows, 64, 0.5, view.tail, view.distributions))
     other = View(view.rows, 64, view.threshold, view.tail * np.float32(1.01), view.distributions)
     if name == "modelled":
@@ -546,16 +646,22 @@ def test_another_view_than_the_writers_is_found_out(name, tables, model):
 
 def test_the_split_is_known_by_its_tokens():
     tokens = np.array([1, 2, 65_535], np.uint16)
-    assert table.split_sha256(tokens) == table.split_sha256(tokens.astype(np.int64)) == hashlib.sha256(
-        b"\1\0\2\0\xff\xff").digest()
+    assert (
+        table.split_sha256(tokens)
+        == table.split_sha256(tokens.astype(np.int64))
+        == hashlib.sha256(b"\1\0\2\0\xff\xff").digest()
+    )
 
 
 def test_a_table_is_attached_beside_its_artifact_where_all_fits(tables, tmp_path):
     artifact = tmp_path / "final_model.int6.ptz"
     artifact.write_bytes(b"x" * 1000)
     size = len(table.table_bytes(tables["rice"]))
-    with pytest.raises(UserError, match=f"artifact 1000, code 500 and correction table {size} bytes are {1500 + size}, "
-                       f"more than {1499 + size}; lower --budget to {size - 1}"):
+    with pytest.raises(
+        UserError,
+        match=f"artifact 1000, code 500 and correction table {size} bytes are {1500 + size}, "
+        f"more than {1499 + size}; lower --budget to {size - 1}",
+    ):
         table.attach(artifact, tables["rice"], 500, 1499 + size)
     assert list(tmp_path.iterdir()) == [artifact]
     path = table.attach(artifact, tables["rice"], 500, 1500 + size)
@@ -566,4 +672,7 @@ def test_a_table_is_attached_beside_its_artifact_where_all_fits(tables, tmp_path
 def test_the_rice_shift_is_the_best_there_is():
     gaps = np.random.default_rng(0).geometric(0.01, 3000) - 1
     shift, bits = rice.best_shift(gaps)
-    assert bits == min(sum((int(g) >> s) + 1 + s for g in gaps) for s in range(20)) and shift in (5, 6)
+    assert bits == min(sum((int(g) >> s) + 1 + s for g in gaps) for s in range(20)) and shift in (
+        5,
+        6,
+    )

@@ -84,8 +84,9 @@ def manifest(**changes: object) -> bytes:
     entry = {"name": "fineweb10B_sp1024", "tokenizer_name": "sp_bpe_1024", "stats": stats}
     entry |= changes.pop("entry", {})
     tokenizer = {"name": "sp_bpe_1024", "model_path": TOKENIZER} | changes.pop("tokenizer", {})
-    return json.dumps({"datasets": [entry], "tokenizers": [tokenizer], "shard_size": 60_000}
-                      | changes).encode()
+    return json.dumps(
+        {"datasets": [entry], "tokenizers": [tokenizer], "shard_size": 60_000} | changes
+    ).encode()
 
 
 def published() -> dict[str, bytes]:
@@ -94,9 +95,20 @@ def published() -> dict[str, bytes]:
 
 
 def fetch(server: http.server.HTTPServer, out: Path, n: int = 2) -> None:
-    download_fineweb.main([
-        "--variant", "sp1024", "--train-shards", str(n), "--out", str(out), "--retry-wait", "0",
-        "--base-url", f"http://127.0.0.1:{server.server_port}/hub"])
+    download_fineweb.main(
+        [
+            "--variant",
+            "sp1024",
+            "--train-shards",
+            str(n),
+            "--out",
+            str(out),
+            "--retry-wait",
+            "0",
+            "--base-url",
+            f"http://127.0.0.1:{server.server_port}/hub",
+        ]
+    )
 
 
 def bytes_below(out: Path) -> dict[str, bytes]:
@@ -106,7 +118,8 @@ def bytes_below(out: Path) -> dict[str, bytes]:
 def test_fetches_exactly_what_was_asked_for_and_nothing_twice(server, tmp_path, capsys):
     fetch(server, tmp_path)
     assert bytes_below(tmp_path) == {
-        name: body for name, body in server.files.items() if name != TRAIN.format(2)}
+        name: body for name, body in server.files.items() if name != TRAIN.format(2)
+    }
     server.asked.clear()
     fetch(server, tmp_path)
     assert server.asked == [("manifest.json", None)]
@@ -119,7 +132,11 @@ def test_goes_on_after_broken_connections_and_server_errors(server, tmp_path):
     fetch(server, tmp_path)
     assert (tmp_path / VAL).read_bytes() == server.files[VAL]
     assert [r for p, r in server.asked if p == VAL] == [
-        None, "bytes=1000-", "bytes=1000-", *["bytes=50000-"] * 3] and size > 50_000
+        None,
+        "bytes=1000-",
+        "bytes=1000-",
+        *["bytes=50000-"] * 3,
+    ] and size > 50_000
 
 
 def test_a_later_run_goes_on_from_the_part_file(server, tmp_path):
@@ -165,8 +182,11 @@ def test_missing_files_and_dead_hosts_are_one_line(server, tmp_path):
 
 def test_cut_and_wrong_shards_are_not_kept(server, tmp_path):
     whole = server.files[VAL]
-    for body, match in ((whole[:-2], "header says 60000"), (whole + b"12", "header says 60000"),
-                        (b"<html>" * 300, "not a token shard")):
+    for body, match in (
+        (whole[:-2], "header says 60000"),
+        (whole + b"12", "header says 60000"),
+        (b"<html>" * 300, "not a token shard"),
+    ):
         server.files[VAL] = body
         refused(server, tmp_path / "a", match)
         assert not list((tmp_path / "a").rglob("*val*"))
@@ -198,21 +218,28 @@ def test_validation_that_the_manifest_says_is_longer_is_refused(server, tmp_path
     refused(server, tmp_path / "a", "60000 tokens, the manifest says 60001")
 
 
-@pytest.mark.parametrize("hostile", [
-    manifest(tokenizer={"model_path": "../../outside.model"}),
-    manifest(tokenizer={"model_path": "tokenizers/../../outside.model"}),
-    manifest(tokenizer={"model_path": "/tmp/outside.model"}),
-    manifest(tokenizer={"model_path": "tokenizers\\..\\outside.model"}),
-    manifest(tokenizer={"model_path": ["tokenizers/a.model"]}),
-    manifest(tokenizer={"model_path": ""}),
-    manifest(stats={"files_val": 10**12}),
-    manifest(stats={"files_val": -1}),
-    manifest(stats={"files_train": "3"}),
-    manifest(entry={"name": "fineweb10B_sp512"}),
-    manifest(entry={"stats": None}),
-    manifest(shard_size=10**15),
-    b"[]", b"{", b"null", b'{"datasets": 3}', b"[" * 100_000,
-])
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        manifest(tokenizer={"model_path": "../../outside.model"}),
+        manifest(tokenizer={"model_path": "tokenizers/../../outside.model"}),
+        manifest(tokenizer={"model_path": "/tmp/outside.model"}),
+        manifest(tokenizer={"model_path": "tokenizers\\..\\outside.model"}),
+        manifest(tokenizer={"model_path": ["tokenizers/a.model"]}),
+        manifest(tokenizer={"model_path": ""}),
+        manifest(stats={"files_val": 10**12}),
+        manifest(stats={"files_val": -1}),
+        manifest(stats={"files_train": "3"}),
+        manifest(entry={"name": "fineweb10B_sp512"}),
+        manifest(entry={"stats": None}),
+        manifest(shard_size=10**15),
+        b"[]",
+        b"{",
+        b"null",
+        b'{"datasets": 3}',
+        b"[" * 100_000,
+    ],
+)
 def test_hostile_manifests_are_refused(server, tmp_path, hostile):
     server.files["manifest.json"] = hostile
     refused(server, tmp_path / "a", "manifest")
@@ -228,15 +255,21 @@ def test_giant_files_are_refused_before_they_are_read(server, tmp_path):
 
 def test_the_challenge_variables_name_the_place():
     assert download_fineweb.base_url({}) == (
-        "https://huggingface.co/datasets/willdepueoai/parameter-golf/resolve/main/datasets")
-    assert download_fineweb.base_url({
-        "MATCHED_FINEWEB_REPO_ID": "a/b", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX": ""}) == (
-        "https://huggingface.co/datasets/a/b/resolve/main")
+        "https://huggingface.co/datasets/willdepueoai/parameter-golf/resolve/main/datasets"
+    )
+    assert download_fineweb.base_url(
+        {"MATCHED_FINEWEB_REPO_ID": "a/b", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX": ""}
+    ) == ("https://huggingface.co/datasets/a/b/resolve/main")
 
 
-@pytest.mark.parametrize("arguments, match", [
-    (["--variant", "../x"], "--variant"), (["--train-shards", "-1"], "--train-shards"),
-    (["--base-url", "file:///etc"], "--base-url")])
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        (["--variant", "../x"], "--variant"),
+        (["--train-shards", "-1"], "--train-shards"),
+        (["--base-url", "file:///etc"], "--base-url"),
+    ],
+)
 def test_settings_out_of_range_are_one_line(arguments, match):
     with pytest.raises(UserError, match=match):
         download_fineweb.main(arguments)

@@ -28,8 +28,18 @@ def write(folder: Path, split: str, *shards: np.ndarray) -> str:
 
 
 def scan(folder: Path, train: list, val: list, window: int = 64) -> tuple[int, dict]:
-    code = overlap.main(["--train", write(folder, "train", *train), "--window", str(window),
-                         "--val", write(folder, "val", *val), "--json", str(folder / "o.json")])
+    code = overlap.main(
+        [
+            "--train",
+            write(folder, "train", *train),
+            "--window",
+            str(window),
+            "--val",
+            write(folder, "val", *val),
+            "--json",
+            str(folder / "o.json"),
+        ]
+    )
     return code, json.loads((folder / "o.json").read_text())
 
 
@@ -39,8 +49,10 @@ def document(random: np.random.Generator, n: int) -> np.ndarray:
 
 def bodies(tokens: np.ndarray) -> list[bytes]:
     """The documents without BOS, as little-endian bytes."""
-    return [part[part != BOS_ID].astype("<u2").tobytes()
-            for part in np.split(tokens, np.flatnonzero(tokens == BOS_ID))]
+    return [
+        part[part != BOS_ID].astype("<u2").tobytes()
+        for part in np.split(tokens, np.flatnonzero(tokens == BOS_ID))
+    ]
 
 
 def by_hand(train: np.ndarray, val: np.ndarray, window: int) -> tuple[dict, set]:
@@ -65,8 +77,10 @@ def test_equals_brute_force_on_repetitive_text(tmp_path, monkeypatch, seed, wind
     monkeypatch.setattr(overlap, "BLOCK", [97, 256, 1 << 20][seed % 3])
     monkeypatch.setattr(overlap, "PAIRS", 50)
     phrases = [random.integers(1, 4 + seed, random.integers(1, 2 * window)) for _ in range(40)]
-    train, val = (np.concatenate([[BOS_ID], *(phrases[i] for i in random.integers(0, 40, n))])
-                  for n in (150, 60))
+    train, val = (
+        np.concatenate([[BOS_ID], *(phrases[i] for i in random.integers(0, 40, n))])
+        for n in (150, 60)
+    )
     cuts = np.sort(random.integers(0, len(train), 2))
     code, report = scan(tmp_path, np.split(train, cuts), np.split(val, [len(val) // 3]), window)
     found, short = by_hand(train, val, window)
@@ -84,26 +98,40 @@ def test_a_window_is_found_wherever_it_lies_and_63_tokens_never(tmp_path, random
             at, to = 1 + i, 501 - n - i
             train[j][to : to + n] = val[j][at : at + n]
     joined = np.concatenate(train)
-    code, report = scan(tmp_path, np.split(joined, [501 - 20, 3333, 3334, 40_000]),
-                        np.split(np.concatenate(val), [77, 30_000]))
+    code, report = scan(
+        tmp_path,
+        np.split(joined, [501 - 20, 3333, 3334, 40_000]),
+        np.split(np.concatenate(val), [77, 30_000]),
+    )
     assert code == 1 and not report["short_overlap"]
-    assert [(x["document"], x["windows_found"], x["windows"], x["offset"])
-            for x in report["overlap"]] == [(2 * i, 1, 337, 1 + i) for i in range(70)]
+    assert [
+        (x["document"], x["windows_found"], x["windows"], x["offset"]) for x in report["overlap"]
+    ] == [(2 * i, 1, 337, 1 + i) for i in range(70)]
 
 
 def test_names_the_shard_and_the_place(tmp_path, random):
     train, val = [document(random, 300) for _ in range(3)], document(random, 300)
     train[2][100:170] = val[50:120]
     _, report = scan(tmp_path, train, [val])
-    assert report["overlap"] == [{
-        "document": 0, "windows_found": 7, "windows": 237, "offset": 50,
-        "shard": str(tmp_path / "x_train_000002.bin"), "shard_offset": 100}]
+    assert report["overlap"] == [
+        {
+            "document": 0,
+            "windows_found": 7,
+            "windows": 237,
+            "offset": 50,
+            "shard": str(tmp_path / "x_train_000002.bin"),
+            "shard_offset": 100,
+        }
+    ]
 
 
 def test_a_run_that_only_a_missing_shard_would_join_is_no_overlap(tmp_path, random):
     val = document(random, 200)
-    train = [np.concatenate([document(random, 100), val[1:41]]), document(random, 99),
-             np.concatenate([val[41:101], document(random, 100)])]
+    train = [
+        np.concatenate([document(random, 100), val[1:41]]),
+        document(random, 99),
+        np.concatenate([val[41:101], document(random, 100)]),
+    ]
     pattern = write(tmp_path, "train", *train)
     (tmp_path / "x_train_000001.bin").unlink()
     arguments = ["--train", pattern, "--val", write(tmp_path, "val", val)]
@@ -150,6 +178,10 @@ def test_what_cannot_run_is_one_line(tmp_path, random):
         with pytest.raises(UserError, match=match):
             overlap.main(arguments)
     (tmp_path / "x_train_000000.bin").write_bytes(b"no shard")
-    ran = subprocess.run([sys.executable, "data/overlap.py", "--train", train, "--val", train],
-                         cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "data/overlap.py", "--train", train, "--val", train],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "not a token shard" in ran.stderr

@@ -31,8 +31,11 @@ WORDS = "the of and to in a is that for it as was with be by on not he his but a
 def prose(n: int, seed: int = 0) -> list[str]:
     """Documents of made-up sentences, with line ends, tabs and letters that are no ASCII."""
     r = random.Random(seed)
-    return [" ".join(r.choice(WORDS) + str(r.randrange(99)) for _ in range(r.randrange(20, 200)))
-            + f"\n\n\tÉnd of {i} — naïve ☃.  \n" for i in range(n)]
+    return [
+        " ".join(r.choice(WORDS) + str(r.randrange(99)) for _ in range(r.randrange(20, 200)))
+        + f"\n\n\tÉnd of {i} — naïve ☃.  \n"
+        for i in range(n)
+    ]
 
 
 def jsonl(path: Path, texts: list[str]) -> Path:
@@ -42,8 +45,19 @@ def jsonl(path: Path, texts: list[str]) -> Path:
 
 def run(out: Path, *docs: Path, tokenizer: str | Path = "train:400", **more: object) -> dict:
     options = [x for key, value in more.items() for x in (f"--{key.replace('_', '-')}", str(value))]
-    prepare.main(["--docs", *map(str, docs), "--tokenizer", str(tokenizer), "--out", str(out),
-                  "--workers", "1", *options])
+    prepare.main(
+        [
+            "--docs",
+            *map(str, docs),
+            "--tokenizer",
+            str(tokenizer),
+            "--out",
+            str(out),
+            "--workers",
+            "1",
+            *options,
+        ]
+    )
     return json.loads((out / "manifest.json").read_text())
 
 
@@ -58,8 +72,7 @@ def texts_of(out: Path, split: str) -> list[str]:
         tokens = read_shard(path)
         bounds = document_bounds(tokens)
         assert (tokens[bounds[:-1]] == BOS_ID).all()
-        texts += [sp.decode(tokens[a + 1 : b].tolist())
-                  for a, b in pairwise(bounds)]
+        texts += [sp.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(bounds)]
     return texts
 
 
@@ -75,8 +88,14 @@ def model(tmp_path_factory) -> Path:
 
 def test_manifest_counts_and_hashes_are_those_of_the_files(tmp_path):
     texts = prose(300)
-    m = run(tmp_path / "o", jsonl(tmp_path / "a.jsonl", [*texts, ""]), val_fraction=0.2,
-            shard_tokens=20_000, name="mine", tokenizer="train:350")
+    m = run(
+        tmp_path / "o",
+        jsonl(tmp_path / "a.jsonl", [*texts, ""]),
+        val_fraction=0.2,
+        shard_tokens=20_000,
+        name="mine",
+        tokenizer="train:350",
+    )
     train, val = texts_of(tmp_path / "o", "train"), texts_of(tmp_path / "o", "val")
     assert sorted(train + val) == sorted(texts) and 30 < len(val) < 90
     assert [t for t in texts if t in set(train)] == train  # in the order of the input
@@ -102,9 +121,12 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
 
 def test_every_packing_is_read_and_txt_is_one_document(tmp_path, model):
     line = b'{"text": "one"}\n\n{"text": "two\\r\\n"}'
-    for name, pack in [("a.jsonl", bytes), ("b.jsonl.gz", gzip.compress),
-                       ("c.jsonl.xz", lzma.compress),
-                       ("d.jsonl.zst", zstandard.ZstdCompressor().compress)]:
+    for name, pack in [
+        ("a.jsonl", bytes),
+        ("b.jsonl.gz", gzip.compress),
+        ("c.jsonl.xz", lzma.compress),
+        ("d.jsonl.zst", zstandard.ZstdCompressor().compress),
+    ]:
         (tmp_path / name).write_bytes(pack(line[:16]) + pack(line[16:]))  # two frames each
     (tmp_path / "e.txt").write_bytes(b"a\r\n\n{}\n")
     (tmp_path / "f.jsonl.txt.xz").write_bytes(lzma.compress(b"f"))
@@ -127,8 +149,11 @@ def test_equal_texts_are_on_one_side_and_fractions_are_nested(tmp_path, model):
 
 def test_the_tokenizer_never_sees_validation_text(tmp_path, monkeypatch):
     held_out = {3, 50, 51}
-    monkeypatch.setattr(prepare, "split_of", lambda document, text, fraction: (
-        "val" if document.index in held_out else "train"))
+    monkeypatch.setattr(
+        prepare,
+        "split_of",
+        lambda document, text, fraction: "val" if document.index in held_out else "train",
+    )
     texts = prose(200)
     a = run(tmp_path / "a", jsonl(tmp_path / "a.jsonl", texts))
     texts = [t + " zqxj" * 500 * (i in held_out) for i, t in enumerate(texts)]
@@ -147,8 +172,22 @@ def test_a_long_corpus_trains_on_a_fixed_sample(tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------------------- exactness
 
-ODD = ["▁", "a▁b ▁", "▁▁", "\0", "\t\n\r\x0b\x85\u2028", "😀👩‍👩‍👧", "▅", "⁇ ", "ﬁ½Å",
-       "<s></s><0x41><unk>", "\ufeff\ufffe\U0010ffff", "  two  ", " ", "\n"]
+ODD = [
+    "▁",
+    "a▁b ▁",
+    "▁▁",
+    "\0",
+    "\t\n\r\x0b\x85\u2028",
+    "😀👩‍👩‍👧",
+    "▅",
+    "⁇ ",
+    "ﬁ½Å",
+    "<s></s><0x41><unk>",
+    "\ufeff\ufffe\U0010ffff",
+    "  two  ",
+    " ",
+    "\n",
+]
 ANY = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(ODD)
 
 
@@ -170,9 +209,21 @@ def test_odd_text_can_be_trained_on(tmp_path):
 def foreign_model(path: Path, **options: object) -> Path:
     with open(path, "wb") as f:
         sentencepiece.SentencePieceTrainer.train(
-            model_writer=f, minloglevel=2, hard_vocab_limit=False, pad_id=0, unk_id=3, **{
-                "sentence_iterator": iter(prose(100)), "model_type": "bpe", "vocab_size": 400,
-                "bos_id": 1, "eos_id": 2, "byte_fallback": True, **options})
+            model_writer=f,
+            minloglevel=2,
+            hard_vocab_limit=False,
+            pad_id=0,
+            unk_id=3,
+            **{
+                "sentence_iterator": iter(prose(100)),
+                "model_type": "bpe",
+                "vocab_size": 400,
+                "bos_id": 1,
+                "eos_id": 2,
+                "byte_fallback": True,
+                **options,
+            },
+        )
     return path
 
 
@@ -198,18 +249,40 @@ def test_wrong_bytes_stop_the_run_and_name_the_token(tmp_path):
 # ------------------------------------------------------------------------------- stop and go on
 
 
-@pytest.mark.parametrize("kills", [
-    ("text_train_000001.bin",),
-    pytest.param(("tokenizer.model", "text_train_000001.bin", "text_val_000000.bin"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills",
+    [
+        ("text_train_000001.bin",),
+        pytest.param(
+            ("tokenizer.model", "text_train_000001.bin", "text_val_000000.bin"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_killed_at_any_time_it_ends_with_the_same_bytes(tmp_path, kills):
     docs = jsonl(tmp_path / "a.jsonl", prose(2500))
-    command = ["--docs", docs, "--tokenizer", "train:500", "--shard-tokens", "20000",
-               "--val-fraction", "0.1", "--workers", "2", "--out"]
+    command = [
+        "--docs",
+        docs,
+        "--tokenizer",
+        "train:500",
+        "--shard-tokens",
+        "20000",
+        "--val-fraction",
+        "0.1",
+        "--workers",
+        "2",
+        "--out",
+    ]
     run(tmp_path / "whole", docs, tokenizer="train:500", shard_tokens=20_000, val_fraction=0.1)
     out, seen = tmp_path / "killed", {}
     for wanted in kills:
-        process = subprocess.Popen([sys.executable, "data/prepare.py", *map(str, command), out],
-                                   cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "data/prepare.py", *map(str, command), out],
+            cwd=ROOT,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+        )
         while not (out / wanted).exists() and process.poll() is None:
             time.sleep(0.002)
         process.kill()
@@ -217,8 +290,10 @@ def test_killed_at_any_time_it_ends_with_the_same_bytes(tmp_path, kills):
         assert not (out / "manifest.json").exists()
         for name, stat in seen.items():  # what was complete is not done again
             assert (out / name).stat().st_mtime_ns == stat
-        seen = {s["file"]: (out / s["file"]).stat().st_mtime_ns
-                for s in json.loads((out / ".unfinished.json").read_text())["shards"]}
+        seen = {
+            s["file"]: (out / s["file"]).stat().st_mtime_ns
+            for s in json.loads((out / ".unfinished.json").read_text())["shards"]
+        }
         for path in out.glob("*.bin"):
             read_shard(path)
         assert no_process_left(process.pid)
@@ -272,27 +347,30 @@ def test_a_folder_with_files_of_others_is_left_alone(tmp_path, model):
 # ---------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("name, data, match", [
-    ("a.jsonl", None, "no such file"),
-    ("a.jsonl", b"", "empty"),
-    ("a.txt", b"", "empty"),
-    ("a.csv", b"x", "must end in .jsonl or .txt"),
-    ("a.jsonl", b'{"text": "ok"}\n{"text": "cut', "a.jsonl line 2: not JSON"),
-    ("a.jsonl", b'\n\n{"txt": "x"}\n', 'line 3: no string "text"'),
-    ("a.jsonl", b'{"text": 3}\n', 'line 1: no string "text"'),
-    ("a.jsonl", b'["text"]\n', 'line 1: no string "text"'),
-    ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: half a surrogate pair"),
-    ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
-    ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not UTF-8"),
-    ("a.txt", b"ab\xff", "a.txt: not UTF-8 .byte 2."),
-    ("a.jsonl", b'{"text": ""}\n', "no document with any text"),
-    ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 9999)[:-40], "cut or damaged"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9999)[:-9], "cut or damaged"),
-    ("a.jsonl.zst", zstandard.compress(b'{"text": "x"}\n' * 9999)[:-9], "cut or damaged"),
-    ("a.jsonl.xz", b"no xz", "cut or damaged"),
-    ("a.jsonl.gz", b"no gz", "cut or damaged"),
-    ("a.jsonl.zst", b"no zst", "cut or damaged"),
-])
+@pytest.mark.parametrize(
+    "name, data, match",
+    [
+        ("a.jsonl", None, "no such file"),
+        ("a.jsonl", b"", "empty"),
+        ("a.txt", b"", "empty"),
+        ("a.csv", b"x", "must end in .jsonl or .txt"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "cut', "a.jsonl line 2: not JSON"),
+        ("a.jsonl", b'\n\n{"txt": "x"}\n', 'line 3: no string "text"'),
+        ("a.jsonl", b'{"text": 3}\n', 'line 1: no string "text"'),
+        ("a.jsonl", b'["text"]\n', 'line 1: no string "text"'),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: half a surrogate pair"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not UTF-8"),
+        ("a.txt", b"ab\xff", "a.txt: not UTF-8 .byte 2."),
+        ("a.jsonl", b'{"text": ""}\n', "no document with any text"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 9999)[:-40], "cut or damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9999)[:-9], "cut or damaged"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "x"}\n' * 9999)[:-9], "cut or damaged"),
+        ("a.jsonl.xz", b"no xz", "cut or damaged"),
+        ("a.jsonl.gz", b"no gz", "cut or damaged"),
+        ("a.jsonl.zst", b"no zst", "cut or damaged"),
+    ],
+)
 @pytest.mark.parametrize("given", ["train:400", "model"])
 def test_bad_documents_are_one_line(tmp_path, model, name, data, match, given):
     if data is not None:
@@ -303,10 +381,16 @@ def test_bad_documents_are_one_line(tmp_path, model, name, data, match, given):
     assert not list((tmp_path / "o").glob("*.bin")) and not list(tmp_path.rglob("*.part"))
 
 
-@pytest.mark.parametrize("given, match", [
-    ("nowhere.model", "no such file"), ("train:12", "261 to 65536"), ("train:65537", "261 to"),
-    ("train:x", "261 to"), ("train:261", "train:261: .*choose another size"),
-])
+@pytest.mark.parametrize(
+    "given, match",
+    [
+        ("nowhere.model", "no such file"),
+        ("train:12", "261 to 65536"),
+        ("train:65537", "261 to"),
+        ("train:x", "261 to"),
+        ("train:261", "train:261: .*choose another size"),
+    ],
+)
 def test_bad_tokenizers_are_one_line(tmp_path, given, match):
     with pytest.raises(UserError, match=match) as error:
         run(tmp_path / "o", jsonl(tmp_path / "a.jsonl", prose(20)), tokenizer=given)
@@ -317,11 +401,19 @@ def test_tokenizers_that_shards_cannot_hold_are_refused(tmp_path):
     docs = jsonl(tmp_path / "a.jsonl", prose(20))
     (tmp_path / "text.model").write_bytes(b"\x00no model")
     words = [" ".join(f"w{i}" for i in range(n, n + 100)) for n in range(0, 66_000, 100)]
-    big = foreign_model(tmp_path / "big.model", model_type="word", vocab_size=65_540,
-                        byte_fallback=False, sentence_iterator=iter(words))
+    big = foreign_model(
+        tmp_path / "big.model",
+        model_type="word",
+        vocab_size=65_540,
+        byte_fallback=False,
+        sentence_iterator=iter(words),
+    )
     other = foreign_model(tmp_path / "other.model", bos_id=2, eos_id=1)
-    for tokenizer, match in ((tmp_path / "text.model", "not a SentencePiece model"),
-                             (big, "65540 pieces.*65536"), (other, "BOS is 2, shards need 1")):
+    for tokenizer, match in (
+        (tmp_path / "text.model", "not a SentencePiece model"),
+        (big, "65540 pieces.*65536"),
+        (other, "BOS is 2, shards need 1"),
+    ):
         with pytest.raises(UserError, match=match):
             run(tmp_path / "o", docs, tokenizer=tokenizer)
         assert not (tmp_path / "o" / "tokenizer.model").exists()
@@ -332,13 +424,20 @@ def test_no_tokenizer_is_trained_on_a_validation_set(tmp_path):
         run(tmp_path / "o", jsonl(tmp_path / "a.jsonl", prose(20)), val_fraction=1)
 
 
-@pytest.mark.parametrize("arguments, match", [
-    ([], "either --embedded or --docs"), (["--docs", "a.txt"], "--docs needs --tokenizer"),
-    (["--embedded", "--tokenizer", "x"], "has its own tokenizer"),
-    (["--embedded", "--shard-tokens", "0"], "--shard-tokens 0"),
-    (["--embedded", "--name", "../x"], "--name"),
-    (["--docs", "a.txt", "--tokenizer", "x", "--out", "o", "--val-fraction", "2"], "from 0 to 1"),
-])
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        ([], "either --embedded or --docs"),
+        (["--docs", "a.txt"], "--docs needs --tokenizer"),
+        (["--embedded", "--tokenizer", "x"], "has its own tokenizer"),
+        (["--embedded", "--shard-tokens", "0"], "--shard-tokens 0"),
+        (["--embedded", "--name", "../x"], "--name"),
+        (
+            ["--docs", "a.txt", "--tokenizer", "x", "--out", "o", "--val-fraction", "2"],
+            "from 0 to 1",
+        ),
+    ],
+)
 def test_settings_out_of_range_are_one_line(arguments, match):
     with pytest.raises(UserError, match=match):
         prepare.main(arguments)
@@ -346,9 +445,21 @@ def test_settings_out_of_range_are_one_line(arguments, match):
 
 def test_the_command_line_shows_one_line_and_exit_code_1(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\nnot json\n')
-    ran = subprocess.run([sys.executable, "data/prepare.py", "--docs", str(tmp_path / "a.jsonl"),
-                          "--tokenizer", "train:400", "--out", str(tmp_path / "o")],
-                         cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "data/prepare.py",
+            "--docs",
+            str(tmp_path / "a.jsonl"),
+            "--tokenizer",
+            "train:400",
+            "--out",
+            str(tmp_path / "o"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert ran.returncode == 1 and ran.stderr.count("\n") == 1
     assert ran.stderr.startswith("error: ") and "a.jsonl line 2: not JSON" in ran.stderr
 
@@ -380,9 +491,11 @@ def test_years_that_quote_each_other_stay_in_training():
 
 
 def test_importing_has_no_effect(tmp_path):
-    code = ("import os, sys; before = set(os.listdir('.')), dict(os.environ); sys.path.insert(0, "
-            f"{str(ROOT)!r}); import data.prepare, data.overlap, data.download_fineweb; "
-            "assert before == (set(os.listdir('.')), dict(os.environ))")
+    code = (
+        "import os, sys; before = set(os.listdir('.')), dict(os.environ); sys.path.insert(0, "
+        f"{str(ROOT)!r}); import data.prepare, data.overlap, data.download_fineweb; "
+        "assert before == (set(os.listdir('.')), dict(os.environ))"
+    )
     ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
     assert ran.returncode == 0 and not ran.stdout and not ran.stderr
     assert np.array_equal(list(tmp_path.iterdir()), [])

@@ -18,14 +18,23 @@ from hypothesis import strategies as st
 
 PATH = ROOT / "docs" / "decoding_from_scratch.py"
 spec = importlib.util.spec_from_file_location("decoding_from_scratch", PATH)
-scratch = sys.modules["decoding_from_scratch"] = importlib.util.module_from_spec(spec)  # dataclasses look it up
+scratch = sys.modules["decoding_from_scratch"] = importlib.util.module_from_spec(
+    spec
+)  # dataclasses look it up
 spec.loader.exec_module(scratch)
 
 V = len(scratch.ALPHABET)
 TRACED = scratch.Traced
 
 
-def a_model(seed: int, width: int = 8, layers: int = 2, heads: int = 2, room: int = scratch.ROOM, loud: float = 3.0):
+def a_model(
+    seed: int,
+    width: int = 8,
+    layers: int = 2,
+    heads: int = 2,
+    room: int = scratch.ROOM,
+    loud: float = 3.0,
+):
     """Random weights; `loud` ones, so that its opinions are strong and differ from a next model's."""
     model = scratch.new_model(scratch.Shape(width, layers, heads, room), random.Random(seed))
     return model.mapped(lambda x: loud * x)
@@ -47,11 +56,16 @@ OPERATIONS = {  # the same in both worlds, each from three numbers
     "mul by a float": (lambda a, b, c: b * -1.5, None),
     "pow": (lambda a, b, c: (a * a + 0.5) ** -0.5 * b, None),
     "exp": (lambda a, b, c: scratch.exp(a * b), lambda a, b, c: (a * b).exp()),
-    "relu_squared": (lambda a, b, c: scratch.relu_squared(a) * b, lambda a, b, c: a.relu().square() * b),
+    "relu_squared": (
+        lambda a, b, c: scratch.relu_squared(a) * b,
+        lambda a, b, c: a.relu().square() * b,
+    ),
     "dot": (lambda a, b, c: scratch.dot([a, b, c], [c, b, a]), lambda a, b, c: 2 * a * c + b * b),
     "total": (lambda a, b, c: scratch.total([a, b, c, a]) * c, lambda a, b, c: (2 * a + b + c) * c),
-    "surprise": (lambda a, b, c: scratch.surprise([a, b * c, c], 1),
-                 lambda a, b, c: -F.log_softmax(torch.stack([a, b * c, c]), 0)[1]),
+    "surprise": (
+        lambda a, b, c: scratch.surprise([a, b * c, c], 1),
+        lambda a, b, c: -F.log_softmax(torch.stack([a, b * c, c]), 0)[1],
+    ),
 }
 
 
@@ -65,8 +79,12 @@ def test_the_gradient_of_each_operation_is_torchs(name, values):
     result.backward()
     grads = torch.autograd.grad(wanted, tensors, allow_unused=True)
     assert result.value == pytest.approx(wanted.item(), rel=1e-12, abs=1e-12)
-    assert [x.grad for x in mine] == pytest.approx([0 if g is None else g.item() for g in grads], rel=1e-10, abs=1e-12)
-    assert ours(*values) == pytest.approx(result.value, rel=1e-12, abs=1e-12)  # floats go the same way
+    assert [x.grad for x in mine] == pytest.approx(
+        [0 if g is None else g.item() for g in grads], rel=1e-10, abs=1e-12
+    )
+    assert ours(*values) == pytest.approx(
+        result.value, rel=1e-12, abs=1e-12
+    )  # floats go the same way
 
 
 def test_a_chain_deeper_than_any_recursion():
@@ -96,11 +114,16 @@ def torch_losses(model, weights: dict[str, torch.Tensor], names: list[str]) -> t
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + y.transpose(1, 2).flatten(2) @ weights[f"mix {i}"].T
         x = x + (norm(x) @ weights[f"up {i}"].T).relu().square() @ weights[f"down {i}"].T
-    return F.cross_entropy((norm(x) @ weights["head"].T).flatten(0, 1), wanted.flatten(), reduction="none")
+    return F.cross_entropy(
+        (norm(x) @ weights["head"].T).flatten(0, 1), wanted.flatten(), reduction="none"
+    )
 
 
 def as_tensors(model) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(m, dtype=torch.float64, requires_grad=True) for name, m in model.weights.items()}
+    return {
+        name: torch.tensor(m, dtype=torch.float64, requires_grad=True)
+        for name, m in model.weights.items()
+    }
 
 
 @pytest.mark.parametrize("layers, heads", [(1, 1), (1, 4), (2, 2)])
@@ -123,7 +146,10 @@ def test_the_gradient_of_the_whole_model_is_torchs(layers, heads):
 def test_adam_moves_as_torchs_does():
     mine = [TRACED(x) for x in (0.5, -1.0, 2.0)]
     theirs = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    adam, reference = scratch.Adam(mine), torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.99), eps=1e-8)
+    adam, reference = (
+        scratch.Adam(mine),
+        torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.99), eps=1e-8),
+    )
     for _ in range(20):
         scratch.dot(mine, [x + float(i) for i, x in enumerate(mine)]).backward()
         adam.step(0.1)
@@ -141,21 +167,31 @@ def test_the_grammar_knows_what_it_makes(monkeypatch):
     assert all(scratch.likelihood(name) > 0 and len(name) < scratch.ROOM for name in names)
     assert not any(map(scratch.likelihood, ["tholin", "", "t", "xa", "tholan."]))
     monkeypatch.setattr(scratch, "SYLLABLES", {2: 1})
-    monkeypatch.setattr(scratch, "ONSETS", {"s": 1, "t": 2, "st": 3})  # "asta" can be cut in two ways
+    monkeypatch.setattr(
+        scratch, "ONSETS", {"s": 1, "t": 2, "st": 3}
+    )  # "asta" can be cut in two ways
     monkeypatch.setattr(scratch, "INNER_CODAS", {"": 1, "s": 1})
-    every = {"".join(parts) for vowels in scratch.FAMILIES for parts in itertools.product(*scratch.slots(vowels, 2))}
+    every = {
+        "".join(parts)
+        for vowels in scratch.FAMILIES
+        for parts in itertools.product(*scratch.slots(vowels, 2))
+    }
     assert sum(map(scratch.likelihood, every)) == pytest.approx(1, abs=1e-12)
 
 
 def test_the_baseline_is_a_distribution_and_training_learns(capsys):
     names = scratch.make_names(30, random.Random(2))
     count = scratch.neighbours(names)
-    follow = {a: math.exp(count(a * 2) - count(a * 3)) for a in scratch.ALPHABET[1:]}  # p(a after a)
+    follow = {
+        a: math.exp(count(a * 2) - count(a * 3)) for a in scratch.ALPHABET[1:]
+    }  # p(a after a)
     assert all(0 < p < 1 for p in follow.values()) and follow["a"] < 0.02  # two vowels never meet
     before = a_model(3, layers=1, loud=1.0)
     after = scratch.train("tiny", before, names, 20, random.Random(3))
-    losses = [scratch.nats_a_character(lambda name, m=m: sum(scratch.surprises(m, name)), names)
-              for m in (before, after)]
+    losses = [
+        scratch.nats_a_character(lambda name, m=m: sum(scratch.surprises(m, name)), names)
+        for m in (before, after)
+    ]
     assert losses[1] < losses[0] - 0.3 and losses[0] < math.log(V) + 0.5
     assert all(isinstance(x, float) for x in after.numbers())
     told = capsys.readouterr()
@@ -174,7 +210,7 @@ def test_to_crop_and_go_on_is_to_read_afresh(kept, dropped, then, seed):
     again = reader.read(then)
     fresh = scratch.Reader(model).read([0, *kept, *then])
     assert reader.length == 1 + len(kept) + len(then)
-    assert (whole[: 1 + len(kept)], again) == (fresh[: 1 + len(kept)], fresh[1 + len(kept):])
+    assert (whole[: 1 + len(kept)], again) == (fresh[: 1 + len(kept)], fresh[1 + len(kept) :])
 
 
 @given(text=texts(), seed=st.integers(0, 9))
@@ -188,10 +224,20 @@ def test_log_probabilities_are_the_models_own(text, seed):
 LOGITS = st.lists(st.floats(-30, 30), min_size=1, max_size=30)
 
 
-@given(logits=LOGITS, t=st.floats(0.05, 20), k=st.integers(1, 40), p=st.floats(0.001, 1), shift=st.floats(-500, 500))
+@given(
+    logits=LOGITS,
+    t=st.floats(0.05, 20),
+    k=st.integers(1, 40),
+    p=st.floats(0.001, 1),
+    shift=st.floats(-500, 500),
+)
 def test_every_strategy_gives_a_distribution_of_the_right_size(logits, t, k, p, shift):
-    made = {"greedy": scratch.greedy(logits), "t": scratch.temperature(logits, t), "k": scratch.top_k(logits, k),
-            "p": scratch.top_p(logits, p)}
+    made = {
+        "greedy": scratch.greedy(logits),
+        "t": scratch.temperature(logits, t),
+        "k": scratch.top_k(logits, k),
+        "p": scratch.top_p(logits, p),
+    }
     own = torch.softmax(torch.tensor(logits, dtype=torch.float64), 0)
     for name, shares in made.items():
         assert len(shares) == len(logits) and min(shares) >= 0, name
@@ -201,7 +247,9 @@ def test_every_strategy_gives_a_distribution_of_the_right_size(logits, t, k, p, 
     assert sum(x > 0 for x in made["k"]) == min(k, len(logits))
     chosen = [i for i, x in enumerate(made["p"]) if x > 0]
     assert own[chosen].sum() >= p - 1e-9
-    assert own[chosen].sum() - own[chosen].min() < p + 1e-9  # without its least it would not be enough
+    assert (
+        own[chosen].sum() - own[chosen].min() < p + 1e-9
+    )  # without its least it would not be enough
     tempered = torch.softmax(torch.tensor(logits, dtype=torch.float64) / t, 0).tolist()
     assert made["t"] == pytest.approx(tempered, abs=1e-12)
     assert scratch.temperature([x + shift for x in logits], t) == pytest.approx(made["t"], abs=1e-6)
@@ -223,7 +271,9 @@ def test_a_wide_beam_finds_what_a_search_of_everything_finds(penalty):
     every.sort(key=lambda text: -scratch.log_probability(model, text) / (len(text) - 1) ** penalty)
     found = scratch.beam(model, 40, penalty)
     assert [text for _, text in found] == every[:40]
-    assert [x for x, _ in found] == pytest.approx([scratch.log_probability(model, text) for text in every[:40]])
+    assert [x for x, _ in found] == pytest.approx(
+        [scratch.log_probability(model, text) for text in every[:40]]
+    )
 
 
 @given(seed=st.integers(0, 30), width=st.integers(1, 4), start=texts(3))
@@ -233,28 +283,48 @@ def test_a_beam_tells_the_models_own_probability_of_distinct_texts(seed, width, 
     assert len({tuple(text) for _, text in found}) == len(found) == width
     given_start = scratch.log_probability(model, [0, *start]) if start else 0
     assert [x + given_start for x, _ in found] == pytest.approx(
-        [scratch.log_probability(model, text) for _, text in found])
+        [scratch.log_probability(model, text) for _, text in found]
+    )
     means = [x / (len(text) - 1 - len(start)) for x, text in found]
     assert means == sorted(means, reverse=True)
-    assert all(text[: len(start) + 1] == [0, *start] and scratch.ended(text, 8) for _, text in found)
+    assert all(
+        text[: len(start) + 1] == [0, *start] and scratch.ended(text, 8) for _, text in found
+    )
 
 
 # ---- Speculation -----------------------------------------------------------------------------------------------------
-@given(seed=st.integers(0, 999), K=st.integers(1, 6), start=texts(), room=st.integers(5, scratch.ROOM))
+@given(
+    seed=st.integers(0, 999), K=st.integers(1, 6), start=texts(), room=st.integers(5, scratch.ROOM)
+)
 def test_greedy_speculation_writes_what_greedy_writes(seed, K, start, room):
     target, draft = a_model(seed, room=room), a_model(seed + 1, width=4, layers=1, room=room)
     start, tally = spell(start[: room - 1]), scratch.Tally()
     draw = scratch.dice(random.Random(seed))
     plain = scratch.generate(target, scratch.greedy, draw, start)
-    assert scratch.generate_speculatively(target, draft, K, scratch.greedy, draw, tally, start) == plain
+    assert (
+        scratch.generate_speculatively(target, draft, K, scratch.greedy, draw, tally, start)
+        == plain
+    )
     assert tally.tokens == len(plain) - 1 - len(start)
-    assert tally.kept <= tally.judged <= tally.drafted <= K * tally.passes and tally.passes <= tally.tokens
+    assert (
+        tally.kept <= tally.judged <= tally.drafted <= K * tally.passes
+        and tally.passes <= tally.tokens
+    )
     twin = scratch.Tally()  # a draft that is the target is never refused
-    assert scratch.generate_speculatively(target, target, K, scratch.greedy, draw, twin, start) == plain
-    assert twin.kept == twin.judged == twin.drafted and twin.passes <= math.ceil(twin.tokens / (K + 1)) + 1
+    assert (
+        scratch.generate_speculatively(target, target, K, scratch.greedy, draw, twin, start)
+        == plain
+    )
+    assert (
+        twin.kept == twin.judged == twin.drafted
+        and twin.passes <= math.ceil(twin.tokens / (K + 1)) + 1
+    )
 
 
-@given(p=st.lists(st.floats(0, 1), min_size=2, max_size=9), q=st.lists(st.floats(0, 1), min_size=9, max_size=9))
+@given(
+    p=st.lists(st.floats(0, 1), min_size=2, max_size=9),
+    q=st.lists(st.floats(0, 1), min_size=9, max_size=9),
+)
 def test_what_is_kept_and_what_is_left_over_make_p(p, q):
     q = q[: len(p)]
     assume(sum(p) > 1e-3 and sum(q) > 1e-3)
@@ -262,7 +332,9 @@ def test_what_is_kept_and_what_is_left_over_make_p(p, q):
     rest = scratch.leftover(p, q)
     refused = 1 - sum(map(min, p, q))
     assert sum(rest) == pytest.approx(1)
-    assert [min(a, b) + refused * c for a, b, c in zip(p, q, rest, strict=True)] == pytest.approx(p, abs=1e-9)
+    assert [min(a, b) + refused * c for a, b, c in zip(p, q, rest, strict=True)] == pytest.approx(
+        p, abs=1e-9
+    )
 
 
 def test_every_course_is_counted_once():
@@ -273,28 +345,49 @@ def test_every_course_is_counted_once():
     assert sorted(scratch.every_course(play)) == [([0], 0.25), ([2, 0], 0.375), ([2, 1], 0.375)]
 
 
-@pytest.mark.parametrize("strategy", [scratch.temperature, partial(scratch.temperature, t=0.5),
-                                      partial(scratch.top_k, k=4), partial(scratch.top_p, p=0.8), scratch.greedy])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        scratch.temperature,
+        partial(scratch.temperature, t=0.5),
+        partial(scratch.top_k, k=4),
+        partial(scratch.top_p, p=0.8),
+        scratch.greedy,
+    ],
+)
 def test_speculation_leaves_every_distribution_as_it_was(strategy):
     target, draft = a_model(1, layers=1), a_model(2, width=4, layers=1)
     assert scratch.distance(target, draft, 1, strategy, scratch.leftover) < 1e-12
     if strategy is not scratch.temperature:  # fewer courses
         assert scratch.distance(target, draft, 2, strategy, scratch.leftover) < 1e-12
     wrong = scratch.distance(target, draft, 1, strategy, lambda p, q: p)
-    assert wrong > 1e-3 or strategy is scratch.greedy  # one certain outcome: there both rules are the same
+    assert (
+        wrong > 1e-3 or strategy is scratch.greedy
+    )  # one certain outcome: there both rules are the same
 
 
 # ---- The script ------------------------------------------------------------------------------------------------------
 def run(*args: str, cwd) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(PATH), *args], capture_output=True, text=True, cwd=cwd, timeout=120)
+    return subprocess.run(
+        [sys.executable, str(PATH), *args], capture_output=True, text=True, cwd=cwd, timeout=120
+    )
 
 
 def test_a_quick_run_prints_every_table(tmp_path):
     done = run("--quick", "--steps", "6", "--seed", "9", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all(f"Table {i}." in done.stdout for i in (1, 2, 3)) and "wrote the same" in done.stdout
-    for row in ("greedy", "temperature 1 ", "top-k 3", "top-p 0.8", "beam 10, penalty 1", "speculative, K = 3",
-                "sampling, K = 4", "greedy, K = 1", "leftover, max(0, p - q)"):
+    for row in (
+        "greedy",
+        "temperature 1 ",
+        "top-k 3",
+        "top-p 0.8",
+        "beam 10, penalty 1",
+        "speculative, K = 3",
+        "sampling, K = 4",
+        "greedy, K = 1",
+        "leftover, max(0, p - q)",
+    ):
         assert f"\n  {row}" in done.stdout, row
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "target: step 6 of 6, loss" in done.stderr and "draft: step" in done.stderr
@@ -305,11 +398,20 @@ def test_bad_arguments_and_help(tmp_path):
     bad = run("--steps", "0", cwd=tmp_path)
     assert bad.returncode == 2 and "--steps must be 1 or more, got 0" in bad.stderr.splitlines()[-1]
     shown = run("--help", cwd=tmp_path)
-    assert shown.returncode == 0 and all(option in shown.stdout for option in ("--quick", "--seed", "--steps"))
+    assert shown.returncode == 0 and all(
+        option in shown.stdout for option in ("--quick", "--seed", "--steps")
+    )
 
 
 def test_it_imports_the_standard_library_only():
-    imported = [node for node in ast.walk(ast.parse(PATH.read_text(encoding="utf-8")))
-                if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {alias.name if isinstance(node, ast.Import) else node.module for node in imported for alias in node.names}
+    imported = [
+        node
+        for node in ast.walk(ast.parse(PATH.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    names = {
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in imported
+        for alias in node.names
+    }
     assert names and {name.split(".")[0] for name in names} <= sys.stdlib_module_names

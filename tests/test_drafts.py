@@ -51,7 +51,9 @@ def test_after_a_failure_later_guesses_say_nothing():
     gate.begin()
     assert all(gate.opens((kind,), 0.9) for kind in "abc")
     gate.learn(1)
-    assert gate.rate(("a",), 0.9) > 0.9 > gate.rate(("b",), 0.9) and gate.rate(("c",), 0.9) == pytest.approx(0.9)
+    assert gate.rate(("a",), 0.9) > 0.9 > gate.rate(("b",), 0.9) and gate.rate(
+        ("c",), 0.9
+    ) == pytest.approx(0.9)
 
 
 def test_a_gate_that_closed_opens_again_in_time():
@@ -95,7 +97,9 @@ def test_the_guesses_are_what_followed_there_and_go_round_at_the_end(text, most)
 
 
 def test_text_that_never_repeats_is_not_guessed_at():
-    assert followed(NGram(), list(range(200)), [50]).propose(8) == followed(Suffix(), list(range(200)), [50]).propose(8)
+    assert followed(NGram(), list(range(200)), [50]).propose(8) == followed(
+        Suffix(), list(range(200)), [50]
+    ).propose(8)
     assert followed(NGram(), list(range(200)), [50]).propose(8) == []
 
 
@@ -114,11 +118,15 @@ def test_the_trie_counts_what_followed_each_of_the_last_runs(text, lengths):
     for depth, node in enumerate(draft.contexts):
         counts = counts_after(text, text[len(text) - depth :])
         assert draft.followed[node] == sum(counts.values())
-        assert {t: draft.count[c] for t in range(4) if (c := draft.child.get(node << 16 | t))} == counts
+        assert {
+            t: draft.count[c] for t in range(4) if (c := draft.child.get(node << 16 | t))
+        } == counts
         if counts:
             assert draft.count[draft.favourite[node]] == max(counts.values())
     beyond = len(draft.contexts)
-    assert beyond == min(Suffix.DEPTH, len(text) + 1) or not counts_after(text, text[len(text) - beyond :])
+    assert beyond == min(Suffix.DEPTH, len(text) + 1) or not counts_after(
+        text, text[len(text) - beyond :]
+    )
 
 
 @given(texts)
@@ -129,7 +137,11 @@ def test_every_guess_is_the_commonest_after_some_context(text):
     for guess in draft.propose(6):
         longest = min(Suffix.DEPTH, len(going_on) + 1)
         seen = [counts_after(text, going_on[len(going_on) - n :]) for n in range(1, longest)]
-        assert any(guess.token in counts and counts[guess.token] == max(counts.values()) for counts in seen if counts)
+        assert any(
+            guess.token in counts and counts[guess.token] == max(counts.values())
+            for counts in seen
+            if counts
+        )
         going_on.append(guess.token)
 
 
@@ -142,7 +154,9 @@ def test_counts_outvote_the_last_time():
 
 # ---- Both ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", [NGram, Suffix])
-def test_what_repeats_is_guessed_further_the_more_often_it_proved_right_and_less_when_it_fails(kind):
+def test_what_repeats_is_guessed_further_the_more_often_it_proved_right_and_less_when_it_fails(
+    kind,
+):
     draft, text = kind(), [5, 6, 7, 8, 9] * 4
     for _ in range(40):
         draft.follow(text)
@@ -176,7 +190,9 @@ def test_memory_is_bounded_and_a_draft_that_forgot_goes_on(kind, monkeypatch):
 # ---- A model ---------------------------------------------------------------------------------------------------------
 def test_a_model_draft_says_what_it_drew_from():
     logits, rng = table(5), np.random.default_rng(0)
-    draft = Model(Reader(Fixed(logits)), Strategy("top-k", 1.3, 3, repetition_penalty=1.5), rng, 0.1)
+    draft = Model(
+        Reader(Fixed(logits)), Strategy("top-k", 1.3, 3, repetition_penalty=1.5), rng, 0.1
+    )
     text = [1, 2]
     draft.follow(text)
     guesses = draft.propose(4)
@@ -219,4 +235,7 @@ def test_a_draft_that_paused_reads_what_it_missed():
 
 @pytest.mark.parametrize("cost, least", [(0.0, 0.15), (0.25, 0.4), (5.0, 0.9)])
 def test_a_dearer_model_must_be_right_more_often(cost, least):
-    assert Model(Reader(Fixed(table(4))), Strategy(), np.random.default_rng(0), cost).gate.least == least
+    assert (
+        Model(Reader(Fixed(table(4))), Strategy(), np.random.default_rng(0), cost).gate.least
+        == least
+    )

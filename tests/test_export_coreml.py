@@ -23,24 +23,33 @@ def run(exported, corpus, tmp_path, monkeypatch, capsys):
     shutil.copy(exported.source.path, "model.ptz")
 
     def call(options: str) -> tuple[int, list[str], list[str]]:
-        status = export_coreml.main(["--artifact", "model.ptz", "--data", str(corpus.folder), *options.split()])
+        status = export_coreml.main(
+            ["--artifact", "model.ptz", "--data", str(corpus.folder), *options.split()]
+        )
         out, told = capsys.readouterr()
         return status, out.splitlines(), told.replace("\r", "\n").splitlines()
+
     return call
 
 
 def test_an_export_says_what_it_wrote(run):
     status, out, _ = run("--shapes fixed --chunks 2 --vocab-shards 2 --quantise int8")
     assert status == 0 and out[0].startswith("ranges: pre-activation ")
-    assert out[1].startswith("exported:coreml shards:4 (layers0, layers1, head0, head1) functions:main context:32 "
-                             "precision:fp16 quantise:int8 bytes:")
+    assert out[1].startswith(
+        "exported:coreml shards:4 (layers0, layers1, head0, head1) functions:main context:32 "
+        "precision:fp16 quantise:int8 bytes:"
+    )
     with open("coreml/manifest.json") as f:
         assert json.load(f)["quantise"] == "int8"
 
 
 def test_a_check_of_one_variant_keeps_it_and_writes_json(run):
     status, out, _ = run("--check --shapes range --precision fp32 --out kept --json found.json")
-    assert status == 0 and out[-1] == "parity:passed variants:1" and any("fp32, range, 1 shard" in line for line in out)
+    assert (
+        status == 0
+        and out[-1] == "parity:passed variants:1"
+        and any("fp32, range, 1 shard" in line for line in out)
+    )
     with open("found.json") as f:
         found = json.load(f)
     assert found["passed"] and found["variants"][0]["ways"]["T=1"]["gap"] < 1e-4
@@ -55,16 +64,25 @@ def test_a_check_that_fails_says_so_and_ends_in_one(run, monkeypatch):
     assert any(line.startswith("FAIL: fp32, fixed, 1 shard: largest difference ") for line in out)
 
 
-@pytest.mark.parametrize("options, message", [
-    ("--shapes odd", "--shapes is 'odd'; take one of fixed"), ("--tokens 9", "--tokens is 9; it must be 1 to 4"),
-    ("--tokens x", "invalid int value: 'x'; see --help"), ("--chunks 7", "--chunks is 7, but the model has 2 layers"),
-    ("--chunk 2", "unrecognized arguments: --chunk 2; see --help"),
-    ("--artifact nothing.ptz", "nothing.ptz: cannot be read"), ("--data .", "no training shards"),
-    ("--check --audit", "--check and --audit are both given; leave one out"),
-    ("--what", "unrecognized arguments: --what"),
-    ("--check --json .", "--json . cannot be written there"), ("--out .", "--out .* is where you are"),
-    ("--check --out x", "--out does nothing with a --check of all variants"),
-    ("--json x", "--json goes with --check, --audit or --bench"), ("--out model.ptz", "is no export of ours")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--shapes odd", "--shapes is 'odd'; take one of fixed"),
+        ("--tokens 9", "--tokens is 9; it must be 1 to 4"),
+        ("--tokens x", "invalid int value: 'x'; see --help"),
+        ("--chunks 7", "--chunks is 7, but the model has 2 layers"),
+        ("--chunk 2", "unrecognized arguments: --chunk 2; see --help"),
+        ("--artifact nothing.ptz", "nothing.ptz: cannot be read"),
+        ("--data .", "no training shards"),
+        ("--check --audit", "--check and --audit are both given; leave one out"),
+        ("--what", "unrecognized arguments: --what"),
+        ("--check --json .", "--json . cannot be written there"),
+        ("--out .", "--out .* is where you are"),
+        ("--check --out x", "--out does nothing with a --check of all variants"),
+        ("--json x", "--json goes with --check, --audit or --bench"),
+        ("--out model.ptz", "is no export of ours"),
+    ],
+)
 def test_mistakes_are_one_line(run, options, message):
     status, out, told = run(options)
     line = [line for line in told if line.startswith("export_coreml: error: ")]
@@ -92,7 +110,9 @@ def test_too_little_text_to_measure_is_told(run, tmp_path):
 def test_what_only_a_mac_can_do_says_so_in_one_line(run, option):
     status, out, told = run(option)
     assert (status, out, len(told)) == (1, [], 1)
-    assert told[0].startswith(f"export_coreml: error: {option} asks CoreML on a Mac, and this is Linux; run it there")
+    assert told[0].startswith(
+        f"export_coreml: error: {option} asks CoreML on a Mac, and this is Linux; run it there"
+    )
 
 
 @pytest.mark.skipif(sys.platform != "darwin", reason="needs a Mac")
@@ -104,21 +124,49 @@ def test_a_mac_audits_and_times(run, option):
 
 
 def test_an_interrupt_leaves_what_was_there(run, monkeypatch):
-    monkeypatch.setattr(export_coreml, "export", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert run("")[0::2] == (130, ["export_coreml: interrupted; what was there before is untouched"])
+    monkeypatch.setattr(
+        export_coreml, "export", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    assert run("")[0::2] == (
+        130,
+        ["export_coreml: interrupted; what was there before is untouched"],
+    )
 
 
 def test_without_coremltools_one_line_names_the_requirements(tmp_path, exported, corpus):
     options = ["--artifact", str(exported.source.path), "--data", str(corpus.folder)]
-    code = ("import sys; sys.modules['coremltools'] = None; import export_coreml; "
-            f"sys.exit(export_coreml.main({options!r}))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env=dict(PYTHONPATH=str(ROOT), PATH=""))
-    assert done.returncode == 1 and done.stderr.strip().startswith("export_coreml: error: coremltools is not installed")
+    code = (
+        "import sys; sys.modules['coremltools'] = None; import export_coreml; "
+        f"sys.exit(export_coreml.main({options!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=dict(PYTHONPATH=str(ROOT), PATH=""),
+    )
+    assert done.returncode == 1 and done.stderr.strip().startswith(
+        "export_coreml: error: coremltools is not installed"
+    )
     assert "pip install -r requirements-apple.txt" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_names_every_option():
-    done = subprocess.run([sys.executable, str(ROOT / "export_coreml.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and all(f"--{name}" in done.stdout for name in (
-        "layers-per-shard", "chunks", "shapes", "quantise", "check", "audit", "bench", "vocab-shards", "context"))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "export_coreml.py"), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and all(
+        f"--{name}" in done.stdout
+        for name in (
+            "layers-per-shard",
+            "chunks",
+            "shapes",
+            "quantise",
+            "check",
+            "audit",
+            "bench",
+            "vocab-shards",
+            "context",
+        )
+    )

@@ -23,8 +23,13 @@ from fairway.records.files import (
 )
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
 
 
 def refusal(call, *arguments) -> str:
@@ -49,8 +54,22 @@ def test_any_text_is_json_or_one_line(text):
         assert json.dumps(value, allow_nan=False)
 
 
-@pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": -Infinity}', "1e999", "-1e999", "[" * 100_000,
-                                  '{"a":' * 100_000, "9" * 5000, "", "{", '{"a": 1}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NaN",
+        "[Infinity]",
+        '{"a": -Infinity}',
+        "1e999",
+        "-1e999",
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "9" * 5000,
+        "",
+        "{",
+        '{"a": 1}}',
+    ],
+)
 def test_what_json_does_not_have_is_refused(text):
     assert refusal(parse_json, text, "x.json").startswith("x.json is no JSON: ")
 
@@ -73,7 +92,9 @@ def test_only_regular_files_within_the_limit_are_read(tmp_path):
 
 def test_lines_that_are_no_objects_are_counted(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"event": "a"}\n\n[1]\n{"event": NaN}\n{"event": "b"}\n{"event": "c', encoding="utf-8")
+    path.write_text(
+        '{"event": "a"}\n\n[1]\n{"event": NaN}\n{"event": "b"}\n{"event": "c', encoding="utf-8"
+    )
     assert read_events(path) == ([{"event": "a"}, {"event": "b"}], 3)
 
 

@@ -21,7 +21,9 @@ def folder(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("generate")
     make_artifact(folder, corpus)
     make_artifact(folder, corpus, "small.ptz", num_layers=1)
-    make_artifact(folder, corpus, "stranger.ptz", train_tokenizer(corpus.texts[:500], corpus.vocab_size - 16))
+    make_artifact(
+        folder, corpus, "stranger.ptz", train_tokenizer(corpus.texts[:500], corpus.vocab_size - 16)
+    )
     make_artifact(folder, corpus, "bare.ptz", inside=False)
     damaged = bytearray((folder / "model.ptz").read_bytes())
     damaged[-3000] ^= 1
@@ -38,33 +40,52 @@ def run(folder, monkeypatch, capsys):
 
     def call(options: str, *more: str, stdin: bytes = b"") -> tuple[int, str, list[str]]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        status = generate.main(["--artifact", "model.ptz", "--device", "cpu", *options.split(), *more])
+        status = generate.main(
+            ["--artifact", "model.ptz", "--device", "cpu", *options.split(), *more]
+        )
         out, told = capsys.readouterr()
         return status, out, told.splitlines()
+
     return call
 
 
 # ---- Text ------------------------------------------------------------------------------------------------------------
 def test_a_prompt_comes_as_an_option_a_file_or_a_pipe(run):
-    texts = [run("--seed 1 --tokens 9 --prompt", "The people"), run("--seed 1 --tokens 9 --prompt-file prompt.txt"),
-             run("--seed 1 --tokens 9", stdin=b"The people\n"),
-             run("--seed 1 --tokens 9 --prompt -", stdin=b"The people")]
+    texts = [
+        run("--seed 1 --tokens 9 --prompt", "The people"),
+        run("--seed 1 --tokens 9 --prompt-file prompt.txt"),
+        run("--seed 1 --tokens 9", stdin=b"The people\n"),
+        run("--seed 1 --tokens 9 --prompt -", stdin=b"The people"),
+    ]
     assert len({out for _, out, _ in texts}) == 1 and all(status == 0 for status, _, _ in texts)
     assert run("--seed 1 --tokens 9 --prompt", "The nation")[1] != texts[0][1]
 
 
 def test_one_line_tells_tokens_speed_likelihood_and_the_seed(run):
     _, out, told = run("--tokens 7 --prompt the")
-    assert len(told) == 1 and re.match("[1-7] tokens, ", told[0]) and "tokens/s, mean log-probability -" in told[0]
+    assert (
+        len(told) == 1
+        and re.match("[1-7] tokens, ", told[0])
+        and "tokens/s, mean log-probability -" in told[0]
+    )
     seed = told[0].split("seed ")[1]
     assert run(f"--tokens 7 --prompt the --seed {seed}")[1] == out
     assert "seed" not in run("--tokens 7 --prompt the --strategy greedy")[2][0]
 
 
-@pytest.mark.parametrize("options, name", [
-    ("--strategy greedy", "greedy"), ("--temperature 1.3", "top-p"), ("--top-k 3", "top-k"), ("--top-p 0.5", "top-p"),
-    ("--min-p 0.2", "min-p"), ("--typical 0.5", "typical"), ("--beams 3", "beam"),
-    ("--strategy temperature --repetition-penalty 1.5", "temperature")])
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ("--strategy greedy", "greedy"),
+        ("--temperature 1.3", "top-p"),
+        ("--top-k 3", "top-k"),
+        ("--top-p 0.5", "top-p"),
+        ("--min-p 0.2", "min-p"),
+        ("--typical 0.5", "typical"),
+        ("--beams 3", "beam"),
+        ("--strategy temperature --repetition-penalty 1.5", "temperature"),
+    ],
+)
 def test_every_strategy_writes_and_is_named_by_its_option(run, options, name):
     status, out, _ = run(f"{options} --seed 3 --tokens 6 --prompt the --json out.json")
     with open("out.json", encoding="utf-8") as f:
@@ -79,7 +100,11 @@ def test_every_draft_reports_acceptance_tokens_a_verification_and_wall_clock(run
     for draft in ("ngram", "suffix", "layers", "layers:2", "small.ptz"):
         status, out, told = run(f"--strategy greedy --tokens 30 --prompt the --draft {draft}")
         assert (status, out) == (0, expected) and len(told) == 1
-        assert f"; {draft}: " in told[0] and "guesses accepted (" in told[0] and "tokens a verification" in told[0]
+        assert (
+            f"; {draft}: " in told[0]
+            and "guesses accepted (" in told[0]
+            and "tokens a verification" in told[0]
+        )
         assert told[0].endswith("x as fast as plain decoding")
     assert "plain" not in run("--tokens 5 --prompt the --draft ngram --no-measure")[2][0]
 
@@ -92,13 +117,22 @@ def test_the_n_best_are_numbered(run):
 def test_a_stop_string_is_not_printed(run):
     _, whole, _ = run("--strategy greedy --tokens 20 --prompt the")
     stop = whole[5:8]
-    assert run("--strategy greedy --tokens 20 --prompt the --stop", stop)[1] == whole[: whole.index(stop)] + "\n"
+    assert (
+        run("--strategy greedy --tokens 20 --prompt the --stop", stop)[1]
+        == whole[: whole.index(stop)] + "\n"
+    )
 
 
 def test_a_prompt_longer_than_the_context_is_read_and_said_so(run):
-    status, out, told = run("--strategy greedy --tokens 5 --draft suffix", stdin=b"the people of the nation " * 20)
+    status, out, told = run(
+        "--strategy greedy --tokens 5 --draft suffix", stdin=b"the people of the nation " * 20
+    )
     assert status == 0 and len(out) > 3 and len(told) == 2
-    assert told[0].startswith("prompt: ") and "the model sees 32 at a time" in told[0] and "slides" in told[0]
+    assert (
+        told[0].startswith("prompt: ")
+        and "the model sees 32 at a time" in told[0]
+        and "slides" in told[0]
+    )
 
 
 @pytest.mark.parametrize("options", ["--prompt-file bytes.txt", "--prompt="])
@@ -117,6 +151,7 @@ def test_keys_and_values_can_be_kept_coarser(run, kept):
 def shards(folder, corpus):
     """The shards of model.ptz, in fp32."""
     from fairway.coreml.export import Choice, Source, export
+
     source, text = Source.read(folder / "model.ptz"), np.zeros(0, int)
     export(source, Choice(precision="fp32", shapes="fixed"), folder / "coreml", text, print)
 
@@ -130,26 +165,35 @@ def test_shards_write_what_torch_writes_and_tell_calls(run, shards, draft):
     assert (status, out) == (0, wanted) and "; coreml: " in told[0] and " tokens a call" in told[0]
     with open("out.json", encoding="utf-8") as f:
         found = json.load(f)
-    assert found["coreml"]["calls"] <= 41 and (draft == "none" or 0 <= found["draft"]["acceptance"] <= 1)
+    assert found["coreml"]["calls"] <= 41 and (
+        draft == "none" or 0 <= found["draft"]["acceptance"] <= 1
+    )
     assert draft != "ngram" or found["coreml"]["tokens_per_call"] > 1
 
 
 @pytest.mark.apple
 def test_shards_search_with_beams_and_read_long_prompts(run, shards):
-    for options, stdin in (("--beams 3 --tokens 5 --prompt the", b""),
-                           ("--strategy greedy --tokens 5", b"the people " * 30)):
+    for options, stdin in (
+        ("--beams 3 --tokens 5 --prompt the", b""),
+        ("--strategy greedy --tokens 5", b"the people " * 30),
+    ):
         assert run(f"{options} --engine coreml", stdin=stdin)[1] == run(options, stdin=stdin)[1]
 
 
 @pytest.mark.apple
 def test_a_draft_that_shards_of_one_token_cannot_verify_is_refused(run, folder, shards):
     from fairway.coreml.export import Choice, Source, export
+
     source = Source.read(folder / "model.ptz")
     export(source, Choice(precision="fp32", tokens=1), folder / "single", np.zeros(0, int), print)
     options = "--tokens 5 --prompt the --strategy greedy --engine coreml --shards single"
     assert run(options)[0] == 0
     status, out, told = run(f"{options} --draft ngram")
-    assert (status, out, len(told)) == (1, "", 1) and "take one token a call, so that no guess can be" in told[0]
+    assert (status, out, len(told)) == (
+        1,
+        "",
+        1,
+    ) and "take one token a call, so that no guess can be" in told[0]
 
 
 @pytest.mark.apple
@@ -158,11 +202,21 @@ def test_shards_of_another_artifact_are_refused(run, shards):
     assert (status, out, len(told)) == (1, "", 1) and "coreml was exported from artifact" in told[0]
 
 
-@pytest.mark.parametrize("options, message", [
-    ("--engine coreml --shards nowhere", "nowhere holds no manifest.json; make one with export_coreml.py"),
-    ("--shards x", "--shards does nothing with --engine torch; leave it out, or take --engine coreml"),
-    ("--engine coreml --cache int8", "--cache does nothing with --engine coreml; leave it out"),
-    ("--engine metal", "invalid choice: 'metal'")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            "--engine coreml --shards nowhere",
+            "nowhere holds no manifest.json; make one with export_coreml.py",
+        ),
+        (
+            "--shards x",
+            "--shards does nothing with --engine torch; leave it out, or take --engine coreml",
+        ),
+        ("--engine coreml --cache int8", "--cache does nothing with --engine coreml; leave it out"),
+        ("--engine metal", "invalid choice: 'metal'"),
+    ],
+)
 def test_engines_that_do_not_go_with_options_are_refused(run, options, message):
     status, out, told = run(f"{options} --tokens 5 --prompt the")
     assert (status, out, len(told)) == (1, "", 1) and message in told[0]
@@ -170,41 +224,69 @@ def test_engines_that_do_not_go_with_options_are_refused(run, options, message):
 
 # ---- Side by side ----------------------------------------------------------------------------------------------------
 def test_compare_prints_tables_and_writes_them_as_json(run):
-    status, out, told = run("--compare --samples 2 --tokens 6 --prompt the --prompt of --draft small.ptz --json x.json")
+    status, out, told = run(
+        "--compare --samples 2 --tokens 6 --prompt the --prompt of --draft small.ptz --json x.json"
+    )
     with open("x.json", encoding="utf-8") as f:
         found = json.load(f)
     assert status == 0 and told == []
-    assert all(words in out for words in ("After 'the'", "After 'of'", "All prompts", "Speculative decoding"))
-    assert [row["draft"] for row in found["drafts"]][::2] == ["ngram", "suffix", "layers", "small.ptz"]
+    assert all(
+        words in out
+        for words in ("After 'the'", "After 'of'", "All prompts", "Speculative decoding")
+    )
+    assert [row["draft"] for row in found["drafts"]][::2] == [
+        "ngram",
+        "suffix",
+        "layers",
+        "small.ptz",
+    ]
     assert {row["strategy"] for row in found["texts"]} >= {"greedy", "top-k", "typical", "beam"}
 
 
 # ---- What is wrong ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("options, message", [
-    ("--strategy nucleus", "'nucleus'; take one of greedy, temperature, top-k, top-p, min-p, typical, beam"),
-    ("--temperature 0", "--temperature is 0; it must be more than 0 (for the best token always: --strategy greedy)"),
-    ("--temperature -1", "--temperature is -1"), ("--temperature nan", "--temperature is nan"),
-    ("--temperature warm", "argument --temperature: invalid float value: 'warm'; see --help"),
-    ("--top-k 0", "--top-k is 0"), ("--top-p 1.5", "--top-p is 1.5"), ("--min-p 1", "--min-p is 1"),
-    ("--repetition-penalty 0.5", "--repetition-penalty is 0.5"), ("--tokens 0", "--tokens is 0"),
-    ("--seed -1", "--seed is -1"), ("--beams 0", "--beams is 0; it must be 1 to 256"), ("--n-best 9", "--n-best is 9"),
-    ("--stop=", "--stop is empty"),
-    ("--strategy greedy --temperature 2", "--temperature does nothing with --strategy greedy"),
-    ("--top-k 3 --top-p 0.5", "--top-p does nothing with --strategy top-k"),
-    ("--beams 3 --draft ngram", "--draft does nothing with --strategy beam"),
-    ("--strategy top-p --beams 3", "--beams does nothing with --strategy top-p"),
-    ("--beams 3 --top-k 3", "--top-k does nothing with --strategy beam"),
-    ("--samples 3", "--samples does nothing with --strategy top-p"), ("--compare --samples 0", "--samples is 0"),
-    ("--compare --stop x", "--stop does nothing with --compare"),
-    ("--prompt of", "2 prompts are given; several go with --compare"),
-    ("--prompt-file prompt.txt", "--prompt and --prompt-file are both given"),
-    ("--bogus", "unrecognized arguments: --bogus"),
-    ("--artifact missing.ptz", "missing.ptz: cannot be read (No such file or directory)"),
-    ("--artifact damaged.ptz", "damaged.ptz: the payload does not match its checksum: damaged"),
-    ("--artifact bare.ptz", "set --tokenizer to the one that"),
-    ("--cache int3", "argument --cache: invalid choice: 'int3'"),
-    ("--draft stranger.ptz", "--draft stranger.ptz was trained with tokenizer"), ("--drafts 0", "--drafts is 0"),
-    ("--draft missing.ptz", "--draft is 'missing.ptz', which is no file")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            "--strategy nucleus",
+            "'nucleus'; take one of greedy, temperature, top-k, top-p, min-p, typical, beam",
+        ),
+        (
+            "--temperature 0",
+            "--temperature is 0; it must be more than 0 (for the best token always: --strategy greedy)",
+        ),
+        ("--temperature -1", "--temperature is -1"),
+        ("--temperature nan", "--temperature is nan"),
+        ("--temperature warm", "argument --temperature: invalid float value: 'warm'; see --help"),
+        ("--top-k 0", "--top-k is 0"),
+        ("--top-p 1.5", "--top-p is 1.5"),
+        ("--min-p 1", "--min-p is 1"),
+        ("--repetition-penalty 0.5", "--repetition-penalty is 0.5"),
+        ("--tokens 0", "--tokens is 0"),
+        ("--seed -1", "--seed is -1"),
+        ("--beams 0", "--beams is 0; it must be 1 to 256"),
+        ("--n-best 9", "--n-best is 9"),
+        ("--stop=", "--stop is empty"),
+        ("--strategy greedy --temperature 2", "--temperature does nothing with --strategy greedy"),
+        ("--top-k 3 --top-p 0.5", "--top-p does nothing with --strategy top-k"),
+        ("--beams 3 --draft ngram", "--draft does nothing with --strategy beam"),
+        ("--strategy top-p --beams 3", "--beams does nothing with --strategy top-p"),
+        ("--beams 3 --top-k 3", "--top-k does nothing with --strategy beam"),
+        ("--samples 3", "--samples does nothing with --strategy top-p"),
+        ("--compare --samples 0", "--samples is 0"),
+        ("--compare --stop x", "--stop does nothing with --compare"),
+        ("--prompt of", "2 prompts are given; several go with --compare"),
+        ("--prompt-file prompt.txt", "--prompt and --prompt-file are both given"),
+        ("--bogus", "unrecognized arguments: --bogus"),
+        ("--artifact missing.ptz", "missing.ptz: cannot be read (No such file or directory)"),
+        ("--artifact damaged.ptz", "damaged.ptz: the payload does not match its checksum: damaged"),
+        ("--artifact bare.ptz", "set --tokenizer to the one that"),
+        ("--cache int3", "argument --cache: invalid choice: 'int3'"),
+        ("--draft stranger.ptz", "--draft stranger.ptz was trained with tokenizer"),
+        ("--drafts 0", "--drafts is 0"),
+        ("--draft missing.ptz", "--draft is 'missing.ptz', which is no file"),
+    ],
+)
 def test_a_mistake_is_one_line_that_names_the_option(run, options, message):
     status, out, told = run(f"--prompt the --tokens 4 {options}")
     assert (status, out) == (1, "") and len(told) == 1
@@ -213,15 +295,23 @@ def test_a_mistake_is_one_line_that_names_the_option(run, options, message):
 
 def test_a_prompt_file_that_is_not_there_is_named(run):
     assert run("--prompt-file nowhere.txt") == (
-        1, "", ["generate: error: --prompt-file nowhere.txt: No such file or directory"])
+        1,
+        "",
+        ["generate: error: --prompt-file nowhere.txt: No such file or directory"],
+    )
 
 
 # ---- Ended from outside ----------------------------------------------------------------------------------------------
 @pytest.fixture
 def process(folder):
     options = "--artifact model.ptz --device cpu --prompt the --tokens 1000000 --strategy greedy"
-    return subprocess.Popen([sys.executable, str(ROOT / "generate.py"), *options.split()], cwd=folder, env=os.environ,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "generate.py"), *options.split()],
+        cwd=folder,
+        env=os.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_ctrl_c_ends_the_text_cleanly(process):

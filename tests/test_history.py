@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.records.files import RecordError
-from fairway.records.history import as_json, chosen, compare, find_files, find_row, listing, parse_filter, read_history
+from fairway.records.history import (
+    as_json,
+    chosen,
+    compare,
+    find_files,
+    find_row,
+    listing,
+    parse_filter,
+    read_history,
+)
 
 LINE = "=" * 100
 
@@ -17,26 +26,60 @@ LINE = "=" * 100
 def trained(run_id: str, when: int, code: str = "pass\n", **settings) -> dict:
     artifact = hashlib.sha256(f"{run_id}{when}".encode()).hexdigest()
     return dict(
-        time=when, run_id=run_id, start=dict(
-            settings=dict(seed=1337, num_layers=4, compile=False, codec="auto", device="") | settings, run_id=run_id,
-            sha256=dict(code=hashlib.sha256(code.encode()).hexdigest(), settings="5" * 64, data="d" * 64),
-            world_size=2, preset="cpu", device="cpu x86_64", torch="2.13"),
+        time=when,
+        run_id=run_id,
+        start=dict(
+            settings=dict(seed=1337, num_layers=4, compile=False, codec="auto", device="")
+            | settings,
+            run_id=run_id,
+            sha256=dict(
+                code=hashlib.sha256(code.encode()).hexdigest(), settings="5" * 64, data="d" * 64
+            ),
+            world_size=2,
+            preset="cpu",
+            device="cpu x86_64",
+            torch="2.13",
+        ),
         val=dict(step=600 + when, loss=3.3, bpb=1.7, seconds=150.5),
-        artifact=dict(path="a", codec="brotli", bytes=700_000 + when, code_bytes=99_000, sha256=artifact),
-        final=dict(label="final", loss=3.3, bpb=1.6 + when / 1000, eval_seconds=7.0, tokens=10, bytes=20))
+        artifact=dict(
+            path="a", codec="brotli", bytes=700_000 + when, code_bytes=99_000, sha256=artifact
+        ),
+        final=dict(
+            label="final", loss=3.3, bpb=1.6 + when / 1000, eval_seconds=7.0, tokens=10, bytes=20
+        ),
+    )
 
 
-def scored(training: dict, when: int, bpb: float, certified: bool | None = True, **settings) -> dict:
-    return dict(time=when, run_id="eval", start=dict(
-        settings=dict(mix_weights="sets", device="cpu") | settings, device="cpu x86_64", world_size=1,
-        sha256=dict(artifact=training["artifact"]["sha256"], data="e" * 64)),
-        final=dict(bpb=bpb, loss=3.0, tokens=10, bytes=20, seconds=30.0 + when, artifact_bytes=700_000,
-                   code_bytes=350_000, certified=certified))
+def scored(
+    training: dict, when: int, bpb: float, certified: bool | None = True, **settings
+) -> dict:
+    return dict(
+        time=when,
+        run_id="eval",
+        start=dict(
+            settings=dict(mix_weights="sets", device="cpu") | settings,
+            device="cpu x86_64",
+            world_size=1,
+            sha256=dict(artifact=training["artifact"]["sha256"], data="e" * 64),
+        ),
+        final=dict(
+            bpb=bpb,
+            loss=3.0,
+            tokens=10,
+            bytes=20,
+            seconds=30.0 + when,
+            artifact_bytes=700_000,
+            code_bytes=350_000,
+            certified=certified,
+        ),
+    )
 
 
 def write_lines(path: Path, *lines: dict | str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((line if type(line) is str else json.dumps(line)) + "\n" for line in lines))
+    path.write_text(
+        "".join((line if type(line) is str else json.dumps(line)) + "\n" for line in lines)
+    )
     return path
 
 
@@ -44,15 +87,25 @@ def write_log(folder: Path, run_id: str, code: str) -> None:
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(code.encode()).hexdigest()
     (folder / f"logs/{run_id}.txt").write_text(
-        f"{code}\n{LINE}\nRunning Python 3.11\n{LINE}\nrun_id:{run_id}\ncode_sha256:{digest}\nseed:1337\n")
+        f"{code}\n{LINE}\nRunning Python 3.11\n{LINE}\nrun_id:{run_id}\ncode_sha256:{digest}\nseed:1337\n"
+    )
 
 
-A, B, C = trained("first", 10), trained("second", 20, num_layers=6, compile=True), trained("third", 30)
+A, B, C = (
+    trained("first", 10),
+    trained("second", 20, num_layers=6, compile=True),
+    trained("third", 30),
+)
 
 
 @pytest.fixture
 def history(tmp_path):
-    scores = scored(A, 11, 1.58), scored(A, 12, 1.57, mix_weights="gate"), scored(A, 13, 1.56), scored(B, 21, 1.5)
+    scores = (
+        scored(A, 11, 1.58),
+        scored(A, 12, 1.57, mix_weights="gate"),
+        scored(A, 13, 1.56),
+        scored(B, 21, 1.5),
+    )
     return read_history([write_lines(tmp_path / "runs.jsonl", A, B, C, *scores)])
 
 
@@ -78,29 +131,54 @@ def test_an_evaluation_stands_beside_the_training_of_its_artifact(history):
 
 
 def test_an_evaluation_without_its_training_is_a_row_too(tmp_path):
-    row, = read_history([write_lines(tmp_path / "runs.jsonl", scored(A, 5, 1.5, certified=None))]).rows
-    assert (row.columns["bpb"], row.columns["final_bpb"], row.columns["bytes"]) == (None, 1.5, 1_050_000)
+    (row,) = read_history(
+        [write_lines(tmp_path / "runs.jsonl", scored(A, 5, 1.5, certified=None))]
+    ).rows
+    assert (row.columns["bpb"], row.columns["final_bpb"], row.columns["bytes"]) == (
+        None,
+        1.5,
+        1_050_000,
+    )
     assert "1.500000" in listing([row]) and json.loads(as_json([row]))[0]["certified"] is None
 
 
 def test_damaged_lines_are_named_and_the_others_read(tmp_path):
-    bad = ['{"time": 1', "[]", "null", '{"time": NaN}', "{}", '{"time": 1, "start": []}', "[" * 100_000,
-           json.dumps(dict(A, time="late")), "\x00\x01", '{"time": ' + "9" * 5000 + "}"]
+    bad = [
+        '{"time": 1',
+        "[]",
+        "null",
+        '{"time": NaN}',
+        "{}",
+        '{"time": 1, "start": []}',
+        "[" * 100_000,
+        json.dumps(dict(A, time="late")),
+        "\x00\x01",
+        '{"time": ' + "9" * 5000 + "}",
+    ]
     history = read_history([write_lines(tmp_path / "runs.jsonl", bad[0], A, "", *bad[1:], B)])
     assert [row.columns["run_id"] for row in history.rows] == ["first", "second"]
     assert [name.split(":")[-1] for name in history.damaged] == ["1", *map(str, range(4, 13))]
 
 
 KEYS = st.sampled_from("start settings sha256 final val bpb seconds device".split())
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
 
 
-@given(parts=st.lists(st.tuples(st.sampled_from("time start val artifact final run_id".split()), JSON), max_size=3),
-       cut=st.integers(0, 300))
+@given(
+    parts=st.lists(
+        st.tuples(st.sampled_from("time start val artifact final run_id".split()), JSON), max_size=3
+    ),
+    cut=st.integers(0, 300),
+)
 def test_no_line_whatever_it_holds_stops_the_list(tmp_path_factory, parts, cut):
     path = tmp_path_factory.mktemp("h") / "runs.jsonl"
-    history = read_history([write_lines(path, A | dict(parts), scored(A, 7, 1.5) | dict(parts), json.dumps(B)[:cut])])
+    history = read_history(
+        [write_lines(path, A | dict(parts), scored(A, 7, 1.5) | dict(parts), json.dumps(B)[:cut])]
+    )
     assert len(listing(history.rows).splitlines()) == 1 + len(history.rows)
     assert len(json.loads(as_json(history.rows))) == len(history.rows)
     for row in history.rows:
@@ -108,21 +186,48 @@ def test_no_line_whatever_it_holds_stops_the_list(tmp_path_factory, parts, cut):
 
 
 # ---- Filters ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("filters", "numbers"), [
-    ([], [1, 2, 3, 4]), (["num_layers=6"], [3]), (["NUM_LAYERS=4.0"], [1, 2, 4]), (["num_layers!=4"], [3]),
-    (["final_bpb<1.57"], [2, 3]), (["final_bpb>1.5", "final_bpb<1.57"], [2]), (["final_bpb!=1.5"], [1, 2, 4]),
-    (["compile=true"], [3]), (["compile=0"], [1, 2, 4]), (["certified=1"], [1, 2, 3]), (["run_id=first"], [1, 2]),
-    (["mix_weights=gate"], [1]), (["eval.mix_weights=sets"], [2, 3]), (["device=cpu x86_64"], [1, 2, 3, 4]),
-    (["eval.device=cpu"], [1, 2, 3]), (["codec=aut"], []), (["time>1970-01-01"], [1, 2, 3, 4]), (["steps>629"], [4]),
-    (["codec="], []), (["number=2"], [2])])
+@pytest.mark.parametrize(
+    ("filters", "numbers"),
+    [
+        ([], [1, 2, 3, 4]),
+        (["num_layers=6"], [3]),
+        (["NUM_LAYERS=4.0"], [1, 2, 4]),
+        (["num_layers!=4"], [3]),
+        (["final_bpb<1.57"], [2, 3]),
+        (["final_bpb>1.5", "final_bpb<1.57"], [2]),
+        (["final_bpb!=1.5"], [1, 2, 4]),
+        (["compile=true"], [3]),
+        (["compile=0"], [1, 2, 4]),
+        (["certified=1"], [1, 2, 3]),
+        (["run_id=first"], [1, 2]),
+        (["mix_weights=gate"], [1]),
+        (["eval.mix_weights=sets"], [2, 3]),
+        (["device=cpu x86_64"], [1, 2, 3, 4]),
+        (["eval.device=cpu"], [1, 2, 3]),
+        (["codec=aut"], []),
+        (["time>1970-01-01"], [1, 2, 3, 4]),
+        (["steps>629"], [4]),
+        (["codec="], []),
+        (["number=2"], [2]),
+    ],
+)
 def test_filters_compare_numbers_as_numbers_and_all_else_as_text(history, filters, numbers):
     assert [row.columns["number"] for row in chosen(history.rows, filters)] == numbers
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ("num_layer=4", "num_layer is neither a column nor a setting of these runs; did you mean num_layers"),
-    ("zzzz=4", "columns are number, time"), ("num_layers", "is no filter; write key=value"),
-    ("num_layers>=4", ""), ("<4", "is no filter")])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "num_layer=4",
+            "num_layer is neither a column nor a setting of these runs; did you mean num_layers",
+        ),
+        ("zzzz=4", "columns are number, time"),
+        ("num_layers", "is no filter; write key=value"),
+        ("num_layers>=4", ""),
+        ("<4", "is no filter"),
+    ],
+)
 def test_a_filter_that_means_nothing_is_refused_with_what_is_near(history, text, says):
     if not says:
         assert parse_filter(text, history.rows).value == "=4"  # which no number is
@@ -133,8 +238,12 @@ def test_a_filter_that_means_nothing_is_refused_with_what_is_near(history, text,
 
 
 def test_the_list_shows_no_control_characters(tmp_path):
-    row, = read_history([write_lines(tmp_path / "runs.jsonl", trained("a\x1b[2J\nb", 1))]).rows
-    assert "\x1b" not in listing([row]) and len(listing([row]).splitlines()) == 2 and "a?[2J?b" in listing([row])
+    (row,) = read_history([write_lines(tmp_path / "runs.jsonl", trained("a\x1b[2J\nb", 1))]).rows
+    assert (
+        "\x1b" not in listing([row])
+        and len(listing([row]).splitlines()) == 2
+        and "a?[2J?b" in listing([row])
+    )
 
 
 # ---- Two runs --------------------------------------------------------------------------------------------------------
@@ -144,18 +253,29 @@ def test_a_run_is_found_by_number_run_id_folder_or_log(tmp_path, history):
     write_log(tmp_path, "second", "pass\n")
     assert find_row(str(tmp_path / "logs/second.txt"), history).columns["number"] == 3
     assert find_row(str(tmp_path), history).columns["run_id"] == "second"
-    for name, says in (("secnd", "did you mean second"), ("99", "`python submit.py runs` lists them")):
+    for name, says in (
+        ("secnd", "did you mean second"),
+        ("99", "`python submit.py runs` lists them"),
+    ):
         with pytest.raises(RecordError, match=says):
             find_row(name, history)
 
 
 def test_a_run_of_before_the_list_is_read_from_its_own_log(tmp_path, history):
     write_log(tmp_path / "old", "ancient", "pass\n")
-    events = [{"event": name, "time": 5} | A[name] for name in ("start", "val", "artifact", "final")]
-    write_lines(tmp_path / "old/logs/ancient.jsonl", *(e | ({"run_id": "ancient"} if e["event"] == "start" else {})
-                                                       for e in events))
+    events = [
+        {"event": name, "time": 5} | A[name] for name in ("start", "val", "artifact", "final")
+    ]
+    write_lines(
+        tmp_path / "old/logs/ancient.jsonl",
+        *(e | ({"run_id": "ancient"} if e["event"] == "start" else {}) for e in events),
+    )
     row = find_row(str(tmp_path / "old"), history)
-    assert (row.columns["run_id"], row.columns["bpb"], row.columns["number"]) == ("ancient", 1.61, None)
+    assert (row.columns["run_id"], row.columns["bpb"], row.columns["number"]) == (
+        "ancient",
+        1.61,
+        None,
+    )
     assert "no setting differs" in compare(row, row) and "no code line differs" in compare(row, row)
     write_lines(tmp_path / "old/logs/ancient.jsonl", "x")
     with pytest.raises(RecordError, match="names no settings"):
@@ -165,17 +285,41 @@ def test_a_run_of_before_the_list_is_read_from_its_own_log(tmp_path, history):
 def test_a_comparison_shows_settings_hashes_code_and_what_the_score_did(tmp_path):
     one, two = "import os\nx = 1\n", "import os\nx = 2\ny = 3\n"
     a, b = trained("a", 10, one), trained("b", 20, two, num_layers=6, new=True)
-    rows = read_history([write_lines(tmp_path / "runs.jsonl", a, b, scored(a, 11, 1.5), scored(b, 21, 1.25,
-                                                                                            mix_weights="gate"))]).rows
+    rows = read_history(
+        [
+            write_lines(
+                tmp_path / "runs.jsonl",
+                a,
+                b,
+                scored(a, 11, 1.5),
+                scored(b, 21, 1.25, mix_weights="gate"),
+            )
+        ]
+    ).rows
     write_log(tmp_path, "a", one), write_log(tmp_path, "b", two)
     text = compare(*rows)
-    for line in ("num_layers        4 -> 6", "new               (none) -> true", 'eval.mix_weights  "sets" -> "gate"',
-                 "final bpb            1.500000 -> 1.250000  (-0.250000)",
-                 "artifact bytes       700,010 -> 700,020  (+10)", "evaluation seconds   41.0 -> 51.0  (+10.0)",
-                 "-x = 1", "+x = 2", "+y = 3", " import os"):
+    for line in (
+        "num_layers        4 -> 6",
+        "new               (none) -> true",
+        'eval.mix_weights  "sets" -> "gate"',
+        "final bpb            1.500000 -> 1.250000  (-0.250000)",
+        "artifact bytes       700,010 -> 700,020  (+10)",
+        "evaluation seconds   41.0 -> 51.0  (+10.0)",
+        "-x = 1",
+        "+x = 2",
+        "+y = 3",
+        " import os",
+    ):
         assert line in text.splitlines(), text
-    assert f"code differs: {a['start']['sha256']['code'][:12]} -> " in text and "data differs" not in text
+    assert (
+        f"code differs: {a['start']['sha256']['code'][:12]} -> " in text
+        and "data differs" not in text
+    )
     write_log(tmp_path, "b", one)
-    assert "the code of b" in compare(*rows) and "is gone" in compare(*rows) and "+x = 2" not in compare(*rows)
+    assert (
+        "the code of b" in compare(*rows)
+        and "is gone" in compare(*rows)
+        and "+x = 2" not in compare(*rows)
+    )
     (tmp_path / "logs/b.txt").unlink()
     assert "is gone" in compare(*rows)

@@ -25,7 +25,9 @@ def assert_same(a: Matches, b: Matches) -> None:
 
 
 def assert_equal_to(matches: Matches, rows: list[tuple[int, int, float]]) -> None:
-    assert list(zip(matches.hint.tolist(), matches.length.tolist(), strict=True)) == [row[:2] for row in rows]
+    assert list(zip(matches.hint.tolist(), matches.length.tolist(), strict=True)) == [
+        row[:2] for row in rows
+    ]
     np.testing.assert_allclose(matches.rate, [row[2] for row in rows], rtol=0, atol=1e-12)
     assert ((matches.rate > 0) & (matches.rate < 1)).all()
 
@@ -43,16 +45,30 @@ def test_hints_by_hand():
     assert matches.hint.tolist() == [-1, -1, -1, -1, -1, -1, 6, 7, -1]
     assert matches.length.tolist() == [0, 0, 0, 0, 0, 0, 2, 3, 0]
     assert matches.rate.tolist() == [0.5] * 6 + [FRESH[2], GOING_ON[3], 0.5]
-    assert (matches.hint.dtype, matches.length.dtype, matches.rate.dtype) == (np.int32, np.uint16, np.float64)
+    assert (matches.hint.dtype, matches.length.dtype, matches.rate.dtype) == (
+        np.int32,
+        np.uint16,
+        np.float64,
+    )
 
 
-@given(texts(), leasts, delays, st.booleans(), st.integers(1, 5), st.sampled_from([1, 2, 7, 500]), st.data())
+@given(
+    texts(),
+    leasts,
+    delays,
+    st.booleans(),
+    st.integers(1, 5),
+    st.sampled_from([1, 2, 7, 500]),
+    st.data(),
+)
 def test_equals_plain_python_however_cut(text, least, delay, reset, candidates, buckets, data):
     """Also with so few buckets that most contexts collide."""
     vocab_size, tokens = text
     expert = Match(vocab_size, least, 4 * candidates * buckets, delay, reset, candidates)
     matches = joined([expert.fill(piece) for piece in pieces(data, tokens)])
-    rows, p = ReferenceMatch(vocab_size, least, delay, reset, candidates, expert.buckets).fill(tokens)
+    rows, p = ReferenceMatch(vocab_size, least, delay, reset, candidates, expert.buckets).fill(
+        tokens
+    )
     assert_equal_to(matches, rows)
     np.testing.assert_allclose(probabilities(matches, tokens, vocab_size), p, rtol=0, atol=1e-12)
 
@@ -63,7 +79,9 @@ def test_every_hint_is_verified_and_none_is_longer(text, least, delay, reset, sh
     real one or none. A place is known once its token lies at least `delay` tokens back."""
     vocab_size, tokens = text
     candidates, buckets = shape
-    matches = Match(vocab_size, least, 4 * candidates * buckets, delay, reset, candidates).fill(tokens)
+    matches = Match(vocab_size, least, 4 * candidates * buckets, delay, reset, candidates).fill(
+        tokens
+    )
     start = 0
     for t in range(len(tokens)):
         known = {i: common_suffix(tokens, i, t, start) for i in range(start + least, t - delay)}
@@ -106,7 +124,9 @@ def test_after_a_reset_nothing_is_left(first, second, least, delay):
     document = np.concatenate([[BOS_ID], document])
     a, b = (Match(vocab_size, least, 1 << 18, delay, reset=True) for _ in range(2))
     a.fill(np.minimum(first[1], vocab_size - 1))
-    assert_same(*(Matches(*(column[1:] for column in m)) for m in (a.fill(document), b.fill(document))))
+    assert_same(
+        *(Matches(*(column[1:] for column in m)) for m in (a.fill(document), b.fill(document)))
+    )
 
 
 @given(texts(), leasts, delays, st.booleans(), st.data())
@@ -152,16 +172,37 @@ def test_rates_are_learnt_and_periodic_text_becomes_certain():
     assert (matches.hint[11:] == tokens[11:]).all() and matches.length[-1] == LONGEST
     assert probabilities(matches, tokens, 1024)[-1] > 0.9995
     rng = np.random.default_rng(5)
-    context = np.arange(10, 18)  # followed by a token of 16 at random: such hints are right once in 16
-    tokens = np.concatenate([[*context, 100 + x, *rng.integers(200, 1000, 3)] for x in rng.integers(0, 16, 1500)])
+    context = np.arange(
+        10, 18
+    )  # followed by a token of 16 at random: such hints are right once in 16
+    tokens = np.concatenate(
+        [[*context, 100 + x, *rng.integers(200, 1000, 3)] for x in rng.integers(0, 16, 1500)]
+    )
     matches = Match(1024, memory_bytes=1 << 18).fill(tokens)
-    assert (matches.hint[8::12][-100:] >= 100).all() and 0.02 < np.median(matches.rate[8::12][-100:]) < 0.2
+    assert (matches.hint[8::12][-100:] >= 100).all() and 0.02 < np.median(
+        matches.rate[8::12][-100:]
+    ) < 0.2
 
 
 def test_groups_of_length_have_their_rates():
     assert [group(n) for n in (1, 8, 16, 17, 23, 24, 47, 48, 64, 128, 511, 512)] == [
-        1, 8, 16, 17, 17, 18, 19, 20, 21, 22, 23, 24]
-    assert len(FRESH) == len(GOING_ON) == group(LONGEST) + 1 and 0 < min(FRESH + GOING_ON) < max(FRESH + GOING_ON) < 1
+        1,
+        8,
+        16,
+        17,
+        17,
+        18,
+        19,
+        20,
+        21,
+        22,
+        23,
+        24,
+    ]
+    assert (
+        len(FRESH) == len(GOING_ON) == group(LONGEST) + 1
+        and 0 < min(FRESH + GOING_ON) < max(FRESH + GOING_ON) < 1
+    )
 
 
 def test_random_text_stays_dear_and_text_met_again_is_cheap():
@@ -176,11 +217,17 @@ def test_memory_is_bounded_by_the_setting():
     assert (1 << 20) - 100 < Match(1024, memory_bytes=1 << 20, candidates=7).table.nbytes <= 1 << 20
 
 
-@pytest.mark.parametrize("settings, said", [
-    (dict(vocab_size=3), "VOCAB_SIZE is 3"), (dict(least=0), "least match of 0"), (dict(delay=-1), "delay of -1"),
-    (dict(least=LONGEST + 1), "outside 1 to"), (dict(memory_bytes=15), "memory is 15 bytes"),
-    (dict(candidates=0), "0 candidates"),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(vocab_size=3), "VOCAB_SIZE is 3"),
+        (dict(least=0), "least match of 0"),
+        (dict(delay=-1), "delay of -1"),
+        (dict(least=LONGEST + 1), "outside 1 to"),
+        (dict(memory_bytes=15), "memory is 15 bytes"),
+        (dict(candidates=0), "0 candidates"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
         Match(**{"vocab_size": 64, **settings})
@@ -210,13 +257,26 @@ def saved(tmp_path_factory):
 def test_a_damaged_state_is_refused_or_is_the_same(tmp_path_factory, saved, at, byte, cut):
     """Some bytes of the container mean nothing; whatever loads must be what was saved."""
     expert, data = saved
-    loaded = refused_or_read(tmp_path_factory.mktemp("state") / "match", data, at % len(data), byte, cut, Match.load)
+    loaded = refused_or_read(
+        tmp_path_factory.mktemp("state") / "match", data, at % len(data), byte, cut, Match.load
+    )
     if loaded:
         assert loaded.digest() == expert.digest() and loaded.hint() == expert.hint()
 
 
-@pytest.mark.parametrize("name, value", [
-    ("table", 60), ("table", -1), ("running", 60), ("rates", -1), ("rates", np.nan), ("history", 16), ("settings", -1),
-    ("link", None), ("kind", 0)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("table", 60),
+        ("table", -1),
+        ("running", 60),
+        ("rates", -1),
+        ("rates", np.nan),
+        ("history", 16),
+        ("settings", -1),
+        ("link", None),
+        ("kind", 0),
+    ],
+)
 def test_a_state_that_points_outside_its_text_is_refused(tmp_path, saved, name, value):
     refused_with(tmp_path / "match", saved[1], name, value, Match.load)

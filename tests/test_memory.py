@@ -23,15 +23,21 @@ def model_of(name: str) -> GPT:
 @torch.no_grad()
 def fed(model: GPT, tokens: torch.Tensor, window: int, cuts: list[int]) -> torch.Tensor:
     memory = Memory(model, window)
-    return torch.cat([memory.logits(piece) for piece in tokens.tensor_split(cuts, dim=1) if piece.size(1)], dim=1)
+    return torch.cat(
+        [memory.logits(piece) for piece in tokens.tensor_split(cuts, dim=1) if piece.size(1)], dim=1
+    )
 
 
 @torch.no_grad()
 def at_once(model: GPT, tokens: torch.Tensor, window: int) -> torch.Tensor:
     """One pass in which each position attends to the `window` that end in it."""
+
     def band(q, k, v):
         back = torch.arange(q.size(2))[:, None] - torch.arange(q.size(2))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=(back >= 0) & (back < window), enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=(back >= 0) & (back < window), enable_gqa=True
+        )
+
     return model.from_embedded(model.embed(tokens), rotations(model, tokens.size(1)), band)
 
 
@@ -51,7 +57,9 @@ def test_pieces_give_what_the_whole_gives(name):
 @given(somewhere, st.integers(1, 20), st.integers(0, 3))
 def test_also_where_the_window_is_shorter_than_the_text(name, cuts, window, seed):
     model, tokens = model_of(name), some_tokens(seed=seed)
-    assert torch.allclose(fed(model, tokens, window, cuts), at_once(model, tokens, window), atol=1e-4)
+    assert torch.allclose(
+        fed(model, tokens, window, cuts), at_once(model, tokens, window), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name, layers", [("plain", 1), ("plain", 2), ("loops", 7)])
@@ -75,7 +83,10 @@ def test_nothing_further_back_than_the_windows_reach_changes_anything(name, laye
 @torch.no_grad()
 def test_what_is_kept_grows_as_computed_and_then_no_more(window, kept):
     model, tokens = model_of("all"), some_tokens(length=400)
-    memory, a_token = Memory(model, window, kept=kept), 2 * bytes_a_token(model, kept)  # in two streams
+    memory, a_token = (
+        Memory(model, window, kept=kept),
+        2 * bytes_a_token(model, kept),
+    )  # in two streams
     for piece in tokens.split(5, dim=1):
         memory.logits(piece)
         least, most = min(memory.read, window + 1 + REWIND), 3 * (window + REWIND + 5)
@@ -89,21 +100,36 @@ def test_streams_of_a_batch_know_nothing_of_each_other():
     model, tokens = model_of("all"), some_tokens(rows=3)
     together = fed(model, tokens, 6, [5, 9])
     for row in range(3):
-        assert torch.allclose(fed(model, tokens[row : row + 1], 6, [5, 9])[0], together[row], atol=1e-5)
+        assert torch.allclose(
+            fed(model, tokens[row : row + 1], 6, [5, 9])[0], together[row], atol=1e-5
+        )
 
 
 # ---- Cropping and picking --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name, kept, far", [  # coarse: a code or two may round the other way
-    ("plain", "model", 1e-5), ("all", "fp32", 1e-5), ("plain", "bf16", 0.1), ("all", "int8", 0.1)])
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 8)), min_size=1, max_size=8), st.integers(1, 20))
+@pytest.mark.parametrize(
+    "name, kept, far",
+    [  # coarse: a code or two may round the other way
+        ("plain", "model", 1e-5),
+        ("all", "fp32", 1e-5),
+        ("plain", "bf16", 0.1),
+        ("all", "int8", 0.1),
+    ],
+)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 8)), min_size=1, max_size=8),
+    st.integers(1, 20),
+)
 @torch.no_grad()
 def test_cropping_and_going_on_is_never_having_read_it(name, kept, far, steps, window):
     """Pieces are read and partly taken back; the same text read without detours, in the same pieces, agrees."""
     model, plain = model_of(name), []
     memory, other = Memory(model, window, kept=kept), some_tokens(length=400, seed=1)
     for nth, (read, back) in enumerate(steps):
-        memory.logits(torch.cat([other[:, nth : nth + read], other[:, -back:]], dim=1) if back else
-                      other[:, nth : nth + read])
+        memory.logits(
+            torch.cat([other[:, nth : nth + read], other[:, -back:]], dim=1)
+            if back
+            else other[:, nth : nth + read]
+        )
         memory.crop(memory.read - back)
         plain.append(other[:, nth : nth + read])
     straight = Memory(model, window, kept=kept)
@@ -139,7 +165,9 @@ def test_picked_streams_go_on_as_the_old_ones(kept):
     memory.pick(rows)
     apart = Memory(model, 8, kept=kept)
     apart.logits(tokens[rows, :10])
-    assert torch.allclose(memory.logits(tokens[rows, 10:]), apart.logits(tokens[rows, 10:]), atol=1e-5)
+    assert torch.allclose(
+        memory.logits(tokens[rows, 10:]), apart.logits(tokens[rows, 10:]), atol=1e-5
+    )
 
 
 # ---- How keys and values are kept ------------------------------------------------------------------------------------
@@ -167,7 +195,8 @@ def test_a_coarse_memory_does_not_depend_on_the_pieces(kept):
 def test_bytes_a_token_are_keys_and_values_of_each_pass_and_head():
     model = model_of("all")  # 7 layers, 3 of them twice more; 2 heads of 8
     assert [bytes_a_token(model, kept) for kept in ("fp32", "bf16", "int8")] == [
-        13 * 2 * 2 * size for size in (8 * 4, 8 * 2, 8 + 2)]
+        13 * 2 * 2 * size for size in (8 * 4, 8 * 2, 8 + 2)
+    ]
 
 
 def test_an_unknown_way_to_keep_them_is_refused_by_name():
@@ -184,13 +213,25 @@ def test_the_first_layers_are_blocks_of_the_model_under_its_head(name):
         draft = first_layers(model, count)
         x = x0 = lane = model.embed(tokens)
         for block in model.blocks[:count]:
-            x, lane = block(x, lane, x0, (model.cos, model.sin), lambda q, k, v: F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True), None)
+            x, lane = block(
+                x,
+                lane,
+                x0,
+                (model.cos, model.sin),
+                lambda q, k, v: F.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, enable_gqa=True
+                ),
+                None,
+            )
         x = F.linear(F.rms_norm((x + lane) / 2, (x.size(-1),)), model.tok_emb.weight)
         expected = model.cfg.logit_softcap * torch.tanh(x / model.cfg.logit_softcap)
         assert torch.allclose(draft.logits(tokens), expected, atol=1e-5)
-        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(
-            draft.blocks.parameters(), model.blocks[:count].parameters(), strict=True))
+        assert all(
+            a.data_ptr() == b.data_ptr()
+            for a, b in zip(
+                draft.blocks.parameters(), model.blocks[:count].parameters(), strict=True
+            )
+        )
 
 
 @pytest.mark.parametrize("count", [0, 3, -1])
@@ -205,12 +246,17 @@ def test_without_a_stretch_rotations_are_the_models_own(name):
     model = model_of(name)
     for own, table in zip((model.cos, model.sin), rotations(model, 40), strict=True):
         assert torch.equal(own, table[:16]) and len(table) == 40 and table.dtype == own.dtype
-    assert all(torch.equal(a, b) for a, b in zip(rotations(model, 9, 1.0), rotations(model, 9), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(rotations(model, 9, 1.0), rotations(model, 9), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name, dims", [("plain", 8), ("partial_rope", 4)])
 @pytest.mark.parametrize("stretch", [2.0, 5.5])
-def test_a_stretch_slows_the_slowest_dimension_by_itself_and_the_fastest_not_at_all(name, dims, stretch):
+def test_a_stretch_slows_the_slowest_dimension_by_itself_and_the_fastest_not_at_all(
+    name, dims, stretch
+):
     cos, sin = rotations(model_of(name), 30, stretch)
     angle = torch.atan2(sin[1], cos[1]).double()
     slowest = 10_000.0 ** -((dims - 2) / dims)

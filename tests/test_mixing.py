@@ -20,15 +20,21 @@ LN2 = math.log(2.0)
 seeds = st.integers(0, 2**32 - 1)
 kinds = st.sampled_from(WEIGHTS)
 modes = st.sampled_from(["linear", "log"])
-subsets = st.sets(st.sampled_from(EXPERTS[1:])).map(lambda some: tuple(e for e in EXPERTS if e in some | {"neural"}))
-CERTAIN = np.array([-1e3, -745.0, -30.0, -1.0, -1e-12, 0.0])  # log-probabilities, down to those whose exp is zero
+subsets = st.sets(st.sampled_from(EXPERTS[1:])).map(
+    lambda some: tuple(e for e in EXPERTS if e in some | {"neural"})
+)
+CERTAIN = np.array(
+    [-1e3, -745.0, -30.0, -1.0, -1e-12, 0.0]
+)  # log-probabilities, down to those whose exp is zero
 
 
 def settings_of(**changed) -> EvalConfig:
     return EvalConfig(**(dict(ngram_orders=3) | changed))
 
 
-def made(seed: int, rows: int, vocab_size: int = 50, orders: int = 3, extreme: bool = False) -> Inputs:
+def made(
+    seed: int, rows: int, vocab_size: int = 50, orders: int = 3, extreme: bool = False
+) -> Inputs:
     """Columns of anything that could stand in them: counts that fit each other, probabilities of one at most."""
     rng = np.random.default_rng(seed)
 
@@ -36,29 +42,57 @@ def made(seed: int, rows: int, vocab_size: int = 50, orders: int = 3, extreme: b
         return rng.choice(CERTAIN, rows) if extreme else -rng.exponential(3.0, rows).clip(0, 30)
 
     logp, targets = some_logp(), rng.integers(0, vocab_size, rows)
-    hint = np.where(rng.random(rows) < 0.6, np.where(rng.random(rows) < 0.5, targets, rng.integers(
-        0, vocab_size, rows)), -1)
-    rest = np.log(np.maximum(-np.expm1(np.minimum(logp, -1e-15)), 1e-300))  # what the target leaves for a hint
+    hint = np.where(
+        rng.random(rows) < 0.6,
+        np.where(rng.random(rows) < 0.5, targets, rng.integers(0, vocab_size, rows)),
+        -1,
+    )
+    rest = np.log(
+        np.maximum(-np.expm1(np.minimum(logp, -1e-15)), 1e-300)
+    )  # what the target leaves for a hint
     hint_logp = np.where(hint == targets, logp, np.minimum(some_logp(), rest))
     seen = rng.choice([0, 1, 2, 4, 9, 70, 2**31 - 1], (rows, orders))
     kinds = np.minimum(seen, rng.integers(1, vocab_size, (rows, orders)))
-    hits = np.where(rng.random((rows, orders)) < 0.5, 0, np.maximum(seen - kinds + 1, 0) * (seen > 0))
-    rate = rng.choice([1e-15, 0.1, 0.5, 0.9, 1 - 1e-15], rows) if extreme else rng.uniform(0.01, 0.99, rows)
+    hits = np.where(
+        rng.random((rows, orders)) < 0.5, 0, np.maximum(seen - kinds + 1, 0) * (seen > 0)
+    )
+    rate = (
+        rng.choice([1e-15, 0.1, 0.5, 0.9, 1 - 1e-15], rows)
+        if extreme
+        else rng.uniform(0.01, 0.99, rows)
+    )
     return Inputs(
-        logp, some_logp(), some_logp(), hint_logp, rng.choice([0.0, 0.5, 1.0, 2.99, 3.0, 8.0], rows),
+        logp,
+        some_logp(),
+        some_logp(),
+        hint_logp,
+        rng.choice([0.0, 0.5, 1.0, 2.99, 3.0, 8.0], rows),
         Evidence(*(part.astype(np.uint32) for part in (hits, seen, kinds))),
-        Matches(hint.astype(np.int32), np.where(hint < 0, 0, rng.choice([8, 12, 20, 512], rows)).astype(np.uint16),
-                np.where(hint < 0, 0.5, rate)),
-        targets, rng.integers(0, 9, rows))
+        Matches(
+            hint.astype(np.int32),
+            np.where(hint < 0, 0, rng.choice([8, 12, 20, 512], rows)).astype(np.uint16),
+            np.where(hint < 0, 0.5, rate),
+        ),
+        targets,
+        rng.integers(0, 9, rows),
+    )
 
 
 def part(inputs: Inputs, at: slice) -> Inputs:
-    return Inputs(*(type(p)(*(c[at] for c in p)) if isinstance(p, tuple) else p[at] for p in inputs))
+    return Inputs(
+        *(type(p)(*(c[at] for c in p)) if isinstance(p, tuple) else p[at] for p in inputs)
+    )
 
 
 def glued(before: Inputs, after: Inputs) -> Inputs:
-    return Inputs(*(type(a)(*map(np.concatenate, zip(a, b, strict=True))) if isinstance(a, tuple)
-                    else np.concatenate([a, b]) for a, b in zip(before, after, strict=True)))
+    return Inputs(
+        *(
+            type(a)(*map(np.concatenate, zip(a, b, strict=True)))
+            if isinstance(a, tuple)
+            else np.concatenate([a, b])
+            for a, b in zip(before, after, strict=True)
+        )
+    )
 
 
 def assert_weights_are_distributions(mixture: Mixture) -> None:
@@ -70,7 +104,15 @@ def assert_weights_are_distributions(mixture: Mixture) -> None:
 
 
 # ---- What it computes ------------------------------------------------------------------------------------------------
-@given(seeds, kinds, modes, subsets, st.integers(0, 60), st.sampled_from([0.0, 1e-4, 0.3]), st.sampled_from([.1, 1, 3]))
+@given(
+    seeds,
+    kinds,
+    modes,
+    subsets,
+    st.integers(0, 60),
+    st.sampled_from([0.0, 1e-4, 0.3]),
+    st.sampled_from([0.1, 1, 3]),
+)
 def test_equals_plain_python(seed, kind, mode, experts, rows, guard, lr):
     cfg = settings_of(mix_weights=kind, mix_mode=mode, mix_guard=guard, mix_lr=float(lr))
     inputs = made(seed, rows)
@@ -80,7 +122,10 @@ def test_equals_plain_python(seed, kind, mode, experts, rows, guard, lr):
 
 @given(seeds, kinds, modes, st.integers(1, 60))
 def test_equals_plain_python_at_the_ends_of_what_floats_hold(seed, kind, mode, rows):
-    cfg, inputs = settings_of(mix_weights=kind, mix_mode=mode, mix_guard=0.0), made(seed, rows, extreme=True)
+    cfg, inputs = (
+        settings_of(mix_weights=kind, mix_mode=mode, mix_guard=0.0),
+        made(seed, rows, extreme=True),
+    )
     expected = ReferenceMixture(50, cfg).fill(rows_of(inputs))
     np.testing.assert_allclose(Mixture(50, cfg).fill(inputs), expected, rtol=1e-11, atol=1e-9)
 
@@ -89,7 +134,10 @@ def test_equals_plain_python_at_the_ends_of_what_floats_hold(seed, kind, mode, r
 def test_equals_plain_python_over_a_longer_text(kind):
     """Long enough for trusts to fade and for most sets of weights to be visited."""
     cfg, inputs = settings_of(mix_weights=kind, mix_floor=0.0), made(1, 6000)
-    inputs.grams.seen[:, 0], inputs.grams.kinds[:, 0] = 3, 1  # one situation far more often than others
+    inputs.grams.seen[:, 0], inputs.grams.kinds[:, 0] = (
+        3,
+        1,
+    )  # one situation far more often than others
     inputs.grams.hits[:, 0] = 3 * (inputs.targets < 40)
     expected = ReferenceMixture(50, cfg).fill(rows_of(inputs))
     mixture = Mixture(50, cfg)
@@ -99,11 +147,23 @@ def test_equals_plain_python_over_a_longer_text(kind):
 
 def test_exponential_weights_by_hand():
     """w <- w p^lr, at least .01, to sum one again: neural and match, of which the last is wrong once."""
-    cfg = settings_of(mix_weights="exponential", mix_lr=2.0, mix_floor=0.01, mix_guard=0.0, ngram_orders=1)
-    neural = [0.5, 0.25, 0.9]  # the match: .6, .6, and .4 / 4, as V = 5 and four tokens share what the hint leaves
+    cfg = settings_of(
+        mix_weights="exponential", mix_lr=2.0, mix_floor=0.01, mix_guard=0.0, ngram_orders=1
+    )
+    neural = [
+        0.5,
+        0.25,
+        0.9,
+    ]  # the match: .6, .6, and .4 / 4, as V = 5 and four tokens share what the hint leaves
     none = np.zeros((3, 1), np.uint32)
-    inputs = Inputs(np.log(neural), *np.zeros((4, 3)), Evidence(none, none, none), Matches(
-        np.array([2, 2, 3], np.int32), np.full(3, 8, np.uint16), np.full(3, 0.6)), np.array([2, 2, 1]), np.ones(3, int))
+    inputs = Inputs(
+        np.log(neural),
+        *np.zeros((4, 3)),
+        Evidence(none, none, none),
+        Matches(np.array([2, 2, 3], np.int32), np.full(3, 8, np.uint16), np.full(3, 0.6)),
+        np.array([2, 2, 1]),
+        np.ones(3, int),
+    )
     first = 0.5 * 0.5 + 0.5 * 0.6
     w_neural = 0.5 * 0.5**2 / (0.5 * 0.5**2 + 0.5 * 0.6**2)  # 25 / 61
     second = w_neural * 0.25 + (1 - w_neural) * 0.6
@@ -114,7 +174,9 @@ def test_exponential_weights_by_hand():
     mixture = Mixture(5, cfg, ("neural", "match"))
     np.testing.assert_allclose(np.exp(mixture.fill(inputs)), [first, second, third], rtol=1e-12)
     weights = mixture.state.weights[0]
-    np.testing.assert_allclose(weights[[0, EXPERTS.index("match")]], [a / (a + b), b / (a + b)], rtol=1e-12)
+    np.testing.assert_allclose(
+        weights[[0, EXPERTS.index("match")]], [a / (a + b), b / (a + b)], rtol=1e-12
+    )
     assert np.count_nonzero(weights) == 2
 
 
@@ -128,22 +190,38 @@ def test_initial_weights_are_as_set(neural, experts):
         assert weights[0] == pytest.approx(neural) and max(others) == pytest.approx(min(others))
 
 
-@pytest.mark.parametrize(("setting", "values"), [
-    ("mix_weights", WEIGHTS), ("mix_mode", ("linear", "log")), ("mix_guard", (0.0, 1e-4)), ("mix_neural", (0.2, 0.5))])
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("mix_weights", WEIGHTS),
+        ("mix_mode", ("linear", "log")),
+        ("mix_guard", (0.0, 1e-4)),
+        ("mix_neural", (0.2, 0.5)),
+    ],
+)
 def test_each_setting_changes_scores(setting, values):
     inputs = made(3, 200)
     found = {Mixture(50, settings_of(**{setting: value})).fill(inputs).sum() for value in values}
     assert len(found) == len(values)
 
 
-@pytest.mark.parametrize(("kind", "setting", "values"), [
-    ("exponential", "mix_lr", (0.5, 1.0)), ("exponential", "mix_floor", (0.0, 0.05)),
-    ("share", "mix_share", (0.1, 0.3)), ("share", "mix_lr", (0.5, 1.0)),
-    ("em", "mix_rate", (0.01, 0.1)), ("sets", "mix_rate", (0.01, 0.1))])
+@pytest.mark.parametrize(
+    ("kind", "setting", "values"),
+    [
+        ("exponential", "mix_lr", (0.5, 1.0)),
+        ("exponential", "mix_floor", (0.0, 0.05)),
+        ("share", "mix_share", (0.1, 0.3)),
+        ("share", "mix_lr", (0.5, 1.0)),
+        ("em", "mix_rate", (0.01, 0.1)),
+        ("sets", "mix_rate", (0.01, 0.1)),
+    ],
+)
 def test_each_knob_of_the_weights_changes_scores(kind, setting, values):
     inputs = made(3, 200)
-    first, second = (Mixture(50, settings_of(mix_weights=kind, **{setting: value})).fill(inputs).sum()
-                     for value in values)
+    first, second = (
+        Mixture(50, settings_of(mix_weights=kind, **{setting: value})).fill(inputs).sum()
+        for value in values
+    )
     assert first != second
 
 
@@ -154,17 +232,25 @@ def one_row(p: np.ndarray, grams: NGram, hint: tuple[int, int, float], target: i
     again = [logp[target] / t - np.log(np.exp(logp / t).sum()) for t in TEMPERATURES.values()]
     token, length, rate = hint
     return Inputs(
-        logp[[target]], np.array(again[:1]), np.array(again[1:]), logp[[max(token, 0)]], np.array([-(p * logp).sum()]),
-        Evidence(*(part[[target]] for part in grams.evidence())), Matches(
-            np.array([token], np.int32), np.array([length], np.uint16), np.array([rate])), np.array([target]),
-        np.array([target % 3]))
+        logp[[target]],
+        np.array(again[:1]),
+        np.array(again[1:]),
+        logp[[max(token, 0)]],
+        np.array([-(p * logp).sum()]),
+        Evidence(*(part[[target]] for part in grams.evidence())),
+        Matches(np.array([token], np.int32), np.array([length], np.uint16), np.array([rate])),
+        np.array([target]),
+        np.array([target % 3]),
+    )
 
 
 @pytest.mark.parametrize("mode, kind", [("log", "sets"), *(("linear", kind) for kind in WEIGHTS)])
 @pytest.mark.parametrize("guard", [0.0, 0.01])
 def test_a_distribution_is_one_and_each_entry_is_what_its_target_would_score(mode, kind, guard):
     size, rng = 6, np.random.default_rng(0)
-    text = np.concatenate([np.tile([2, 3, 4, 5, 3], 8), rng.integers(0, size, 30), np.tile([2, 3, 4, 5, 3], 4)])
+    text = np.concatenate(
+        [np.tile([2, 3, 4, 5, 3], 8), rng.integers(0, size, 30), np.tile([2, 3, 4, 5, 3], 4)]
+    )
     grams, match = NGram(size, 3), Match(size, 2)
     mixture = Mixture(size, settings_of(mix_mode=mode, mix_weights=kind, mix_guard=guard))
     for at, token in enumerate(text.tolist()):
@@ -177,7 +263,9 @@ def test_a_distribution_is_one_and_each_entry_is_what_its_target_would_score(mod
         for target in range(size) if at % 7 == 0 else ():
             scored = copy.deepcopy(mixture).fill(one_row(p, grams, hint, target))
             assert scored[0] == pytest.approx(math.log(held[target]), abs=1e-12)
-        assert mixture.fill(one_row(p, grams, hint, token))[0] == pytest.approx(math.log(held[token]), abs=1e-12)
+        assert mixture.fill(one_row(p, grams, hint, token))[0] == pytest.approx(
+            math.log(held[token]), abs=1e-12
+        )
         grams.update(token)
         match.update(token)
 
@@ -195,7 +283,10 @@ def test_later_rows_change_nothing_before(seed, other, kind, mode, rows, data):
 @given(seeds, kinds, modes, st.integers(1, 80), st.data())
 def test_what_a_target_is_moves_only_what_comes_after_it(seed, kind, mode, rows, data):
     """Its own row reads its probability, and nothing else of it: how many bytes it has is told to later rows alone."""
-    cfg, at = settings_of(mix_weights=kind, mix_mode=mode, mix_guard=0.5), data.draw(st.integers(0, rows - 1))
+    cfg, at = (
+        settings_of(mix_weights=kind, mix_mode=mode, mix_guard=0.5),
+        data.draw(st.integers(0, rows - 1)),
+    )
     inputs = made(seed, rows)
     longer = inputs._replace(sizes=inputs.sizes + 7 * (np.arange(rows) >= at))
     a, b = (Mixture(50, cfg).fill(x) for x in (inputs, longer))
@@ -230,7 +321,11 @@ def test_the_trace_holds_the_mean_weights_of_each_call():
         mixture.fill(made(0, rows))
     assert len(mixture.trace) == 2
     for weights in mixture.trace:
-        assert weights.shape == (len(EXPERTS),) and weights.sum() == pytest.approx(1) and (weights > 0).all()
+        assert (
+            weights.shape == (len(EXPERTS),)
+            and weights.sum() == pytest.approx(1)
+            and (weights > 0).all()
+        )
 
 
 # ---- The insurance ---------------------------------------------------------------------------------------------------
@@ -240,25 +335,44 @@ def hostile(seed: int, rows: int, phase: int, bad_first: bool) -> Inputs:
     rng = np.random.default_rng(seed)
     good = (np.arange(rows) // phase % 2 == 0) ^ bad_first
     targets, none = rng.integers(0, 50, rows), rng.random() < 0.3
-    logp = np.where(good, rng.choice([-1e3, -50.0, -3.0, -0.1], rows), rng.choice([0.0, -1e-9, -0.7], rows))
+    logp = np.where(
+        good, rng.choice([-1e3, -50.0, -3.0, -0.1], rows), rng.choice([0.0, -1e-9, -0.7], rows)
+    )
     right = good & (rng.random() < 0.5)
     hint = np.where(right, targets, (targets + 1) % 50)
-    hint_logp = np.where(right, logp, np.log(np.maximum(-np.expm1(np.minimum(logp, -1e-15)), 1e-300)))
+    hint_logp = np.where(
+        right, logp, np.log(np.maximum(-np.expm1(np.minimum(logp, -1e-15)), 1e-300))
+    )
     seen = np.full((rows, 3), 2**31 - 1)
     return Inputs(
-        logp, np.where(good, logp, -200.0), np.where(good, logp, -1e3), hint_logp,
-        np.full(rows, rng.choice([0.0, 2.0])), Evidence(*(x.astype(np.uint32) for x in (
-            np.where(good[:, None], seen, 0), seen * (not none), np.ones_like(seen)))),
-        Matches(hint.astype(np.int32), np.full(rows, 40, np.uint16),
-                np.full(rows, rng.choice([0.5, 0.999, 1 - 1e-15]))),
-        targets, np.where(np.arange(rows) % 3 == 0, 0, rng.integers(1, 5, rows)))
+        logp,
+        np.where(good, logp, -200.0),
+        np.where(good, logp, -1e3),
+        hint_logp,
+        np.full(rows, rng.choice([0.0, 2.0])),
+        Evidence(
+            *(
+                x.astype(np.uint32)
+                for x in (np.where(good[:, None], seen, 0), seen * (not none), np.ones_like(seen))
+            )
+        ),
+        Matches(
+            hint.astype(np.int32),
+            np.full(rows, 40, np.uint16),
+            np.full(rows, rng.choice([0.5, 0.999, 1 - 1e-15])),
+        ),
+        targets,
+        np.where(np.arange(rows) % 3 == 0, 0, rng.integers(1, 5, rows)),
+    )
 
 
 def assert_insured(mixture: Mixture, inputs: Inputs, guard: float) -> None:
     out = mixture.fill(inputs)
     assert np.isfinite(out).all()
     cost = np.cumsum(inputs.logp - out) / LN2
-    room = 1e-9 + 1e-14 * np.cumsum(np.abs(inputs.logp) + np.abs(out))  # the sums themselves are rounded
+    room = 1e-9 + 1e-14 * np.cumsum(
+        np.abs(inputs.logp) + np.abs(out)
+    )  # the sums themselves are rounded
     assert (cost <= guard * np.cumsum(inputs.sizes) + room).all()
     assert_weights_are_distributions(mixture)
 
@@ -267,12 +381,25 @@ lrs = st.sampled_from([0.0, 1.0, 100.0])
 guards = st.sampled_from([1e-6, 1e-4, 0.1, 10.0])
 
 
-@given(seeds, st.integers(1, 2000), st.sampled_from([1, 2, 7, 40, 300]), st.booleans(), kinds, modes, guards, lrs,
-       st.sampled_from([1e-4, 0.05, 1.0]))
+@given(
+    seeds,
+    st.integers(1, 2000),
+    st.sampled_from([1, 2, 7, 40, 300]),
+    st.booleans(),
+    kinds,
+    modes,
+    guards,
+    lrs,
+    st.sampled_from([1e-4, 0.05, 1.0]),
+)
 @example(0, 1, 1, True, "sets", "linear", 1e-4, 1.0, 0.05)
 @example(0, 2000, 2000, True, "sets", "log", 1e-4, 1.0, 0.05)
-def test_it_never_costs_more_than_the_guard(seed, rows, phase, bad_first, kind, mode, guard, lr, rate):
-    cfg = settings_of(mix_weights=kind, mix_mode=mode, mix_guard=guard, mix_lr=lr, mix_floor=0.0, mix_rate=rate)
+def test_it_never_costs_more_than_the_guard(
+    seed, rows, phase, bad_first, kind, mode, guard, lr, rate
+):
+    cfg = settings_of(
+        mix_weights=kind, mix_mode=mode, mix_guard=guard, mix_lr=lr, mix_floor=0.0, mix_rate=rate
+    )
     assert_insured(Mixture(50, cfg), hostile(seed, rows, phase, bad_first), guard)
 
 
@@ -309,8 +436,16 @@ def test_the_first_target_is_the_neural_models_own():
 def test_weights_stay_weights_over_20_000_certainties(kind, mode):
     inputs, rng = made(2, 20_000, extreme=True), np.random.default_rng(0)
     certain = rng.choice([math.log(1e-300), 0.0], (3, 20_000))
-    inputs = inputs._replace(logp=certain[0], sharp=certain[1], flat=certain[2], hint=np.where(
-        inputs.matches.hint == inputs.targets, certain[0], np.where(certain[0] == 0, math.log(1e-300), -1e-12)))
+    inputs = inputs._replace(
+        logp=certain[0],
+        sharp=certain[1],
+        flat=certain[2],
+        hint=np.where(
+            inputs.matches.hint == inputs.targets,
+            certain[0],
+            np.where(certain[0] == 0, math.log(1e-300), -1e-12),
+        ),
+    )
     mixture = Mixture(50, settings_of(mix_weights=kind, mix_mode=mode, mix_floor=0.0, mix_lr=3.0))
     assert np.isfinite(mixture.fill(inputs)).all()
     assert_weights_are_distributions(mixture)

@@ -10,18 +10,51 @@ import torch.nn.functional as F
 import train_gpt
 from train_gpt import BOS_ID, GPT, PRESETS, Config, Runtime
 
-SMALL = dict(vocab_size=97, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=16,
-             train_batch_tokens=128, mlp_mult=2.0)
-ALL_ON = dict(num_layers=7, smear_gate=True, bigram_vocab_size=32, bigram_dim=8, xsa_last_n=7, rope_dims=4,
-              ln_scale=True, attn_gate=True, leaky_slope=0.5, parallel_start_layer=5, loop_start=2, loop_end=4,
-              num_loops=2, loop_adaln=True, ortho_init=True)
+SMALL = dict(
+    vocab_size=97,
+    num_layers=3,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    train_seq_len=16,
+    train_batch_tokens=128,
+    mlp_mult=2.0,
+)
+ALL_ON = dict(
+    num_layers=7,
+    smear_gate=True,
+    bigram_vocab_size=32,
+    bigram_dim=8,
+    xsa_last_n=7,
+    rope_dims=4,
+    ln_scale=True,
+    attn_gate=True,
+    leaky_slope=0.5,
+    parallel_start_layer=5,
+    loop_start=2,
+    loop_end=4,
+    num_loops=2,
+    loop_adaln=True,
+    ortho_init=True,
+)
 LOOPS = dict(num_layers=7, loop_start=2, loop_end=4, num_loops=2)
 FEATURES = {
-    "plain": {}, "smear": dict(smear_gate=True), "bigram": dict(bigram_vocab_size=32, bigram_dim=8),
-    "xsa": dict(xsa_last_n=2), "partial_rope": dict(rope_dims=4), "ln_scale": dict(ln_scale=True),
-    "gate": dict(attn_gate=True), "lanes": dict(parallel_start_layer=1), "leaky": dict(leaky_slope=0.5),
-    "loops_off": LOOPS, "loops": LOOPS, "loops_adaln": LOOPS | dict(loop_adaln=True), "all": ALL_ON,
-    "all_but_lanes": ALL_ON | dict(parallel_start_layer=0), "all_plain_loops": ALL_ON | dict(loop_adaln=False)}
+    "plain": {},
+    "smear": dict(smear_gate=True),
+    "bigram": dict(bigram_vocab_size=32, bigram_dim=8),
+    "xsa": dict(xsa_last_n=2),
+    "partial_rope": dict(rope_dims=4),
+    "ln_scale": dict(ln_scale=True),
+    "gate": dict(attn_gate=True),
+    "lanes": dict(parallel_start_layer=1),
+    "leaky": dict(leaky_slope=0.5),
+    "loops_off": LOOPS,
+    "loops": LOOPS,
+    "loops_adaln": LOOPS | dict(loop_adaln=True),
+    "all": ALL_ON,
+    "all_but_lanes": ALL_ON | dict(parallel_start_layer=0),
+    "all_plain_loops": ALL_ON | dict(loop_adaln=False),
+}
 
 
 def config(**changed) -> Config:
@@ -104,9 +137,15 @@ def test_rope_tables_are_fp32_and_tell_1024_positions_apart():
     cos, sin = train_gpt.rope_tables(1024, 64, 10_000.0)
     assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (1024, 32)
     assert len(torch.cat([cos, sin], 1).unique(dim=0)) == 1024
-    angle = torch.arange(1024).double()[:, None] * 10_000.0 ** (-torch.arange(0, 64, 2).double() / 64)
-    assert torch.allclose(cos.double(), angle.cos(), atol=2e-4) and torch.allclose(sin.double(), angle.sin(), atol=2e-4)
-    slowest = torch.stack([cos[:, -1], sin[:, -1]], 1)  # under bf16 tables half of these would collide
+    angle = torch.arange(1024).double()[:, None] * 10_000.0 ** (
+        -torch.arange(0, 64, 2).double() / 64
+    )
+    assert torch.allclose(cos.double(), angle.cos(), atol=2e-4) and torch.allclose(
+        sin.double(), angle.sin(), atol=2e-4
+    )
+    slowest = torch.stack(
+        [cos[:, -1], sin[:, -1]], 1
+    )  # under bf16 tables half of these would collide
     assert len(slowest.unique(dim=0)) == 1024 and len(slowest.bfloat16().unique(dim=0)) < 512
 
 
@@ -137,7 +176,9 @@ def test_smear_gate_never_reads_across_bos():
     for b in range(2):
         for t in range(1, 10):
             if not at_bos[b, t]:
-                assert torch.allclose(out[b, t], (1 - share) * x[b, t] + share * x[b, t - 1], atol=1e-6)
+                assert torch.allclose(
+                    out[b, t], (1 - share) * x[b, t] + share * x[b, t - 1], atol=1e-6
+                )
     assert torch.equal(out[0, 0], x[0, 0])
     assert torch.equal(train_gpt.SmearGate(6).gate, torch.zeros(6))  # half of each, at the start
 
@@ -147,8 +188,12 @@ def test_bigram_buckets_equal_the_formula_by_hand():
     tokens = torch.tensor([[1, 700, 3, 96], [5, 5, 1023, 0]])
     buckets = bigram.buckets(tokens)
     assert buckets[:, 0].tolist() == [2047, 2047]
-    assert buckets[0, 1:].tolist() == [((36313 * c) ^ (27191 * p)) % 2047 for c, p in ((700, 1), (3, 700), (96, 3))]
-    assert buckets[1, 1:].tolist() == [((36313 * c) ^ (27191 * p)) % 2047 for c, p in ((5, 5), (1023, 5), (0, 1023))]
+    assert buckets[0, 1:].tolist() == [
+        ((36313 * c) ^ (27191 * p)) % 2047 for c, p in ((700, 1), (3, 700), (96, 3))
+    ]
+    assert buckets[1, 1:].tolist() == [
+        ((36313 * c) ^ (27191 * p)) % 2047 for c, p in ((5, 5), (1023, 5), (0, 1023))
+    ]
     assert buckets[0, 1].item() == (25419100 ^ 27191) % 2047
     assert bigram.scale.item() == pytest.approx(0.05)
 
@@ -166,13 +211,25 @@ def test_xsa_and_lanes_sit_in_the_layers_that_were_asked_for():
     model = GPT(config(num_layers=5, xsa_last_n=2, parallel_start_layer=3, ln_scale=True))
     assert [b.attn.exclusive for b in model.blocks] == [False, False, False, True, True]
     assert [b.lane_mix is not None for b in model.blocks] == [False, False, False, True, True]
-    assert [b.norm_scale for b in model.blocks] == pytest.approx([1, 2**-0.5, 3**-0.5, 0.5, 5**-0.5])
+    assert [b.norm_scale for b in model.blocks] == pytest.approx(
+        [1, 2**-0.5, 3**-0.5, 0.5, 5**-0.5]
+    )
 
 
 def test_loops_run_in_the_order_of_the_field():
     model = GPT(config(num_layers=11, loop_start=3, loop_end=5, num_loops=2))
     order = [layer for layer, _ in model.passes(True)]
-    assert order == [0, 1, 2, 3, 4, 5, 3, 4] + [5, 3, 4, 5, 6, 7, 8, 9, 10]  # as in #1855: encoder, decoder
+    assert order == [0, 1, 2, 3, 4, 5, 3, 4] + [
+        5,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+        9,
+        10,
+    ]  # as in #1855: encoder, decoder
     assert [extra for _, extra in model.passes(True)] == [0] * 6 + [1] * 3 + [2] * 3 + [0] * 5
     assert model.passes(False) == [(i, 0) for i in range(11)]
     assert model.skip_weights.shape == (8, 32)
@@ -197,7 +254,10 @@ def test_loops_with_adaln_start_as_plain_loops_and_then_differ():
     for extra in range(2):
         for part in range(3):  # scale, shift, gate
             adaln.loop_conditions.zero_()[extra, 1, part] = 0.3
-            assert not torch.allclose(adaln.logits(tokens), plain.logits(tokens), atol=1e-3), (extra, part)
+            assert not torch.allclose(adaln.logits(tokens), plain.logits(tokens), atol=1e-3), (
+                extra,
+                part,
+            )
     adaln.looping = plain.looping = False  # without extra passes they condition nothing
     assert torch.equal(adaln.logits(tokens), plain.logits(tokens))
 
@@ -227,11 +287,15 @@ def test_a_lane_takes_both_outputs_at_first_and_only_its_own_if_told_so():
     fresh = initial(parallel_start_layer=2).blocks[2]
     assert torch.equal(fresh.lane_mix, torch.ones(2, 2))
     block.lane_mix.fill_(1.0)
-    for got, old in zip(block(x, lane, x0, rope, train_gpt.attend, None), (mixed, lane), strict=True):
+    for got, old in zip(
+        block(x, lane, x0, rope, train_gpt.attend, None), (mixed, lane), strict=True
+    ):
         assert torch.allclose(got, old + attended + written, atol=1e-5)
     block.lane_mix.copy_(torch.eye(2))
     first, second = block(x, lane, x0, rope, train_gpt.attend, None)
-    assert torch.allclose(first, mixed + attended, atol=1e-5) and torch.allclose(second, lane + written, atol=1e-5)
+    assert torch.allclose(first, mixed + attended, atol=1e-5) and torch.allclose(
+        second, lane + written, atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -239,7 +303,9 @@ def test_the_attention_gate_starts_as_the_identity():
     gated, plain, tokens = initial(attn_gate=True), initial(), some_tokens()
     for model in (gated, plain):
         for i, block in enumerate(model.blocks):  # let attention reach the logits
-            block.attn.proj.weight.copy_(torch.randn(32, 32, generator=torch.Generator().manual_seed(i)) / 6)
+            block.attn.proj.weight.copy_(
+                torch.randn(32, 32, generator=torch.Generator().manual_seed(i)) / 6
+            )
     assert torch.equal(gated.logits(tokens), plain.logits(tokens))
     assert gated.blocks[0].attn.gate.shape == (4, 12)
     gated.blocks[0].attn.gate.fill_(0.5)
@@ -269,7 +335,9 @@ def test_the_first_forward_pass_passes_the_embedding_through_and_knows_nothing(n
             assert torch.equal(out, x)
     wide = initial(**PRESETS["smoke"] | dict(vocab_size=1024))
     tokens = torch.randint(0, 1024, (4, 65), generator=torch.Generator().manual_seed(0))
-    assert wide(tokens[:, :-1], tokens[:, 1:]).mean().item() == pytest.approx(math.log(1024), abs=0.05)
+    assert wide(tokens[:, :-1], tokens[:, 1:]).mean().item() == pytest.approx(
+        math.log(1024), abs=0.05
+    )
 
 
 def test_orthogonal_initial_matrices():
@@ -282,7 +350,10 @@ def test_orthogonal_initial_matrices():
         w, zero = module.weight.detach(), name.endswith(("attn.proj", "mlp.proj"))
         assert (w.abs().max().item() == 0) == zero, name
         if not zero:
-            gram, gain = (w @ w.T if w.size(0) <= w.size(1) else w.T @ w), (2 * cfg.num_layers) ** -0.5
+            gram, gain = (
+                (w @ w.T if w.size(0) <= w.size(1) else w.T @ w),
+                (2 * cfg.num_layers) ** -0.5,
+            )
             scale = gain**2 if name == "bigram.proj" else 1.0
             assert torch.allclose(gram, scale * torch.eye(len(gram)), atol=1e-4), name
     assert model.bigram.table.weight.abs().max() == 0 < model.bigram.proj.weight.abs().max()
@@ -296,6 +367,7 @@ def test_initial_weights_depend_on_the_seed_alone():
         model = GPT(cfg)
         train_gpt.initialise(model, cfg)
         return [p.detach() for p in model.parameters()]
+
     first, again, other = weights(7, 1), weights(7, 2), weights(8, 1)
     assert all(map(torch.equal, first, again))
     assert not all(map(torch.equal, first, other))
@@ -320,7 +392,9 @@ def test_every_parameter_learns_after_two_steps(name):
         for o in optimisers:
             o.zero_grad()
         model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
-        without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+        without = [
+            n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
+        ]
         for o in optimisers:
             o.step()
     assert without == []
@@ -364,5 +438,7 @@ def test_parameters_are_fp32_and_alone_in_the_state():
 
 
 def test_a_sequence_longer_than_the_tables_is_refused():
-    with pytest.raises(train_gpt.UserError, match="17 tokens in a sequence, but the model's TRAIN_SEQ_LEN is 16"):
+    with pytest.raises(
+        train_gpt.UserError, match="17 tokens in a sequence, but the model's TRAIN_SEQ_LEN is 16"
+    ):
         initial().logits(some_tokens(1, 17))

@@ -18,12 +18,14 @@ delays = st.sampled_from([0, 0, 1, 3, 17])
 def texts(draw, longest: int = 150):
     """A vocabulary's size and a text that repeats itself, of a few tokens, BOS often among them."""
     vocab_size = draw(st.sampled_from([4, 5, 64, 1024, 65536]))
-    alphabet = draw(st.sampled_from([[0, 2], [BOS_ID, 2, 3], [0, BOS_ID, 2, vocab_size - 1], [vocab_size - 1]]))
+    alphabet = draw(
+        st.sampled_from([[0, 2], [BOS_ID, 2, 3], [0, BOS_ID, 2, vocab_size - 1], [vocab_size - 1]])
+    )
     piece = draw(st.lists(st.sampled_from(alphabet), max_size=longest))
     if draw(st.booleans()):
         piece = (piece * longest)[:longest]
         for at in draw(st.lists(st.integers(0, longest - 1), max_size=3)):
-            piece[at:at + 1] = [alphabet[0]]
+            piece[at : at + 1] = [alphabet[0]]
     return vocab_size, np.array(piece, np.uint16)
 
 
@@ -77,7 +79,9 @@ def test_a_distribution_is_one_and_is_what_is_scored(text, orders, delay, reset,
         distribution = expert.distribution()
         assert abs(distribution.sum() - 1) < 1e-12 and distribution.min() > 0
         everything = expert.evidence()
-        assert (everything.seen == everything.seen[0]).all() and (everything.kinds == everything.kinds[0]).all()
+        assert (everything.seen == everything.seen[0]).all() and (
+            everything.kinds == everything.kinds[0]
+        ).all()
         np.testing.assert_array_equal(everything.hits.sum(axis=0), everything.seen[0])
         np.testing.assert_array_equal((everything.hits > 0).sum(axis=0), everything.kinds[0])
         before = expert.digest()
@@ -86,7 +90,7 @@ def test_a_distribution_is_one_and_is_what_is_scored(text, orders, delay, reset,
         assert expert.digest() == before
         scored = expert.fill(np.array([token]))
         assert probabilities(scored, vocab_size)[0] == distribution[token]
-        assert_same(scored, Evidence(*(column[token:token + 1] for column in everything)))
+        assert_same(scored, Evidence(*(column[token : token + 1] for column in everything)))
 
 
 @given(st.integers(0, 2**32 - 1), delays, st.booleans(), st.integers(0, 2000), st.data())
@@ -97,10 +101,12 @@ def test_a_full_table_goes_on_counting_and_depends_on_no_cut(seed, delay, reset,
     whole, parts, single = (NGram(vocab_size, **settings) for _ in range(3))
     evidence = whole.fill(tokens)
     assert_same(evidence, joined([parts.fill(piece) for piece in pieces(data, tokens)]))
-    assert_same(evidence, joined([single.fill(tokens[i:i + 1]) for i in range(len(tokens))]))
+    assert_same(evidence, joined([single.fill(tokens[i : i + 1]) for i in range(len(tokens))]))
     rows, _ = ReferenceNGram(vocab_size, 5, delay, reset).fill(tokens)
     assert (evidence.seen <= rows[..., 1]).all() and (evidence.hits <= rows[..., 0]).all()
-    assert_same(Evidence(*(c[:, :1] for c in evidence)), Evidence(*(rows[:, :1, i] for i in range(3))))  # always exact
+    assert_same(
+        Evidence(*(c[:, :1] for c in evidence)), Evidence(*(rows[:, :1, i] for i in range(3)))
+    )  # always exact
     everything = whole.evidence()
     np.testing.assert_array_equal(everything.hits.sum(axis=0), everything.seen[0])
     np.testing.assert_array_equal((everything.hits > 0).sum(axis=0), everything.kinds[0])
@@ -125,7 +131,9 @@ def test_after_a_reset_nothing_is_left(first, second, delay):
     a, b = NGram(vocab_size, **settings), NGram(vocab_size, **settings)
     a.fill(before)
     a, b = a.fill(document), b.fill(document)
-    assert_same(*(Evidence(*(column[1:] for column in e)) for e in (a, b)))  # BOS itself is the old document's to tell
+    assert_same(
+        *(Evidence(*(column[1:] for column in e)) for e in (a, b))
+    )  # BOS itself is the old document's to tell
 
 
 @given(texts(), st.integers(2, 6), delays, st.booleans(), st.data())
@@ -152,7 +160,10 @@ def test_a_digest_tells_histories_apart_and_not_cuts(text, data):
     assert whole.digest() == parts.digest()
     parts.update(0)
     assert whole.digest() != parts.digest() != NGram(vocab_size, 3, room(vocab_size)).digest()
-    assert NGram(vocab_size, 3, room(vocab_size)).digest() != NGram(vocab_size, 4, room(vocab_size)).digest()
+    assert (
+        NGram(vocab_size, 3, room(vocab_size)).digest()
+        != NGram(vocab_size, 4, room(vocab_size)).digest()
+    )
 
 
 def test_a_digest_is_the_same_across_its_blocks():
@@ -196,15 +207,24 @@ def test_memory_is_bounded_by_the_setting_and_by_the_text():
     both = NGram(1024, memory_bytes=1 << 20, reset=True)
     assert (1 << 20) * 0.95 < both.table.nbytes + both.log.nbytes <= 1 << 20
     tokens = np.random.default_rng(3).integers(0, 1024, 2000)
-    fitted, roomy = NGram(1024, memory_bytes=1 << 26, expected_tokens=2000), NGram(1024, memory_bytes=1 << 26)
+    fitted, roomy = (
+        NGram(1024, memory_bytes=1 << 26, expected_tokens=2000),
+        NGram(1024, memory_bytes=1 << 26),
+    )
     assert fitted.table.nbytes < 1 << 18
     assert_same(fitted.fill(tokens), roomy.fill(tokens))
 
 
-@pytest.mark.parametrize("settings, said", [
-    (dict(vocab_size=3), "VOCAB_SIZE is 3"), (dict(vocab_size=65537), "VOCAB_SIZE is 65537"),
-    (dict(orders=0), "orders are 0"), (dict(delay=-1), "delay of -1"), (dict(memory_bytes=99), "memory is 99 bytes"),
-])
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        (dict(vocab_size=3), "VOCAB_SIZE is 3"),
+        (dict(vocab_size=65537), "VOCAB_SIZE is 65537"),
+        (dict(orders=0), "orders are 0"),
+        (dict(delay=-1), "delay of -1"),
+        (dict(memory_bytes=99), "memory is 99 bytes"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
         NGram(**{"vocab_size": 64, **settings})
@@ -234,7 +254,9 @@ def saved(tmp_path_factory):
 def test_a_damaged_state_is_refused_or_is_the_same(tmp_path_factory, saved, at, byte, cut):
     """Some bytes of the container mean nothing; whatever loads must be what was saved."""
     expert, data = saved
-    loaded = refused_or_read(tmp_path_factory.mktemp("state") / "ngram", data, at % len(data), byte, cut, NGram.load)
+    loaded = refused_or_read(
+        tmp_path_factory.mktemp("state") / "ngram", data, at % len(data), byte, cut, NGram.load
+    )
     if loaded:
         assert loaded.digest() == expert.digest()
         assert_same(loaded.evidence(), expert.evidence())
@@ -249,7 +271,16 @@ def test_foreign_and_missing_states_are_refused(tmp_path, saved):
             NGram.load(tmp_path / name)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("contexts", 10**6), ("log", 10**6), ("counters", 10**6), ("settings", -1), ("pending", 999), ("table", None)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("contexts", 10**6),
+        ("log", 10**6),
+        ("counters", 10**6),
+        ("settings", -1),
+        ("pending", 999),
+        ("table", None),
+    ],
+)
 def test_a_state_that_points_outside_its_table_is_refused(tmp_path, saved, name, value):
     refused_with(tmp_path / "ngram", saved[1], name, value, NGram.load)

@@ -9,8 +9,18 @@ import train_gpt
 from train_gpt import GPT, NEWTON_SCHULZ, POLAR_EXPRESS, PRESETS, Averages, Config, Muon, Runtime
 
 CPU = Runtime(0, 1, torch.device("cpu"), "cpu")
-SMALL = dict(vocab_size=64, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, train_seq_len=8,
-             train_batch_tokens=64, smear_gate=True, bigram_vocab_size=16, bigram_dim=8)
+SMALL = dict(
+    vocab_size=64,
+    num_layers=2,
+    model_dim=16,
+    num_heads=2,
+    num_kv_heads=1,
+    train_seq_len=8,
+    train_batch_tokens=64,
+    smear_gate=True,
+    bigram_vocab_size=16,
+    bigram_dim=8,
+)
 
 
 def config(**changed) -> Config:
@@ -18,11 +28,18 @@ def config(**changed) -> Config:
 
 
 # ---- Muon ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("coefficients", [NEWTON_SCHULZ, POLAR_EXPRESS], ids=["newton_schulz", "polar_express"])
-@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 24, 64), (3, 64, 24)], ids=["square", "wide", "tall"])
+@pytest.mark.parametrize(
+    "coefficients", [NEWTON_SCHULZ, POLAR_EXPRESS], ids=["newton_schulz", "polar_express"]
+)
+@pytest.mark.parametrize(
+    "shape", [(1, 32, 32), (3, 24, 64), (3, 64, 24)], ids=["square", "wide", "tall"]
+)
 def test_orthogonalised_brings_singular_values_near_one(shape, coefficients):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    out, (u, s, vh) = train_gpt.orthogonalised(g, 5, coefficients), torch.linalg.svd(g, full_matrices=False)
+    out, (u, s, vh) = (
+        train_gpt.orthogonalised(g, 5, coefficients),
+        torch.linalg.svd(g, full_matrices=False),
+    )
     assert out.shape == g.shape and s.max() / s.min() > 2
     got = torch.linalg.svdvals(out)
     assert 0.65 < got.min() and got.max() < 1.25
@@ -30,12 +47,17 @@ def test_orthogonalised_brings_singular_values_near_one(shape, coefficients):
     along = u.mT @ out @ vh.mT
     assert (along - torch.diag_embed(along.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-3
     for i in range(len(g)):  # a batch is its matrices one by one
-        assert torch.allclose(train_gpt.orthogonalised(g[i : i + 1], 5, coefficients)[0], out[i], atol=1e-5)
+        assert torch.allclose(
+            train_gpt.orthogonalised(g[i : i + 1], 5, coefficients)[0], out[i], atol=1e-5
+        )
 
 
 def test_polar_express_comes_closer_to_one_than_the_fixed_polynomial():
     g = torch.randn((4, 48, 96), generator=torch.Generator().manual_seed(1))
-    far = [(torch.linalg.svdvals(train_gpt.orthogonalised(g, 5, c)) - 1).abs() for c in (NEWTON_SCHULZ, POLAR_EXPRESS)]
+    far = [
+        (torch.linalg.svdvals(train_gpt.orthogonalised(g, 5, c)) - 1).abs()
+        for c in (NEWTON_SCHULZ, POLAR_EXPRESS)
+    ]
     assert far[1].max() < far[0].max() / 2 and far[1].mean() < far[0].mean() / 2
     assert far[1].max() < 0.2
 
@@ -54,15 +76,33 @@ def muon_reference(weight, grads, cfg):
             s = x @ x.T
             x = a * x + b * s @ x + c * s @ s @ x
         rows, cols = weight.shape
-        weight = weight * (1 - cfg.matrix_lr * cfg.muon_wd) - cfg.matrix_lr * max(1, rows / cols) ** 0.5 * x
+        weight = (
+            weight * (1 - cfg.matrix_lr * cfg.muon_wd)
+            - cfg.matrix_lr * max(1, rows / cols) ** 0.5 * x
+        )
     return weight
 
 
-@pytest.mark.parametrize("options", [{}, dict(muon_polar_express=True), dict(muon_row_normalize=True),
-                                     dict(muon_wd=0.1, muon_momentum=0.8, matrix_lr=0.3)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(muon_polar_express=True),
+        dict(muon_row_normalize=True),
+        dict(muon_wd=0.1, muon_momentum=0.8, matrix_lr=0.3),
+    ],
+    ids=str,
+)
 def test_muon_steps_as_its_definition_says(options):
     cfg, noise = config(**options), torch.Generator().manual_seed(0)
-    shapes = [(8, 8), (8, 24), (24, 8), (8, 24), (24, 8), (8, 24)]  # several of one shape share a batch
+    shapes = [
+        (8, 8),
+        (8, 24),
+        (24, 8),
+        (8, 24),
+        (24, 8),
+        (8, 24),
+    ]  # several of one shape share a batch
     params = [torch.nn.Parameter(torch.randn(s, generator=noise)) for s in shapes]
     starts, optimiser = [p.detach().clone() for p in params], Muon(params, cfg, CPU)
     grads = [[torch.randn(s, generator=noise) for s in shapes] for _ in range(3)]
@@ -71,20 +111,36 @@ def test_muon_steps_as_its_definition_says(options):
             p.grad = g.clone()
         optimiser.step()
     for i, p in enumerate(params):
-        assert torch.allclose(p, muon_reference(starts[i], [step[i] for step in grads], cfg), atol=2e-5), shapes[i]
+        assert torch.allclose(
+            p, muon_reference(starts[i], [step[i] for step in grads], cfg), atol=2e-5
+        ), shapes[i]
 
 
 def test_ranks_share_the_matrices_and_together_have_them_all():
     cfg, stack = config(), torch.randn((5, 8, 12), generator=torch.Generator().manual_seed(0))
     whole = Muon([torch.nn.Parameter(stack[0])], cfg, CPU).share(stack)
-    parts = [Muon([torch.nn.Parameter(stack[0])], cfg, CPU._replace(rank=r, world=8)).share(stack) for r in range(8)]
+    parts = [
+        Muon([torch.nn.Parameter(stack[0])], cfg, CPU._replace(rank=r, world=8)).share(stack)
+        for r in range(8)
+    ]
     assert torch.allclose(sum(parts), whole, atol=1e-6)
-    assert [int(part.abs().sum(dim=(1, 2)).gt(0).sum()) for part in parts] == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert [int(part.abs().sum(dim=(1, 2)).gt(0).sum()) for part in parts] == [
+        1,
+        1,
+        1,
+        1,
+        1,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_weight_decay_is_decoupled_and_exact():
     """Without gradient nothing but decay is left: every matrix, embedding and vector shrinks by 1 - lr * wd."""
-    cfg = config(muon_wd=0.1, adam_wd=0.2, embed_wd=0.3, matrix_lr=0.5, scalar_lr=0.25, tied_embed_lr=0.125)
+    cfg = config(
+        muon_wd=0.1, adam_wd=0.2, embed_wd=0.3, matrix_lr=0.5, scalar_lr=0.25, tied_embed_lr=0.125
+    )
     model = GPT(cfg)
     optimisers = train_gpt.make_optimisers(model, cfg, CPU)
     before = {n: p.detach().clone().fill_(2.0) for n, p in model.named_parameters()}
@@ -96,8 +152,11 @@ def test_weight_decay_is_decoupled_and_exact():
     for o in optimisers:
         o.step()
     for n, p in model.named_parameters():
-        rate = 0.125 * 0.3 if n in ("tok_emb.weight", "bigram.table.weight") else (
-            0.5 * 0.1 if n.endswith(".weight") else 0.25 * 0.2)
+        rate = (
+            0.125 * 0.3
+            if n in ("tok_emb.weight", "bigram.table.weight")
+            else (0.5 * 0.1 if n.endswith(".weight") else 0.25 * 0.2)
+        )
         assert torch.allclose(p, before[n] * (1 - rate), atol=1e-6), n
 
 
@@ -110,8 +169,12 @@ def test_every_parameter_is_in_exactly_one_group_and_muon_has_the_matrices(prese
     names = {id(p): n for n, p in model.named_parameters()}
     groups = [[names[id(p)] for p in g["params"]] for o in (muon, adam) for g in o.param_groups]
     assert sorted(sum(groups, [])) == sorted(names.values())
-    assert all(n.endswith(".weight") for n in groups[0]) and not any("tok_emb" in n or "table" in n for n in groups[0])
-    assert set(groups[1]) == {"tok_emb.weight"} | ({"bigram.table.weight"} if cfg.bigram_vocab_size else set())
+    assert all(n.endswith(".weight") for n in groups[0]) and not any(
+        "tok_emb" in n or "table" in n for n in groups[0]
+    )
+    assert set(groups[1]) == {"tok_emb.weight"} | (
+        {"bigram.table.weight"} if cfg.bigram_vocab_size else set()
+    )
     peaks = [g["peak_lr"] for o in (muon, adam) for g in o.param_groups]
     assert peaks == [cfg.matrix_lr, cfg.tied_embed_lr, cfg.scalar_lr]
     assert [g["betas"] for g in adam.param_groups] == [(cfg.beta1, cfg.beta2)] * 2
@@ -120,7 +183,10 @@ def test_every_parameter_is_in_exactly_one_group_and_muon_has_the_matrices(prese
 def test_a_new_parameter_is_found_without_being_named():
     """#212: SmearGate and BigramHash once were in no optimiser."""
     model = GPT(config())
-    model.vector, model.matrix = torch.nn.Parameter(torch.zeros(2)), torch.nn.Linear(16, 16, bias=False)
+    model.vector, model.matrix = (
+        torch.nn.Parameter(torch.zeros(2)),
+        torch.nn.Linear(16, 16, bias=False),
+    )
     muon, adam = train_gpt.make_optimisers(model, model.cfg, CPU)
     assert any(p is model.vector for p in adam.param_groups[1]["params"])
     assert any(p is model.matrix.weight for p in muon.param_groups[0]["params"])
@@ -151,8 +217,12 @@ def test_learning_rate_falls_linearly_over_the_last_part():
 
 
 def test_momentum_warms_up_linearly():
-    cfg = config(muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500)
-    assert [train_gpt.momentum_at(s, cfg) for s in (0, 750, 1500, 9000)] == pytest.approx([0.92, 0.955, 0.99, 0.99])
+    cfg = config(
+        muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500
+    )
+    assert [train_gpt.momentum_at(s, cfg) for s in (0, 750, 1500, 9000)] == pytest.approx(
+        [0.92, 0.955, 0.99, 0.99]
+    )
     assert train_gpt.momentum_at(0, config(muon_momentum=0.9, muon_momentum_warmup_steps=0)) == 0.9
 
 
@@ -172,7 +242,9 @@ def test_swa_is_the_plain_mean_of_what_it_says():
     taken = [12, 15, 18]  # multiples of 3 from step 10 on
     assert averages.swa_count == 3
     swa = averages.candidates()["swa"][0]
-    assert swa.dtype == torch.float32 and torch.allclose(swa, torch.full((3,), sum(taken) / 20 / 3), atol=1e-6)
+    assert swa.dtype == torch.float32 and torch.allclose(
+        swa, torch.full((3,), sum(taken) / 20 / 3), atol=1e-6
+    )
     assert Averages().candidates() == {}
 
 
@@ -180,7 +252,9 @@ def test_swa_sums_in_fp32_whatever_the_number():
     averages, param = Averages(), torch.nn.Parameter(torch.full((2,), 1.001))
     for step in range(1, 2001):
         averages.update([param], step, 0.9, config(swa_start_frac=0.5, swa_every=1))
-    assert torch.allclose(averages.candidates()["swa"][0], param.detach(), rtol=1e-4)  # bf16 would stop at 256
+    assert torch.allclose(
+        averages.candidates()["swa"][0], param.detach(), rtol=1e-4
+    )  # bf16 would stop at 256
 
 
 def test_ema_of_constant_steps_has_its_closed_form():
@@ -214,7 +288,9 @@ def test_ema_does_not_depend_on_the_length_of_the_run_in_steps():
         averages = Averages()
         followed(averages, config(ema_decay=0.999), steps, weight=lambda part: part**2)
         ends.append(averages.candidates()["ema"][0][0].item())
-    assert ends[0] == pytest.approx(ends[2], abs=0.02) and ends[1] == pytest.approx(ends[2], abs=0.002)
+    assert ends[0] == pytest.approx(ends[2], abs=0.02) and ends[1] == pytest.approx(
+        ends[2], abs=0.002
+    )
     # It trails: d/dp of the mean is 7 (w - mean), so at the end it is 1 - 2/7 + 2/49 (1 - e^-7).
     assert ends[2] == pytest.approx(1 - 2 / 7 + 2 / 49 * (1 - math.exp(-7)), abs=1e-3)
 

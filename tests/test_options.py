@@ -8,9 +8,13 @@ from fairway.options import Parser, need_place, save_json
 from train_gpt import UserError
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--count", "x"], "argument --count: invalid int value: 'x'; see --help"),
-    (["--what"], "unrecognized arguments: --what; see --help")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--count", "x"], "argument --count: invalid int value: 'x'; see --help"),
+        (["--what"], "unrecognized arguments: --what; see --help"),
+    ],
+)
 def test_a_mistake_is_one_line_that_somebody_catches(arguments, message):
     parser = Parser()
     parser.add_argument("--count", type=int)
@@ -28,7 +32,12 @@ def test_a_part_of_an_options_name_is_a_mistake():
 
 def test_a_file_that_cannot_be_written_is_told_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (None, str(tmp_path / "x.json"), str(tmp_path / "new" / "x.json"), str(tmp_path / "file")):
+    for path in (
+        None,
+        str(tmp_path / "x.json"),
+        str(tmp_path / "new" / "x.json"),
+        str(tmp_path / "file"),
+    ):
         need_place(path)
     for path in (str(tmp_path), str(tmp_path / "file" / "x.json")):
         with pytest.raises(UserError, match="cannot be written there; name another file"):

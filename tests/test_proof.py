@@ -39,7 +39,10 @@ def cfg(artifact, corpus) -> EvalConfig:
 
 def scored(cfg: EvalConfig) -> tuple[np.ndarray, np.ndarray]:
     """The split's first tokens, and what was counted for them: as eval_final.py does, from the whole split."""
-    text, rt = load_text(cfg, loaded := read_artifact(cfg.checkpoint)), Runtime(0, 1, torch.device("cpu"), "cpu")
+    text, rt = (
+        load_text(cfg, loaded := read_artifact(cfg.checkpoint)),
+        Runtime(0, 1, torch.device("cpu"), "cpu"),
+    )
     scorer = MixedScorer(adapting(build_model(loaded), cfg, rt), cfg, text.table)
     return text.tokens[:COUNT], scorer.score(text.tokens)[: COUNT - 1]
 
@@ -71,10 +74,17 @@ def test_a_score_is_decoded_at_the_price_that_it_claims(counted, proved):
     assert header.count == COUNT - 1 and header.experts == dict(eval_stride=8)
 
 
-@pytest.mark.parametrize("settings", [dict(eval_mode="cached", mix_weights="exponential"),
-                                      pytest.param(dict(eval_documents=True, expert_reset=True, mix_mode="log",
-                                                        mix_rate=0.1), marks=pytest.mark.slow)],
-                         ids=["cached-exponential", "documents-log"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(eval_mode="cached", mix_weights="exponential"),
+        pytest.param(
+            dict(eval_documents=True, expert_reset=True, mix_mode="log", mix_rate=0.1),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["cached-exponential", "documents-log"],
+)
 def test_so_is_one_by_other_settings(cfg, settings):
     """In this process: what another one adds is the same for all."""
     cfg, told = replace(cfg, **settings), []
@@ -88,7 +98,9 @@ def test_so_is_one_by_other_settings(cfg, settings):
 
 def test_a_score_that_claims_too_much_is_found_out(counted, proved):
     tokens, details = counted[0], proved[1].details
-    lifted = proof.verdict(tokens, tokens.copy(), 0.9 * details["claimed_bits"], details["file_bits"], 0.0)
+    lifted = proof.verdict(
+        tokens, tokens.copy(), 0.9 * details["claimed_bits"], details["file_bits"], 0.0
+    )
     assert lifted.verdict == "FAIL" and lifted.details["ratio"] > 1.1
 
 
@@ -99,8 +111,13 @@ def test_other_tokens_or_none_are_a_failure(counted):
     assert proof.verdict(tokens, tokens.copy(), 1000.0, 1500, 0.0).verdict == "ok"
     assert "decoded other tokens" in proof.verdict(tokens, changed, 1000.0, 1500, 0.0).figure
     stopped = proof.verdict(tokens, "proof: error: no", 1000.0, 1500, 0.0)
-    assert stopped.verdict == "FAIL" and stopped.figure == "another process could not decode: proof: error: no"
-    assert proof.verdict(tokens, tokens.copy(), 1000.0, 1514, 0.0).verdict == "FAIL"  # 1001 + 512, and a bit
+    assert (
+        stopped.verdict == "FAIL"
+        and stopped.figure == "another process could not decode: proof: error: no"
+    )
+    assert (
+        proof.verdict(tokens, tokens.copy(), 1000.0, 1514, 0.0).verdict == "FAIL"
+    )  # 1001 + 512, and a bit
 
 
 def test_the_decoder_writes_the_shard_that_was_encoded(artifact, proved, counted, tmp_path, capsys):
@@ -113,22 +130,43 @@ def test_what_cannot_be_decoded_is_one_line(artifact, proved, tmp_path, capsys):
     out, data = tmp_path / "tokens.bin", proved[0].read_bytes()
     (tmp_path / "flipped.fwy").write_bytes(data[:60] + bytes([data[60] ^ 4]) + data[61:])
     (tmp_path / "cut.fwy").write_bytes(data[:-4])
-    for name, why in (("flipped.fwy", "checksum"), ("cut.fwy", "checksum"), ("absent.fwy", "No such file")):
-        assert proof.main(["--artifact", str(artifact), str(tmp_path / name), "--out", str(out)]) == 1
+    for name, why in (
+        ("flipped.fwy", "checksum"),
+        ("cut.fwy", "checksum"),
+        ("absent.fwy", "No such file"),
+    ):
+        assert (
+            proof.main(["--artifact", str(artifact), str(tmp_path / name), "--out", str(out)]) == 1
+        )
         error = capsys.readouterr().err
-        assert error.startswith("proof: error: ") and why in error and error.count("\n") == 1 and not out.exists()
+        assert (
+            error.startswith("proof: error: ")
+            and why in error
+            and error.count("\n") == 1
+            and not out.exists()
+        )
 
 
 def test_the_error_of_another_process_is_told(cfg, corpus, proved, tmp_path):
     other = replace(cfg, checkpoint=str(make_artifact(tmp_path / "b.ptz", corpus, num_layers=1)))
     said = proof.decoded_elsewhere(other, proved[0])
-    assert isinstance(said, str) and said.startswith("proof: error: ") and "was made with artifact" in said
+    assert (
+        isinstance(said, str)
+        and said.startswith("proof: error: ")
+        and "was made with artifact" in said
+    )
 
 
 def test_a_tokenizer_beside_the_shards_is_found_and_what_cannot_be_written_is_said_before_it_is_coded(
-        cfg, corpus, tmp_path):
-    bare, rt = make_artifact(tmp_path / "bare.ptz", corpus, inside=False), Runtime(0, 1, torch.device("cpu"), "cpu")
-    settings = replace(cfg, checkpoint=str(bare), out_dir=str(tmp_path), eval_mode="cached", ngram_memory_mb=2305)
+    cfg, corpus, tmp_path
+):
+    bare, rt = (
+        make_artifact(tmp_path / "bare.ptz", corpus, inside=False),
+        Runtime(0, 1, torch.device("cpu"), "cpu"),
+    )
+    settings = replace(
+        cfg, checkpoint=str(bare), out_dir=str(tmp_path), eval_mode="cached", ngram_memory_mb=2305
+    )
     evaluation = Evaluation(settings, rt, Log(Config(out_dir=str(tmp_path)), rt, "eval"))
     (tmp_path / "eval").mkdir()
     with pytest.raises(UserError, match="NGRAM_MEMORY_MB is 2305; a bitstream may ask for 2304"):
@@ -140,9 +178,14 @@ def test_a_tokenizer_beside_the_shards_is_found_and_what_cannot_be_written_is_sa
 
 def test_a_model_that_trains_as_it_reads_is_refused_before_it_is_scored(cfg, tmp_path):
     rt = Runtime(0, 1, torch.device("cpu"), "cpu")
-    for settings, prove, why in ((dict(ttt="bias"), 100, "TTT is bias, but --prove"), (dict(), 1, "--prove is 1"),
-                                 (dict(), -5, "--prove is -5")):
-        evaluation = Evaluation(replace(cfg, **settings), rt, Log(Config(out_dir=str(tmp_path)), rt, "eval"))
+    for settings, prove, why in (
+        (dict(ttt="bias"), 100, "TTT is bias, but --prove"),
+        (dict(), 1, "--prove is 1"),
+        (dict(), -5, "--prove is -5"),
+    ):
+        evaluation = Evaluation(
+            replace(cfg, **settings), rt, Log(Config(out_dir=str(tmp_path)), rt, "eval")
+        )
         with pytest.raises(UserError, match=why):
             evaluation.run(False, prove)
         assert not (tmp_path / "eval").exists()

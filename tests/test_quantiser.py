@@ -45,7 +45,10 @@ def gptq(w: torch.Tensor, hessian: torch.Tensor, k: float, bits: int, **options)
 def normal(*shape, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
     """Rows of normal weights, each of its own spread."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator) * (spread * torch.randn(shape[0], 1, generator=generator)).exp()
+    return (
+        torch.randn(shape, generator=generator)
+        * (spread * torch.randn(shape[0], 1, generator=generator)).exp()
+    )
 
 
 @st.composite
@@ -59,6 +62,7 @@ def weights(draw):
 
 
 # ---- Steps and codes -------------------------------------------------------------------------------------------------
+
 
 def test_levels():
     assert [levels(bits) for bits in BITS] == [7, 15, 31, 63, 127]
@@ -94,7 +98,9 @@ def test_steps_scale_with_k_down_to_the_least(bits):
     w, least = normal(50, 64), LEAST_K[bits]
     assert torch.equal(row_steps(w, least / 2, bits), row_steps(w, least, bits))
     assert torch.allclose(row_steps(w, 2 * least, bits), 2 * row_steps(w, least, bits), rtol=2**-7)
-    assert torch.equal(row_steps(4 * w, 9.0, bits), 4 * row_steps(w, 9.0, bits))  # a power of two is exact in bf16
+    assert torch.equal(
+        row_steps(4 * w, 9.0, bits), 4 * row_steps(w, 9.0, bits)
+    )  # a power of two is exact in bf16
 
 
 @pytest.mark.parametrize("bits", [*BITS, PLAIN_BITS])
@@ -119,37 +125,62 @@ def test_rounding_on_one_grid_is_idempotent(w, bits, k):
 def test_the_least_k_clips_few_normal_weights(bits):
     w = normal(200, 512)
     clipped = (w.abs() > (levels(bits) + 0.5) * row_steps(w, 0.0, bits)).float().mean()
-    assert clipped < (0.015 if bits == 4 else 0.005)  # four bits gain more from finer steps than they lose at the ends
+    assert clipped < (
+        0.015 if bits == 4 else 0.005
+    )  # four bits gain more from finer steps than they lose at the ends
 
 
 def test_more_bits_and_smaller_k_err_less():
     w = normal(64, 256)
+
     def errors(tried):
         return [float((rounded(w, k, bits) - w).norm()) for k, bits in tried]
-    by_bits, by_k = errors([(6.0, b) for b in BITS]), errors([(k, 6) for k in (5.0, 8.0, 16.0, 60.0)])
+
+    by_bits, by_k = (
+        errors([(6.0, b) for b in BITS]),
+        errors([(k, 6) for k in (5.0, 8.0, 16.0, 60.0)]),
+    )
     assert by_bits == sorted(by_bits, reverse=True) and by_k == sorted(by_k)
 
 
 def test_halves_are_never_infinite():
     w = torch.tensor([1e9, -1e9, 65504.0, 65520.0, 1e-9, 0.1])
-    assert quantise(w, 1.0, PLAIN_BITS).weight().tolist() == [65504.0, -65504.0, 65504.0, 65504.0, 0.0, 0.0999755859375]
+    assert quantise(w, 1.0, PLAIN_BITS).weight().tolist() == [
+        65504.0,
+        -65504.0,
+        65504.0,
+        65504.0,
+        0.0,
+        0.0999755859375,
+    ]
 
 
 def test_bits_by_name():
-    cfg = Config(**PRESETS["frontier"] | dict(attn_bits=4, mlp_bits=5, embed_bits=7, loop_adaln=True))
+    cfg = Config(
+        **PRESETS["frontier"] | dict(attn_bits=4, mlp_bits=5, embed_bits=7, loop_adaln=True)
+    )
     with torch.device("meta"):
         bits = {name: tensor_bits(name, cfg) for name, _ in GPT(cfg).named_parameters()}
-    assert {n for n, b in bits.items() if b == 7} == {"tok_emb.weight", "bigram.table.weight", "bigram.proj.weight"}
+    assert {n for n, b in bits.items() if b == 7} == {
+        "tok_emb.weight",
+        "bigram.table.weight",
+        "bigram.proj.weight",
+    }
     four = {n.split(".", 2)[2] for n, b in bits.items() if b == 4}
     assert four == {f"attn.{x}.weight" for x in ("q", "k", "v", "proj")}
-    assert {n.split(".", 2)[2] for n, b in bits.items() if b == 5} == {"mlp.fc.weight", "mlp.proj.weight"}
+    assert {n.split(".", 2)[2] for n, b in bits.items() if b == 5} == {
+        "mlp.fc.weight",
+        "mlp.proj.weight",
+    }
     assert all(n.endswith(".weight") == (b != PLAIN_BITS) for n, b in bits.items())
     assert {"skip_weights", "smear.gate", "blocks.0.attn.q_gain"} <= bits.keys()
 
 
 # ---- Sizes -----------------------------------------------------------------------------------------------------------
 
-CFG = Config(**PRESETS["smoke"] | dict(model_dim=128, num_layers=3, attn_bits=6, mlp_bits=5, embed_bits=8))
+CFG = Config(
+    **PRESETS["smoke"] | dict(model_dim=128, num_layers=3, attn_bits=6, mlp_bits=5, embed_bits=8)
+)
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +188,10 @@ def gaussian() -> dict[str, torch.Tensor]:
     """The parameters of a small model, all normal: some 570,000 weights."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in GPT(CFG).named_parameters()}
-    return {name: normal(*shape, seed=i, spread=0.3) if len(shape) > 1 else torch.ones(shape)
-            for i, (name, shape) in enumerate(shapes.items())}
+    return {
+        name: normal(*shape, seed=i, spread=0.3) if len(shape) > 1 else torch.ones(shape)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
 
 
 def test_entropy_of_known_codes():
@@ -200,6 +233,7 @@ def test_when_nothing_fits_it_is_the_largest(gaussian):
 
 # ---- GPTQ ------------------------------------------------------------------------------------------------------------
 
+
 def correlated(inputs: int, samples: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(inputs, inputs, generator=generator) * torch.linspace(2, 0.05, inputs)
@@ -207,13 +241,21 @@ def correlated(inputs: int, samples: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
-@pytest.mark.parametrize(("rows", "columns"), [(48, 96), (32, 300)])  # 300: across blocks, the last one short
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(48, 96), (32, 300)]
+)  # 300: across blocks, the last one short
 def test_gptq_moves_the_output_less_on_the_same_grid(bits, rows, columns):
     w, x, k = normal(rows, columns, seed=bits, spread=0.3), correlated(columns, 4 * columns, 7), 6.0
     step, codes = row_steps(w, k, bits), gptq(w, x.T @ x, k, bits)
+
     def moved(codes):
         return float((x @ (codes * step - w).T).square().sum())
-    assert codes.shape == w.shape and torch.equal(codes, codes.round()) and codes.abs().max() <= levels(bits)
+
+    assert (
+        codes.shape == w.shape
+        and torch.equal(codes, codes.round())
+        and codes.abs().max() <= levels(bits)
+    )
     assert moved(codes) < 0.8 * moved(to_codes(w, step, bits))
 
 
@@ -221,7 +263,9 @@ def test_gptq_moves_the_output_less_on_the_same_grid(bits, rows, columns):
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
 def test_gptq_is_nearest_when_inputs_do_not_correlate(bits, scale):
     w = normal(40, 200)
-    assert torch.equal(gptq(w, scale * torch.eye(200), 6.0, bits), to_codes(w, row_steps(w, 6.0, bits), bits))
+    assert torch.equal(
+        gptq(w, scale * torch.eye(200), 6.0, bits), to_codes(w, row_steps(w, 6.0, bits), bits)
+    )
 
 
 def test_gptq_permutes_back():

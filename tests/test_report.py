@@ -41,26 +41,60 @@ def write_artifact(folder: Path, tokenizer: bytes) -> str:
     import brotli
 
     stored = brotli.compress(tokenizer)
-    header = json.dumps(dict(
-        payload_bytes=900, tokenizer_bytes=len(stored), tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
-        tensors={"tok_emb.weight": [8, 64, 8], "blocks.0.mlp.fc.weight": [6, 16, 8], "blocks.0.gate": [16]})).encode()
-    whole = b"FAIRWAY\0" + (1).to_bytes(4, "little") + len(header).to_bytes(4, "little") + hashlib.sha256(
-        header).digest() + header + bytes(900) + stored
+    header = json.dumps(
+        dict(
+            payload_bytes=900,
+            tokenizer_bytes=len(stored),
+            tokenizer_sha256=hashlib.sha256(tokenizer).hexdigest(),
+            tensors={
+                "tok_emb.weight": [8, 64, 8],
+                "blocks.0.mlp.fc.weight": [6, 16, 8],
+                "blocks.0.gate": [16],
+            },
+        )
+    ).encode()
+    whole = (
+        b"FAIRWAY\0"
+        + (1).to_bytes(4, "little")
+        + len(header).to_bytes(4, "little")
+        + hashlib.sha256(header).digest()
+        + header
+        + bytes(900)
+        + stored
+    )
     (folder / "final_model.int6.ptz").write_bytes(whole)
     return hashlib.sha256(whole).hexdigest()
 
 
 def training(sha256: str = "", size: int = 1500) -> list[dict]:
     """The events of a training run of 40 logged steps."""
-    steps = [dict(event="train", step=s, tokens=64 * s, seconds=0.5 * s, loss=3 + 4 / s) for s in range(1, 41)]
+    steps = [
+        dict(event="train", step=s, tokens=64 * s, seconds=0.5 * s, loss=3 + 4 / s)
+        for s in range(1, 41)
+    ]
     return [
-        dict(event="start", settings=dict(seed=7), device="cpu", world_size=1, sha256=dict(code="c0de")),
-        dict(event="model", parameters=700, tensors={"tok_emb.weight": [64, 8]}), *steps,
-        dict(event="qat", step=20), dict(event="val", step=40, loss=3.2, bpb=1.7, seconds=20.0),
-        dict(event="quantised", tensors={"tok_emb.weight": [0.04, 6.5], "blocks.0.mlp.fc.weight": [0.03, 5.1],
-                                         "blocks.1.mlp.fc.weight": [0.05, 5.2]}),
+        dict(
+            event="start",
+            settings=dict(seed=7),
+            device="cpu",
+            world_size=1,
+            sha256=dict(code="c0de"),
+        ),
+        dict(event="model", parameters=700, tensors={"tok_emb.weight": [64, 8]}),
+        *steps,
+        dict(event="qat", step=20),
+        dict(event="val", step=40, loss=3.2, bpb=1.7, seconds=20.0),
+        dict(
+            event="quantised",
+            tensors={
+                "tok_emb.weight": [0.04, 6.5],
+                "blocks.0.mlp.fc.weight": [0.03, 5.1],
+                "blocks.1.mlp.fc.weight": [0.05, 5.2],
+            },
+        ),
         dict(event="artifact", bytes=size, code_bytes=500, codec="brotli", sha256=sha256),
-        dict(event="final", loss=3.25, bpb=1.71, tokens=64, bytes=200)]
+        dict(event="final", loss=3.25, bpb=1.71, tokens=64, bytes=200),
+    ]
 
 
 def write_run(folder: Path, run_id: str, corpus, seed: int) -> Path:
@@ -77,19 +111,38 @@ def write_run(folder: Path, run_id: str, corpus, seed: int) -> Path:
     for name, column in (("columns/sliding/logp.npy", neural), ("final_logp.npy", mixture)):
         (folder / "eval" / name).parent.mkdir(parents=True, exist_ok=True)
         np.save(folder / "eval" / name, column)
-    ladder = [dict(name=name, loss=-float(c.mean()), bpb=-float(c.mean()) / 2)
-              for name, c in (("neural, sliding", neural), ("+ experts, mixed: final", mixture))]
-    verdicts = [dict(rule="causal", verdict="ok", figure="49 cuts"), dict(rule="sizes", verdict="FAIL", figure="<b>")]
-    write_json(folder / "eval/score.json", dict(
-        val_bpb=ladder[-1]["bpb"], val_loss=ladder[-1]["loss"], tokens=rows, bytes=2 * rows, ladder=ladder,
-        ablation=[dict(name="+ ngram", bpb=1.6), dict(name="all, log", bpb=1.65)],
-        correction=dict(oracle_bpb=1.1, charged_bpb=1.9), seconds=dict(load=1.0),
-        sizes=dict(artifact=size, code={"train_gpt.py": 400, "fairway/experts/match.py": 90}),
-        sha256=dict(artifact=sha256, data=hashlib.sha256(tokens).hexdigest(),
-                    tokenizer=hashlib.sha256(model).hexdigest()),
-        settings=dict(eval_mode="sliding", ttt="none", val_files="", data_path=str(folder / "shards")),
-        weights=dict(experts=["neural", "ngram"], trace=[[0.7, 0.3], [0.6, 0.4], [0.5, 0.5]]),
-        certificate=dict(passed=False)))
+    ladder = [
+        dict(name=name, loss=-float(c.mean()), bpb=-float(c.mean()) / 2)
+        for name, c in (("neural, sliding", neural), ("+ experts, mixed: final", mixture))
+    ]
+    verdicts = [
+        dict(rule="causal", verdict="ok", figure="49 cuts"),
+        dict(rule="sizes", verdict="FAIL", figure="<b>"),
+    ]
+    write_json(
+        folder / "eval/score.json",
+        dict(
+            val_bpb=ladder[-1]["bpb"],
+            val_loss=ladder[-1]["loss"],
+            tokens=rows,
+            bytes=2 * rows,
+            ladder=ladder,
+            ablation=[dict(name="+ ngram", bpb=1.6), dict(name="all, log", bpb=1.65)],
+            correction=dict(oracle_bpb=1.1, charged_bpb=1.9),
+            seconds=dict(load=1.0),
+            sizes=dict(artifact=size, code={"train_gpt.py": 400, "fairway/experts/match.py": 90}),
+            sha256=dict(
+                artifact=sha256,
+                data=hashlib.sha256(tokens).hexdigest(),
+                tokenizer=hashlib.sha256(model).hexdigest(),
+            ),
+            settings=dict(
+                eval_mode="sliding", ttt="none", val_files="", data_path=str(folder / "shards")
+            ),
+            weights=dict(experts=["neural", "ngram"], trace=[[0.7, 0.3], [0.6, 0.4], [0.5, 0.5]]),
+            certificate=dict(passed=False),
+        ),
+    )
     write_json(folder / "eval/certificate.json", dict(passed=False, rules=verdicts))
     return folder
 
@@ -116,7 +169,9 @@ class Outline(HTMLParser):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, corpus) -> list[Path]:
     base = tmp_path_factory.mktemp("runs")
-    return [write_run(base / f"run{i}", name, corpus, i) for i, name in enumerate([HOSTILE, "_second"])]
+    return [
+        write_run(base / f"run{i}", name, corpus, i) for i, name in enumerate([HOSTILE, "_second"])
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +188,9 @@ def text(report) -> str:
 # ==== THE PAGE ========================================================================================================
 def test_a_page_is_small_and_leans_on_nothing(report, text):
     assert report.stat().st_size < 1_500_000
-    assert not re.search(r"https?:|@import|url\((?!#)|<script|<link|<iframe|\bsrc=|javascript:|\bon\w+=", text)
+    assert not re.search(
+        r"https?:|@import|url\((?!#)|<script|<link|<iframe|\bsrc=|javascript:|\bon\w+=", text
+    )
     links = [a["href"] for a in Outline(text).all("a")]
     assert links and all(link.startswith("#") and f'id="{link[1:]}"' in text for link in links)
 
@@ -141,11 +198,19 @@ def test_a_page_is_small_and_leans_on_nothing(report, text):
 def test_every_figure_is_there_in_two_shapes_and_says_its_finding(text):
     page = Outline(text)
     pictures = page.all("svg")
-    assert len(pictures) == 2 * len(FIGURES) and len(page.all("figure")) == len(page.all("figcaption")) == len(FIGURES)
+    assert len(pictures) == 2 * len(FIGURES) and len(page.all("figure")) == len(
+        page.all("figcaption")
+    ) == len(FIGURES)
     assert all(p["role"] == "img" and re.search(r"\d", p["aria-label"]) for p in pictures)
     assert [p["class"] for p in pictures] == ["wide", "narrow"] * len(FIGURES)
     assert "missing" not in [p.get("class") for p in page.all("p")]
-    assert {h for h in ("h1", "h2", "h3", "nav", "main") if page.all(h)} == {"h1", "h2", "h3", "nav", "main"}
+    assert {h for h in ("h1", "h2", "h3", "nav", "main") if page.all(h)} == {
+        "h1",
+        "h2",
+        "h3",
+        "nav",
+        "main",
+    }
     assert all(cell["scope"] in ("row", "col") for cell in page.all("th"))
 
 
@@ -194,7 +259,9 @@ def test_numbers_are_those_of_the_run(text, folders):
 def test_pictures_lie_beside_the_page(report):
     names = sorted(p.name for p in report.parent.iterdir())
     assert names == sorted(["report.html", *(f"report_{figure.key}.png" for figure in FIGURES)])
-    assert all((report.parent / n).read_bytes()[:4] == b"\x89PNG" for n in names if n.endswith("png"))
+    assert all(
+        (report.parent / n).read_bytes()[:4] == b"\x89PNG" for n in names if n.endswith("png")
+    )
 
 
 # ==== WHAT IS NOT THERE ===============================================================================================
@@ -206,7 +273,10 @@ def test_what_is_missing_costs_its_figure_and_is_named_and_bytes_repeat(tmp_path
         (tmp_path / out).mkdir()
         (tmp_path / out / "report_ladder.png").write_bytes(b"an older report's")
         pages.append(write_report([tmp_path / "run"], tmp_path / out).read_text())
-        assert {p.name for p in (tmp_path / out).glob("*.png")} == {"report_loss_time.png", "report_loss_tokens.png"}
+        assert {p.name for p in (tmp_path / out).glob("*.png")} == {
+            "report_loss_time.png",
+            "report_loss_tokens.png",
+        }
     assert pages[0] == pages[1]
     for name in ("report_loss_time.png", "report_loss_tokens.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -219,20 +289,45 @@ WITH_TOKENS = {"by_document", "by_rank", "passages"}
 WITH_LOSSES = WITH_TOKENS | {"by_split"}
 
 
-@pytest.mark.parametrize(("break_it", "figures", "said"), [
-    (lambda f: shutil.rmtree(f / "shards"), WITH_TOKENS, "no shards match"),
-    (lambda f: (f / "shards/tiny_val_000000.bin").write_bytes(b"0123456789"), WITH_TOKENS, "not those"),
-    (lambda f: write_shard(f / "shards/tiny_val_000000.bin", np.full(9, BOS_ID)), WITH_TOKENS, "not those"),
-    (lambda f: (f / "eval/final_logp.npy").write_bytes(b"\x93NUMPY\1\0v\0{"), WITH_LOSSES, "rows"),
-    (lambda f: (f / "eval/final_logp.npy").write_bytes(b""), WITH_LOSSES, "rows"),
-    (lambda f: np.save(f / "eval/final_logp.npy", np.array([{}])), WITH_LOSSES, "rows"),
-    (lambda f: np.save(f / "eval/final_logp.npy", np.load(f / "eval/final_logp.npy") * math.nan), WITH_LOSSES,
-     "another evaluation"),
-    (lambda f: (f / "eval/score.json").write_text('{"val_bpb": NaN}'), WITH_LOSSES | {"ladder", "weights"},
-     "eval_final.py"),
-    (lambda f: (f / "final_model.int6.ptz").unlink(), {"passages"}, "no tokenizer"),
-])
-def test_damage_costs_the_figures_that_need_what_is_damaged(folders, tmp_path, break_it, figures, said):
+@pytest.mark.parametrize(
+    ("break_it", "figures", "said"),
+    [
+        (lambda f: shutil.rmtree(f / "shards"), WITH_TOKENS, "no shards match"),
+        (
+            lambda f: (f / "shards/tiny_val_000000.bin").write_bytes(b"0123456789"),
+            WITH_TOKENS,
+            "not those",
+        ),
+        (
+            lambda f: write_shard(f / "shards/tiny_val_000000.bin", np.full(9, BOS_ID)),
+            WITH_TOKENS,
+            "not those",
+        ),
+        (
+            lambda f: (f / "eval/final_logp.npy").write_bytes(b"\x93NUMPY\1\0v\0{"),
+            WITH_LOSSES,
+            "rows",
+        ),
+        (lambda f: (f / "eval/final_logp.npy").write_bytes(b""), WITH_LOSSES, "rows"),
+        (lambda f: np.save(f / "eval/final_logp.npy", np.array([{}])), WITH_LOSSES, "rows"),
+        (
+            lambda f: np.save(
+                f / "eval/final_logp.npy", np.load(f / "eval/final_logp.npy") * math.nan
+            ),
+            WITH_LOSSES,
+            "another evaluation",
+        ),
+        (
+            lambda f: (f / "eval/score.json").write_text('{"val_bpb": NaN}'),
+            WITH_LOSSES | {"ladder", "weights"},
+            "eval_final.py",
+        ),
+        (lambda f: (f / "final_model.int6.ptz").unlink(), {"passages"}, "no tokenizer"),
+    ],
+)
+def test_damage_costs_the_figures_that_need_what_is_damaged(
+    folders, tmp_path, break_it, figures, said
+):
     folder = shutil.copytree(folders[0], tmp_path / "run")
     score = json.loads((folder / "eval/score.json").read_text())
     score["settings"]["data_path"] = str(folder / "shards")
@@ -245,7 +340,11 @@ def test_damage_costs_the_figures_that_need_what_is_damaged(folders, tmp_path, b
 
 
 def test_no_run_and_too_many_are_refused_in_one_line(tmp_path, folders):
-    for runs, message in (([], "no run is named"), (folders * 5, "10 runs"), ([tmp_path / "none"], "no folder")):
+    for runs, message in (
+        ([], "no run is named"),
+        (folders * 5, "10 runs"),
+        ([tmp_path / "none"], "no folder"),
+    ):
         with pytest.raises(RecordError, match=message):
             write_report(runs, tmp_path)
     (tmp_path / "file").write_text("")
@@ -256,15 +355,29 @@ def test_no_run_and_too_many_are_refused_in_one_line(tmp_path, folders):
 
 # ==== HOSTILE RUNS ====================================================================================================
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=9)
     | st.sampled_from([10**30, -1, "NaN", 1e308, "\ud800", "</p>"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
 
 
 def spots(value, path=()):
     """Where a JSON document may be changed."""
     yield path
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, part in inner:
         yield from spots(part, (*path, key))
 
@@ -282,7 +395,13 @@ def changed(value, path, new):
 def test_any_value_in_place_of_another_gives_figures_or_a_line(folders, choice, new, which):
     run = read_run(folders[0])
     found = run.score if which else run.events
-    run = run._replace(**{"score" if which else "events": changed(found, choice.choice(list(spots(found))[1:]), new)})
+    run = run._replace(
+        **{
+            "score" if which else "events": changed(
+                found, choice.choice(list(spots(found))[1:]), new
+            )
+        }
+    )
     run = run._replace(events=[e for e in run.events if isinstance(e, dict)])
     taken = take(run, 1)
     for figure in FIGURES:
@@ -295,7 +414,11 @@ def test_numbers_and_words_of_any_json_are_tame():
     assert all(math.isnan(data.number(v)) for v in (None, True, "1", [], {}, 10**400, 1e300))
     assert (data.number(3), data.whole(3)) == (3.0, 3)
     assert all(data.whole(v) is None for v in (-1, True, 1 << 60, 1.0, "1"))
-    assert data.words("a\nb\x00\u202e<") == "a b  <" and data.words({}) == "" and len(data.words("x" * 10**6)) == 80
+    assert (
+        data.words("a\nb\x00\u202e<") == "a b  <"
+        and data.words({}) == ""
+        and len(data.words("x" * 10**6)) == 80
+    )
 
 
 # ==== PARTS ===========================================================================================================
@@ -305,8 +428,13 @@ def test_rectangles_fill_the_whole_and_have_their_areas(sizes):
 
     sizes = sorted(sizes, reverse=True)
     boxes = squarified(sizes, 0, 0, 300, 200)
-    assert np.allclose([w * h for _, _, w, h in boxes], np.array(sizes) * 60_000 / sum(sizes), rtol=1e-6)
-    assert all(-1e-6 <= x and x + w <= 300 + 1e-6 and -1e-6 <= y and y + h <= 200 + 1e-6 for x, y, w, h in boxes)
+    assert np.allclose(
+        [w * h for _, _, w, h in boxes], np.array(sizes) * 60_000 / sum(sizes), rtol=1e-6
+    )
+    assert all(
+        -1e-6 <= x and x + w <= 300 + 1e-6 and -1e-6 <= y and y + h <= 200 + 1e-6
+        for x, y, w, h in boxes
+    )
 
 
 def test_a_smoothed_line_goes_through_lonely_points_and_between_crowded_ones():
@@ -321,8 +449,11 @@ def test_a_smoothed_line_goes_through_lonely_points_and_between_crowded_ones():
 def test_loss_by_place_is_the_mean_of_the_right_tokens(monkeypatch, part):
     monkeypatch.setattr(split, "PART", part)
     run = split.Source.__new__(split.Source)
-    run.__dict__.update(rows=5, tokens=np.array([BOS_ID, 5, 5, BOS_ID, 5, 6], "<u2"),
-                        columns={"mixture": -np.array([1.0, 2.0, 8.0, 3.0, 4.0])})
+    run.__dict__.update(
+        rows=5,
+        tokens=np.array([BOS_ID, 5, 5, BOS_ID, 5, 6], "<u2"),
+        columns={"mixture": -np.array([1.0, 2.0, 8.0, 3.0, 4.0])},
+    )
     found = split.by_document(run)["mixture"]
     assert found.x.tolist() == [1, 2, 3] and found.mean.tolist() == [2.0, 3.0, 8.0]
     found = split.by_rank(run)["mixture"]  # 5 comes first, then 1 and 6
@@ -336,7 +467,9 @@ def test_the_worst_passages_are_the_dearest_windows_and_bytes_come_together(corp
     run = split.Source.__new__(split.Source)
     logp = np.full(400, -1.0)
     logp[120:168], logp[240:288] = -5.0, -3.0
-    run.__dict__.update(rows=400, tokens=np.full(401, pieces[0], "<u2"), tokenizer=corpus.tokenizer, mixture=logp)
+    run.__dict__.update(
+        rows=400, tokens=np.full(401, pieces[0], "<u2"), tokenizer=corpus.tokenizer, mixture=logp
+    )
     found = split.worst_passages(run, 2)
     assert [(p.first, round(p.mean * math.log(2), 6)) for p in found] == [(120, 5.0), (240, 3.0)]
 
@@ -346,8 +479,13 @@ def test_an_artifact_says_its_sizes_and_a_bomb_is_no_tokenizer(folders):
 
     run, unpacked = read_run(folders[0]), artifact.unpacked
     made = artifact.read_artifact(run)
-    assert made.payload_bytes == 900 and made.header_bytes + 900 + made.tokenizer_bytes == run.artifact.stat().st_size
-    assert unpacked(made.tokenizer)[:1] and unpacked(brotli.compress(bytes(1 << 24), quality=1)) == b""
+    assert (
+        made.payload_bytes == 900
+        and made.header_bytes + 900 + made.tokenizer_bytes == run.artifact.stat().st_size
+    )
+    assert (
+        unpacked(made.tokenizer)[:1] and unpacked(brotli.compress(bytes(1 << 24), quality=1)) == b""
+    )
     assert unpacked(made.tokenizer[:-2]) == unpacked(b"\xff\xff") == b""
 
 
@@ -355,7 +493,7 @@ def test_an_artifact_says_its_sizes_and_a_bomb_is_no_tokenizer(folders):
 def test_a_damaged_artifact_is_weighed_or_missing(folders, tmp_path_factory, at, byte, cut):
     run, path = read_run(folders[0]), tmp_path_factory.getbasetemp() / "damaged.ptz"
     whole = run.artifact.read_bytes()
-    path.write_bytes(whole[:at] if cut else whole[:at] + bytes([byte]) + whole[at + 1:])
+    path.write_bytes(whole[:at] if cut else whole[:at] + bytes([byte]) + whole[at + 1 :])
     try:
         assert artifact.read_artifact(run._replace(artifact=path)) == artifact.read_artifact(run)
     except data.Missing:
@@ -389,20 +527,41 @@ parent.postMessage("probe:" + JSON.stringify({
 @pytest.mark.parametrize("width", [400, 1400])
 def test_a_browser_shows_every_figure_within_the_page(text, tmp_path, width):
     """In a frame of that width, since a window has a least one; sizes are in CSS pixels."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if not chromium:
         pytest.skip("no chromium is installed")
     (tmp_path / "page.html").write_text(text.replace("</body>", PROBE + "</body>"))
     (tmp_path / "frame.html").write_text(
-        '<script>onmessage = e => document.title = e.data</script>'
-        f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe>')
+        "<script>onmessage = e => document.title = e.data</script>"
+        f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe>'
+    )
     done = subprocess.run(
-        [chromium, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-         "--enable-logging=stderr", "--window-size=1600,1000", "--virtual-time-budget=3000", "--dump-dom",
-         (tmp_path / "frame.html").as_uri()], capture_output=True, text=True, timeout=60)
+        [
+            chromium,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--window-size=1600,1000",
+            "--virtual-time-budget=3000",
+            "--dump-dom",
+            (tmp_path / "frame.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert "CONSOLE" not in done.stderr
     found = json.loads(html.unescape(re.search(r"probe:(.*?):probe", done.stdout)[1]))
     assert found["width"] == width and found["scroll"] <= width
-    assert len(found["figures"]) == len(FIGURES) and all(len(boxes) == 1 for boxes in found["figures"])
-    assert all(left >= 0 and right <= width and height > 100 for [(left, right, height)] in found["figures"])
+    assert len(found["figures"]) == len(FIGURES) and all(
+        len(boxes) == 1 for boxes in found["figures"]
+    )
+    assert all(
+        left >= 0 and right <= width and height > 100
+        for [(left, right, height)] in found["figures"]
+    )
     assert found["letter"] >= 14

@@ -18,14 +18,26 @@ def lay_out(folder, run_id="train", seed=1, blob=BLOB, scored=BLOB, at=0):
     (folder / "eval").mkdir(exist_ok=True)
     log = folder / "logs" / f"{run_id}.txt"
     log.write_text("step:1/1 train_loss:1.0\n")
-    events = [dict(event="start", settings=dict(seed=0)), dict(event="start", settings=dict(seed=seed)),
-              dict(event="artifact", sha256=digest)]
-    log.with_suffix(".jsonl").write_text("".join(json.dumps(e) + "\n" for e in events) + '{"event": "cut')
+    events = [
+        dict(event="start", settings=dict(seed=0)),
+        dict(event="start", settings=dict(seed=seed)),
+        dict(event="artifact", sha256=digest),
+    ]
+    log.with_suffix(".jsonl").write_text(
+        "".join(json.dumps(e) + "\n" for e in events) + '{"event": "cut'
+    )
     os.utime(log, (at, at))
     (folder / "final_model.int6.ptz").write_bytes(blob)
     (folder / "logs" / "eval.txt").write_text("val_bpb:1\n")
-    (folder / "eval" / "score.json").write_text(json.dumps(dict(
-        val_bpb=1.0, certificate=dict(passed=True), sha256=dict(artifact=hashlib.sha256(scored).hexdigest()))))
+    (folder / "eval" / "score.json").write_text(
+        json.dumps(
+            dict(
+                val_bpb=1.0,
+                certificate=dict(passed=True),
+                sha256=dict(artifact=hashlib.sha256(scored).hexdigest()),
+            )
+        )
+    )
     (folder / "eval" / "certificate.json").write_text('{"passed": true}')
     return log
 
@@ -34,8 +46,15 @@ def test_a_folder_and_its_log_name_the_same_run(tmp_path):
     log = lay_out(tmp_path, seed=42)
     run = read_run(tmp_path)
     assert run == read_run(log) == read_run(log.with_suffix(".jsonl"))
-    assert (run.run_id, run.seed, run.settings) == ("train", 42, {"seed": 42})  # the last start: that of a resumed run
-    assert run.artifact == tmp_path / "final_model.int6.ptz" and run.eval_log == tmp_path / "logs" / "eval.txt"
+    assert (run.run_id, run.seed, run.settings) == (
+        "train",
+        42,
+        {"seed": 42},
+    )  # the last start: that of a resumed run
+    assert (
+        run.artifact == tmp_path / "final_model.int6.ptz"
+        and run.eval_log == tmp_path / "logs" / "eval.txt"
+    )
     assert run.score["val_bpb"] == 1.0 and run.certificate == {"passed": True}
     assert len(run.all_events("start")) == 2 and run.event("final") == {}
 
@@ -70,7 +89,9 @@ def test_what_is_no_run_is_one_line(tmp_path, name):
         read_run(tmp_path / name)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"sha256": 3}', '{"sha256": {"artifact": []}}', "\0\1\2"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"sha256": 3}', '{"sha256": {"artifact": []}}', "\0\1\2"]
+)
 def test_damaged_scores_are_no_scores(tmp_path, content):
     lay_out(tmp_path)
     (tmp_path / "eval" / "score.json").write_text(content)

@@ -10,7 +10,16 @@ import pytest
 
 from fairway.coreml import host, layout
 from fairway.coreml.layout import Dims
-from fairway.coreml.manifest import DTYPES, FORMAT, HOST, NAME, TABLES, VERSION, Manifest, write_manifest
+from fairway.coreml.manifest import (
+    DTYPES,
+    FORMAT,
+    HOST,
+    NAME,
+    TABLES,
+    VERSION,
+    Manifest,
+    write_manifest,
+)
 from fairway.coreml.package import LISTING, MODEL, WEIGHTS
 from fairway.decoding.drafts import NGram
 
@@ -44,7 +53,9 @@ def code_of(source: str) -> str:
                 open_brackets.append(c)
             elif c in PAIRS.values():
                 opened = open_brackets.pop() if open_brackets else ""
-                assert PAIRS.get(opened) == c, f"{opened!r} is closed by {c!r}, after {''.join(out)[-60:]!r}"
+                assert PAIRS.get(opened) == c, (
+                    f"{opened!r} is closed by {c!r}, after {''.join(out)[-60:]!r}"
+                )
         at += 1
     assert not open_brackets, f"{open_brackets} are never closed"
     return "".join(out)
@@ -54,8 +65,11 @@ def structs_of(source: str) -> dict[str, dict[str, str]]:
     """Of each `struct NAME: Decodable`: its keys in JSON, and their types."""
     found = {}
     for name, body in re.findall(r"^struct (\w+): Decodable \{\n(.*?)^\}", source, re.M | re.S):
-        types = {one.strip(): kind.strip() for names, kind in re.findall(r"^ {4}let ([\w, ]+): ([^/\n]+)", body, re.M)
-                 for one in names.split(",")}
+        types = {
+            one.strip(): kind.strip()
+            for names, kind in re.findall(r"^ {4}let ([\w, ]+): ([^/\n]+)", body, re.M)
+            for one in names.split(",")
+        }
         keys = {}
         for case in re.findall(r"^ {8}case (.+)$", body, re.M):
             for one in case.split(","):
@@ -83,8 +97,14 @@ def check_kind(structs: dict, value: object, kind: str, where: str) -> None:
         for one in value:
             check_kind(structs, one, inner, where)
     else:
-        kinds = {"Int": (int,), "Double": (int, float), "Float": (int, float), "String": (str,), "Bool": (bool,),
-                 "Precision": (str,)}
+        kinds = {
+            "Int": (int,),
+            "Double": (int, float),
+            "Float": (int, float),
+            "String": (str,),
+            "Bool": (bool,),
+            "Precision": (str,),
+        }
         assert type(value) in kinds[kind], f"{where} is {value!r}, not {kind}"
         assert kind != "Precision" or value in cases_of(SWIFT), where
 
@@ -102,7 +122,10 @@ def check_keys(source: str, data: dict) -> None:
 
 def check_constants(source: str) -> None:
     def value(name: str) -> str:
-        return re.search(rf"^ *(?:static )?let {name}(?:: \w+)? = (.+?)(?:  //.*)?$", source, re.M)[1]
+        return re.search(rf"^ *(?:static )?let {name}(?:: \w+)? = (.+?)(?:  //.*)?$", source, re.M)[
+            1
+        ]
+
     assert float(value("masked")) == layout.MASKED
     assert float.fromhex(value("epsilon")) == host.EPS
     assert int(value("bos")) == host.BOS
@@ -111,23 +134,35 @@ def check_constants(source: str) -> None:
     tokens, buckets = np.random.default_rng(0).integers(0, 1 << 16, 500), 2039
     embed = host.Embedding({"embed": np.zeros((1, 1)), "bigram": np.zeros((buckets, 1))})
     current, previous = int(value("currentFactor")), int(value("previousFactor"))
-    hashed = [((current * b) ^ (previous * a)) % (buckets - 1) for a, b in zip(tokens, tokens[1:], strict=False)]
+    hashed = [
+        ((current * b) ^ (previous * a)) % (buckets - 1)
+        for a, b in zip(tokens, tokens[1:], strict=False)
+    ]
     assert embed.buckets(tokens).tolist() == [buckets - 1, *hashed]
     assert cases_of(source) == list(DTYPES)
     assert f'manifest.format == "{FORMAT}" && manifest.version == {VERSION},' in source
     root = json.loads(value("root"))
-    for name in (HOST, NAME, *(path.replace(root, r"\(root)") for path in (LISTING, MODEL, WEIGHTS))):
+    for name in (
+        HOST,
+        NAME,
+        *(path.replace(root, r"\(root)") for path in (LISTING, MODEL, WEIGHTS)),
+    ):
         assert f'"{name}"' in source, name
 
 
 def check_names(source: str, data: dict) -> None:
     """The runtime feeds what no shard gives, and takes the keys, values and logits that they do."""
     passes = range(len(data["dims"]["parted"]))
-    takes, gives = ({name for shard in data["shards"] for name in shard[way]} for way in ("inputs", "outputs"))
+    takes, gives = (
+        {name for shard in data["shards"] for name in shard[way]} for way in ("inputs", "outputs")
+    )
     letters = re.search(r'flatMap \{ \["(\w)\\\(\$0\)", "(\w)\\\(\$0\)"\] \}', source).groups()
     kept = {f"{letter}{nth}" for nth in passes for letter in letters}
     assert set(re.findall(r'have\["(\w+)"\] = ', source)) | kept == takes - gives
-    new, logits = (re.search(rf'try found\("{name}"', source) for name in (r"\\\(\$0\)(\w+)", r"(\w+)\\\(part\)"))
+    new, logits = (
+        re.search(rf'try found\("{name}"', source)
+        for name in (r"\\\(\$0\)(\w+)", r"(\w+)\\\(part\)")
+    )
     parts = range(len(data["split"]) - 1)
     assert {f"{name}{new[1]}" for name in kept} | {f"{logits[1]}{nth}" for nth in parts} <= gives
 
@@ -144,8 +179,23 @@ def written(tmp_path):
     """manifest.json of four passes, the last of them of two lanes, in two shards, and two parts of a vocabulary."""
     dims = Dims(8, 4, 2, 6, 2, 10, (False, False, True, True), 5)
     tables = {"embed": (10, 8), "bigram": (7, 8), "smear": (8,)}
-    write_manifest(tmp_path, Manifest("a" * 64, "b" * 64, dims, 1e4, "fp16", "none", "multifunction", (1, 4),
-                                      (0, 2, 4), (0, 5, 10), tables, {HOST: "c" * 64}))
+    write_manifest(
+        tmp_path,
+        Manifest(
+            "a" * 64,
+            "b" * 64,
+            dims,
+            1e4,
+            "fp16",
+            "none",
+            "multifunction",
+            (1, 4),
+            (0, 2, 4),
+            (0, 5, 10),
+            tables,
+            {HOST: "c" * 64},
+        ),
+    )
     return json.loads((tmp_path / NAME).read_text())
 
 
@@ -176,38 +226,64 @@ def test_the_reader_of_swift_sees_what_it_should():
     for wrong in ("f(]", "f(", ")", 'let a = "b\n"', 'let a = "\\(b"'):
         with pytest.raises(AssertionError):
             code_of(wrong)
-    struct = ('struct A: Decodable {\n    let b, c: [Int]  // d\n    let e: B\n\n    enum CodingKeys {\n'
-              '        case b, c\n        case e = "f"\n    }\n}\n')
+    struct = (
+        "struct A: Decodable {\n    let b, c: [Int]  // d\n    let e: B\n\n    enum CodingKeys {\n"
+        '        case b, c\n        case e = "f"\n    }\n}\n'
+    )
     assert structs_of(struct) == {"A": {"b": "[Int]", "c": "[Int]", "f": "B"}}
 
 
 # ---- Planted faults --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("right, wrong", [
-    ("36313", "36131"), ("27191", "27911"), ("masked: Float = -1e4", "masked: Float = -1e5"), ("0x1p-23", "0x1p-24"),
-    ("let bos = 1", "let bos = 0"), ("[12, 8, 6, 4, 3, 2, 1]", "[12, 8, 6, 4, 2, 1]"),
-    ('"embed", "bigram"', '"bigram", "embed"'), ('"fairway-coreml" &&', '"fairway" &&'),
-    ("manifest.version == 1", "manifest.version == 2"), ("fp16, fp32", "fp32"),
-    ("weights/weight.bin", "weights.bin"), ('"host.bin"', '"host.dat"')])
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("36313", "36131"),
+        ("27191", "27911"),
+        ("masked: Float = -1e4", "masked: Float = -1e5"),
+        ("0x1p-23", "0x1p-24"),
+        ("let bos = 1", "let bos = 0"),
+        ("[12, 8, 6, 4, 3, 2, 1]", "[12, 8, 6, 4, 2, 1]"),
+        ('"embed", "bigram"', '"bigram", "embed"'),
+        ('"fairway-coreml" &&', '"fairway" &&'),
+        ("manifest.version == 1", "manifest.version == 2"),
+        ("fp16, fp32", "fp32"),
+        ("weights/weight.bin", "weights.bin"),
+        ('"host.bin"', '"host.dat"'),
+    ],
+)
 def test_a_wrong_constant_is_found(right, wrong):
     assert right in SWIFT
     with pytest.raises(AssertionError):
         check_constants(SWIFT.replace(right, wrong))
 
 
-@pytest.mark.parametrize("right, wrong", [
-    ('"rope_base"', '"ropeBase"'), ("let ropeBase: Double", "let ropeBase: Int"),
-    ("let parted: [Bool]", "let parted: [Int]"), ("let sha256: [String: String]", "let sha256: [String]"),
-    ("slots: Int\n    let masked", "slot: Int\n    let masked"),
-    ("outputs: [String: [[Int]]]", "outputs: [String: [Int]]"), ("case width, head,", "case width,")])
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ('"rope_base"', '"ropeBase"'),
+        ("let ropeBase: Double", "let ropeBase: Int"),
+        ("let parted: [Bool]", "let parted: [Int]"),
+        ("let sha256: [String: String]", "let sha256: [String]"),
+        ("slots: Int\n    let masked", "slot: Int\n    let masked"),
+        ("outputs: [String: [[Int]]]", "outputs: [String: [Int]]"),
+        ("case width, head,", "case width,"),
+    ],
+)
 def test_a_key_that_is_not_written_or_of_another_kind_is_found(written, right, wrong):
     assert right in SWIFT
     with pytest.raises(AssertionError):
         check_keys(SWIFT.replace(right, wrong), written)
 
 
-@pytest.mark.parametrize("right, wrong", [
-    ('have["mask"]', 'have["masks"]'), ('["k\\($0)"', '["q\\($0)"'), ("_new", "_next"),
-    ("logits\\(part)", "logit\\(part)")])
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ('have["mask"]', 'have["masks"]'),
+        ('["k\\($0)"', '["q\\($0)"'),
+        ("_new", "_next"),
+        ("logits\\(part)", "logit\\(part)"),
+    ],
+)
 def test_a_wrong_name_is_found(written, right, wrong):
     assert right in SWIFT
     with pytest.raises(AssertionError):

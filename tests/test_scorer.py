@@ -31,17 +31,24 @@ from fairway.settings import EvalConfig
 from train_gpt import BOS_ID, Runtime, UserError, build_model, read_artifact, write_shard
 
 ALONE = Runtime(0, 1, torch.device("cpu"), "test")
-MODES = [dict(), dict(eval_mode="cached", mix_mode="log"),
-         pytest.param(dict(eval_stride=16, mix_mode="log", expert_reset=True), marks=pytest.mark.slow),
-         dict(eval_mode="cached", expert_reset=True, eval_documents=True)]
-each_mode = pytest.mark.parametrize("settings", MODES, ids=lambda s: "-".join(map(str, s.values())) or "default")
+MODES = [
+    dict(),
+    dict(eval_mode="cached", mix_mode="log"),
+    pytest.param(dict(eval_stride=16, mix_mode="log", expert_reset=True), marks=pytest.mark.slow),
+    dict(eval_mode="cached", expert_reset=True, eval_documents=True),
+]
+each_mode = pytest.mark.parametrize(
+    "settings", MODES, ids=lambda s: "-".join(map(str, s.values())) or "default"
+)
 
 
 @pytest.fixture(scope="session")
 def artifact(run_trainer, tmp_path_factory):
     """Of a model that has learnt a little: thirty steps."""
     folder = tmp_path_factory.mktemp("scored")
-    done = run_trainer(folder, ITERATIONS=30, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, BIGRAM_DIM=8)
+    done = run_trainer(
+        folder, ITERATIONS=30, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, BIGRAM_DIM=8
+    )
     assert done.returncode == 0, done.stderr
     return read_artifact(folder / "final_model.int6.ptz")
 
@@ -62,7 +69,10 @@ def made(model, text, **settings) -> MixedScorer:
 
 
 def neural_columns(scorer: MixedScorer, tokens: np.ndarray):
-    columns, matches = columns_in_memory(len(tokens) - 1, KINDS), find_matches(tokens, scorer.vocab_size, scorer.cfg)
+    columns, matches = (
+        columns_in_memory(len(tokens) - 1, KINDS),
+        find_matches(tokens, scorer.vocab_size, scorer.cfg),
+    )
     scorer.neural.fill(tokens, columns, matches.hint)
     return columns, matches
 
@@ -81,17 +91,29 @@ def test_a_split_is_its_shards_in_order(artifact, corpus, text, tmp_path):
     write_shard(tmp_path / "x_val_0.bin", text.tokens[:1000])
     (tmp_path / "x_train_0.bin").write_bytes(b"none of it")
     again = load_text(EvalConfig(data_path=str(tmp_path)), artifact)
-    assert (again.tokens == text.tokens).all() and again.sha256 == text.sha256 and again.bytes == text.bytes
-    decoded = corpus.tokenizer.decode([ids[1:].tolist() for ids in np.split(
-        text.tokens, np.flatnonzero(text.tokens == BOS_ID)[1:])])
+    assert (
+        (again.tokens == text.tokens).all()
+        and again.sha256 == text.sha256
+        and again.bytes == text.bytes
+    )
+    decoded = corpus.tokenizer.decode(
+        [
+            ids[1:].tolist()
+            for ids in np.split(text.tokens, np.flatnonzero(text.tokens == BOS_ID)[1:])
+        ]
+    )
     assert text.bytes == sum(len(d.encode()) for d in decoded) == text.sizes.sum()
     part = load_text(EvalConfig(val_files=str(tmp_path / "*l_0.bin")), artifact)
     assert (part.tokens == text.tokens[:1000]).all()
-    assert text.bpb(np.full(len(text.sizes), -math.log(2))) == pytest.approx(len(text.sizes) / text.bytes)
+    assert text.bpb(np.full(len(text.sizes), -math.log(2))) == pytest.approx(
+        len(text.sizes) / text.bytes
+    )
 
 
 def test_no_shards(artifact, tmp_path):
-    assert refusal(artifact, data_path=tmp_path).startswith(f"no shards match {tmp_path}/*_val_*.bin; run `make data`")
+    assert refusal(artifact, data_path=tmp_path).startswith(
+        f"no shards match {tmp_path}/*_val_*.bin; run `make data`"
+    )
     assert "no shards match nowhere-*" in refusal(artifact, val_files="nowhere-*")
 
 
@@ -108,7 +130,9 @@ def test_tokens_without_bytes(artifact, tmp_path):
 
 def test_a_token_that_the_model_does_not_know(artifact, text, tmp_path):
     write_shard(tmp_path / "x_val_0.bin", np.append(text.tokens, 384))
-    assert "holds token 384, but the artifact knows 384; set VAL_FILES" in refusal(artifact, data_path=tmp_path)
+    assert "holds token 384, but the artifact knows 384; set VAL_FILES" in refusal(
+        artifact, data_path=tmp_path
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 100, 1024, 2001, -1])
@@ -126,18 +150,33 @@ def test_shards_that_another_tokenizer_wrote(artifact, tmp_path):
 
 def test_which_tokenizer_is_taken(artifact, corpus, text, tmp_path):
     bare, beside = artifact._replace(tokenizer=b""), corpus.folder / "tokenizer.model"
-    for settings in (dict(data_path=corpus.folder), dict(data_path=corpus.folder, tokenizer_path=beside)):
-        found = load_text(EvalConfig(**{name: str(value) for name, value in settings.items()}), bare)
-        assert found.bytes == text.bytes and found.tokenizer_path == str(beside) and text.tokenizer_path == ""
+    for settings in (
+        dict(data_path=corpus.folder),
+        dict(data_path=corpus.folder, tokenizer_path=beside),
+    ):
+        found = load_text(
+            EvalConfig(**{name: str(value) for name, value in settings.items()}), bare
+        )
+        assert (
+            found.bytes == text.bytes
+            and found.tokenizer_path == str(beside)
+            and text.tokenizer_path == ""
+        )
     other = tmp_path / "other.model"
     other.write_bytes(train_tokenizer(english_like(7, 400), 384))
     for kind in (artifact, bare):
         message = refusal(kind, data_path=corpus.folder, tokenizer_path=other)
-        assert message.startswith(f"{other} is tokenizer ") and "but the artifact was trained with" in message
+        assert (
+            message.startswith(f"{other} is tokenizer ")
+            and "but the artifact was trained with" in message
+        )
         assert f"no tokenizer at {tmp_path}; set TOKENIZER_PATH" in refusal(
-            bare, data_path=corpus.folder, tokenizer_path=tmp_path)
+            bare, data_path=corpus.folder, tokenizer_path=tmp_path
+        )
     write_shard(tmp_path / "x_val_0.bin", text.tokens)
-    assert f"no tokenizer in the artifact nor at {tmp_path}/tokenizer.model" in refusal(bare, data_path=tmp_path)
+    assert f"no tokenizer in the artifact nor at {tmp_path}/tokenizer.model" in refusal(
+        bare, data_path=tmp_path
+    )
 
 
 def test_code_is_what_was_imported_and_what_is_named(tmp_path):
@@ -156,14 +195,27 @@ def test_scoring_twice_gives_the_same_and_commits_to_all_of_it(model, text, sett
     scorer, tokens = made(model, text, **settings), text.tokens
     out = scorer.score(tokens)
     commits, digest = scorer.commits, scorer.mixture.digest()
-    assert out.shape == (len(tokens) - 1,) and out.dtype == np.float64 and (out < 0).all() and np.isfinite(out).all()
-    assert (scorer.score(tokens) == out).all() and (scorer.commits, scorer.mixture.digest()) == (commits, digest)
+    assert (
+        out.shape == (len(tokens) - 1,)
+        and out.dtype == np.float64
+        and (out < 0).all()
+        and np.isfinite(out).all()
+    )
+    assert (scorer.score(tokens) == out).all() and (scorer.commits, scorer.mixture.digest()) == (
+        commits,
+        digest,
+    )
     assert len(tokens) > COMMIT_ROWS and verify_chain(commits) is None
     assert [c.first for c in commits] == list(range(0, len(out), COMMIT_ROWS))
     for c in commits:
         rows = slice(c.first, c.first + c.count)
-        assert c.nats == pytest.approx(-out[rows].sum(), abs=1e-9) and c.bytes == text.sizes[rows].sum()
-    assert sum(c.count for c in commits) == len(out) and len({c.state for c in commits}) == len(commits)
+        assert (
+            c.nats == pytest.approx(-out[rows].sum(), abs=1e-9)
+            and c.bytes == text.sizes[rows].sum()
+        )
+    assert sum(c.count for c in commits) == len(out) and len({c.state for c in commits}) == len(
+        commits
+    )
     assert out.mean() > neural_columns(scorer, tokens)[0]["logp"].mean() + 0.05 * (settings == {})
 
 
@@ -179,7 +231,9 @@ def test_distributions_are_what_was_counted_and_see_nothing_else(model, text, se
         changed = tokens.copy()
         changed[i:] = (changed[i:] + 7) % 384
         assert (scorer.distribution(changed, i) == held).all()
-        np.testing.assert_allclose(scorer.score(changed)[: i - 1], out[: i - 1], rtol=0, atol=scorer.tolerance)
+        np.testing.assert_allclose(
+            scorer.score(changed)[: i - 1], out[: i - 1], rtol=0, atol=scorer.tolerance
+        )
 
 
 @each_mode
@@ -192,7 +246,9 @@ def test_texts_of_hardly_a_token(model, text, settings, size):
         assert sum(c.count for c in scorer.commits) == len(out)
         if size:
             assert scorer.distribution(tokens, size).sum() == pytest.approx(1, abs=1e-12)
-        assert all(((0 <= b) & (b < max(size - 1, 0))).all() for b in scorer.boundaries(tokens).values())
+        assert all(
+            ((0 <= b) & (b < max(size - 1, 0))).all() for b in scorer.boundaries(tokens).values()
+        )
 
 
 @each_mode
@@ -222,10 +278,18 @@ def test_a_document_is_told_nothing_when_experts_reset(model, text):
 @each_mode
 def test_the_certificate_finds_nothing(model, text, settings):
     scorer = made(model, text, **settings)
-    certificate = certify(scorer, text.tokens, byte_table=text.table, tokenizer=text.tokenizer,
-                          claimed=scorer.score(text.tokens), seconds=1.0)
+    certificate = certify(
+        scorer,
+        text.tokens,
+        byte_table=text.table,
+        tokenizer=text.tokenizer,
+        claimed=scorer.score(text.tokens),
+        seconds=1.0,
+    )
     assert [(v.rule, v.figure) for v in certificate.verdicts if v.verdict == "FAIL"] == []
-    assert {v.rule for v in certificate.verdicts if v.verdict == "cannot tell"} <= {"sizes"} and certificate.passed
+    assert {v.rule for v in certificate.verdicts if v.verdict == "cannot tell"} <= {
+        "sizes"
+    } and certificate.passed
 
 
 def test_embeddings_look_back_by_one_token_and_never_across_a_bos(model, text):
@@ -236,13 +300,21 @@ def test_embeddings_look_back_by_one_token_and_never_across_a_bos(model, text):
     for at, moved in ((50, {50, 51} - {bos}), (bos - 1, {bos - 1})):
         changed = tokens.copy()
         changed[at] = 77 if tokens[at] != 77 else 78
-        assert set(np.flatnonzero((scorer.embeddings(changed) != before).any(axis=1)).tolist()) == moved
+        assert (
+            set(np.flatnonzero((scorer.embeddings(changed) != before).any(axis=1)).tolist())
+            == moved
+        )
 
 
 # ---- Where experts are useless ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("settings", [dict(), dict(mix_mode="log"), dict(mix_weights="exponential"),
-                                      dict(mix_weights="gate")], ids=str)
-@pytest.mark.parametrize("kind", ["random tokens", "random bytes", "one document a token", "no BOS"])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(mix_mode="log"), dict(mix_weights="exponential"), dict(mix_weights="gate")],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "kind", ["random tokens", "random bytes", "one document a token", "no BOS"]
+)
 def test_mixing_costs_next_to_nothing(model, text, settings, kind):
     rng = np.random.default_rng(0)
     tokens = rng.integers(4, 384 if kind == "random tokens" else 260, 3000).astype(np.uint16)
@@ -268,21 +340,34 @@ def test_every_variant_is_the_mixture_that_it_names(model, text):
     assert sums["contextual, chain"] > neural + 0.05 * len(text.sizes)
     changed, experts = VARIANTS["fixed share"]
     mixture = Mixture(384, EvalConfig(eval_stride=32, **changed), experts)
-    alone = sum(mixture.fill(chunk.inputs).sum() for chunk in chunks(
-        text.tokens, text.sizes, columns, matches, make_ngram(384, scorer.cfg, text.tokens)))
+    alone = sum(
+        mixture.fill(chunk.inputs).sum()
+        for chunk in chunks(
+            text.tokens, text.sizes, columns, matches, make_ngram(384, scorer.cfg, text.tokens)
+        )
+    )
     assert sums["fixed share"] == pytest.approx(alone, abs=1e-9)
     for row in as_rows(sums, text, 2.0):
-        assert row["bpb"] == pytest.approx(text.bpb(np.array([sums[row["name"]]]))) and row["gain"] == 2.0 - row["bpb"]
+        assert (
+            row["bpb"] == pytest.approx(text.bpb(np.array([sums[row["name"]]])))
+            and row["gain"] == 2.0 - row["bpb"]
+        )
 
 
 def test_delayed_experts_know_less_and_in_the_end_nothing(model, text):
     scorer = made(model, text)
     columns, matches = neural_columns(scorer, text.tokens)
-    now, later, never = (delayed(text.tokens, text.sizes, columns, 384, scorer.cfg, d) for d in (0, 1000, 10**6))
+    now, later, never = (
+        delayed(text.tokens, text.sizes, columns, 384, scorer.cfg, d) for d in (0, 1000, 10**6)
+    )
     assert now == pytest.approx(scorer.mixed(text.tokens, columns, matches).sum(), abs=1e-9)
     temperatures = Mixture(384, scorer.cfg, DEFAULT_EXPERTS[:3])
-    rest = sum(temperatures.fill(chunk.inputs).sum() for chunk in chunks(
-        text.tokens, text.sizes, columns, matches, make_ngram(384, scorer.cfg, text.tokens)))
+    rest = sum(
+        temperatures.fill(chunk.inputs).sum()
+        for chunk in chunks(
+            text.tokens, text.sizes, columns, matches, make_ngram(384, scorer.cfg, text.tokens)
+        )
+    )
     rows = len(text.sizes)
     assert now - later > 0.02 * rows and later - never > 0.02 * rows
     assert abs(never - rest) < 0.02 * rows  # what is left is what the model's own temperatures give

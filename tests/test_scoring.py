@@ -20,8 +20,13 @@ from train_gpt import BOS_ID, GPT, Runtime, UserError, mean_nats
 
 V, LENGTH = 97, 16  # of test_model's models
 ALONE = Runtime(0, 1, torch.device("cpu"), "test")
-MODES = [dict(eval_stride=4), dict(eval_stride=5, eval_documents=True), dict(eval_mode="cached"),
-         dict(eval_mode="cached", eval_documents=True), dict(eval_seq_len=40, eval_stride=8)]
+MODES = [
+    dict(eval_stride=4),
+    dict(eval_stride=5, eval_documents=True),
+    dict(eval_mode="cached"),
+    dict(eval_mode="cached", eval_documents=True),
+    dict(eval_seq_len=40, eval_stride=8),
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +57,12 @@ def logp_of(neural: Neural, tokens: np.ndarray) -> np.ndarray:
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
-texts = st.builds(lambda size, often, seed: np.where(np.random.default_rng(seed).random(size) < often, BOS_ID, 9),
-                  st.integers(0, 150), st.sampled_from([0.0, 0.02, 0.3, 1.0]), st.integers(0, 999))
+texts = st.builds(
+    lambda size, often, seed: np.where(np.random.default_rng(seed).random(size) < often, BOS_ID, 9),
+    st.integers(0, 150),
+    st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    st.integers(0, 999),
+)
 
 
 @st.composite
@@ -78,7 +87,9 @@ def test_each_row_is_scored_once(planned):
 
 def starts_of_rows(planned) -> np.ndarray:
     windows, rows = plan(*planned), np.arange(max(len(planned[0]) - 1, 0))
-    return windows.start[np.searchsorted(windows.first, rows, side="right") - 1] if len(rows) else rows
+    return (
+        windows.start[np.searchsorted(windows.first, rows, side="right") - 1] if len(rows) else rows
+    )
 
 
 @given(plans(), st.data())
@@ -87,7 +98,10 @@ def test_what_a_row_looks_back_on_follows_from_the_tokens_before_its_target(plan
     at = data.draw(st.integers(0, len(tokens)))
     known, other = tokens[:at], data.draw(texts)
     changed = np.concatenate([known, other])
-    a, b = (starts_of_rows((x, *how))[: max(min(at, len(tokens) - 1, len(changed) - 1), 0)] for x in (tokens, changed))
+    a, b = (
+        starts_of_rows((x, *how))[: max(min(at, len(tokens) - 1, len(changed) - 1), 0)]
+        for x in (tokens, changed)
+    )
     assert (a == b).all()
 
 
@@ -97,7 +111,9 @@ def test_rows_look_back_as_far_as_the_window_allows(planned):
     tokens, length, stride, documents = planned
     for row, start in enumerate(starts_of_rows(planned)):
         begin = max((i for i in range(row + 1) if documents and tokens[i] == BOS_ID), default=0)
-        assert start == begin if row - begin < length else length - stride < row - start + 1 <= length
+        assert (
+            start == begin if row - begin < length else length - stride < row - start + 1 <= length
+        )
         assert start >= begin and (start - begin) % stride == 0
 
 
@@ -109,7 +125,14 @@ def test_a_plan_by_hand():
 
 
 def test_coverage_counts():
-    assert coverage(Windows(np.array([0, 2]), np.array([0, 2]), np.array([3, 5])), 6).tolist() == [1, 1, 2, 1, 1, 0]
+    assert coverage(Windows(np.array([0, 2]), np.array([0, 2]), np.array([3, 5])), 6).tolist() == [
+        1,
+        1,
+        2,
+        1,
+        1,
+        0,
+    ]
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------
@@ -121,11 +144,23 @@ def log_softmax_at_the_end(model: GPT, tokens: np.ndarray, rope, attention=None)
     return logits[0, -1].double().log_softmax(0).numpy()
 
 
-@pytest.mark.parametrize("settings", [dict(eval_stride=3), dict(eval_stride=16), dict(eval_seq_len=24, eval_stride=7),
-                                      dict(eval_stride=4, eval_documents=True)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(eval_stride=3),
+        dict(eval_stride=16),
+        dict(eval_seq_len=24, eval_stride=7),
+        dict(eval_stride=4, eval_documents=True),
+    ],
+    ids=str,
+)
 def test_sliding_windows_one_at_a_time(model, settings):
     tokens, neural = text(90), scorer(model, **settings)
-    how = (settings.get("eval_seq_len", LENGTH), settings["eval_stride"], settings.get("eval_documents", False))
+    how = (
+        settings.get("eval_seq_len", LENGTH),
+        settings["eval_stride"],
+        settings.get("eval_documents", False),
+    )
     found = logp_of(neural, tokens)
     for row, start in enumerate(starts_of_rows((tokens, *how))):
         alone = log_softmax_at_the_end(model, tokens[start : row + 1], neural.rope)
@@ -135,8 +170,12 @@ def test_sliding_windows_one_at_a_time(model, settings):
 def test_windows_side_by_side_are_what_training_reports(model):
     for size in (2, 16, 17, 18, 300):
         tokens = text(size)
-        mean = mean_nats(model, tokens, dataclasses.replace(model.cfg, val_batch_size=8 * 64), ALONE)
-        assert -logp_of(scorer(model, eval_stride=LENGTH), tokens).mean() == pytest.approx(mean, abs=1e-6)
+        mean = mean_nats(
+            model, tokens, dataclasses.replace(model.cfg, val_batch_size=8 * 64), ALONE
+        )
+        assert -logp_of(scorer(model, eval_stride=LENGTH), tokens).mean() == pytest.approx(
+            mean, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("settings", MODES, ids=str)
@@ -146,8 +185,12 @@ def test_neither_batches_nor_ranks_change_a_row(model, settings):
     for batch, world in ((1, 1), (100, 1), (100, 2), (8192, 3)):
         columns = columns_in_memory(len(tokens) - 1, KINDS)
         for rank in range(world):
-            neural = scorer(model, ALONE._replace(rank=rank, world=world), eval_batch_tokens=batch, **settings)
-            neural.score(tokens, neural.plan(tokens), columns, np.arange(len(tokens) - 1) % V - 1, None)
+            neural = scorer(
+                model, ALONE._replace(rank=rank, world=world), eval_batch_tokens=batch, **settings
+            )
+            neural.score(
+                tokens, neural.plan(tokens), columns, np.arange(len(tokens) - 1) % V - 1, None
+            )
         assert columns.complete()
         for name in KINDS:
             np.testing.assert_allclose(columns[name], whole[name], rtol=0, atol=1e-7, err_msg=name)
@@ -163,15 +206,20 @@ def test_what_comes_later_changes_no_row(model, settings):
         changed[at:] = np.where(np.arange(400 - at) % 9 == 0, BOS_ID, 3)
         for other in (changed, tokens[: max(at, 2)]):
             rows = max(at - 1, 0)
-            np.testing.assert_allclose(logp_of(neural, other)[:rows], whole[:rows], rtol=0, atol=2e-6)
+            np.testing.assert_allclose(
+                logp_of(neural, other)[:rows], whole[:rows], rtol=0, atol=2e-6
+            )
 
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_cached_keys_are_one_long_pass_with_a_band_of_attention(model, documents):
     """A row of a cached stream sees `length` tokens in each layer, so the reference is the whole stream at once."""
+
     def band(q, k, v):
         back = torch.arange(q.size(2))[:, None] - torch.arange(q.size(2))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=(back >= 0) & (back < LENGTH), enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=(back >= 0) & (back < LENGTH), enable_gqa=True
+        )
 
     tokens, neural = text(500), scorer(model, eval_mode="cached", eval_documents=documents)
     found, reach = logp_of(neural, tokens), LENGTH * (scoring.WARM + 1)
@@ -196,15 +244,22 @@ def test_documents_know_nothing_of_each_other(model, mode):
     tokens[90] = BOS_ID
     changed = np.concatenate([text(57, seed=1), tokens[90:]])
     for documents in (True, False):
-        a, b = (logp_of(scorer(model, eval_mode=mode, eval_documents=documents), x)[-109:] for x in (tokens, changed))
+        a, b = (
+            logp_of(scorer(model, eval_mode=mode, eval_documents=documents), x)[-109:]
+            for x in (tokens, changed)
+        )
         assert (np.abs(a - b).max() < 2e-6) == documents
 
 
 def test_longer_context_than_in_training_runs_and_ntk_matters(model):
     tokens = text(200)
     plain = logp_of(scorer(model), tokens)
-    ntk, raw = (logp_of(scorer(model, eval_seq_len=64, ntk_rope=on), tokens) for on in (True, False))
-    np.testing.assert_allclose(raw[:LENGTH], plain[:LENGTH], rtol=0, atol=2e-6)  # the same context so far
+    ntk, raw = (
+        logp_of(scorer(model, eval_seq_len=64, ntk_rope=on), tokens) for on in (True, False)
+    )
+    np.testing.assert_allclose(
+        raw[:LENGTH], plain[:LENGTH], rtol=0, atol=2e-6
+    )  # the same context so far
     for a, b in ((ntk, raw), (plain[LENGTH:], raw[LENGTH:])):
         assert np.abs(a - b).max() > 1e-3
     shorter = [logp_of(scorer(model, eval_seq_len=8, ntk_rope=on), tokens) for on in (True, False)]
@@ -218,8 +273,12 @@ def test_distributions_are_what_the_rows_were_read_off(model, settings):
     rows = np.array([298, 0, 15, 16, 17, 150, 1, 3, 150, 290, 3])  # in any order, some twice
     held = neural.distributions(tokens, rows)
     assert held.shape == (11, V) and np.abs(held.sum(axis=1) - 1).max() < 1e-12
-    np.testing.assert_allclose(np.log(held[np.arange(11), tokens[rows + 1]]), columns["logp"][rows], atol=2e-6)
-    np.testing.assert_allclose(-(held * np.log(held)).sum(axis=1), columns["entropy"][rows], atol=2e-6)
+    np.testing.assert_allclose(
+        np.log(held[np.arange(11), tokens[rows + 1]]), columns["logp"][rows], atol=2e-6
+    )
+    np.testing.assert_allclose(
+        -(held * np.log(held)).sum(axis=1), columns["entropy"][rows], atol=2e-6
+    )
     alone = np.concatenate([neural.distributions(tokens[: row + 2], [row]) for row in rows])
     np.testing.assert_allclose(alone, held, rtol=0, atol=2e-6)
     assert neural.distributions(tokens, np.zeros(0, int)).shape == (0, V)
@@ -262,7 +321,9 @@ def test_a_killed_run_goes_on_and_scores_no_row_twice(model):
         few.fill(tokens, columns, hints, kill)
     done = columns.covered.astype(bool)
     assert 100 < done.sum() < 399
-    columns.covered[np.flatnonzero(done)[-2:]] = 0  # a window cut in the middle: all of it is scored again
+    columns.covered[np.flatnonzero(done)[-2:]] = (
+        0  # a window cut in the middle: all of it is scored again
+    )
     told.clear()
     few.fill(tokens, columns, hints, lambda rows, logp: told.append(rows))
     assert columns.complete() and len(np.concatenate(told)) < 399 - done.sum() + 16
@@ -275,7 +336,9 @@ def test_a_killed_run_goes_on_and_scores_no_row_twice(model):
 def test_progress_hears_of_every_row_once(model):
     tokens, told = text(), []
     columns = columns_in_memory(399, {"logp": "f8"})
-    scorer(model, eval_batch_tokens=64).fill(tokens, columns, None, lambda *heard: told.append(heard))
+    scorer(model, eval_batch_tokens=64).fill(
+        tokens, columns, None, lambda *heard: told.append(heard)
+    )
     rows, logp = map(np.concatenate, zip(*told, strict=True))
     assert sorted(rows.tolist()) == list(range(399)) and (columns["logp"][rows] == logp).all()
 
@@ -285,17 +348,27 @@ def test_damaged_weights_are_one_line(mode):
     broken = trained()
     with torch.no_grad():
         broken.blocks[1].mlp.fc.weight[0, 0] = math.nan
-    with pytest.raises(UserError, match="no number for token 1: its weights are damaged or too large") as caught:
+    with pytest.raises(
+        UserError, match="no number for token 1: its weights are damaged or too large"
+    ) as caught:
         logp_of(scorer(broken, eval_mode=mode), text(60))
     assert "\n" not in str(caught.value)
 
 
 # ---- Columns from logits ---------------------------------------------------------------------------------------------
-@given(st.integers(0, 2**32 - 1), st.sampled_from([0.1, 3.0, 30.0]), st.sampled_from([4, 33]), st.integers(1, 20))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([0.1, 3.0, 30.0]),
+    st.sampled_from([4, 33]),
+    st.integers(1, 20),
+)
 def test_columns_are_plain_float64_arithmetic(seed, scale, size, rows):
     rng = np.random.default_rng(seed)
     z = (rng.normal(size=(rows, size)) * scale).clip(-30, 30).astype(np.float32)
-    targets, hints = rng.integers(0, size, rows).astype(np.uint16), rng.integers(-1, size, rows).astype(np.int32)
+    targets, hints = (
+        rng.integers(0, size, rows).astype(np.uint16),
+        rng.integers(-1, size, rows).astype(np.int32),
+    )
     found = measure(torch.from_numpy(z), targets, hints, list(KINDS))
     assert {name: c.dtype.str[1:] for name, c in found.items()} == KINDS
     for j in range(rows):

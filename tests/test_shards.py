@@ -37,6 +37,7 @@ def refused(path, vocab_size: int = 0) -> str:
 
 # ---- The file --------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("tokens", [[], [1], [1, 2, 3], [0, 65535, 256], list(range(5000))])
 def test_round_trip(tmp_path, tokens):
     path = tmp_path / "a_train_0.bin"
@@ -53,28 +54,32 @@ def test_golden_bytes(tmp_path):
     """The challenge's own format: 256 little-endian int32 (magic, version, count), then uint16 tokens."""
     path = tmp_path / "golden.bin"
     write_shard(path, np.array([1, 258, 65535]))
-    assert path.read_bytes() == bytes.fromhex("88d83401" "01000000" "03000000") + bytes(253 * 4) + bytes.fromhex(
-        "0100" "0201" "ffff")
+    assert path.read_bytes() == bytes.fromhex("88d834010100000003000000") + bytes(
+        253 * 4
+    ) + bytes.fromhex("01000201ffff")
 
 
 def shard_bytes(count: int, tokens: bytes, magic: int = 20240520, version: int = 1) -> bytes:
     return struct.pack("<3i", magic, version, count) + bytes(253 * 4) + tokens
 
 
-@pytest.mark.parametrize(("data", "says"), [
-    (b"", "not a token shard of version 1; write shards with data/prepare.py"),
-    (b"hello", "not a token shard"),
-    (bytes(1024), "not a token shard"),
-    (shard_bytes(1, b"ab")[:1023], "not a token shard"),
-    (shard_bytes(1, b"ab", magic=20240521), "not a token shard"),
-    (shard_bytes(1, b"ab", version=2), "not a token shard of version 1"),
-    (shard_bytes(3, b"abcd"), "its header says 3 tokens, it holds 2; "),
-    (shard_bytes(2, b"abc"), "its header says 2 tokens, it holds 1.5"),
-    (shard_bytes(2, b""), "its header says 2 tokens, it holds 0"),
-    (shard_bytes(2, b"abcdef"), "its header says 2 tokens, it holds 3"),
-    (shard_bytes(-1, b""), "its header says -1 tokens, it holds 0"),
-    (shard_bytes(2**31 - 1, b"ab"), "its header says 2147483647 tokens, it holds 1"),
-])
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "not a token shard of version 1; write shards with data/prepare.py"),
+        (b"hello", "not a token shard"),
+        (bytes(1024), "not a token shard"),
+        (shard_bytes(1, b"ab")[:1023], "not a token shard"),
+        (shard_bytes(1, b"ab", magic=20240521), "not a token shard"),
+        (shard_bytes(1, b"ab", version=2), "not a token shard of version 1"),
+        (shard_bytes(3, b"abcd"), "its header says 3 tokens, it holds 2; "),
+        (shard_bytes(2, b"abc"), "its header says 2 tokens, it holds 1.5"),
+        (shard_bytes(2, b""), "its header says 2 tokens, it holds 0"),
+        (shard_bytes(2, b"abcdef"), "its header says 2 tokens, it holds 3"),
+        (shard_bytes(-1, b""), "its header says -1 tokens, it holds 0"),
+        (shard_bytes(2**31 - 1, b"ab"), "its header says 2147483647 tokens, it holds 1"),
+    ],
+)
 def test_damage_is_named(tmp_path, data, says):
     path = tmp_path / "bad.bin"
     path.write_bytes(data)
@@ -82,7 +87,9 @@ def test_damage_is_named(tmp_path, data, says):
 
 
 def test_what_cannot_be_opened(tmp_path):
-    assert "cannot be read (No such file or directory); prepare the data again" in refused(tmp_path / "none.bin")
+    assert "cannot be read (No such file or directory); prepare the data again" in refused(
+        tmp_path / "none.bin"
+    )
     assert "cannot be read (Is a directory)" in refused(tmp_path)
 
 
@@ -91,12 +98,17 @@ def test_vocabulary_is_checked_at_the_edge(tmp_path):
     write_shard(path, np.array([1, 5, 383]))
     assert len(read_shard(path, 384)) == 3
     message = refused(path, 383)
-    assert "holds token 383, but VOCAB_SIZE is 383; set VOCAB_SIZE, or DATA_PATH, so that the two agree" in message
+    assert (
+        "holds token 383, but VOCAB_SIZE is 383; set VOCAB_SIZE, or DATA_PATH, so that the two agree"
+        in message
+    )
 
 
 def test_mutated_shards_end_in_an_array_or_in_shard_error(tmp_path):
     rng, path = np.random.default_rng(5), tmp_path / "mutant.bin"
-    good, other = (shard_bytes(n, rng.integers(0, 384, n).astype("<u2").tobytes()) for n in (300, 40))
+    good, other = (
+        shard_bytes(n, rng.integers(0, 384, n).astype("<u2").tobytes()) for n in (300, 40)
+    )
     outcomes = {True: 0, False: 0}
     for i in range(1000):
         data = bytearray(good)
@@ -109,7 +121,9 @@ def test_mutated_shards_end_in_an_array_or_in_shard_error(tmp_path):
             cut = rng.integers(0, len(other))
             data = data[: rng.integers(0, len(data))] + other[cut:]
         else:
-            data[: 12] = struct.pack("<3i", *rng.choice([20240520, 1, 300, 0, -1, 2**31 - 1, -(2**31)], 3))
+            data[:12] = struct.pack(
+                "<3i", *rng.choice([20240520, 1, 300, 0, -1, 2**31 - 1, -(2**31)], 3)
+            )
         path.write_bytes(data)
         try:
             tokens = read_shard(path, 384)
@@ -117,7 +131,11 @@ def test_mutated_shards_end_in_an_array_or_in_shard_error(tmp_path):
             outcomes[False] += 1
         else:
             outcomes[True] += 1
-            assert tokens.dtype == np.dtype("<u2") and 2 * len(tokens) + 1024 == len(data) and tokens.max() < 384
+            assert (
+                tokens.dtype == np.dtype("<u2")
+                and 2 * len(tokens) + 1024 == len(data)
+                and tokens.max() < 384
+            )
     assert min(outcomes.values()) > 50  # both ends were reached
 
 
@@ -140,7 +158,10 @@ def test_replacing_leaves_alone_what_is_no_regular_file(tmp_path):
     """A device, above all: as root, a rename would put a file in its place."""
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(UserError, match="is no regular file, so that it cannot be replaced"), replacing(path) as f:
+        with (
+            pytest.raises(UserError, match="is no regular file, so that it cannot be replaced"),
+            replacing(path) as f,
+        ):
             f.write(b"x")
     assert (tmp_path / "pipe").is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
@@ -153,11 +174,16 @@ def test_replacing_where_nothing_can_be_written_says_so(tmp_path):
 
 def test_document_bounds():
     assert document_bounds(np.array([1, 5, 1, 1, 6])).tolist() == [0, 2, 3, 5]
-    assert document_bounds(np.array([5, 1, 6])).tolist() == [0, 1, 3]  # a shard may start inside a document
+    assert document_bounds(np.array([5, 1, 6])).tolist() == [
+        0,
+        1,
+        3,
+    ]  # a shard may start inside a document
     assert document_bounds(np.array([], int)).tolist() == [0]
 
 
 # ---- Bytes -----------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def prefixed():
@@ -174,15 +200,27 @@ def check_text(tokenizer, texts: list[str]) -> None:
     assert audit_bytes(tokenizer, table, tokens) == wanted
 
 
-@given(texts=st.lists(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0▁")), min_size=1))
+@given(
+    texts=st.lists(
+        st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0▁")), min_size=1
+    )
+)
 def test_bytes_of_any_text_that_is_kept_exactly(corpus, texts):
-    for text in texts:  # what the table must count is what the tokenizer gives back, and here that is the text
+    for text in (
+        texts
+    ):  # what the table must count is what the tokenizer gives back, and here that is the text
         assert corpus.tokenizer.decode(corpus.tokenizer.encode(text)) == text
     check_text(corpus.tokenizer, texts)
 
 
-@given(texts=st.lists(st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0▁")).filter(
-    lambda t: not t.startswith(" ")), min_size=1))
+@given(
+    texts=st.lists(
+        st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0▁")).filter(
+            lambda t: not t.startswith(" ")
+        ),
+        min_size=1,
+    )
+)
 def test_bytes_of_any_text_with_a_dummy_blank(prefixed, texts):
     check_text(prefixed, [text for text in texts if prefixed.decode(prefixed.encode(text)) == text])
 
@@ -206,7 +244,10 @@ def test_the_leading_blank_counts_only_where_it_is_decoded(corpus, prefixed):
         table, the = ByteTable.of(tokenizer, 384), tokenizer.piece_to_id("▁the")
         assert the > 3 and table.space[the] and table.base[the] == 3
         assert table.count(np.array([BOS_ID, the, the])).tolist() == [leading, 4]
-        assert audit_bytes(tokenizer, table, np.array([BOS_ID, the, the, BOS_ID, the])) == 2 * leading + 4
+        assert (
+            audit_bytes(tokenizer, table, np.array([BOS_ID, the, the, BOS_ID, the]))
+            == 2 * leading + 4
+        )
 
 
 def test_control_unknown_and_byte_pieces(corpus):
@@ -214,13 +255,20 @@ def test_control_unknown_and_byte_pieces(corpus):
     assert table.base[:4].tolist() == [0] * 4 and not table.space[:4].any()
     assert set(table.base[[i for i in range(384) if corpus.tokenizer.is_byte(i)]].tolist()) == {1}
     assert table.base[384:].tolist() == [0] * 16  # ids beyond the tokenizer have no bytes
-    challenge = ByteTable(np.array([0, 0, 3, 1]), np.array([0, 0, 1, 1], bool), np.array([1, 1, 0, 0], bool))
-    assert challenge.count(np.array([1, 2, 3])).tolist() == [3, 2]  # the docstring's example: BOS ▁the ▁a
+    challenge = ByteTable(
+        np.array([0, 0, 3, 1]), np.array([0, 0, 1, 1], bool), np.array([1, 1, 0, 0], bool)
+    )
+    assert challenge.count(np.array([1, 2, 3])).tolist() == [
+        3,
+        2,
+    ]  # the docstring's example: BOS ▁the ▁a
 
 
 def test_long_pieces_do_not_overflow(tmp_path):
     piece = "a" * 100
-    model = train_tokenizer([f"{piece} b"] * 50, 360, max_sentencepiece_length=120, hard_vocab_limit=False)
+    model = train_tokenizer(
+        [f"{piece} b"] * 50, 360, max_sentencepiece_length=120, hard_vocab_limit=False
+    )
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     check_text(tokenizer, [piece * 40])
 
@@ -264,12 +312,20 @@ def test_the_audit_finds_bytes_that_no_text_has(corpus):
     """A lone continuation byte decodes to U+FFFD, three bytes: such tokens were not written from text."""
     lone = corpus.tokenizer.piece_to_id("<0x80>")
     with pytest.raises(ShardError, match=rf"token {lone} \('<0x80>'\)"):
-        audit_bytes(corpus.tokenizer, ByteTable.of(corpus.tokenizer, 384), np.array([BOS_ID, 300, lone, 300]))
+        audit_bytes(
+            corpus.tokenizer,
+            ByteTable.of(corpus.tokenizer, 384),
+            np.array([BOS_ID, 300, lone, 300]),
+        )
 
 
 # ---- The stream ------------------------------------------------------------------------------------------------------
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.lists(st.integers(1, 60), min_size=1, max_size=8))
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=6),
+    st.lists(st.integers(1, 60), min_size=1, max_size=8),
+)
 def test_the_stream_is_one_whatever_the_cuts(sizes, takes):
     whole = np.arange(sum(sizes))
     stream = TokenStream(np.split(whole, np.cumsum(sizes)[:-1]))
@@ -292,6 +348,7 @@ def test_the_stream_goes_on_from_its_state():
 
 
 # ---- Loading ---------------------------------------------------------------------------------------------------------
+
 
 def config(folder, **settings) -> Config:
     return Config(**dict(data_path=str(folder), vocab_size=384, holdout_tokens=4096) | settings)
@@ -355,7 +412,9 @@ def test_the_fingerprint_is_of_what_is_read(copy, tmp_path):
 def test_no_shards(copy, split):
     for path in copy.glob(f"*_{split}_*.bin"):
         path.unlink()
-    assert load_error(copy) == (f"no {split} shards (*_{split}_*.bin) in {copy}; run `make data`, or set DATA_PATH")
+    assert load_error(copy) == (
+        f"no {split} shards (*_{split}_*.bin) in {copy}; run `make data`, or set DATA_PATH"
+    )
 
 
 def test_no_folder(tmp_path):
@@ -385,7 +444,8 @@ def test_shards_of_a_larger_vocabulary(corpus):
 def test_shards_of_a_smaller_vocabulary(corpus):
     assert load_error(corpus.folder, vocab_size=512) == (
         f"VOCAB_SIZE is 512, but {corpus.folder / 'tokenizer.model'} has 384 pieces; "
-        "set VOCAB_SIZE or TOKENIZER_PATH so that the two agree")
+        "set VOCAB_SIZE or TOKENIZER_PATH so that the two agree"
+    )
 
 
 def test_another_tokenizer_of_the_same_size(copy):
@@ -400,14 +460,20 @@ def test_another_tokenizer_of_the_same_size(copy):
 def test_no_tokenizer(copy):
     (copy / "tokenizer.model").unlink()
     message = load_error(copy)
-    assert str(copy / "tokenizer.model") in message and "set TOKENIZER_PATH to what wrote the shards" in message
+    assert (
+        str(copy / "tokenizer.model") in message
+        and "set TOKENIZER_PATH to what wrote the shards" in message
+    )
     assert "no tokenizer at" in load_error(copy, tokenizer_path=str(copy / "else.model"))
 
 
 @pytest.mark.parametrize("data", [b"", b"no model", bytes(1000)])
 def test_a_tokenizer_that_is_none(copy, data):
     (copy / "tokenizer.model").write_bytes(data)
-    assert load_error(copy) == f"{copy / 'tokenizer.model'} is no SentencePiece model; set TOKENIZER_PATH to one"
+    assert (
+        load_error(copy)
+        == f"{copy / 'tokenizer.model'} is no SentencePiece model; set TOKENIZER_PATH to one"
+    )
 
 
 def test_the_trainer_stops_in_one_line(run_trainer, copy, tmp_path):
@@ -415,5 +481,8 @@ def test_the_trainer_stops_in_one_line(run_trainer, copy, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     done = run_trainer(tmp_path / "out", DATA_PATH=copy)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"train_gpt: error: {path}: its header says") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith(f"train_gpt: error: {path}: its header says")
+        and done.stderr.count("\n") == 1
+    )
     assert list((tmp_path / "out").iterdir()) == []

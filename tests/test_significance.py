@@ -26,7 +26,10 @@ def test_one_sample_by_hand():
     assert test.difference == (pytest.approx(2), pytest.approx(2 / 1.69))
     # 4 seeds: t = 4.00 < 4.54; 5: t = 4.47 > 3.75
     more = T_2 / math.sqrt(3) - 2
-    assert test.missing == f"5 seeds of this mean and spread, or {more:.6f} nats more with these 3 seeds"
+    assert (
+        test.missing
+        == f"5 seeds of this mean and spread, or {more:.6f} nats more with these 3 seeds"
+    )
     assert one_sample(seeds(1, 2, 3), 4, bar=0.5).t == pytest.approx(1.5 * math.sqrt(3))
 
 
@@ -40,19 +43,31 @@ def test_welch_by_hand():
     assert test.missing == ""
 
 
-@given(new=st.lists(st.floats(1, 2), min_size=2, max_size=6), old=st.lists(st.floats(1, 2), min_size=2, max_size=6))
+@given(
+    new=st.lists(st.floats(1, 2), min_size=2, max_size=6),
+    old=st.lists(st.floats(1, 2), min_size=2, max_size=6),
+)
 def test_both_tests_agree_with_another_implementation(new, old):
     from scipy.stats import ttest_1samp, ttest_ind
+
     if min(statistics.stdev(new), statistics.stdev(old)) < 1e-6:
         return
     one, two = one_sample(seeds(*new), 1.5), welch(seeds(*new), seeds(*old))
-    assert one.p == pytest.approx(ttest_1samp(new, 1.495, alternative="less").pvalue, rel=1e-6, abs=1e-12)
-    assert two.p == pytest.approx(ttest_ind(new, old, equal_var=False, alternative="less").pvalue, rel=1e-6, abs=1e-12)
+    assert one.p == pytest.approx(
+        ttest_1samp(new, 1.495, alternative="less").pvalue, rel=1e-6, abs=1e-12
+    )
+    assert two.p == pytest.approx(
+        ttest_ind(new, old, equal_var=False, alternative="less").pvalue, rel=1e-6, abs=1e-12
+    )
 
 
 # ---- Published figures, from the seeds that their records give -------------------------------------------------------
-PR_1019 = Seeds([1.88276292, 1.88156874, 1.88220393], [1.11508120, 1.11437394, 1.11475014], 62_021_632, 0)
-PR_549 = Seeds([1.88976776, 1.89110239, 1.88919190], [1.11922988, 1.12002032, 1.11888882], 62_021_632, 0)
+PR_1019 = Seeds(
+    [1.88276292, 1.88156874, 1.88220393], [1.11508120, 1.11437394, 1.11475014], 62_021_632, 0
+)
+PR_549 = Seeds(
+    [1.88976776, 1.89110239, 1.88919190], [1.11922988, 1.12002032, 1.11888882], 62_021_632, 0
+)
 SEQ_2048 = [1.20576485, 1.20617460, 1.20715923]
 SEQ_4096 = [1.20143417, 1.19945102, 1.20319508]
 MLP_3X = [1.94265607, 1.94207795, 1.94121940]
@@ -65,14 +80,27 @@ def test_welch_of_1019_against_549():
     assert (round(in_bpb.t, 4), round(in_bpb.df, 4)) == (11.8339, 3.3063)
     test = welch(PR_1019, PR_549)
     assert round(test.t, 2) == 11.83 and round(test.df, 2) == 3.31 and test.p < 0.001
-    assert test.difference == (pytest.approx(0.00784215, abs=5e-9), pytest.approx(0.00464458, abs=5e-7))
+    assert test.difference == (
+        pytest.approx(0.00784215, abs=5e-9),
+        pytest.approx(0.00464458, abs=5e-7),
+    )
 
 
-@pytest.mark.parametrize("scores, old, bar, t, p", [
-    (SEQ_2048, 1.2243657, 0.005, 31.42, 0.00051),  # these two in BPB, the bar as well, against the best record so far
-    (SEQ_4096, 1.21613611, 0.005, 9.06, 0.006),  # from a rounded deviation: exactly, t = 9.04
-    (MLP_3X, 2.07269931, 0, 313.20, 1e-5),  # these two in nats, against the baseline
-    (SEQ_2048_QAT, 2.07269931, 0.005, 93.6, 1e-4)])
+@pytest.mark.parametrize(
+    "scores, old, bar, t, p",
+    [
+        (
+            SEQ_2048,
+            1.2243657,
+            0.005,
+            31.42,
+            0.00051,
+        ),  # these two in BPB, the bar as well, against the best record so far
+        (SEQ_4096, 1.21613611, 0.005, 9.06, 0.006),  # from a rounded deviation: exactly, t = 9.04
+        (MLP_3X, 2.07269931, 0, 313.20, 1e-5),  # these two in nats, against the baseline
+        (SEQ_2048_QAT, 2.07269931, 0.005, 93.6, 1e-4),
+    ],
+)
 def test_one_sample_tests_of_march(scores, old, bar, t, p):
     test = one_sample(Seeds(scores, scores, 0, 0), old, bar)
     assert test.t == pytest.approx(t, rel=0.003) and test.df == 2 and test.missing == ""
@@ -84,8 +112,13 @@ def test_one_seed_is_no_test():
     one = one_sample(seeds(1.9), 2.0)
     assert (one.t, one.df, one.p) == (None, None, None) and "2 at least" in one.missing
     assert one.difference[0] == pytest.approx(0.1)
-    for new, old, whose in ((seeds(1.9), seeds(2, 2.1), "new"), (seeds(1.8, 1.9), seeds(2.0), "old")):
-        assert welch(new, old).t is None and welch(new, old).missing.startswith(f"the {whose} record has one seed")
+    for new, old, whose in (
+        (seeds(1.9), seeds(2, 2.1), "new"),
+        (seeds(1.8, 1.9), seeds(2.0), "old"),
+    ):
+        assert welch(new, old).t is None and welch(new, old).missing.startswith(
+            f"the {whose} record has one seed"
+        )
 
 
 def test_without_spread_any_gain_is_certain():
@@ -97,12 +130,18 @@ def test_without_spread_any_gain_is_certain():
 
 def test_a_mean_on_the_wrong_side_stays_there():
     test = one_sample(seeds(1.997, 1.998, 1.999), 2.0)
-    assert test.missing.startswith("no number of seeds, since the mean is 0.003000 nats on the wrong side; ")
+    assert test.missing.startswith(
+        "no number of seeds, since the mean is 0.003000 nats on the wrong side; "
+    )
     assert float(test.missing.split("; ")[1].split()[0]) == pytest.approx(
-        0.003 + T_2 * 0.001 / math.sqrt(3), abs=2e-6)
+        0.003 + T_2 * 0.001 / math.sqrt(3), abs=2e-6
+    )
 
 
-@given(new=st.lists(st.floats(1, 1.1), min_size=2, max_size=5), old=st.lists(st.floats(1, 1.2), min_size=2, max_size=5))
+@given(
+    new=st.lists(st.floats(1, 1.1), min_size=2, max_size=5),
+    old=st.lists(st.floats(1, 1.2), min_size=2, max_size=5),
+)
 def test_what_is_missing_is_enough_and_no_more_than_that(new, old):
     """The nats that are said to be missing, added, reach p < 0.01; a little fewer do not."""
     for run in (lambda s: one_sample(s, statistics.fmean(old)), lambda s: welch(s, seeds(*old))):
@@ -121,7 +160,10 @@ def test_the_seeds_that_are_missing_are_enough(new, old):
         n, mean, spread = int(first), statistics.fmean(new), statistics.stdev(new)
         more = statistics.NormalDist(0, 1).samples(n, seed=1)
         centre, scale = statistics.fmean(more), statistics.stdev(more)
-        assert one_sample(seeds(*(mean + (v - centre) / scale * spread for v in more)), old).p < 0.0100001
+        assert (
+            one_sample(seeds(*(mean + (v - centre) / scale * spread for v in more)), old).p
+            < 0.0100001
+        )
 
 
 # ---- Between tokenizers ----------------------------------------------------------------------------------------------
@@ -129,15 +171,25 @@ def test_another_tokenizer_is_compared_through_bytes():
     """The same BPB under tokenizers of 2.4 and 3.7 bytes a token is the same score."""
     new, old = seeds(2.80, 2.81, 2.82, factor=2.583), seeds(1.84, 1.85, 1.86, factor=1.6885)
     test = welch(new, old)
-    assert test.difference[1] == pytest.approx(statistics.fmean(old.bpb) - statistics.fmean(new.bpb))
+    assert test.difference[1] == pytest.approx(
+        statistics.fmean(old.bpb) - statistics.fmean(new.bpb)
+    )
     assert test.difference[0] == pytest.approx(test.difference[1] * 2.583)
-    assert "another tokenizer or split" in report(new, old) and "another" not in report(PR_1019, PR_549)
+    assert "another tokenizer or split" in report(new, old) and "another" not in report(
+        PR_1019, PR_549
+    )
 
 
 def test_the_report_is_a_table_of_both():
     text = report(PR_1019, PR_549)
-    assert "1.882179  0.000597  1.114735  0.000354" in text and "t = 11.83, df = 3.31, p = 4.0e-04, p < 0.01" in text
-    assert "one sample, against 1.890021 - 0.005 nats: t = 8.24, df = 2.00, p = 0.0072, p < 0.01" in text
+    assert (
+        "1.882179  0.000597  1.114735  0.000354" in text
+        and "t = 11.83, df = 3.31, p = 4.0e-04, p < 0.01" in text
+    )
+    assert (
+        "one sample, against 1.890021 - 0.005 nats: t = 8.24, df = 2.00, p = 0.0072, p < 0.01"
+        in text
+    )
     assert "missing: one seed has no spread" in report(seeds(1.9), seeds(2.0))
 
 
@@ -159,8 +211,11 @@ def facts(seed: int) -> RunFacts:
 def test_seeds_of_a_folder_have_all_digits(tmp_path, dialect):
     """submission.json has five digits, the logs eight."""
     results = {str(s): {"val_bpb": round(facts(s).final_bpb, 5)} for s in (1, 2, 3)}
-    folder = write(tmp_path / "a", dict(seed_results=results, val_bpb=1.1136),
-                   {f"train_seed{s}.log": dialect(facts(s)) for s in (1, 2, 3)})
+    folder = write(
+        tmp_path / "a",
+        dict(seed_results=results, val_bpb=1.1136),
+        {f"train_seed{s}.log": dialect(facts(s)) for s in (1, 2, 3)},
+    )
     found = seeds_of(folder)
     assert found.nats == pytest.approx([1.8801, 1.8802, 1.8803], abs=1e-8)
     assert found.bpb == pytest.approx([facts(s).final_bpb for s in (1, 2, 3)], abs=1e-8)
@@ -168,16 +223,26 @@ def test_seeds_of_a_folder_have_all_digits(tmp_path, dialect):
 
 
 def test_seeds_of_our_folder_are_its_evaluations(tmp_path):
-    logs = {f"{kind}_seed{s}.log": write_log(facts(s)) for s in (1, 2)
-            for kind, write_log in (("train", ours), ("eval", our_eval))}
-    results = {str(s): {"val_bpb": facts(s).final_bpb, "val_loss": facts(s).final_loss} for s in (1, 2)}
+    logs = {
+        f"{kind}_seed{s}.log": write_log(facts(s))
+        for s in (1, 2)
+        for kind, write_log in (("train", ours), ("eval", our_eval))
+    }
+    results = {
+        str(s): {"val_bpb": facts(s).final_bpb, "val_loss": facts(s).final_loss} for s in (1, 2)
+    }
     for name, submission in (("a", dict(seed_results=results)), ("b", None)):
         found = seeds_of(write(tmp_path / name, submission, logs))
-        assert found.nats == pytest.approx([1.8801, 1.8802], abs=1e-8) and found.bytes == 151_080_891
+        assert (
+            found.nats == pytest.approx([1.8801, 1.8802], abs=1e-8) and found.bytes == 151_080_891
+        )
 
 
 def test_without_a_list_the_logs_show_the_seeds(tmp_path):
-    logs = {"train.log": baseline(RunFacts(loss=2.0)), "train_seed42.log": baseline(RunFacts(seed=42, loss=2.1))}
+    logs = {
+        "train.log": baseline(RunFacts(loss=2.0)),
+        "train_seed42.log": baseline(RunFacts(seed=42, loss=2.1)),
+    }
     folder = write(tmp_path / "a", dict(val_bpb=RunFacts().bpb_of(2.1)), logs)
     assert sorted(seeds_of(folder).nats) == pytest.approx([2.0, 2.1])
     # A headline that no log shows is a run of its own: 1.15 of a log that has 1.18.
@@ -188,22 +253,40 @@ def test_without_a_list_the_logs_show_the_seeds(tmp_path):
 def test_nats_come_from_tokens_and_bytes_or_from_another_seed(tmp_path):
     bpb_only = {"1": {"val_bpb": 1.1}, "2": {"val_bpb": 1.2}}
     ratio = math.log(2) * 151_080_891 / 62_021_632
-    logged = write(tmp_path / "a", dict(seed_results=bpb_only), {"eval_seed1.log": our_eval(RunFacts())})
+    logged = write(
+        tmp_path / "a", dict(seed_results=bpb_only), {"eval_seed1.log": our_eval(RunFacts())}
+    )
     assert seeds_of(logged).nats == pytest.approx([1.1 * ratio, 1.2 * ratio])
-    paired = write(tmp_path / "b", dict(seed_results=bpb_only | {"3": {"val_bpb": 1.0, "val_loss": 1.7}}), {})
+    paired = write(
+        tmp_path / "b", dict(seed_results=bpb_only | {"3": {"val_bpb": 1.0, "val_loss": 1.7}}), {}
+    )
     assert seeds_of(paired).nats == pytest.approx([1.87, 2.04, 1.7])
     alone = write(tmp_path / "c", dict(seed_results=bpb_only), {})
-    with pytest.raises(RecordError, match="c: seed 1 has val_bpb but no val_loss, and no log says how many tokens"):
+    with pytest.raises(
+        RecordError, match="c: seed 1 has val_bpb but no val_loss, and no log says how many tokens"
+    ):
         seeds_of(alone)
 
 
-@pytest.mark.parametrize("submission, said", [
-    (None, "names no score"), ([], "names no score"), (dict(seed_results={"1": {}}), "names no score"),
-    (dict(seed_results={"1": {"val_bpb": 1.1, "val_loss": 2}, "2": {}}), "seed 2 has neither val_loss nor val_bpb"),
-    (dict(val_bpb="1.1"), "names no score"), (dict(val_bpb=1.1), "its one run has val_bpb but no val_loss")])
+@pytest.mark.parametrize(
+    "submission, said",
+    [
+        (None, "names no score"),
+        ([], "names no score"),
+        (dict(seed_results={"1": {}}), "names no score"),
+        (
+            dict(seed_results={"1": {"val_bpb": 1.1, "val_loss": 2}, "2": {}}),
+            "seed 2 has neither val_loss nor val_bpb",
+        ),
+        (dict(val_bpb="1.1"), "names no score"),
+        (dict(val_bpb=1.1), "its one run has val_bpb but no val_loss"),
+    ],
+)
 def test_what_a_folder_lacks_is_named(tmp_path, submission, said):
     with pytest.raises(RecordError, match=said) as e:
-        seeds_of(write(tmp_path / "x", submission, {"train.log": "nothing", "requirements.txt": "numpy"}))
+        seeds_of(
+            write(tmp_path / "x", submission, {"train.log": "nothing", "requirements.txt": "numpy"})
+        )
     assert "\n" not in str(e.value)
 
 

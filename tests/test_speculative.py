@@ -57,9 +57,11 @@ def learnt(steps: int, **changed):
 @pytest.fixture(scope="module")
 def models():
     """By name: a model, and a smaller one that drafts for it."""
-    return {"learnt": (learnt(120), learnt(80, num_layers=1)),
-            "random": (trained().eval(), trained(num_layers=1).eval()),
-            "features": (trained(looping=True, **FEATURES["all"]).eval(), trained(num_layers=1).eval())}
+    return {
+        "learnt": (learnt(120), learnt(80, num_layers=1)),
+        "random": (trained().eval(), trained(num_layers=1).eval()),
+        "features": (trained(looping=True, **FEATURES["all"]).eval(), trained(num_layers=1).eval()),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +71,20 @@ def plainly(models):
 
     def texts(which: str) -> list[list[int]]:
         if which not in cache:
-            cache[which] = [tokens_of(plain(begun(Memory(models[which][0], WINDOW), prompt), prompt, GREEDY,
-                                            np.random.default_rng(0)), LENGTHS[which]) for prompt in prompts(50)]
+            cache[which] = [
+                tokens_of(
+                    plain(
+                        begun(Memory(models[which][0], WINDOW), prompt),
+                        prompt,
+                        GREEDY,
+                        np.random.default_rng(0),
+                    ),
+                    LENGTHS[which],
+                )
+                for prompt in prompts(50)
+            ]
         return cache[which]
+
     return texts
 
 
@@ -81,19 +94,29 @@ def prompts(count: int) -> list[list[int]]:
     out = []
     for nth in range(count):
         length = int(rng.integers(1, 30))
-        own = text[41 * nth : 41 * nth + length] if nth % 2 else rng.integers(2, 97, length).tolist()
+        own = (
+            text[41 * nth : 41 * nth + length] if nth % 2 else rng.integers(2, 97, length).tolist()
+        )
         out.append([1, *own * (1 + (nth % 3 == 0))])
     return out
 
 
-@pytest.mark.parametrize("which", ["learnt", "random", pytest.param("features", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which", ["learnt", "random", pytest.param("features", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedily_the_text_is_the_same_token_for_token(models, plainly, which, kind):
     model, small = models[which]
-    accepted, rng, drafting = 0, np.random.default_rng(0), small if kind == "model" else first_layers(model, 1)
+    accepted, rng, drafting = (
+        0,
+        np.random.default_rng(0),
+        small if kind == "model" else first_layers(model, 1),
+    )
     for prompt, expected in zip(prompts(50), plainly(which), strict=True):
         draft = make(kind, lambda: Memory(drafting), GREEDY, rng)
-        speculation = Speculation(begun(Memory(model, WINDOW), prompt), prompt, GREEDY, rng, draft, 5)
+        speculation = Speculation(
+            begun(Memory(model, WINDOW), prompt), prompt, GREEDY, rng, draft, 5
+        )
         assert tokens_of(speculation, len(expected)) == expected
         accepted += speculation.stats.accepted
     assert accepted > 30 or which != "learnt"
@@ -115,7 +138,9 @@ def test_an_engine_that_takes_four_tokens_at_most_can_be_driven():
     for kind in KINDS:
         expected = tokens_of(plain(begun(Fixed(logits), prompt), prompt, GREEDY, rng), 60)
         draft = make(kind, lambda: Fixed(table(6, 4), 4), GREEDY, rng, most=4)
-        speculation = Speculation(begun(Fixed(logits, 4), prompt, 4), prompt, GREEDY, rng, draft, 32)
+        speculation = Speculation(
+            begun(Fixed(logits, 4), prompt, 4), prompt, GREEDY, rng, draft, 32
+        )
         assert tokens_of(speculation, 60) == expected and speculation.most == 3
         assert speculation.stats.tokens_per_verification > 1.5
 
@@ -126,7 +151,9 @@ class Rounding(Fixed):
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         out = super().logits(tokens)
-        self.marks = getattr(self, "marks", [])[: self.read - tokens.size(1)] + [tokens.size(1)] * tokens.size(1)
+        self.marks = getattr(self, "marks", [])[: self.read - tokens.size(1)] + [
+            tokens.size(1)
+        ] * tokens.size(1)
         noise = np.random.default_rng([self.marks[-1], sum(self.marks)])
         return out + torch.from_numpy(noise.uniform(-2e-6, 2e-6, out.shape)).float()
 
@@ -168,8 +195,10 @@ def test_what_is_read_again_is_to_the_bit_what_plain_decoding_reads(models):
         reader.crop(len(speculation.text) - 1)
         speculation.alike = min(speculation.alike, reader.length)
     single = begun(Memory(model, 200), prompt)
-    alone = {length: single.read([token])[0]
-             for length, token in enumerate(speculation.text[len(prompt) - 1 :], len(prompt))}
+    alone = {
+        length: single.read([token])[0]
+        for length, token in enumerate(speculation.text[len(prompt) - 1 :], len(prompt))
+    }
     assert all(np.array_equal(alone[length], row) for length, row in rows)
 
 
@@ -185,7 +214,9 @@ def joint(strategy: Strategy) -> dict[tuple[int, ...], float]:
     for tokens in itertools.product(range(V), repeat=LENGTH):
         text, p = list(PROMPT), 1.0
         for token in tokens:
-            p *= strategy.distribution(LOGITS[text[-2], text[-1]].astype(np.float32).astype(np.float64), text)[token]
+            p *= strategy.distribution(
+                LOGITS[text[-2], text[-1]].astype(np.float32).astype(np.float64), text
+            )[token]
             text.append(token)
         out[tokens] = p
     return out
@@ -205,32 +236,46 @@ def p_value(kind: str, strategy: Strategy, times: int = TIMES) -> float:
     found = np.array(list(counts.values()))
     assert accepted > times / 10 and (found[expected == 0] == 0).all()
     order = [at for at in np.argsort(expected) if expected[at] > 0]
-    rare = order[: max(1, int(np.searchsorted(np.cumsum(expected[order]), 10.0)) + 1)]  # together, for the test's sake
+    rare = order[
+        : max(1, int(np.searchsorted(np.cumsum(expected[order]), 10.0)) + 1)
+    ]  # together, for the test's sake
     pooled = [np.append(x[order[len(rare) :]], x[rare].sum()) for x in (found, expected)]
     return float(chisquare(*pooled).pvalue)
 
 
-SAMPLED = {"temperature": Strategy("temperature", 0.9), "top-p": Strategy("top-p", 1.0, top_p=0.8),
-           "penalty": Strategy("temperature", 1.0, repetition_penalty=1.8)}
+SAMPLED = {
+    "temperature": Strategy("temperature", 0.9),
+    "top-p": Strategy("top-p", 1.0, top_p=0.8),
+    "penalty": Strategy("temperature", 1.0, repetition_penalty=1.8),
+}
 
 
-@pytest.mark.parametrize("kind, name", [
-    ("ngram", "temperature"), ("suffix", "top-p"), ("model", "penalty")])
+@pytest.mark.parametrize(
+    "kind, name", [("ngram", "temperature"), ("suffix", "top-p"), ("model", "penalty")]
+)
 def test_sampled_texts_are_distributed_as_without_a_draft(kind, name):
     assert p_value(kind, SAMPLED[name]) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["ngram", "suffix", "model"])
 def test_a_rule_that_accepts_every_guess_is_caught(kind, monkeypatch):
-    monkeypatch.setattr(speculative, "accept", lambda p, guess, rng: guess.token if guess else draw(p, rng))
+    monkeypatch.setattr(
+        speculative, "accept", lambda p, guess, rng: guess.token if guess else draw(p, rng)
+    )
     assert p_value(kind, SAMPLED["temperature"], 500) < 1e-6
 
 
 def test_a_rule_that_draws_anew_from_p_where_it_rejects_is_caught(monkeypatch):
     """The classic mistake: the rest must come from what p has more than q."""
+
     def wrong(p, guess, rng):
         q = guess and (guess.q if guess.q is not None else np.eye(1, len(p), guess.token)[0])
-        return guess.token if guess and rng.random() * q[guess.token] < p[guess.token] else draw(p, rng)
+        return (
+            guess.token
+            if guess and rng.random() * q[guess.token] < p[guess.token]
+            else draw(p, rng)
+        )
+
     monkeypatch.setattr(speculative, "accept", wrong)
     assert p_value("ngram", SAMPLED["temperature"], 1000) < 1e-6
 
@@ -243,7 +288,9 @@ def test_a_models_own_first_layers_leave_its_distribution_as_it_is():
     with torch.no_grad():
         rows = [model.logits(torch.tensor([[*PROMPT, t]]))[0].double().numpy() for t in range(V)]
     first = strategy.distribution(rows[0][-2], PROMPT)
-    expected = np.concatenate([first[t] * strategy.distribution(rows[t][-1], PROMPT) for t in range(V)])
+    expected = np.concatenate(
+        [first[t] * strategy.distribution(rows[t][-1], PROMPT) for t in range(V)]
+    )
     counts, accepted = np.zeros(V * V), 0
     for _ in range(times):
         reader.crop(len(PROMPT) - 1)
@@ -261,15 +308,30 @@ def test_a_models_own_first_layers_leave_its_distribution_as_it_is():
 @pytest.mark.parametrize("kind", KINDS)
 def test_figures_add_up_and_log_probabilities_are_the_models(kind):
     strategy, rng = Strategy("top-k", 1.4, 3, repetition_penalty=1.2), np.random.default_rng(2)
-    speculation = Speculation(begun(Fixed(LOGITS), PROMPT), PROMPT, strategy, rng,
-                              make(kind, lambda: Fixed(SMALL), strategy, rng), 4)
+    speculation = Speculation(
+        begun(Fixed(LOGITS), PROMPT),
+        PROMPT,
+        strategy,
+        rng,
+        make(kind, lambda: Fixed(SMALL), strategy, rng),
+        4,
+    )
     steps = [step for _ in range(60) for step in speculation.round()]
     stats = speculation.stats
-    assert stats.tokens == len(steps) == stats.verifications + stats.accepted and stats.verifications == 60
-    assert 0 < stats.accepted <= stats.drafted <= 240 and stats.acceptance == stats.accepted / stats.drafted
-    assert stats.tokens_per_verification == len(steps) / 60 and 0 < stats.draft_seconds < stats.seconds
+    assert (
+        stats.tokens == len(steps) == stats.verifications + stats.accepted
+        and stats.verifications == 60
+    )
+    assert (
+        0 < stats.accepted <= stats.drafted <= 240
+        and stats.acceptance == stats.accepted / stats.drafted
+    )
+    assert (
+        stats.tokens_per_verification == len(steps) / 60 and 0 < stats.draft_seconds < stats.seconds
+    )
     assert sum(step.logp for step in steps) == pytest.approx(
-        logp_of(LOGITS, PROMPT, tuple(step.token for step in steps)), abs=1e-3)
+        logp_of(LOGITS, PROMPT, tuple(step.token for step in steps)), abs=1e-3
+    )
 
 
 def test_a_certain_guess_is_taken_as_often_as_it_is_likely():

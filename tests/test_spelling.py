@@ -13,22 +13,56 @@ from data.prepare import Tokenizer
 from fairway.spelling import Speller
 from train_gpt import BOS_ID, ByteTable, UserError
 
-LOSSY = dict(normalization_rule_name="nmt_nfkc", add_dummy_prefix=True, remove_extra_whitespaces=True)
-KINDS = {"kept": {}, "lossy": LOSSY, "lossy, unigram": LOSSY | dict(model_type="unigram"),
-         "no prefix, blanks lost": dict(remove_extra_whitespaces=True),
-         "prefix, blanks kept": dict(add_dummy_prefix=True), "blanks behind": dict(treat_whitespace_as_suffix=True),
-         "symbols": LOSSY | dict(user_defined_symbols=["<s>x", "\n"])}
-CORNERS = [b"", b"a", b" ", b"  ", b" a", b"a ", b"\n", b"\n a\n\n", b"\0", b"\0\0a\0", b"\xff", b"a\xffb", b"\xe2\x96",
-           "▁".encode(), "▁▁ ▁a▁".encode(), " ▁".encode(), b"<s>", b"</s><unk><0x41><pad>", b"\xed\xa0\x80\xed\xb0\x80",
-           "ﬁ ½ Å\u00a0\u3000x²\ufeff\ufffd".encode(), b"\xc0\x80\xf8\x88", "日本🙂".encode()[:-1],
-           b"\r\n\t\x0b\x0c\x85", bytes(range(256)), b"The  nation .\n"]
+LOSSY = dict(
+    normalization_rule_name="nmt_nfkc", add_dummy_prefix=True, remove_extra_whitespaces=True
+)
+KINDS = {
+    "kept": {},
+    "lossy": LOSSY,
+    "lossy, unigram": LOSSY | dict(model_type="unigram"),
+    "no prefix, blanks lost": dict(remove_extra_whitespaces=True),
+    "prefix, blanks kept": dict(add_dummy_prefix=True),
+    "blanks behind": dict(treat_whitespace_as_suffix=True),
+    "symbols": LOSSY | dict(user_defined_symbols=["<s>x", "\n"]),
+}
+CORNERS = [
+    b"",
+    b"a",
+    b" ",
+    b"  ",
+    b" a",
+    b"a ",
+    b"\n",
+    b"\n a\n\n",
+    b"\0",
+    b"\0\0a\0",
+    b"\xff",
+    b"a\xffb",
+    b"\xe2\x96",
+    "▁".encode(),
+    "▁▁ ▁a▁".encode(),
+    " ▁".encode(),
+    b"<s>",
+    b"</s><unk><0x41><pad>",
+    b"\xed\xa0\x80\xed\xb0\x80",
+    "ﬁ ½ Å\u00a0\u3000x²\ufeff\ufffd".encode(),
+    b"\xc0\x80\xf8\x88",
+    "日本🙂".encode()[:-1],
+    b"\r\n\t\x0b\x0c\x85",
+    bytes(range(256)),
+    b"The  nation .\n",
+]
 TEXTS = english_like(0, 400)
 
 
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, sentencepiece.SentencePieceProcessor]:
-    return {kind: sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer(TEXTS, 384, **options))
-            for kind, options in KINDS.items()}
+    return {
+        kind: sentencepiece.SentencePieceProcessor(
+            model_proto=train_tokenizer(TEXTS, 384, **options)
+        )
+        for kind, options in KINDS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +77,15 @@ def without_bytes() -> Speller:
 
 
 each = pytest.mark.parametrize("kind", KINDS)
-mixtures = st.lists(st.one_of(st.binary(max_size=9), st.text(max_size=9).map(str.encode), st.sampled_from(CORNERS),
-                              st.sampled_from(TEXTS).map(str.encode)), max_size=6).map(b"".join)
+mixtures = st.lists(
+    st.one_of(
+        st.binary(max_size=9),
+        st.text(max_size=9).map(str.encode),
+        st.sampled_from(CORNERS),
+        st.sampled_from(TEXTS).map(str.encode),
+    ),
+    max_size=6,
+).map(b"".join)
 
 
 # ---- Exactly ---------------------------------------------------------------------------------------------------------
@@ -52,7 +93,9 @@ mixtures = st.lists(st.one_of(st.binary(max_size=9), st.text(max_size=9).map(str
 @given(data=mixtures)
 def test_any_bytes_come_back(spellers, kind, data):
     ids = spellers[kind].tokens(data)
-    assert spellers[kind].data(ids) == data and all(3 < i < 384 for i in ids)  # no BOS, whatever the text says
+    assert spellers[kind].data(ids) == data and all(
+        3 < i < 384 for i in ids
+    )  # no BOS, whatever the text says
 
 
 @each
@@ -82,11 +125,17 @@ def test_what_survives_is_segmented_as_in_training(tokenizers, spellers, kind):
     assert same > 50
 
 
-@given(text=st.lists(st.one_of(st.text(max_size=9), st.sampled_from(["▁", " ", "\n", *TEXTS[:20]]))).map("".join))
+@given(
+    text=st.lists(
+        st.one_of(st.text(max_size=9), st.sampled_from(["▁", " ", "\n", *TEXTS[:20]]))
+    ).map("".join)
+)
 def test_as_shards_are_prepared(tokenizers, spellers, text):
     """A text that its shards keep has the tokens that it has there, a literal ▁ included."""
     prepared = Tokenizer(tokenizers["kept"].serialized_model_proto(), "test")
-    assert prepared.keeps_all and prepared.encode([text])[0] == spellers["kept"].tokens(text.encode())
+    assert prepared.keeps_all and prepared.encode([text])[0] == spellers["kept"].tokens(
+        text.encode()
+    )
 
 
 @each
@@ -94,7 +143,11 @@ def test_as_shards_are_prepared(tokenizers, spellers, text):
 def test_a_token_spells_as_many_bytes_as_the_score_counts(tokenizers, spellers, kind, data):
     """Any tokens, control tokens among them; pieces with a blank behind are left out, which no score could count."""
     table, speller = ByteTable.of(tokenizers[kind], 400), spellers[kind]
-    ids = data.draw(st.lists(st.integers(0, 399).filter(lambda i: speller.pieces[i].rfind(b" ") <= 0), max_size=20))
+    ids = data.draw(
+        st.lists(
+            st.integers(0, 399).filter(lambda i: speller.pieces[i].rfind(b" ") <= 0), max_size=20
+        )
+    )
     assert [len(speller.pieces[i]) for i in ids] == (table.base + table.space)[ids].tolist()
     counted = table.count(np.array([BOS_ID, *ids]))
     assert len(speller.data(ids)) == counted.sum()
@@ -107,7 +160,9 @@ def test_the_first_blank(spellers):
         speller = spellers[kind]
         the = speller.pieces.index(b" the")
         assert speller.data([the, the]) == (b"the the" if swallows else b" the the")
-        assert speller.data([the, BOS_ID, the], start_of_document=False) == (b" thethe" if swallows else b" the the")
+        assert speller.data([the, BOS_ID, the], start_of_document=False) == (
+            b" thethe" if swallows else b" the the"
+        )
         assert speller.data([]) == b"" and speller.data(speller.tokens(b" the the")) == b" the the"
 
 
@@ -115,11 +170,17 @@ def test_the_first_blank(spellers):
 @each
 def test_a_byte_that_is_no_text_costs_itself(spellers, kind):
     speller, a, b = spellers[kind], TEXTS[0].encode(), b" " + TEXTS[1].encode()
-    assert len(speller.tokens(a + b"\xff" + b)) <= len(speller.tokens(a)) + 1 + len(speller.tokens(b))
-    assert len(speller.tokens(a + "▁".encode() + b)) <= len(speller.tokens(a)) + 3 + len(speller.tokens(b))
+    assert len(speller.tokens(a + b"\xff" + b)) <= len(speller.tokens(a)) + 1 + len(
+        speller.tokens(b)
+    )
+    assert len(speller.tokens(a + "▁".encode() + b)) <= len(speller.tokens(a)) + 3 + len(
+        speller.tokens(b)
+    )
 
 
-@pytest.mark.parametrize("unit", [b"\xff", b"a", b" ", b"\0", b"\n", "▁".encode(), b"a\xff", "é日 ".encode()])
+@pytest.mark.parametrize(
+    "unit", [b"\xff", b"a", b" ", b"\0", b"\n", "▁".encode(), b"a\xff", "é日 ".encode()]
+)
 def test_time_grows_with_length_alone(spellers, unit):
     data, began = unit * (150_000 // len(unit)), time.process_time()
     for kind in ("kept", "lossy"):

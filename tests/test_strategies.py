@@ -25,7 +25,9 @@ from fairway.decoding.strategies import (
 )
 from train_gpt import UserError
 
-logits_of = st.lists(st.floats(-20, 20).map(lambda x: round(x, 1)), min_size=4, max_size=40).map(np.array)
+logits_of = st.lists(st.floats(-20, 20).map(lambda x: round(x, 1)), min_size=4, max_size=40).map(
+    np.array
+)
 part = st.floats(0.01, 1.0)
 
 
@@ -54,7 +56,6 @@ def test_top_k_keeps_the_k_best(logits, count):
     assert kept(top_k(logits, count)) == set(best_first(logits)[:count])
 
 
-
 @given(logits_of, part)
 def test_top_p_keeps_the_fewest_that_have_the_mass(logits, mass):
     found, p = kept(top_p(logits, mass)), softmax(logits)
@@ -80,10 +81,16 @@ def test_typical_keeps_what_surprises_as_much_as_usual(logits, mass):
     found = kept(typical(logits, mass))
     far = np.abs(-np.log(p) - entropy)
     assert p[list(found)].sum() >= mass - 1e-9
-    assert max(far[list(found)]) <= min((far[t] for t in range(len(p)) if t not in found), default=np.inf) + 1e-9
+    assert (
+        max(far[list(found)])
+        <= min((far[t] for t in range(len(p)) if t not in found), default=np.inf) + 1e-9
+    )
     last = max(found, key=lambda t: far[t])
-    assert len(found) == 1 or p[list(found - {last})].sum() < mass + 1e-6 or (
-        sorted(far)[len(found) - 1] - sorted(far)[len(found) - 2] < 1e-9)
+    assert (
+        len(found) == 1
+        or p[list(found - {last})].sum() < mass + 1e-6
+        or (sorted(far)[len(found) - 1] - sorted(far)[len(found) - 2] < 1e-9)
+    )
 
 
 def test_typical_may_leave_out_the_likeliest():
@@ -99,17 +106,23 @@ def test_temperature_keeps_the_order_and_scales_the_distances(logits, value):
 
 
 @given(logits_of, st.lists(st.integers(0, 3), max_size=9), st.floats(1, 5))
-def test_the_penalty_makes_tokens_of_the_text_less_likely_once_and_leaves_the_others(logits, text, penalty):
+def test_the_penalty_makes_tokens_of_the_text_less_likely_once_and_leaves_the_others(
+    logits, text, penalty
+):
     out = repetition_penalty(logits, text, penalty)
     for token, (before, after) in enumerate(zip(logits, out, strict=True)):
-        expected = before if token not in text else before / penalty if before > 0 else before * penalty
+        expected = (
+            before if token not in text else before / penalty if before > 0 else before * penalty
+        )
         assert after == expected and after <= before
 
 
 # ---- Behind one interface --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", FILTERS)
 @given(logits_of, st.floats(0.1, 3), st.floats(1, 3))
-def test_every_strategy_gives_a_distribution_and_leaves_the_logits_alone(name, logits, heat, penalty):
+def test_every_strategy_gives_a_distribution_and_leaves_the_logits_alone(
+    name, logits, heat, penalty
+):
     before = logits.copy()
     p = Strategy(name, heat, repetition_penalty=penalty).distribution(logits, [0, 1])
     assert p.min() >= 0 and abs(p.sum() - 1) < 1e-12 and np.array_equal(before, logits)
@@ -117,9 +130,15 @@ def test_every_strategy_gives_a_distribution_and_leaves_the_logits_alone(name, l
 
 def test_each_strategy_applies_penalty_then_temperature_then_its_filter():
     logits = np.random.default_rng(3).normal(0, 3, 50)
-    for name, apply in dict(temperature=lambda x: x, **{
-            "top-k": lambda x: top_k(x, 5), "top-p": lambda x: top_p(x, 0.7), "min-p": lambda x: min_p(x, 0.2),
-            "typical": lambda x: typical(x, 0.6)}).items():
+    for name, apply in dict(
+        temperature=lambda x: x,
+        **{
+            "top-k": lambda x: top_k(x, 5),
+            "top-p": lambda x: top_p(x, 0.7),
+            "min-p": lambda x: min_p(x, 0.2),
+            "typical": lambda x: typical(x, 0.6),
+        },
+    ).items():
         strategy = Strategy(name, 1.7, 5, 0.7, 0.2, 0.6, 1.4)
         expected = softmax(apply(temperature(repetition_penalty(logits, [4, 9], 1.4), 1.7)))
         assert np.array_equal(strategy.distribution(logits, [4, 9]), expected)
@@ -128,7 +147,12 @@ def test_each_strategy_applies_penalty_then_temperature_then_its_filter():
 def test_greedy_takes_the_penalty_and_no_temperature():
     logits = np.array([2.0, 1.5, 0.0, -1.0])
     assert Strategy("greedy", 99.0).distribution(logits, [0]).tolist() == [1, 0, 0, 0]
-    assert Strategy("greedy", repetition_penalty=2).distribution(logits, [0]).tolist() == [0, 1, 0, 0]
+    assert Strategy("greedy", repetition_penalty=2).distribution(logits, [0]).tolist() == [
+        0,
+        1,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -149,21 +173,33 @@ def test_logits_that_are_no_numbers_are_an_error(name, bad):
         Strategy(name).distribution(np.full(4, -np.inf), [])
 
 
-@pytest.mark.parametrize("name, values", [
-    ("temperature", [0, -1, np.nan, np.inf]), ("top_k", [0, -3]), ("top_p", [0, 1.01, np.nan, -0.1]),
-    ("min_p", [1, -0.1, np.nan]), ("typical", [0, 1.1]), ("repetition_penalty", [0.9, 0, np.nan, np.inf])])
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("temperature", [0, -1, np.nan, np.inf]),
+        ("top_k", [0, -3]),
+        ("top_p", [0, 1.01, np.nan, -0.1]),
+        ("min_p", [1, -0.1, np.nan]),
+        ("typical", [0, 1.1]),
+        ("repetition_penalty", [0.9, 0, np.nan, np.inf]),
+    ],
+)
 def test_numbers_out_of_range_are_refused_in_one_line_that_names_the_option(name, values):
     for value in values:
         with pytest.raises(UserError) as refused:
             Strategy(**{name: value})
-        assert str(refused.value).startswith(f"--{name.replace('_', '-')} is {value:g}; it must be ")
+        assert str(refused.value).startswith(
+            f"--{name.replace('_', '-')} is {value:g}; it must be "
+        )
         assert "\n" not in str(refused.value)
 
 
 def test_a_temperature_of_zero_points_to_greedy_and_an_unknown_name_to_all():
     with pytest.raises(UserError, match="--strategy greedy"):
         Strategy(temperature=0)
-    with pytest.raises(UserError, match="'nucleus'; take one of greedy, temperature, top-k, top-p, min-p, typical"):
+    with pytest.raises(
+        UserError, match="'nucleus'; take one of greedy, temperature, top-k, top-p, min-p, typical"
+    ):
         Strategy("nucleus")
     assert set(KNOBS) == {f for f in Strategy.__dataclass_fields__ if f != "name"}
 
@@ -171,7 +207,9 @@ def test_a_temperature_of_zero_points_to_greedy_and_an_unknown_name_to_all():
 # ---- Drawing ---------------------------------------------------------------------------------------------------------
 def test_what_is_drawn_is_drawn_as_often_as_it_should_be():
     rng, p = np.random.default_rng(0), np.array([0.5, 0.0, 0.3, 0.2, 0.0])
-    counts = np.bincount([draw(3 * p, rng) for _ in range(5000)], minlength=5)  # the sum does not matter
+    counts = np.bincount(
+        [draw(3 * p, rng) for _ in range(5000)], minlength=5
+    )  # the sum does not matter
     assert counts[1] == counts[4] == 0
     assert chisquare(counts[p > 0], 5000 * p[p > 0]).pvalue > 1e-3
 

@@ -21,9 +21,20 @@ V = 97
 ALONE = Runtime(0, 1, torch.device("cpu"), "test")
 TABLE = ByteTable(np.arange(V, dtype=np.int16) % 5, np.arange(V) % 3 == 0, np.arange(V) < 4)
 FEATURES = dict(smear_gate=True, bigram_vocab_size=32, bigram_dim=8)
-SCORES = [dict(), dict(eval_mode="cached"), dict(eval_documents=True, expert_reset=True, eval_stride=5),
-          dict(eval_mode="cached", eval_documents=True, eval_seq_len=24, mix_mode="log"),
-          dict(eval_seq_len=7, eval_stride=7, mix_weights="exponential", match_least=3, ngram_orders=3, mix_guard=0.0)]
+SCORES = [
+    dict(),
+    dict(eval_mode="cached"),
+    dict(eval_documents=True, expert_reset=True, eval_stride=5),
+    dict(eval_mode="cached", eval_documents=True, eval_seq_len=24, mix_mode="log"),
+    dict(
+        eval_seq_len=7,
+        eval_stride=7,
+        mix_weights="exponential",
+        match_least=3,
+        ngram_orders=3,
+        mix_guard=0.0,
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +46,12 @@ def some_text(n: int, seed: int = 0) -> np.ndarray:
     """Tokens that come again in runs, with documents that begin now and then."""
     rng = np.random.default_rng(seed)
     parts = [rng.integers(2, V, 40) for _ in range(4)]
-    text = np.concatenate([part[(start := rng.integers(20)) : start + rng.integers(5, 20)]
-                           for part in (parts[i] for i in rng.integers(0, 4, n))])[:n]
+    text = np.concatenate(
+        [
+            part[(start := rng.integers(20)) : start + rng.integers(5, 20)]
+            for part in (parts[i] for i in rng.integers(0, 4, n))
+        ]
+    )[:n]
     text[rng.random(n) < 0.02] = BOS_ID
     return text
 
@@ -46,7 +61,11 @@ def costs(predictor, streams: list[np.ndarray]) -> np.ndarray:
     found = []
     for tokens in np.stack(streams, axis=1):
         p = predictor.probabilities()
-        assert p.shape == (len(streams), V) and (p >= 0).all() and np.allclose(p.sum(axis=1), 1, atol=1e-9)
+        assert (
+            p.shape == (len(streams), V)
+            and (p >= 0).all()
+            and np.allclose(p.sum(axis=1), 1, atol=1e-9)
+        )
         found.append(np.log(p[np.arange(len(tokens)), tokens]))
         predictor.learn(tokens)
     return np.array(found)
@@ -58,7 +77,9 @@ def mixed(model, streams: int, cfg: EvalConfig, count: int) -> Mixed:
 
 
 # ---- One stream: what a score counted --------------------------------------------------------------------------------
-@pytest.mark.parametrize("settings", SCORES, ids=lambda s: "-".join(map(str, s.values())) or "default")
+@pytest.mark.parametrize(
+    "settings", SCORES, ids=lambda s: "-".join(map(str, s.values())) or "default"
+)
 def test_one_stream_costs_what_the_score_says(model, settings):
     cfg = EvalConfig(**(dict(eval_stride=4) | settings))
     text, neural = some_text(300), Neural(model, cfg, ALONE)
@@ -116,8 +137,10 @@ def test_a_match_never_points_where_its_stream_has_not_been(streams, steps, kind
 @given(st.lists(st.integers(2, 6), min_size=1, max_size=60))
 def test_one_stream_side_by_side_is_an_expert_alone(tokens):
     tokens = np.array(tokens)
-    for alone, beside in ((Match(V, least=2), Match(V, least=2).side_by_side(1, len(tokens))[0]),
-                          (NGram(V), NGram(V).side_by_side(1)[0])):
+    for alone, beside in (
+        (Match(V, least=2), Match(V, least=2).side_by_side(1, len(tokens))[0]),
+        (NGram(V), NGram(V).side_by_side(1)[0]),
+    ):
         for token in tokens[:, None]:
             for a, b in zip(alone.fill(token), beside.fill(token), strict=True):
                 assert np.array_equal(a, b)

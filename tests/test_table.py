@@ -13,10 +13,19 @@ from fairway.records.files import RecordError
 from fairway.records.table import page, stale, write_table
 
 
-def record(records: Path, name: str, bpb: float, track: str = "track_10min_16mb", /, **more) -> Path:
+def record(
+    records: Path, name: str, bpb: float, track: str = "track_10min_16mb", /, **more
+) -> Path:
     folder = records / track / name
     folder.mkdir(parents=True)
-    data = dict(name=name[11:], val_bpb=bpb, date=name[:10], author="A", hardware="8xH100", bytes_total=15_900_000)
+    data = dict(
+        name=name[11:],
+        val_bpb=bpb,
+        date=name[:10],
+        author="A",
+        hardware="8xH100",
+        bytes_total=15_900_000,
+    )
     (folder / "submission.json").write_text(json.dumps(data | more))
     return folder
 
@@ -31,15 +40,52 @@ def test_records_are_ranked_by_score_then_date_in_each_track(tmp_path):
     record(tmp_path, "2026-04-02_late", 1.1)
     record(tmp_path, "2026-04-01_early", 1.1)
     record(tmp_path, "2026-05-01_best one", 1.0625)
-    record(tmp_path, "2026-03-01_other", 0.9, "track_non_record_16mb", bytes_total=None, hardware=None)
+    record(
+        tmp_path, "2026-03-01_other", 0.9, "track_non_record_16mb", bytes_total=None, hardware=None
+    )
     text = page(tmp_path)
     assert rows(text) == [
-        ["1", "1.062500", "[best one](track_10min_16mb/2026-05-01_best%20one)", "2026-05-01", "A", "8xH100",
-         "15,900,000"],
-        ["2", "1.100000", "[early](track_10min_16mb/2026-04-01_early)", "2026-04-01", "A", "8xH100", "15,900,000"],
-        ["3", "1.100000", "[late](track_10min_16mb/2026-04-02_late)", "2026-04-02", "A", "8xH100", "15,900,000"],
-        ["1", "0.900000", "[other](track_non_record_16mb/2026-03-01_other)", "2026-03-01", "A", "", ""]]
-    assert re.findall("^## (.*)$", text, re.M) == ["10 minutes on 8×H100, 16 MB", "16 MB, no record"]
+        [
+            "1",
+            "1.062500",
+            "[best one](track_10min_16mb/2026-05-01_best%20one)",
+            "2026-05-01",
+            "A",
+            "8xH100",
+            "15,900,000",
+        ],
+        [
+            "2",
+            "1.100000",
+            "[early](track_10min_16mb/2026-04-01_early)",
+            "2026-04-01",
+            "A",
+            "8xH100",
+            "15,900,000",
+        ],
+        [
+            "3",
+            "1.100000",
+            "[late](track_10min_16mb/2026-04-02_late)",
+            "2026-04-02",
+            "A",
+            "8xH100",
+            "15,900,000",
+        ],
+        [
+            "1",
+            "0.900000",
+            "[other](track_non_record_16mb/2026-03-01_other)",
+            "2026-03-01",
+            "A",
+            "",
+            "",
+        ],
+    ]
+    assert re.findall("^## (.*)$", text, re.M) == [
+        "10 minutes on 8×H100, 16 MB",
+        "16 MB, no record",
+    ]
     assert page(tmp_path) == text
 
 
@@ -55,9 +101,16 @@ def test_without_records_the_page_says_so(tmp_path):
     assert page(tmp_path) == page(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize(("content", "says"), [
-    (None, "has no submission.json"), ("{", "is no JSON"), ("[]", "has no val_bpb"), ('{"val_bpb": "1"}', "no val_bpb"),
-    ('{"val_bpb": NaN}', "is no JSON")])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "has no submission.json"),
+        ("{", "is no JSON"),
+        ("[]", "has no val_bpb"),
+        ('{"val_bpb": "1"}', "no val_bpb"),
+        ('{"val_bpb": NaN}', "is no JSON"),
+    ],
+)
 def test_a_folder_that_cannot_be_read_is_named(content, says, tmp_path):
     folder = record(tmp_path, "2026-04-01_x", 1.1)
     (folder / "submission.json").unlink()
@@ -81,7 +134,7 @@ def test_no_text_breaks_the_table(tmp_path_factory, name, author, hardware):
     records = tmp_path_factory.mktemp("records")
     record(records, "2026-04-01_x", 1.1, name=name, author=author, hardware=hardware)
     text = page(records)
-    row, = rows(text)
+    (row,) = rows(text)
     assert len(row) == 7 and "<" not in text and row[2].endswith("](track_10min_16mb/2026-04-01_x)")
     assert row[2].count("[") == row[2].count("]") == 1 and "\\" not in text
 

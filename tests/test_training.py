@@ -25,16 +25,54 @@ from train_gpt import Config, Runtime, UserError
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = str(ROOT / "train_gpt.py")
 CPU = Runtime(0, 1, torch.device("cpu"), "cpu")
-QUICK = dict(ITERATIONS=3, CODEC="brotli", TRAIN_LOG_EVERY=1, MAX_WALLCLOCK_SECONDS=0, HOLDOUT_TOKENS=1024)
+QUICK = dict(
+    ITERATIONS=3, CODEC="brotli", TRAIN_LOG_EVERY=1, MAX_WALLCLOCK_SECONDS=0, HOLDOUT_TOKENS=1024
+)
 # Resuming must bring back all of this: loops, rounding, averages, momentum, the order of the data.
-LONG = QUICK | dict(ITERATIONS=20, QAT_START_FRAC=0.3, SWA_START_FRAC=0.2, SWA_EVERY=2, EMA_DECAY=0.99, GPTQ=1,
-                    GPTQ_BATCHES=1, LOOP_END=1, NUM_LOOPS=1, LOOP_ADALN=1, LOOP_AT_FRAC=0.5)
+LONG = QUICK | dict(
+    ITERATIONS=20,
+    QAT_START_FRAC=0.3,
+    SWA_START_FRAC=0.2,
+    SWA_EVERY=2,
+    EMA_DECAY=0.99,
+    GPTQ=1,
+    GPTQ_BATCHES=1,
+    LOOP_END=1,
+    NUM_LOOPS=1,
+    LOOP_ADALN=1,
+    LOOP_AT_FRAC=0.5,
+)
 ALL_ON = dict(
-    PRESET="frontier", COMPILE=0, NUM_LAYERS=5, MODEL_DIM=64, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=64,
-    TRAIN_BATCH_TOKENS=1024, ITERATIONS=6, WARMUP_STEPS=0, VAL_BATCH_SIZE=8192, HOLDOUT_TOKENS=1024, ROPE_DIMS=8,
-    PARALLEL_START_LAYER=4, LOOP_START=1, LOOP_END=2, LOOP_ADALN=1, LOOP_AT_FRAC=0.3, MAX_WALLCLOCK_SECONDS=0,
-    BIGRAM_VOCAB_SIZE=64, BIGRAM_DIM=64, GPTQ_BATCHES=1, QAT_START_FRAC=0.5, SWA_START_FRAC=0.5, SWA_EVERY=1,
-    BYTE_LOSS_ALPHA=0.5, CODEC="ans", MLP_BITS=5, VAL_LOSS_EVERY=3)
+    PRESET="frontier",
+    COMPILE=0,
+    NUM_LAYERS=5,
+    MODEL_DIM=64,
+    NUM_HEADS=4,
+    NUM_KV_HEADS=2,
+    TRAIN_SEQ_LEN=64,
+    TRAIN_BATCH_TOKENS=1024,
+    ITERATIONS=6,
+    WARMUP_STEPS=0,
+    VAL_BATCH_SIZE=8192,
+    HOLDOUT_TOKENS=1024,
+    ROPE_DIMS=8,
+    PARALLEL_START_LAYER=4,
+    LOOP_START=1,
+    LOOP_END=2,
+    LOOP_ADALN=1,
+    LOOP_AT_FRAC=0.3,
+    MAX_WALLCLOCK_SECONDS=0,
+    BIGRAM_VOCAB_SIZE=64,
+    BIGRAM_DIM=64,
+    GPTQ_BATCHES=1,
+    QAT_START_FRAC=0.5,
+    SWA_START_FRAC=0.5,
+    SWA_EVERY=1,
+    BYTE_LOSS_ALPHA=0.5,
+    CODEC="ans",
+    MLP_BITS=5,
+    VAL_LOSS_EVERY=3,
+)
 
 
 class Finished:
@@ -42,7 +80,9 @@ class Finished:
 
     def __init__(self, folder: Path, text: str):
         self.folder, self.text = folder, text
-        self.events = [json.loads(line) for line in (folder / "logs" / "test.jsonl").read_text().splitlines()]
+        self.events = [
+            json.loads(line) for line in (folder / "logs" / "test.jsonl").read_text().splitlines()
+        ]
 
     def all(self, event: str) -> list[dict]:
         return [e for e in self.events if e["event"] == event]
@@ -63,19 +103,23 @@ class Finished:
 @pytest.fixture(scope="module")
 def train_here(trainer_env):
     """`train_here(folder, **settings)`: a whole run without the two seconds that a process of its own takes."""
+
     def run(folder: Path, **settings) -> Finished:
         screen = io.StringIO()
         with own_signals(90), contextlib.redirect_stdout(screen):
             train_gpt.main(trainer_env(folder, **settings))
         return Finished(folder, screen.getvalue())
+
     return run
 
 
 @contextlib.contextmanager
 def own_signals(seconds: int):
     """Give pytest its signal handlers back, and end a run that does not end."""
+
     def too_long(*_):
         raise TimeoutError(f"still running after {seconds} s")
+
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(seconds)
@@ -91,8 +135,19 @@ def own_signals(seconds: int):
 def whole(tmp_path_factory, run_trainer) -> Finished:
     """One run with everything of the smoke preset that can show in a log."""
     folder = tmp_path_factory.mktemp("whole")
-    done = run_trainer(folder, ITERATIONS=12, QAT_START_FRAC=0.5, SWA_START_FRAC=0.4, SWA_EVERY=2, EMA_DECAY=0.99,
-                       VAL_LOSS_EVERY=6, GPTQ=1, GPTQ_BATCHES=2, WARMUP_STEPS=2, MAX_WALLCLOCK_SECONDS=0)
+    done = run_trainer(
+        folder,
+        ITERATIONS=12,
+        QAT_START_FRAC=0.5,
+        SWA_START_FRAC=0.4,
+        SWA_EVERY=2,
+        EMA_DECAY=0.99,
+        VAL_LOSS_EVERY=6,
+        GPTQ=1,
+        GPTQ_BATCHES=2,
+        WARMUP_STEPS=2,
+        MAX_WALLCLOCK_SECONDS=0,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     return Finished(folder, done.stdout)
 
@@ -118,7 +173,12 @@ def one_line(stderr: str) -> str:
 
 # ---- What a run says and writes --------------------------------------------------------------------------------------
 def test_a_run_writes_its_artifact_its_model_and_two_logs(whole):
-    assert files(whole.folder) == LOGS | {"checkpoint.pt", "final_model.int6.ptz", "final_model.pt", "runs.jsonl"}
+    assert files(whole.folder) == LOGS | {
+        "checkpoint.pt",
+        "final_model.int6.ptz",
+        "final_model.pt",
+        "runs.jsonl",
+    }
 
 
 def test_the_log_file_opens_with_the_source_and_has_what_the_screen_has(whole):
@@ -126,7 +186,9 @@ def test_the_log_file_opens_with_the_source_and_has_what_the_screen_has(whole):
     code = whole.one("artifact")["code_bytes"]
     assert log.encode()[:code].decode().startswith('"""Train a language model')
     rest = log.encode()[code:].decode()
-    assert rest.startswith("\n" + "=" * 100 + "\nRunning Python 3.") and "\nRunning PyTorch 2." in rest
+    assert (
+        rest.startswith("\n" + "=" * 100 + "\nRunning Python 3.") and "\nRunning PyTorch 2." in rest
+    )
     assert rest.split("\nsettings: ", 1)[1].split("\n", 1)[1] == whole.text
 
 
@@ -136,22 +198,28 @@ def test_the_challenges_parsers_find_their_lines(whole):
     wanted = [
         r"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=\S+",
         r"train_loader:dataset:\S+ train_shards:2\b",
-        rf"val_loader:shards pattern=\S+ tokens:{number}", rf"model_params:{number}$",
+        rf"val_loader:shards pattern=\S+ tokens:{number}",
+        rf"model_params:{number}$",
         r"world_size:1 grad_accum_steps:8$",
-        r"sdp_backends:\w+", r"attention_mode:gqa num_heads:4 num_kv_heads:2$",
+        r"sdp_backends:\w+",
+        r"attention_mode:gqa num_heads:4 num_kv_heads:2$",
         r"tie_embeddings:True embed_lr:\S+ head_lr:0.0 matrix_lr:\S+ scalar_lr:\S+$",
         r"train_batch_tokens:2048 train_seq_len:64 iterations:12 warmup_steps:2 max_wallclock_seconds:0.000$",
-        r"seed:1337$", r"warmup_step:1/2$", r"warmup_step:2/2$",
+        r"seed:1337$",
+        r"warmup_step:1/2$",
+        r"warmup_step:2/2$",
         rf"step:0/12 val_loss:{four} val_bpb:{four} train_time:{number}ms step_avg:\d+\.\d\dms$",
         rf"step:1/12 train_loss:{four} train_time:{number}ms step_avg:\d+\.\d\dms",
         rf"step:6/12 val_loss:{four} val_bpb:{four} train_time:{number}ms step_avg:\d+\.\d\dms$",
         rf"step:12/12 train_loss:{four} train_time:{number}ms step_avg:\d+\.\d\dms",
-        rf"step:12/12 val_loss:{four} val_bpb:{four}", rf"Serialized model: {number} bytes$",
+        rf"step:12/12 val_loss:{four} val_bpb:{four}",
+        rf"Serialized model: {number} bytes$",
         rf"Code size: {number} bytes$",
         rf"Serialized model int6\+\w+: {number} bytes \(.*ratio:\d+\.\d\dx.*\)$",
         rf"Total submission size int6\+\w+: {number} bytes",
         rf"final_int6_\w+_roundtrip val_loss:{four} val_bpb:{four} eval_time:{number}ms$",
-        rf"final_int6_\w+_roundtrip_exact val_loss:{eight} val_bpb:{eight}$"]
+        rf"final_int6_\w+_roundtrip_exact val_loss:{eight} val_bpb:{eight}$",
+    ]
     at = 0
     for pattern in wanted:
         found = re.compile(rf"^{pattern}", re.M).search(whole.text, at)
@@ -161,25 +229,34 @@ def test_the_challenges_parsers_find_their_lines(whole):
 
 def test_sizes_in_the_log_are_those_of_the_files(whole):
     size, event = whole.artifact.stat().st_size, whole.one("artifact")
-    said = {name: int(value) for name, value in re.findall(r"^([A-Z][\w +]+): (\d+) bytes", whole.text, re.M)}
+    said = {
+        name: int(value)
+        for name, value in re.findall(r"^([A-Z][\w +]+): (\d+) bytes", whole.text, re.M)
+    }
     codec = event["codec"]
     raw = (whole.folder / "final_model.pt").stat().st_size
-    assert said == {"Serialized model": raw, "Code size": event["code_bytes"],
-                    f"Serialized model int6+{codec}": size,
-                    f"Total submission size int6+{codec}": size + event["code_bytes"]}
+    assert said == {
+        "Serialized model": raw,
+        "Code size": event["code_bytes"],
+        f"Serialized model int6+{codec}": size,
+        f"Total submission size int6+{codec}": size + event["code_bytes"],
+    }
     assert event["bytes"] == size and event["sha256"] == train_gpt.file_sha256(whole.artifact)
     assert min((e["bytes"], e["codec"]) for e in whole.all("codec")) == (size, codec)
 
 
 def test_events_are_complete_and_equal_to_the_text(whole):
     assert {e["event"] for e in whole.events} == set(
-        "start model size val train qat averages rounding codec quantised artifact final checkpoint".split())
+        "start model size val train qat averages rounding codec quantised artifact final checkpoint".split()
+    )
     assert all(type(e["time"]) is float for e in whole.events)
     lines = re.findall(r"^step:(\d+)/12 train_loss:(\S+)", whole.text, re.M)
     assert lines == [(str(e["step"]), f"{e['loss']:.4f}") for e in whole.all("train")]
     assert [int(step) for step, _ in lines] == [*range(1, 11), 12]
     lines = re.findall(r"^step:(\d+)/12 val_loss:(\S+) val_bpb:(\S+)", whole.text, re.M)
-    assert lines == [(str(e["step"]), f"{e['loss']:.4f}", f"{e['bpb']:.4f}") for e in whole.all("val")]
+    assert lines == [
+        (str(e["step"]), f"{e['loss']:.4f}", f"{e['bpb']:.4f}") for e in whole.all("val")
+    ]
     assert [int(step) for step, *_ in lines] == [0, 6, 12]
     start, model = whole.one("start"), whole.one("model")
     assert set(start["sha256"]) == {"code", "data", "tokenizer", "settings"}
@@ -194,7 +271,9 @@ def test_the_final_score_is_that_of_the_artifact_on_disk(whole, corpus):
     """Window by window, one sequence a pass, float64 log-probabilities; bytes by decoding, not by the byte table."""
     artifact = train_gpt.read_artifact(whole.artifact)
     model = train_gpt.build_model(artifact)
-    val = np.concatenate([train_gpt.read_shard(p) for p in sorted(corpus.folder.glob("*_val_*.bin"))]).astype(np.int64)
+    val = np.concatenate(
+        [train_gpt.read_shard(p) for p in sorted(corpus.folder.glob("*_val_*.bin"))]
+    ).astype(np.int64)
     nats, scored = 0.0, 0
     with torch.no_grad():
         for start in range(0, len(val) - 1, 64):
@@ -213,7 +292,10 @@ def test_the_final_score_is_that_of_the_artifact_on_disk(whole, corpus):
 
 
 def test_the_artifact_carries_the_tokenizer(whole, corpus):
-    assert train_gpt.read_artifact(whole.artifact).tokenizer == (corpus.folder / "tokenizer.model").read_bytes()
+    assert (
+        train_gpt.read_artifact(whole.artifact).tokenizer
+        == (corpus.folder / "tokenizer.model").read_bytes()
+    )
 
 
 def test_rounding_turns_on_and_reaches_the_forward_pass(whole):
@@ -230,7 +312,10 @@ def test_averages_and_rounding_are_chosen_on_held_out_tokens(whole):
     shown = " ".join(f"{n}:{v:.4f}" for n, v in scores.items())
     assert f"averages:{shown} kept:{averages['kept']}\n" in whole.text
     assert "swa:averaged 4 checkpoints\n" in whole.text  # steps 6, 8, 10, 12
-    assert rounding["kept"] == min(("nearest", "gptq"), key=rounding.get) and rounding["nearest"] != rounding["gptq"]
+    assert (
+        rounding["kept"] == min(("nearest", "gptq"), key=rounding.get)
+        and rounding["nearest"] != rounding["gptq"]
+    )
     assert re.search(r"^gptq:collected \d+ Hessians", whole.text, re.M)
 
 
@@ -254,10 +339,12 @@ def test_validation_counts_every_target_once(tokens, batch):
     """A loss that is its target and says where it was: the mean must be that of all targets, the tail included."""
     cfg = Config(train_seq_len=8, train_batch_tokens=64, val_batch_size=batch)
     ids, seen, shapes = np.arange(1, tokens + 1).astype("<u2"), [], set()
+
     def loss(x, y):
         shapes.add(tuple(y.shape))
         seen.extend(y[y == x + 1].tolist())  # the rest is padding
         return torch.where(y == x + 1, y, 1_000_000).double() ** 2
+
     got = train_gpt.mean_nats(loss, ids, cfg, CPU)
     assert sorted(seen) == list(range(2, tokens + 1)) and len(shapes) == 1
     assert got == pytest.approx(np.mean(np.arange(2, tokens + 1, dtype=np.float64) ** 2))
@@ -267,8 +354,10 @@ def test_validation_does_not_depend_on_its_batch_size(whole, corpus):
     artifact = train_gpt.read_artifact(whole.artifact)
     model = train_gpt.build_model(artifact)
     val = train_gpt.read_shard(next(corpus.folder.glob("*_val_*.bin")))[:2000]
-    scores = [train_gpt.mean_nats(model, val, dataclasses.replace(artifact.config, val_batch_size=b), CPU)
-              for b in (1, 8 * 64 * 3, 8 * 64 * 40)]
+    scores = [
+        train_gpt.mean_nats(model, val, dataclasses.replace(artifact.config, val_batch_size=b), CPU)
+        for b in (1, 8 * 64 * 3, 8 * 64 * 40)
+    ]
     assert scores == pytest.approx([scores[0]] * 3, abs=1e-6)
 
 
@@ -292,8 +381,13 @@ def test_a_byte_weighted_loss_is_reported_plain(quick, train_here, tmp_path):
 
 
 def test_the_clock_ends_a_run(train_here, tmp_path):
-    run = train_here(tmp_path, **QUICK | dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=0.7, TRAIN_LOG_EVERY=1000))
-    stop = re.search(r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$", run.text, re.M)
+    run = train_here(
+        tmp_path,
+        **QUICK | dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=0.7, TRAIN_LOG_EVERY=1000),
+    )
+    stop = re.search(
+        r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$", run.text, re.M
+    )
     assert 700 <= int(stop[1]) < 2500 and int(stop[2]) == run.all("train")[-1]["step"] > 1
     assert run.all("train")[-1]["lr_scale"] == 0
 
@@ -301,15 +395,21 @@ def test_the_clock_ends_a_run(train_here, tmp_path):
 # ---- Two processes ---------------------------------------------------------------------------------------------------
 def launch_two(env: dict[str, str], out_dir: Path, **kwargs) -> subprocess.Popen:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    return subprocess.Popen([*torchrun, SCRIPT], env=env, cwd=out_dir, text=True, start_new_session=True, **kwargs)
+    return subprocess.Popen(
+        [*torchrun, SCRIPT], env=env, cwd=out_dir, text=True, start_new_session=True, **kwargs
+    )
 
 
 def test_two_processes_take_the_steps_of_one(trainer_env, train_here, tmp_path):
     settings = LONG | dict(GPTQ=0)
     one = train_here(tmp_path / "one", **settings)
     (tmp_path / "two").mkdir()
-    launched = launch_two(trainer_env(tmp_path / "two", **settings), tmp_path / "two", stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE)
+    launched = launch_two(
+        trainer_env(tmp_path / "two", **settings),
+        tmp_path / "two",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         out, err = launched.communicate(timeout=120)
     finally:
@@ -340,7 +440,9 @@ def test_a_killed_rank_ends_the_others_within_a_minute(trainer_env, tmp_path):
         launched = launch_two(env, tmp_path, stdout=out, stderr=out)
     try:
         wait_for(lambda: "step:3/" in (tmp_path / "out").read_text(), launched)
-        environments = {p: Path(f"/proc/{p}/environ").read_text().split("\0") for p in children(launched.pid)}
+        environments = {
+            p: Path(f"/proc/{p}/environ").read_text().split("\0") for p in children(launched.pid)
+        }
         (victim,) = (p for p, env in environments.items() if "RANK=1" in env)
         (other,) = (p for p, env in environments.items() if "RANK=0" in env)
         os.kill(victim, signal.SIGKILL)
@@ -365,11 +467,19 @@ def uninterrupted(tmp_path_factory, train_here) -> Finished:
     return train_here(tmp_path_factory.mktemp("uninterrupted"), **LONG)
 
 
-def interrupted(folder: Path, env: dict, line: str, after_s: float, signum: int) -> subprocess.CompletedProcess:
+def interrupted(
+    folder: Path, env: dict, line: str, after_s: float, signum: int
+) -> subprocess.CompletedProcess:
     """Start a run, and send it a signal some time after a line of its output."""
     with open(folder / "out", "w") as out:
-        started = subprocess.Popen([sys.executable, SCRIPT], env=env, cwd=folder, text=True, stdout=out,
-                                   stderr=subprocess.PIPE)
+        started = subprocess.Popen(
+            [sys.executable, SCRIPT],
+            env=env,
+            cwd=folder,
+            text=True,
+            stdout=out,
+            stderr=subprocess.PIPE,
+        )
     try:
         wait_for(lambda: line in (folder / "out").read_text(), started)
         time.sleep(after_s)
@@ -381,32 +491,52 @@ def interrupted(folder: Path, env: dict, line: str, after_s: float, signum: int)
 
 
 def assert_same_end(one: Finished, other: Finished) -> None:
-    first, second = (torch.load(f.folder / "final_model.pt", weights_only=True) for f in (one, other))
-    assert list(first) == list(second) and [n for n in first if not torch.equal(first[n], second[n])] == []
+    first, second = (
+        torch.load(f.folder / "final_model.pt", weights_only=True) for f in (one, other)
+    )
+    assert (
+        list(first) == list(second)
+        and [n for n in first if not torch.equal(first[n], second[n])] == []
+    )
     assert one.artifact.read_bytes() == other.artifact.read_bytes()
     assert one.one("final")["loss"] == other.one("final")["loss"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
-                         ids=lambda s: s.name)
-def test_a_stopped_run_goes_on_to_the_same_bits(signum, uninterrupted, trainer_env, train_here, tmp_path):
-    line = {signal.SIGTERM: "step:4/", signal.SIGINT: "layer_loop:enabled"}[signum]  # before and after the switches
+@pytest.mark.parametrize(
+    "signum",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda s: s.name,
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    signum, uninterrupted, trainer_env, train_here, tmp_path
+):
+    line = {signal.SIGTERM: "step:4/", signal.SIGINT: "layer_loop:enabled"}[
+        signum
+    ]  # before and after the switches
     done = interrupted(tmp_path, trainer_env(tmp_path, **LONG), line, 0, signum)
     assert done.returncode == 128 + signum and "Traceback" not in done.stderr
-    assert re.search(rf"^stopped by {signum.name}\b.*RESUME=1 continues", done.stdout + done.stderr, re.M)
+    assert re.search(
+        rf"^stopped by {signum.name}\b.*RESUME=1 continues", done.stdout + done.stderr, re.M
+    )
     assert files(tmp_path) == LOGS | {"checkpoint.pt", "out"}
     resumed = train_here(tmp_path, **LONG, RESUME=1)
-    assert 4 <= resumed.one("resume")["step"] < 20 and len(resumed.all("start")) == 2  # one log, both parts
+    assert (
+        4 <= resumed.one("resume")["step"] < 20 and len(resumed.all("start")) == 2
+    )  # one log, both parts
     by_step = {e["step"]: e["loss"] for e in resumed.all("train")}
     assert by_step == {e["step"]: e["loss"] for e in uninterrupted.all("train")}
     assert_same_end(uninterrupted, resumed)
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_last_checkpoint(uninterrupted, trainer_env, train_here, tmp_path):
+def test_a_killed_run_goes_on_from_its_last_checkpoint(
+    uninterrupted, trainer_env, train_here, tmp_path
+):
     settings = LONG | dict(CHECKPOINT_SECONDS=0.01)
     pause = np.random.default_rng().random() * 0.3
-    done = interrupted(tmp_path, trainer_env(tmp_path, **settings), "step:3/", pause, signal.SIGKILL)
+    done = interrupted(
+        tmp_path, trainer_env(tmp_path, **settings), "step:3/", pause, signal.SIGKILL
+    )
     assert done.returncode == -signal.SIGKILL
     resumed = train_here(tmp_path, **LONG, RESUME=1)
     assert 1 <= resumed.one("resume")["step"] < 20, pause
@@ -417,7 +547,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(uninterrupted, trainer_en
 def stopped(tmp_path_factory, trainer_env) -> Path:
     """A folder with a checkpoint."""
     folder = tmp_path_factory.mktemp("stopped")
-    done = interrupted(folder, trainer_env(folder, **QUICK | dict(ITERATIONS=1_000_000)), "step:2/", 0, signal.SIGTERM)
+    done = interrupted(
+        folder,
+        trainer_env(folder, **QUICK | dict(ITERATIONS=1_000_000)),
+        "step:2/",
+        0,
+        signal.SIGTERM,
+    )
     assert done.returncode == 143
     return folder
 
@@ -425,18 +561,31 @@ def stopped(tmp_path_factory, trainer_env) -> Path:
 def refused(trainer_env, folder: Path, **settings) -> str:
     """The message of a run that is refused; it must leave the folder as it was."""
     before = {name: (folder / name).read_bytes() for name in files(folder)}
-    with own_signals(10), pytest.raises(UserError) as caught, contextlib.redirect_stdout(io.StringIO()):
-        train_gpt.main(trainer_env(folder, **QUICK | dict(ITERATIONS=1_000_000, RESUME=1) | settings))
+    with (
+        own_signals(10),
+        pytest.raises(UserError) as caught,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        train_gpt.main(
+            trainer_env(folder, **QUICK | dict(ITERATIONS=1_000_000, RESUME=1) | settings)
+        )
     assert "\n" not in str(caught.value)
-    after = {name: (folder / name).read_bytes() for name in files(folder) if not name.startswith("logs")}
-    assert after == {name: content for name, content in before.items() if not name.startswith("logs")}
+    after = {
+        name: (folder / name).read_bytes() for name in files(folder) if not name.startswith("logs")
+    }
+    assert after == {
+        name: content for name, content in before.items() if not name.startswith("logs")
+    }
     return str(caught.value)
 
 
 def test_resuming_with_another_setting_is_refused(stopped, trainer_env):
     assert refused(trainer_env, stopped, MATRIX_LR=0.5) == (
-        "MATRIX_LR is 0.5, but the checkpoint was made with 0.025; set it to that, or start again without RESUME")
-    assert "NUM_LAYERS is 3, but the checkpoint was made with 2" in refused(trainer_env, stopped, NUM_LAYERS=3)
+        "MATRIX_LR is 0.5, but the checkpoint was made with 0.025; set it to that, or start again without RESUME"
+    )
+    assert "NUM_LAYERS is 3, but the checkpoint was made with 2" in refused(
+        trainer_env, stopped, NUM_LAYERS=3
+    )
 
 
 def test_resuming_on_other_data_is_refused(stopped, trainer_env, corpus, tmp_path):
@@ -451,14 +600,20 @@ def test_a_damaged_or_missing_checkpoint_is_refused(stopped, trainer_env, tmp_pa
     size = len(whole)
     flipped = bytearray(whole)
     flipped[size // 2] ^= 64
-    for i, content in enumerate((b"", b"PK", whole[:1000], whole[: size // 2], whole[:-1], bytes(flipped))):
+    for i, content in enumerate(
+        (b"", b"PK", whole[:1000], whole[: size // 2], whole[:-1], bytes(flipped))
+    ):
         folder = tmp_path / str(i)
         folder.mkdir()
         (folder / "checkpoint.pt").write_bytes(content)
         message = refused(trainer_env, folder)
-        assert re.search(r"checkpoint\.pt is damaged \(.*\); start again without RESUME", message), i
-    assert re.match(r"RESUME is 1, but there is no .*checkpoint\.pt; set OUT_DIR to the run's folder, or unset RESUME",
-                    refused(trainer_env, tmp_path / "nowhere"))
+        assert re.search(
+            r"checkpoint\.pt is damaged \(.*\); start again without RESUME", message
+        ), i
+    assert re.match(
+        r"RESUME is 1, but there is no .*checkpoint\.pt; set OUT_DIR to the run's folder, or unset RESUME",
+        refused(trainer_env, tmp_path / "nowhere"),
+    )
 
 
 # ---- What goes wrong -------------------------------------------------------------------------------------------------
@@ -466,12 +621,16 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(run_trainer, tmp_path):
     done = run_trainer(tmp_path, ITERATIONS=20, MATRIX_LR=1e30, CHECKPOINT_SECONDS=0.001)
     assert done.returncode == 1
     line = one_line(done.stderr)
-    step = re.search(r"the loss of step (\d+) is not finite; the last checkpoint: (\S+); lower MATRIX_LR", line)
+    step = re.search(
+        r"the loss of step (\d+) is not finite; the last checkpoint: (\S+); lower MATRIX_LR", line
+    )
     assert step and 2 <= int(step[1]) <= 5, line
     assert not (tmp_path / "final_model.int6.ptz").exists()
     if (tmp_path / "checkpoint.pt").exists():
         saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-        assert all(t.isfinite().all() for t in saved["model"].values()) and saved["scalars"]["step"] < int(step[1])
+        assert all(t.isfinite().all() for t in saved["model"].values()) and saved["scalars"][
+            "step"
+        ] < int(step[1])
         assert step[2].endswith("checkpoint.pt")
     else:
         assert step[2] == "None"
@@ -487,16 +646,27 @@ def test_an_out_dir_that_cannot_be_written_is_one_line(run_trainer, corpus, tmp_
 
 def limited_run(trainer_env, folder: Path, limit: int, **settings) -> subprocess.CompletedProcess:
     """A run on a disk that takes no file of more than `limit` bytes."""
+
     def small_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return subprocess.run([sys.executable, SCRIPT], env=trainer_env(folder, **settings), cwd=folder, timeout=120,
-                          text=True, capture_output=True, preexec_fn=small_disk)
+
+    return subprocess.run(
+        [sys.executable, SCRIPT],
+        env=trainer_env(folder, **settings),
+        cwd=folder,
+        timeout=120,
+        text=True,
+        capture_output=True,
+        preexec_fn=small_disk,
+    )
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(trainer_env, tmp_path):
     done = limited_run(trainer_env, tmp_path, 250_000, **QUICK, CHECKPOINT_SECONDS=0.001)
     assert done.returncode == 1
-    assert "step:3/3 train_loss" in done.stdout, "a checkpoint that cannot be written must not end the run"
+    assert "step:3/3 train_loss" in done.stdout, (
+        "a checkpoint that cannot be written must not end the run"
+    )
     assert "warning: no checkpoint written, the last one stays" in done.stdout
     one_line(done.stderr)
     assert files(tmp_path) == LOGS
@@ -506,8 +676,11 @@ def test_a_budget_that_cannot_be_met_ends_the_run_before_it_costs_anything(run_t
     code = (ROOT / "train_gpt.py").stat().st_size
     done = run_trainer(tmp_path, SIZE_BUDGET_BYTES=code + 20_000 + 5000)
     assert done.returncode == 1 and "train_loss" not in done.stdout
-    said = re.search(r"the artifact (?:has|would have) (\d+) bytes at the coarsest step, (\d+) (?:more than|over what) "
-                     rf"SIZE_BUDGET_BYTES={code + 25_000} leaves", one_line(done.stderr))
+    said = re.search(
+        r"the artifact (?:has|would have) (\d+) bytes at the coarsest step, (\d+) (?:more than|over what) "
+        rf"SIZE_BUDGET_BYTES={code + 25_000} leaves",
+        one_line(done.stderr),
+    )
     assert int(said[1]) - 5000 == int(said[2]) > 0
     assert files(tmp_path) == LOGS
 
@@ -516,7 +689,9 @@ def test_a_budget_that_cannot_be_met_ends_the_run_before_it_costs_anything(run_t
 def test_a_tight_budget_is_met_by_every_codec(codec, quick, train_here, tmp_path):
     code, loose = quick.one("artifact")["code_bytes"], quick.artifact.stat().st_size
     budget = code + 3000 + int(0.7 * loose)
-    run = train_here(tmp_path, **QUICK | dict(CODEC=codec, SIZE_BUDGET_BYTES=budget, SIZE_MARGIN_BYTES=3000))
+    run = train_here(
+        tmp_path, **QUICK | dict(CODEC=codec, SIZE_BUDGET_BYTES=budget, SIZE_MARGIN_BYTES=3000)
+    )
     size, event = run.artifact.stat().st_size, run.one("artifact")
     assert size + event["code_bytes"] <= budget - 3000
     assert size > 0.9 * (budget - 3000 - event["code_bytes"])  # and not wasted
@@ -525,12 +700,21 @@ def test_a_tight_budget_is_met_by_every_codec(codec, quick, train_here, tmp_path
     assert event["k"] > quick.one("artifact")["k"]
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(MUON_WEIGHT_DECAY=0.04), "MUON_WEIGHT_DECAY=0.04 is no setting; did you mean MUON_WD? "
-                                   "(--help lists all)"),
-    (dict(NUM_LAYERS=0), "NUM_LAYERS is 0; it must be from 1 to 256"),
-    (dict(DATA_PATH="not/here"), "no train shards (*_train_*.bin) in not/here; run `make data`, or set DATA_PATH")],
-    ids=["misspelt", "out of range", "no shards"])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            dict(MUON_WEIGHT_DECAY=0.04),
+            "MUON_WEIGHT_DECAY=0.04 is no setting; did you mean MUON_WD? (--help lists all)",
+        ),
+        (dict(NUM_LAYERS=0), "NUM_LAYERS is 0; it must be from 1 to 256"),
+        (
+            dict(DATA_PATH="not/here"),
+            "no train shards (*_train_*.bin) in not/here; run `make data`, or set DATA_PATH",
+        ),
+    ],
+    ids=["misspelt", "out of range", "no shards"],
+)
 def test_bad_input_is_one_line_and_leaves_no_files(settings, message, run_trainer, tmp_path):
     done = run_trainer(tmp_path, **settings)
     assert (done.returncode, done.stdout) == (1, "")
@@ -540,8 +724,16 @@ def test_bad_input_is_one_line_and_leaves_no_files(settings, message, run_traine
 
 @pytest.mark.slow
 def test_help_lists_every_setting_and_other_arguments_are_refused(tmp_path):
-    helped, odd = (subprocess.run([sys.executable, SCRIPT, word], cwd=tmp_path, capture_output=True, text=True,
-                                  env=dict(PATH=os.environ["PATH"])) for word in ("--help", "--iterations=3"))
+    helped, odd = (
+        subprocess.run(
+            [sys.executable, SCRIPT, word],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=dict(PATH=os.environ["PATH"]),
+        )
+        for word in ("--help", "--iterations=3")
+    )
     assert (helped.returncode, helped.stderr, odd.returncode) == (0, "", 2)
     listed = re.findall(r"^([A-Z][A-Z0-9_]+) ", helped.stdout, re.M)
     assert {f.name.upper() for f in dataclasses.fields(Config)} | {"PRESET"} <= set(listed)
@@ -554,13 +746,25 @@ def test_help_lists_every_setting_and_other_arguments_are_refused(tmp_path):
 def test_all_features_at_once_train_export_and_score(train_here, tmp_path):
     run = train_here(tmp_path, **ALL_ON)
     assert run.losses[-1] < run.losses[0] - 1
-    assert "layer_loop:enabled step:2 passes:9\n" in run.text and run.one("qat")["max_loss_difference"] > 1e-4
+    assert (
+        "layer_loop:enabled step:2 passes:9\n" in run.text
+        and run.one("qat")["max_loss_difference"] > 1e-4
+    )
     artifact = train_gpt.read_artifact(run.artifact)
     assert artifact.header["looping"] is True
-    assert {name: bits for name, (bits, *_) in artifact.header["tensors"].items() if name.startswith("blocks.0.")} == {
-        "blocks.0.attn_scale": 16, "blocks.0.mlp_scale": 16, "blocks.0.resid_mix": 16, "blocks.0.attn.q_gain": 16,
-        "blocks.0.attn.gate": 16, **{f"blocks.0.attn.{n}.weight": 6 for n in ("q", "k", "v", "proj")},
-        **{f"blocks.0.mlp.{n}.weight": 5 for n in ("fc", "proj")}}
+    assert {
+        name: bits
+        for name, (bits, *_) in artifact.header["tensors"].items()
+        if name.startswith("blocks.0.")
+    } == {
+        "blocks.0.attn_scale": 16,
+        "blocks.0.mlp_scale": 16,
+        "blocks.0.resid_mix": 16,
+        "blocks.0.attn.q_gain": 16,
+        "blocks.0.attn.gate": 16,
+        **{f"blocks.0.attn.{n}.weight": 6 for n in ("q", "k", "v", "proj")},
+        **{f"blocks.0.mlp.{n}.weight": 5 for n in ("fc", "proj")},
+    }
     kept = run.one("averages")
     last_val = run.all("val")[-1]["loss"]
     assert abs(run.one("final")["loss"] - last_val) < 0.5 and kept["kept"] in ("last", "swa", "ema")
@@ -570,22 +774,39 @@ def test_all_features_at_once_train_export_and_score(train_here, tmp_path):
 def test_wandb_offline_needs_no_network(run_trainer, tmp_path):
     pytest.importorskip("wandb", reason="wandb is not installed")
     dead = "http://127.0.0.1:9"
-    done = run_trainer(tmp_path, **QUICK, WANDB_MODE="offline", HTTP_PROXY=dead, HTTPS_PROXY=dead, http_proxy=dead,
-                       https_proxy=dead)
+    done = run_trainer(
+        tmp_path,
+        **QUICK,
+        WANDB_MODE="offline",
+        HTTP_PROXY=dead,
+        HTTPS_PROXY=dead,
+        http_proxy=dead,
+        https_proxy=dead,
+    )
     assert done.returncode == 0, done.stderr
     assert "_roundtrip_exact val_loss:" in done.stdout
     assert len(list(tmp_path.rglob("run-*.wandb"))) == 1
     history = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert len(history) == 1 and {"time", "run_id", "start", "val", "artifact", "final"} == history[0].keys()
-    assert history[0]["final"]["bpb"] > 0 and history[0]["start"]["settings"]["wandb_mode"] == "offline"
+    assert (
+        len(history) == 1
+        and {"time", "run_id", "start", "val", "artifact", "final"} == history[0].keys()
+    )
+    assert (
+        history[0]["final"]["bpb"] > 0
+        and history[0]["start"]["settings"]["wandb_mode"] == "offline"
+    )
     assert {p.name for p in tmp_path.iterdir()} >= {"final_model.int6.ptz", "logs"}
 
 
 @pytest.mark.slow
-def test_compiled_and_plain_runs_agree_and_rounding_is_not_frozen(run_trainer, train_here, tmp_path):
+def test_compiled_and_plain_runs_agree_and_rounding_is_not_frozen(
+    run_trainer, train_here, tmp_path
+):
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("torch.compile on a CPU needs a C++ compiler")
-    settings = QUICK | dict(ITERATIONS=6, QAT_START_FRAC=0.5, LOOP_END=1, NUM_LOOPS=1, LOOP_AT_FRAC=0.3, NUM_LAYERS=3)
+    settings = QUICK | dict(
+        ITERATIONS=6, QAT_START_FRAC=0.5, LOOP_END=1, NUM_LOOPS=1, LOOP_AT_FRAC=0.3, NUM_LAYERS=3
+    )
     plain = train_here(tmp_path / "plain", **settings)
     done = run_trainer(tmp_path / "compiled", timeout=600, **settings, COMPILE=1)
     assert done.returncode == 0, done.stderr
@@ -593,14 +814,22 @@ def test_compiled_and_plain_runs_agree_and_rounding_is_not_frozen(run_trainer, t
     assert "compile:torch.compile runs with the first step" in done.stdout
     assert compiled.losses == pytest.approx(plain.losses, abs=1e-4)
     difference = compiled.one("qat")["max_loss_difference"]
-    assert difference > 1e-4 and difference == pytest.approx(plain.one("qat")["max_loss_difference"], rel=0.05)
+    assert difference > 1e-4 and difference == pytest.approx(
+        plain.one("qat")["max_loss_difference"], rel=0.05
+    )
 
 
 @pytest.mark.slow
 def test_a_reader_that_leaves_costs_nothing(trainer_env, tmp_path):
     """`| head -1`: --help ends in silence, and a run goes on to its artifact."""
     for command, made in (("--help", False), ("", True)):
-        done = subprocess.run(f"{sys.executable} {train_gpt.__file__} {command} | head -1", shell=True, text=True,
-                              capture_output=True, timeout=120, env=trainer_env(tmp_path, **QUICK | dict(ITERATIONS=2)))
+        done = subprocess.run(
+            f"{sys.executable} {train_gpt.__file__} {command} | head -1",
+            shell=True,
+            text=True,
+            capture_output=True,
+            timeout=120,
+            env=trainer_env(tmp_path, **QUICK | dict(ITERATIONS=2)),
+        )
         assert len(done.stdout.splitlines()) == 1 and "Traceback" not in done.stderr
         assert (tmp_path / "final_model.int6.ptz").exists() == made

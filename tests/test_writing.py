@@ -22,10 +22,18 @@ from train_gpt import BOS_ID, Config, UserError
 PROMPT = "The people of"
 
 
-def make_artifact(folder: Path, corpus: Corpus, name: str = "model.ptz", tokenizer: bytes = b"", inside: bool = True,
-                  **settings) -> Path:
+def make_artifact(
+    folder: Path,
+    corpus: Corpus,
+    name: str = "model.ptz",
+    tokenizer: bytes = b"",
+    inside: bool = True,
+    **settings,
+) -> Path:
     """An artifact of a small random model that speaks the corpus's tokens."""
-    model = trained(**dict(vocab_size=corpus.vocab_size, train_seq_len=32, train_batch_tokens=256) | settings)
+    model = trained(
+        **dict(vocab_size=corpus.vocab_size, train_seq_len=32, train_batch_tokens=256) | settings
+    )
     model.cfg = dataclasses.replace(model.cfg, embed_tokenizer=inside)
     own = (corpus.folder / "tokenizer.model").read_bytes()
     return write(folder / name, encoded(model, tokenizer=tokenizer or own))
@@ -35,11 +43,14 @@ def make_artifact(folder: Path, corpus: Corpus, name: str = "model.ptz", tokeniz
 def files(tmp_path_factory, corpus) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("artifacts")
     stranger = train_tokenizer(corpus.texts[:500], corpus.vocab_size - 16)
-    return dict(model=make_artifact(folder, corpus), small=make_artifact(folder, corpus, "small.ptz", num_layers=1),
-                bare=make_artifact(folder, corpus, "bare.ptz", inside=False),
-                stranger=make_artifact(folder, corpus, "stranger.ptz", stranger),
-                larger=make_artifact(folder, corpus, "larger.ptz", vocab_size=corpus.vocab_size + 8),
-                tokenizer=corpus.folder / "tokenizer.model")
+    return dict(
+        model=make_artifact(folder, corpus),
+        small=make_artifact(folder, corpus, "small.ptz", num_layers=1),
+        bare=make_artifact(folder, corpus, "bare.ptz", inside=False),
+        stranger=make_artifact(folder, corpus, "stranger.ptz", stranger),
+        larger=make_artifact(folder, corpus, "larger.ptz", vocab_size=corpus.vocab_size + 8),
+        tokenizer=corpus.folder / "tokenizer.model",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +76,9 @@ def shown(data: bytes, lengths: list[int], stops: tuple[str, ...] = ()) -> list[
 @given(st.text(max_size=30), pieces)
 def test_text_that_is_cut_anywhere_is_shown_in_whole_characters(text, lengths):
     out = shown(text.encode(), lengths)
-    assert "".join(out) == text and not any("\ufffd" in part for part in out if "\ufffd" not in text)
+    assert "".join(out) == text and not any(
+        "\ufffd" in part for part in out if "\ufffd" not in text
+    )
 
 
 @given(st.binary(max_size=40), pieces)
@@ -73,7 +86,9 @@ def test_bytes_that_are_no_text_are_replaced_wherever_they_are_cut(data, lengths
     assert "".join(shown(data, lengths)) == data.decode("utf-8", "replace")
 
 
-@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=5), max_size=3), pieces)
+@given(
+    st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=5), max_size=3), pieces
+)
 def test_nothing_of_a_stop_string_is_seen_and_all_before_it_is(text, stops, lengths):
     found = [at for stop in stops if (at := text.find(stop)) >= 0]
     out = "".join(shown(text.encode(), lengths, tuple(stops)))
@@ -88,9 +103,21 @@ def test_nothing_of_a_stop_string_is_seen_and_all_before_it_is(text, stops, leng
 def test_what_may_begin_a_stop_string_waits_and_is_shown_when_it_does_not():
     screen = Screen(("END.",))
     assert [screen.feed(part) for part in (b"one E", b"N", b"O", b" EN", b"D", b".x")] == [
-        "one ", "", "ENO", " ", "", ""]
+        "one ",
+        "",
+        "ENO",
+        " ",
+        "",
+        "",
+    ]
     assert screen.stopped
-    assert [overlap("abcab", stop) for stop in ("abd", "b", "cabx", "zz", "abcab")] == [2, 0, 3, 0, 2]
+    assert [overlap("abcab", stop) for stop in ("abd", "b", "cabx", "zz", "abcab")] == [
+        2,
+        0,
+        3,
+        0,
+        2,
+    ]
 
 
 def test_an_empty_stop_string_is_refused():
@@ -107,16 +134,24 @@ def test_a_text_ends_with_its_document_or_its_tokens(writer):
     text = "naïve 日本 🙂 people"
     for end in (BOS_ID, EOS_ID):
         seen = []
-        out = write_text(steps_of(writer, text, end), writer.speller, 99, show=seen.append, fresh=True)
+        out = write_text(
+            steps_of(writer, text, end), writer.speller, 99, show=seen.append, fresh=True
+        )
         assert (out.text, out.ended, "".join(seen)) == (text, "document", text)
         assert out.tokens == writer.speller.tokens(text.encode()) and out.mean_logp == -1.5
         assert not any("\ufffd" in part for part in seen) and len(seen) > 5
     out = write_text(steps_of(writer, text), writer.speller, 3, fresh=True)
-    assert out.ended == "tokens" and len(out.tokens) == 3 and text.startswith(out.text.rstrip("\ufffd"))
+    assert (
+        out.ended == "tokens"
+        and len(out.tokens) == 3
+        and text.startswith(out.text.rstrip("\ufffd"))
+    )
 
 
 def test_a_stop_string_across_tokens_ends_the_text_before_it(writer):
-    out = write_text(steps_of(writer, "we the people of"), writer.speller, 99, ["e peo"], fresh=True)
+    out = write_text(
+        steps_of(writer, "we the people of"), writer.speller, 99, ["e peo"], fresh=True
+    )
     assert (out.text, out.ended) == ("we th", "stop")
     assert b"e peo" in b"".join(writer.speller.pieces[token] for token in out.tokens)
 
@@ -125,6 +160,7 @@ def test_an_interrupted_text_is_what_was_written(writer):
     def steps():
         yield from islice_steps
         raise KeyboardInterrupt
+
     islice_steps = list(itertools.islice(steps_of(writer, "we the people of"), 4))
     out = write_text(steps(), writer.speller, 99, ["never"], fresh=True)
     assert out.ended == "interrupted" and out.tokens == [step.token for step in islice_steps]
@@ -152,10 +188,17 @@ def test_every_draft_writes_what_plain_decoding_writes(writer, files, draft):
 
 
 def test_what_names_a_draft(writer, files):
-    for name, kind, layers in (("ngram", NGram, 0), ("suffix", Suffix, 0), ("layers", Model, 1), ("layers:2", Model, 2),
-                               (str(files["small"]), Model, 1)):
+    for name, kind, layers in (
+        ("ngram", NGram, 0),
+        ("suffix", Suffix, 0),
+        ("layers", Model, 1),
+        ("layers:2", Model, 2),
+        (str(files["small"]), Model, 1),
+    ):
         draft = writer.draft(name, Strategy(), np.random.default_rng(0))
-        assert type(draft) is kind and (not layers or draft.reader.engine.model.cfg.num_layers == layers)
+        assert type(draft) is kind and (
+            not layers or draft.reader.engine.model.cfg.num_layers == layers
+        )
 
 
 def test_plain_decoding_is_timed_past_the_end_of_a_document(writer):
@@ -167,7 +210,10 @@ def test_plain_decoding_is_timed_past_the_end_of_a_document(writer):
 def test_a_search_gives_texts_that_end_before_the_stop_string(writer):
     prompt = writer.tokens(PROMPT.encode())
     free = search(writer, prompt, 3, 12, best=3)
-    assert len({one.text for one in free}) == 3 and free[0].mean_logp >= free[1].mean_logp >= free[2].mean_logp
+    assert (
+        len({one.text for one in free}) == 3
+        and free[0].mean_logp >= free[1].mean_logp >= free[2].mean_logp
+    )
     stop = free[0].text[4:6]
     assert all(stop not in one.text for one in search(writer, prompt, 3, 12, best=3, stops=[stop]))
 
@@ -175,21 +221,36 @@ def test_a_search_gives_texts_that_end_before_the_stop_string(writer):
 # ---- What is wrong ---------------------------------------------------------------------------------------------------
 def test_a_tokenizer_comes_from_inside_or_from_a_file_with_its_hash(files, tmp_path):
     assert Writer(str(files["bare"]), str(files["tokenizer"]), "cpu").tokens(b"the") == Writer(
-        str(files["model"]), device="cpu").tokens(b"the")
-    with pytest.raises(UserError, match="no tokenizer in the artifact nor at .*; set --tokenizer to"):
+        str(files["model"]), device="cpu"
+    ).tokens(b"the")
+    with pytest.raises(
+        UserError, match="no tokenizer in the artifact nor at .*; set --tokenizer to"
+    ):
         Writer(str(files["bare"]), device="cpu")
     with pytest.raises(UserError, match="no tokenizer at nowhere; set --tokenizer to"):
         Writer(str(files["bare"]), "nowhere", "cpu")
     (tmp_path / "other.model").write_bytes(b"other")
-    with pytest.raises(UserError, match="other.model is tokenizer [0-9a-f]{12}, .* with [0-9a-f]{12}; unset --tok"):
+    with pytest.raises(
+        UserError, match="other.model is tokenizer [0-9a-f]{12}, .* with [0-9a-f]{12}; unset --tok"
+    ):
         Writer(str(files["model"]), str(tmp_path / "other.model"), "cpu")
 
 
-@pytest.mark.parametrize("draft, message", [
-    ("suffixes", "--draft is 'suffixes', which is no file; take one of none, ngram, suffix, layers, layers:K"),
-    ("layers:x", "layers:K with a whole number"), ("layers:", None), ("layers:3", "the model has 3; take 1 to 2"),
-    ("stranger", "trained with tokenizer [0-9a-f]{12}, but the artifact with [0-9a-f]{12}"),
-    ("larger", "knows 392 tokens, but the artifact 384"), ("tokenizer", "not a Fairway artifact")])
+@pytest.mark.parametrize(
+    "draft, message",
+    [
+        (
+            "suffixes",
+            "--draft is 'suffixes', which is no file; take one of none, ngram, suffix, layers, layers:K",
+        ),
+        ("layers:x", "layers:K with a whole number"),
+        ("layers:", None),
+        ("layers:3", "the model has 3; take 1 to 2"),
+        ("stranger", "trained with tokenizer [0-9a-f]{12}, but the artifact with [0-9a-f]{12}"),
+        ("larger", "knows 392 tokens, but the artifact 384"),
+        ("tokenizer", "not a Fairway artifact"),
+    ],
+)
 def test_a_draft_that_cannot_serve_is_refused_in_one_line(writer, files, draft, message):
     if message is None:
         assert writer.draft_model(draft).cfg.num_layers == 1

@@ -50,8 +50,13 @@ class Certificate:
         return {"passed": self.passed, **self.about, "rules": [asdict(v) for v in self.verdicts]}
 
     def table(self) -> str:
-        rows = [("rule", "verdict", "figure"), *((v.rule, v.verdict, v.figure) for v in self.verdicts)]
-        return "\n".join(f"{rule:13}{verdict:13}{figure}".rstrip() for rule, verdict, figure in rows)
+        rows = [
+            ("rule", "verdict", "figure"),
+            *((v.rule, v.verdict, v.figure) for v in self.verdicts),
+        ]
+        return "\n".join(
+            f"{rule:13}{verdict:13}{figure}".rstrip() for rule, verdict, figure in rows
+        )
 
 
 def judged(name: str, rule: Callable[[], tuple[str, dict]]) -> Verdict:
@@ -64,21 +69,43 @@ def judged(name: str, rule: Callable[[], tuple[str, dict]]) -> Verdict:
         return Verdict(name, "FAIL", str(e), e.details)
 
 
-def certify(scorer: Any, tokens: np.ndarray, *, byte_table: ByteTable | None = None, tokenizer: Any = None,
-            claimed: np.ndarray | None = None, sizes: dict | None = None, budget_bytes: int = 16_000_000,
-            seconds: float = 120.0, seed: int = 0, progress: Callable[[str, float], None] | None = None) -> Certificate:
+def certify(
+    scorer: Any,
+    tokens: np.ndarray,
+    *,
+    byte_table: ByteTable | None = None,
+    tokenizer: Any = None,
+    claimed: np.ndarray | None = None,
+    sizes: dict | None = None,
+    budget_bytes: int = 16_000_000,
+    seconds: float = 120.0,
+    seed: int = 0,
+    progress: Callable[[str, float], None] | None = None,
+) -> Certificate:
     """Run `scorer` against every rule on (a prefix of) `tokens`, in about `seconds`.
 
     `claimed`: the log-probabilities counted for the whole of `tokens`, which prefixes must then reproduce. `sizes`:
     {"artifact": bytes, "code": {path: bytes}}. `progress(rule, fraction)` is told before each rule.
     """
     start = time.perf_counter()
-    need(len(tokens) >= LEAST_TOKENS, f"a certificate needs at least {LEAST_TOKENS} tokens, not {len(tokens)}; give it "
-         "a longer text")
-    trial = Trial(scorer, tokens, None if claimed is None else np.asarray(claimed, np.float64), seconds, seed)
-    table = byte_table if byte_table is not None or tokenizer is None else ByteTable.of(tokenizer, trial.vocab_size)
-    need(table is None or trial.dead or len(table.base) == trial.vocab_size, f"the byte table has "
-         f"{len(table.base) if table else 0} pieces, the scorer's vocabulary is {trial.vocab_size}; give its own")
+    need(
+        len(tokens) >= LEAST_TOKENS,
+        f"a certificate needs at least {LEAST_TOKENS} tokens, not {len(tokens)}; give it "
+        "a longer text",
+    )
+    trial = Trial(
+        scorer, tokens, None if claimed is None else np.asarray(claimed, np.float64), seconds, seed
+    )
+    table = (
+        byte_table
+        if byte_table is not None or tokenizer is None
+        else ByteTable.of(tokenizer, trial.vocab_size)
+    )
+    need(
+        table is None or trial.dead or len(table.base) == trial.vocab_size,
+        f"the byte table has "
+        f"{len(table.base) if table else 0} pieces, the scorer's vocabulary is {trial.vocab_size}; give its own",
+    )
     tests: dict[str, Callable[[], tuple[str, dict]]] = {
         "causal": lambda: rules.causal(trial),
         "normalised": lambda: rules.normalised(trial),
@@ -98,10 +125,20 @@ def certify(scorer: Any, tokens: np.ndarray, *, byte_table: ByteTable | None = N
         if progress:
             progress(name, len(verdicts) / len(tests))
         if trial.dead and name != "sizes":  # nothing comes back from it: coverage is what it breaks
-            verdicts.append(Verdict(name, "FAIL" if name == "coverage" else "cannot tell", trial.dead))
+            verdicts.append(
+                Verdict(name, "FAIL" if name == "coverage" else "cannot tell", trial.dead)
+            )
         else:
             verdicts.append(judged(name, test))
-    return Certificate(verdicts, {
-        "vocab_size": trial.vocab_size, "tokens": len(tokens), "excerpt_tokens": len(trial.x),
-        "longest_tokens": trial.reach, "tolerance": trial.tolerance, "seed": seed,
-        "seconds": round(time.perf_counter() - start, 1)})
+    return Certificate(
+        verdicts,
+        {
+            "vocab_size": trial.vocab_size,
+            "tokens": len(tokens),
+            "excerpt_tokens": len(trial.x),
+            "longest_tokens": trial.reach,
+            "tolerance": trial.tolerance,
+            "seed": seed,
+            "seconds": round(time.perf_counter() - start, 1),
+        },
+    )

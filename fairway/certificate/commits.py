@@ -22,7 +22,9 @@ CHAIN_START = "fairway commit log 1"
 
 def chained(previous: str, first: int, count: int, nats: float, bytes: int, state: str) -> Commit:
     """The commit that follows `previous`, the chain of the one before it (CHAIN_START for the first)."""
-    fields = dict(first=int(first), count=int(count), nats=float(nats), bytes=int(bytes), state=str(state))
+    fields = dict(
+        first=int(first), count=int(count), nats=float(nats), bytes=int(bytes), state=str(state)
+    )
     text = previous + json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return Commit(**fields, chain=hashlib.sha256(text.encode()).hexdigest())
 

@@ -19,42 +19,82 @@ from train_gpt import BOS_ID, ByteTable, ShardError, audit_bytes, document_bound
 ROOT = Path(train_gpt.__file__).resolve().parent
 EXACT = 1e-9  # of a sum of probabilities, and of a log-probability against its distribution
 TOLERANCE_LIMIT = 1e-4
-CHANCE = math.log(1e6)  # nats won on random tokens: an honest scorer wins more once in a million runs
+CHANCE = math.log(
+    1e6
+)  # nats won on random tokens: an honest scorer wins more once in a million runs
 CANONICAL_BYTES = 151_080_891  # of the challenge's validation text, by whichever tokenizer
-CANONICAL_TARGETS = {62_021_632: "SP1024", 40_540_160: "SP8192", 47_851_520: "CaseOps", 47_853_343: "CaseOps, tail"}
+CANONICAL_TARGETS = {
+    62_021_632: "SP1024",
+    40_540_160: "SP8192",
+    47_851_520: "CaseOps",
+    47_853_343: "CaseOps, tail",
+}
 
 
 def causal(trial: Trial) -> tuple[str, dict]:
     """Scores before a cut do not hang on what comes after it: other tokens, none at all, or a new document."""
     if not 0 <= trial.tolerance <= TOLERANCE_LIMIT:
-        raise Failed(f"the scorer asks for a tolerance of {trial.tolerance:g}; at most {TOLERANCE_LIMIT:g} is allowed")
+        raise Failed(
+            f"the scorer asks for a tolerance of {trial.tolerance:g}; at most {TOLERANCE_LIMIT:g} is allowed"
+        )
     x, rounds, least, met, apart = trial.x, [], 0, {}, 0.0
-    kinds = {kind: trial.rng.permutation(rows[rows < len(x) - 3]) for kind, rows in trial.kinds.items()}
+    kinds = {
+        kind: trial.rng.permutation(rows[rows < len(x) - 3]) for kind, rows in trial.kinds.items()
+    }
     sampled = [row for row in trial.rows(math.inf, 0, 800) if row < len(x) - 2]
-    for nth in range(100):  # a round: just before, at and after one boundary of each kind, and eight other rows
-        near = [(kind, int(rows[nth]) + step) for kind, rows in kinds.items() if nth < len(rows) for step in (-1, 0, 1)]
+    for nth in range(
+        100
+    ):  # a round: just before, at and after one boundary of each kind, and eight other rows
+        near = [
+            (kind, int(rows[nth]) + step)
+            for kind, rows in kinds.items()
+            if nth < len(rows)
+            for step in (-1, 0, 1)
+        ]
         rounds += near + [("other", row) for row in sampled[8 * nth : 8 * nth + 8]]
         least = least or len(rounds)
     for at, (kind, row) in enumerate(trial.while_time(rounds, 0.3, least)):
         kept, after = x[: row + 2], x[row + 2 :]
         texts = {"replaced": np.concatenate([kept, trial.others(after)]), "cut off": kept}
         if at % 3 == 0:
-            texts["moved behind a BOS"] = np.concatenate([kept, np.array([BOS_ID], x.dtype), after[:-1]])
+            texts["moved behind a BOS"] = np.concatenate(
+                [kept, np.array([BOS_ID], x.dtype), after[:-1]]
+            )
         for change, text in texts.items():
             got = trial.score(text)[: row + 1]
-            apart = max(apart, trial.need_same(got, trial.base[: row + 1], f"when the tokens after row {row} "
-                                               f"({kind}) were {change}"))
+            apart = max(
+                apart,
+                trial.need_same(
+                    got,
+                    trial.base[: row + 1],
+                    f"when the tokens after row {row} ({kind}) were {change}",
+                ),
+            )
         met[kind] = met.get(kind, 0) + 1
-    for kind, rows in trial.kinds.items():  # beyond the excerpt: one cut, of the longest text that there is time for
+    for (
+        kind,
+        rows,
+    ) in (
+        trial.kinds.items()
+    ):  # beyond the excerpt: one cut, of the longest text that there is time for
         if len(rows) and not met.get(kind):
             row, far = int(rows[0]) - 1, trial.tokens[: trial.reach]
             for after, change in ((trial.others(far[row + 2 :]), "replaced"), (far[:0], "cut off")):
                 got = trial.score(np.concatenate([far[: row + 2], after]))[: row + 1]
-                apart = max(apart, trial.need_same(got, trial.long_scores()[: row + 1], f"when the tokens after row "
-                                                   f"{row} ({kind}) were {change}"))
+                apart = max(
+                    apart,
+                    trial.need_same(
+                        got,
+                        trial.long_scores()[: row + 1],
+                        f"when the tokens after row {row} ({kind}) were {change}",
+                    ),
+                )
             met[kind] = 1
     told = ", ".join(f"{count} {kind}" for kind, count in met.items())
-    return f"{sum(met.values())} cuts ({told}) moved no score by more than {apart:.2g}", {"cuts": met, "apart": apart}
+    return f"{sum(met.values())} cuts ({told}) moved no score by more than {apart:.2g}", {
+        "cuts": met,
+        "apart": apart,
+    }
 
 
 def normalised(trial: Trial) -> tuple[str, dict]:
@@ -63,26 +103,38 @@ def normalised(trial: Trial) -> tuple[str, dict]:
     for row in trial.rows(0.12, 12, 400):
         held = trial.distribution(trial.x, row + 1)
         if not np.isfinite(held).all() or held.min() < 0:
-            raise Failed(f"at row {row} the distribution holds {held.min():.3g}: no probability", row=row)
+            raise Failed(
+                f"at row {row} the distribution holds {held.min():.3g}: no probability", row=row
+            )
         total = math.fsum(held)
         if abs(total - 1) > EXACT:
-            raise Failed(f"at row {row} the distribution sums to {total:.10g}", row=row, total=total)
+            raise Failed(
+                f"at row {row} the distribution sums to {total:.10g}", row=row, total=total
+            )
         entry = float(held[trial.x[row + 1]])
         counted = math.log(entry) if entry else -math.inf
         if gap(np.array([counted]), trial.base[row : row + 1])[0] > tolerance:
-            raise Failed(f"at row {row} the score counted {trial.base[row]:.6f}, the distribution holds {counted:.6f}",
-                         row=row)
+            raise Failed(
+                f"at row {row} the score counted {trial.base[row]:.6f}, the distribution holds {counted:.6f}",
+                row=row,
+            )
         count, worst = count + 1, max(worst, abs(total - 1))
     return f"{count} positions: sums within {worst:.1e} of 1, each entry is its score", {
-        "positions": count, "apart": worst}
+        "positions": count,
+        "apart": worst,
+    }
 
 
-def swapped_targets(trial: Trial, held: np.ndarray, actual: int, table: ByteTable | None) -> list[int]:
+def swapped_targets(
+    trial: Trial, held: np.ndarray, actual: int, table: ByteTable | None
+) -> list[int]:
     """The likeliest other token, the unlikeliest, one at random, and a word start where the target is none."""
     order = np.argsort(-held)
     picked = [*order[:2][order[:2] != actual][:1], order[-1], trial.rng.integers(trial.vocab_size)]
     if table is not None:
-        picked += list(trial.rng.permutation(np.flatnonzero(table.space != table.space[actual]))[:1])
+        picked += list(
+            trial.rng.permutation(np.flatnonzero(table.space != table.space[actual]))[:1]
+        )
     return [y for y in dict.fromkeys(map(int, picked)) if y != actual]
 
 
@@ -93,19 +145,31 @@ def target_blind(trial: Trial, table: ByteTable | None) -> tuple[str, dict]:
     for row in trial.rows(0.22, 6, 200):
         i, x = row + 1, trial.x
         held = trial.distribution(x, i)
-        for text in (np.concatenate([x[:i], trial.others(x[i:])]), np.append(x[:i], trial.others(x[i : i + 1]))):
+        for text in (
+            np.concatenate([x[:i], trial.others(x[i:])]),
+            np.append(x[:i], trial.others(x[i : i + 1])),
+        ):
             if (apart := gap(trial.distribution(text, i), held)[0]) > max(1e-12, trial.tolerance):
-                raise Failed(f"distribution() of row {row} moved by {apart:.2g} with the tokens from its target on",
-                             row=row, apart=min(apart, 1e300))
+                raise Failed(
+                    f"distribution() of row {row} moved by {apart:.2g} with the tokens from its target on",
+                    row=row,
+                    apart=min(apart, 1e300),
+                )
         for y in swapped_targets(trial, held, int(x[i]), table):
             text = x.copy()
             text[i] = y
             got, expected = trial.score(text)[row], math.log(held[y]) if held[y] > 0 else -math.inf
             if gap(np.array([got]), np.array([expected]))[0] > tolerance:
-                raise Failed(f"at row {row}, target swapped for {y}: scored {got:.6f}, held {expected:.6f}", row=row)
+                raise Failed(
+                    f"at row {row}, target swapped for {y}: scored {got:.6f}, held {expected:.6f}",
+                    row=row,
+                )
             swaps += 1
         positions += 1
-    return f"{swaps} swaps at {positions} positions scored what was held", {"swaps": swaps, "positions": positions}
+    return f"{swaps} swaps at {positions} positions scored what was held", {
+        "swaps": swaps,
+        "positions": positions,
+    }
 
 
 def score_first(trial: Trial) -> tuple[str, dict]:
@@ -117,7 +181,9 @@ def score_first(trial: Trial) -> tuple[str, dict]:
     for k, c in enumerate(log):
         nats = -math.fsum(scores[c.first : c.first + c.count])
         if not abs(nats - c.nats) <= (EXACT + trial.tolerance) * max(c.count, 1):
-            raise Failed(f"commit {k} counts {c.nats:.6f} nats, its rows were scored {nats:.6f}", commit=k)
+            raise Failed(
+                f"commit {k} counts {c.nats:.6f} nats, its rows were scored {nats:.6f}", commit=k
+            )
     again = (trial.score(x), trial.commits())[1]
     if [c.state for c in again] != [c.state for c in log]:
         if trial.tolerance:
@@ -129,17 +195,37 @@ def score_first(trial: Trial) -> tuple[str, dict]:
         start = log[k].first + 1
         trial.score(np.concatenate([x[:start], trial.others(x[start:])]))
         other = trial.commits()
-        if [c[:2] for c in other[:k]] != [c[:2] for c in log[:k]] or len(other) <= k or other[k].first != log[k].first:
-            raise Failed(f"commits before {k} lie elsewhere when chunk {k} and what follows are replaced", commit=k)
+        if (
+            [c[:2] for c in other[:k]] != [c[:2] for c in log[:k]]
+            or len(other) <= k
+            or other[k].first != log[k].first
+        ):
+            raise Failed(
+                f"commits before {k} lie elsewhere when chunk {k} and what follows are replaced",
+                commit=k,
+            )
         if [c.state for c in other[: k + 1]] != [c.state for c in log[: k + 1]]:
-            raise Failed(f"the state before commit {k} already knows chunk {k} or what follows", commit=k)
-        if adaptive and k + 1 < min(len(log), len(other)) and other[k + 1].state == log[k + 1].state:
-            raise Failed(f"the state after commit {k} is the same for another chunk {k}: it is no digest of what was "
-                         "learned", commit=k)
+            raise Failed(
+                f"the state before commit {k} already knows chunk {k} or what follows", commit=k
+            )
+        if (
+            adaptive
+            and k + 1 < min(len(log), len(other))
+            and other[k + 1].state == log[k + 1].state
+        ):
+            raise Failed(
+                f"the state after commit {k} is the same for another chunk {k}: it is no digest of what was "
+                "learned",
+                commit=k,
+            )
         tested += 1
     kind = "adaptive, each state older than its chunk" if adaptive else "no adaptive state"
     return f"{len(log)} commits chained; {kind} ({tested} replaced)", {
-        "commits": len(log), "tested": tested, "adaptive": adaptive, "last": log[-1].chain if log else ""}
+        "commits": len(log),
+        "tested": tested,
+        "adaptive": adaptive,
+        "last": log[-1].chain if log else "",
+    }
 
 
 def one_pass(trial: Trial) -> tuple[str, dict]:
@@ -149,7 +235,12 @@ def one_pass(trial: Trial) -> tuple[str, dict]:
     for nth, between in enumerate((x[:0], x[:0], trial.random_tokens(len(x)), trial.others(x))):
         if len(between):
             trial.score(between)
-        apart = max(apart, trial.need_same(trial.score(x), trial.base, f"when the same text was scored again ({nth})"))
+        apart = max(
+            apart,
+            trial.need_same(
+                trial.score(x), trial.base, f"when the same text was scored again ({nth})"
+            ),
+        )
     if (moved := gap(trial.distribution(x, row + 1), held)[0]) > max(1e-12, trial.tolerance):
         raise Failed(f"distribution() of row {row} moved by {moved:.2g} between two calls", row=row)
     return f"4 further calls moved no score by more than {apart:.2g}", {"calls": 4, "apart": apart}
@@ -159,23 +250,35 @@ def claim(trial: Trial) -> tuple[str, dict]:
     """What was counted on a long text is what short prefixes of it score, and what the distributions held."""
     given = trial.claimed is not None
     if given and len(trial.claimed) != len(trial.tokens) - 1:
-        raise Failed(f"{len(trial.claimed):,} scores were claimed for {len(trial.tokens) - 1:,} targets")
+        raise Failed(
+            f"{len(trial.claimed):,} scores were claimed for {len(trial.tokens) - 1:,} targets"
+        )
     long, size = trial.long_scores(), len(trial.x)
     whole = len(trial.tokens) if given else trial.reach
     apart = trial.need_same(trial.base, long[: size - 1], f"between {whole:,} tokens and {size:,}")
     lengths = [SHORTEST, size // 2 + 1, *([trial.reach] if given else [])]
     for length in lengths:
         got = trial.score(trial.tokens[:length])
-        apart = max(apart, trial.need_same(got, long[: length - 1], f"between {whole:,} tokens and {length:,}"))
+        apart = max(
+            apart,
+            trial.need_same(got, long[: length - 1], f"between {whole:,} tokens and {length:,}"),
+        )
     count, order = 0, trial.rng.permutation(trial.reach - 1)[:64].tolist()
     for row in trial.while_time(order, 0.06, 3):
         held = trial.distribution(trial.tokens[: trial.reach], row + 1)[trial.tokens[row + 1]]
-        if not abs((math.log(held) if held > 0 else -math.inf) - long[row]) <= max(EXACT, trial.tolerance):
-            raise Failed(f"at row {row} {long[row]:.6f} was claimed; the distribution holds {held:.6g}", row=row)
+        if not abs((math.log(held) if held > 0 else -math.inf) - long[row]) <= max(
+            EXACT, trial.tolerance
+        ):
+            raise Failed(
+                f"at row {row} {long[row]:.6f} was claimed; the distribution holds {held:.6g}",
+                row=row,
+            )
         count += 1
     lengths = sorted({size, *lengths})
-    return (f"prefixes of {lengths[0]:,} to {lengths[-1]:,} of {whole:,} tokens, and {count} distributions, agree",
-            {"lengths": lengths, "positions": count, "apart": apart})
+    return (
+        f"prefixes of {lengths[0]:,} to {lengths[-1]:,} of {whole:,} tokens, and {count} distributions, agree",
+        {"lengths": lengths, "positions": count, "apart": apart},
+    )
 
 
 def paid_prefix(trial: Trial) -> tuple[str, dict]:
@@ -188,9 +291,14 @@ def paid_prefix(trial: Trial) -> tuple[str, dict]:
     mean, error = float(lost.mean()), float(lost.std() / math.sqrt(len(lost)))
     details = {"dropped": drop, "tokens": len(lost), "nats_lost": mean, "standard_error": error}
     if mean > max(5 * error, 0.01):
-        raise Failed(f"{drop} tokens dropped at the front cost {mean:.4f} nats on each of {len(lost):,} others",
-                     **details)
-    return f"{drop} tokens dropped at the front: {mean:+.5f} nats a token on the {len(lost):,} others", details
+        raise Failed(
+            f"{drop} tokens dropped at the front cost {mean:.4f} nats on each of {len(lost):,} others",
+            **details,
+        )
+    return (
+        f"{drop} tokens dropped at the front: {mean:+.5f} nats a token on the {len(lost):,} others",
+        details,
+    )
 
 
 def coverage(trial: Trial, table: ByteTable | None) -> tuple[str, dict]:
@@ -199,7 +307,9 @@ def coverage(trial: Trial, table: ByteTable | None) -> tuple[str, dict]:
         scores = trial.score(tokens)
         if not np.isfinite(scores).all() or scores.max() > EXACT:
             at = int(np.flatnonzero(~np.isfinite(scores) | (scores > EXACT))[0])
-            raise Failed(f"row {at} of {len(scores)} has the log-probability {scores[at]:.6g}", row=at)
+            raise Failed(
+                f"row {at} of {len(scores)} has the log-probability {scores[at]:.6g}", row=at
+            )
     details: dict[str, Any] = {"targets": len(trial.tokens) - 1}
     with contextlib.suppress(CannotTell):
         covered = np.zeros(len(trial.x) - 1, np.int64)
@@ -209,23 +319,37 @@ def coverage(trial: Trial, table: ByteTable | None) -> tuple[str, dict]:
             covered[c.first : c.first + c.count] += 1
         if (covered != 1).any():
             at = int(np.flatnonzero(covered != 1)[0])
-            raise Failed(f"{(covered != 1).sum()} of {len(covered)} rows are not counted once: row {at}, "
-                         f"{covered[at]} times", row=at)
+            raise Failed(
+                f"{(covered != 1).sum()} of {len(covered)} rows are not counted once: row {at}, "
+                f"{covered[at]} times",
+                row=at,
+            )
         firsts = [c.first for c in trial.commits()]
         if firsts != sorted(firsts):
             raise Failed("commits are not in the order of the text")
         details["rows_committed"] = len(covered)
-    if trial.claimed is not None and not (np.isfinite(trial.claimed).all() and trial.claimed.max() <= EXACT):
+    if trial.claimed is not None and not (
+        np.isfinite(trial.claimed).all() and trial.claimed.max() <= EXACT
+    ):
         raise Failed("among the claimed scores is one that is not finite, or above 0")
     told = f"{len(trial.x) - 1:,} rows, each once and finite"
     if table is not None:
         step = 1 << 22
-        details["bytes"] = sum(int(table.count(np.asarray(trial.tokens[at : at + step + 1])).sum(dtype=np.int64))
-                               for at in range(0, len(trial.tokens) - 1, step))
+        details["bytes"] = sum(
+            int(table.count(np.asarray(trial.tokens[at : at + step + 1])).sum(dtype=np.int64))
+            for at in range(0, len(trial.tokens) - 1, step)
+        )
         told += f"; the text: {details['targets']:,} targets, {details['bytes']:,} bytes"
-        name = next((n for rows, n in CANONICAL_TARGETS.items() if 0 <= details["targets"] - rows < 1024), "")
-        if name and abs(details["bytes"] / CANONICAL_BYTES - 1) > 1e-4:  # a tail shorter than a window may be left out
-            raise Failed(f"{details['bytes']:,} bytes for the challenge's {name} split, which has {CANONICAL_BYTES:,}")
+        name = next(
+            (n for rows, n in CANONICAL_TARGETS.items() if 0 <= details["targets"] - rows < 1024),
+            "",
+        )
+        if (
+            name and abs(details["bytes"] / CANONICAL_BYTES - 1) > 1e-4
+        ):  # a tail shorter than a window may be left out
+            raise Failed(
+                f"{details['bytes']:,} bytes for the challenge's {name} split, which has {CANONICAL_BYTES:,}"
+            )
         told += f", canonical for {name}" if name else ""
     return told, details
 
@@ -242,15 +366,22 @@ def byte_counts(trial: Trial, table: ByteTable | None, tokenizer: Any) -> tuple[
         for k, c in enumerate(log):
             first, last = np.clip([c.first, c.first + c.count], 0, len(counts) - 1)
             if c.bytes != counts[last] - counts[first]:
-                raise Failed(f"commit {k} counts {c.bytes} bytes, the table {counts[last] - counts[first]}", commit=k)
+                raise Failed(
+                    f"commit {k} counts {c.bytes} bytes, the table {counts[last] - counts[first]}",
+                    commit=k,
+                )
         details["commits"] = len(log)
         told.append(f"{len(log)} commits agree")
     if tokenizer is not None:
         tokens = trial.tokens[: 1 << 20]
         bounds = document_bounds(tokens)
-        documents = list(zip(bounds[:-1], bounds[1:], strict=True))[: None if len(bounds) == 2 else -1]
+        documents = list(zip(bounds[:-1], bounds[1:], strict=True))[
+            : None if len(bounds) == 2 else -1
+        ]
         audited = 0
-        for start, end in trial.while_time(documents, 0.05, 8):  # the last may be cut inside a character
+        for start, end in trial.while_time(
+            documents, 0.05, 8
+        ):  # the last may be cut inside a character
             while len(bounds) == 2 and end > start + 1 and tokenizer.is_byte(int(tokens[end - 1])):
                 end -= 1
             try:
@@ -270,18 +401,36 @@ def canary(trial: Trial) -> tuple[str, dict]:
     """On uniform random tokens nobody averages under ln V nats, unless by luck: 4 standard errors of it, or a
     likelihood ratio of a million to one (whose mean is 1 for any honest scorer, however its scores spread)."""
     share = int(np.clip(trial.seconds / 12 / max(trial.per_token, 1e-9), 4 * SHORTEST, 1 << 20))
-    runs, floor, details = [*trial.random_runs, trial.score(trial.random_tokens(share))], math.log(trial.vocab_size), []
+    runs, floor, details = (
+        [*trial.random_runs, trial.score(trial.random_tokens(share))],
+        math.log(trial.vocab_size),
+        [],
+    )
     for scores in runs:
         if not np.isfinite(scores).all():
             raise CannotTell("some scores are not finite")
-        won, error = float(scores.sum() + len(scores) * floor), float(scores.std() / math.sqrt(len(scores)))
-        details.append({"tokens": len(scores) + 1, "nats_over_ln_v": -won / len(scores), "standard_error": error})
+        won, error = (
+            float(scores.sum() + len(scores) * floor),
+            float(scores.std() / math.sqrt(len(scores))),
+        )
+        details.append(
+            {
+                "tokens": len(scores) + 1,
+                "nats_over_ln_v": -won / len(scores),
+                "standard_error": error,
+            }
+        )
         if won / len(scores) > 4 * error + EXACT or won > CHANCE:
-            raise Failed(f"{floor - won / len(scores):.4f} nats on {len(scores) + 1:,} random tokens: no honest scorer "
-                         f"is under ln {trial.vocab_size} = {floor:.4f}", runs=details)
+            raise Failed(
+                f"{floor - won / len(scores):.4f} nats on {len(scores) + 1:,} random tokens: no honest scorer "
+                f"is under ln {trial.vocab_size} = {floor:.4f}",
+                runs=details,
+            )
     last = details[-1]
-    return (f"{floor + last['nats_over_ln_v']:.4f} nats on {last['tokens']:,} random tokens, ln V is {floor:.4f} "
-            f"({len(runs)} lengths)"), {"runs": details}
+    return (
+        f"{floor + last['nats_over_ln_v']:.4f} nats on {last['tokens']:,} random tokens, ln V is {floor:.4f} "
+        f"({len(runs)} lengths)"
+    ), {"runs": details}
 
 
 def smear(trial: Trial) -> tuple[str, dict]:
@@ -290,12 +439,18 @@ def smear(trial: Trial) -> tuple[str, dict]:
         raise CannotTell("the scorer does not show its embeddings")
     x, made = trial.x.copy(), len(trial.x) // 2
     x[made] = BOS_ID  # whether or not the text has one
-    places = [made, *trial.rng.permutation(np.setdiff1d(np.flatnonzero(x == BOS_ID), [0, made]))[:7].tolist()]
+    places = [
+        made,
+        *trial.rng.permutation(np.setdiff1d(np.flatnonzero(x == BOS_ID), [0, made]))[:7].tolist(),
+    ]
     first = trial.embeddings(x)
     for at in places:
         moved = trial.embeddings(np.concatenate([trial.others(x[:at]), x[at:]]))
         if (apart := gap(moved[at], first[at])[0]) > trial.tolerance:
-            raise Failed(f"at the BOS of position {at} it moved by {apart:.2g} with the document before", position=at)
+            raise Failed(
+                f"at the BOS of position {at} it moved by {apart:.2g} with the document before",
+                position=at,
+            )
     return f"{len(places)} BOS read the same after any document", {"places": len(places)}
 
 
@@ -305,7 +460,9 @@ def imported_code() -> dict[str, int]:
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or os.devnull).resolve()
         parts = path.relative_to(ROOT).parts if path.is_relative_to(ROOT) else (".",)
-        ours = parts[0] not in ("tests", "bench") and not any(p[0] == "." or p == "site-packages" for p in parts)
+        ours = parts[0] not in ("tests", "bench") and not any(
+            p[0] == "." or p == "site-packages" for p in parts
+        )
         if ours and path.is_file():  # torch names files that there are not
             found["/".join(parts)] = path.stat().st_size
     return found
@@ -316,12 +473,28 @@ def code_and_artifact(sizes: dict | None, budget_bytes: int) -> tuple[str, dict]
     if sizes is None:
         raise CannotTell("no sizes were given")
     code = {str(path): int(size) for path, size in sizes["code"].items()}
-    counted = {os.path.relpath(ROOT / path, ROOT).replace(os.sep, "/"): size for path, size in code.items()}
+    counted = {
+        os.path.relpath(ROOT / path, ROOT).replace(os.sep, "/"): size for path, size in code.items()
+    }
     total = int(sizes["artifact"]) + sum(code.values())
-    details = {"artifact": int(sizes["artifact"]), "code": code, "total": total, "budget": budget_bytes}
+    details = {
+        "artifact": int(sizes["artifact"]),
+        "code": code,
+        "total": total,
+        "budget": budget_bytes,
+    }
     for path, size in imported_code().items():
         if counted.get(path, -1) < size:
-            raise Failed(f"{path} is imported with {size:,} bytes, counted as {counted.get(path, 0):,}", **details)
+            raise Failed(
+                f"{path} is imported with {size:,} bytes, counted as {counted.get(path, 0):,}",
+                **details,
+            )
     if total > budget_bytes:
-        raise Failed(f"{total:,} bytes, {total - budget_bytes:,} over the budget of {budget_bytes:,}", **details)
-    return f"{total:,} of {budget_bytes:,} bytes, {sum(code.values()):,} of them code in {len(code)} files", details
+        raise Failed(
+            f"{total:,} bytes, {total - budget_bytes:,} over the budget of {budget_bytes:,}",
+            **details,
+        )
+    return (
+        f"{total:,} of {budget_bytes:,} bytes, {sum(code.values()):,} of them code in {len(code)} files",
+        details,
+    )

@@ -39,7 +39,9 @@ class TooSlow(BaseException):
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TooSlow after so long. Only POSIX, and only its main thread, can interrupt a call: elsewhere, no limit."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+    if threading.current_thread() is not threading.main_thread() or not hasattr(
+        signal, "setitimer"
+    ):
         yield
         return
 
@@ -69,12 +71,26 @@ class Trial:
     """A scorer, the text, and the time there is. Every call is checked for its shape, timed, and may fail the rule
     that made it. `x` is the excerpt that most rules rescore, `base` its first scores."""
 
-    def __init__(self, scorer: Any, tokens: np.ndarray, claimed: np.ndarray | None, seconds: float, seed: int):
-        self.scorer, self.tokens, self.claimed, self.seconds = scorer, np.asarray(tokens), claimed, seconds
-        self.long: np.ndarray | None = None  # scores of the longest prefix that there is time to score again
+    def __init__(
+        self, scorer: Any, tokens: np.ndarray, claimed: np.ndarray | None, seconds: float, seed: int
+    ):
+        self.scorer, self.tokens, self.claimed, self.seconds = (
+            scorer,
+            np.asarray(tokens),
+            claimed,
+            seconds,
+        )
+        self.long: np.ndarray | None = (
+            None  # scores of the longest prefix that there is time to score again
+        )
         self.rng, self.dead, self.random_runs = np.random.default_rng(seed), "", []
         self.vocab_size, self.tolerance, self.per_token = 0, 0.0, 0.0
-        self.x, self.base, self.kinds, self.reach = self.tokens[:SHORTEST], np.zeros(SHORTEST - 1), {}, SHORTEST
+        self.x, self.base, self.kinds, self.reach = (
+            self.tokens[:SHORTEST],
+            np.zeros(SHORTEST - 1),
+            {},
+            SHORTEST,
+        )
         try:
             self.meet()
         except Failed as e:
@@ -95,8 +111,11 @@ class Trial:
                 raise Failed("distribution() at 1 returned no array of numbers")
             self.vocab_size = len(held)
         top = int(self.tokens.max())
-        need(top < self.vocab_size, f"the text holds token {top}, but the scorer's vocabulary is {self.vocab_size}; "
-             "give it shards that were written with its own tokenizer")
+        need(
+            top < self.vocab_size,
+            f"the text holds token {top}, but the scorer's vocabulary is {self.vocab_size}; "
+            "give it shards that were written with its own tokenizer",
+        )
         self.score(self.random_tokens(SHORTEST))  # compiles, warms caches
         length, took, rates = SHORTEST, 0.0, []
         while took < self.seconds / 100 and length < max(len(self.tokens), 4 * SHORTEST):
@@ -107,9 +126,13 @@ class Trial:
             rates.append(took / length)
         self.per_token = max(min(rates[-2:]), 1e-9)  # one of them may have met a busy machine
         half = len(self.tokens) // 2  # so that the whole is always longer, for the rule on claims
-        size = int(np.clip(self.seconds / 150 / self.per_token, min(LEAST, half), min(LONGEST, half)))
+        size = int(
+            np.clip(self.seconds / 150 / self.per_token, min(LEAST, half), min(LONGEST, half))
+        )
         least = min(max(2 * size, LEAST_LONG), len(self.tokens))
-        most = min(len(self.tokens), max(16 * length, LEAST_LONG))  # not too far from what was timed
+        most = min(
+            len(self.tokens), max(16 * length, LEAST_LONG)
+        )  # not too far from what was timed
         self.reach = int(np.clip(self.seconds / 15 / self.per_token, least, most))
         self.x = np.array(self.tokens[:size])
         self.base = self.score(self.x)
@@ -148,10 +171,14 @@ class Trial:
         return values
 
     def score(self, tokens: np.ndarray) -> np.ndarray:
-        return self.numbers(self.call("score", tokens), (len(tokens) - 1,), f"score() of {len(tokens):,} tokens")
+        return self.numbers(
+            self.call("score", tokens), (len(tokens) - 1,), f"score() of {len(tokens):,} tokens"
+        )
 
     def distribution(self, tokens: np.ndarray, i: int) -> np.ndarray:
-        return self.numbers(self.call("distribution", tokens, i), (self.vocab_size,), f"distribution() at {i}")
+        return self.numbers(
+            self.call("distribution", tokens, i), (self.vocab_size,), f"distribution() at {i}"
+        )
 
     def commits(self) -> list[Commit]:
         """The log of the last score()."""
@@ -159,7 +186,10 @@ class Trial:
         if log is None:
             raise CannotTell("the scorer keeps no commits")
         try:
-            log = [Commit(int(c[0]), int(c[1]), float(c[2]), int(c[3]), str(c[4]), str(c[5])) for c in log]
+            log = [
+                Commit(int(c[0]), int(c[1]), float(c[2]), int(c[3]), str(c[4]), str(c[5]))
+                for c in log
+            ]
         except (TypeError, ValueError, LookupError, OverflowError):
             raise Failed("commits are not (first, count, nats, bytes, state, chain)") from None
         for k, c in enumerate(log):
@@ -174,16 +204,23 @@ class Trial:
         except (TypeError, ValueError, RuntimeError):
             read = np.zeros(0)
         if read.ndim < 2 or len(read) != len(tokens):
-            raise Failed(f"embeddings() of {len(tokens)} tokens returned no row of numbers for each")
+            raise Failed(
+                f"embeddings() of {len(tokens)} tokens returned no row of numbers for each"
+            )
         return read.reshape(len(tokens), -1)
 
     def boundaries(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """Rows at which something begins: each BOS, what the scorer names, and (it may keep silent) every 64th."""
-        kinds = {"document": np.flatnonzero(tokens == BOS_ID) - 1, "multiple of 64": np.arange(64, len(tokens) - 1, 64)}
+        kinds = {
+            "document": np.flatnonzero(tokens == BOS_ID) - 1,
+            "multiple of 64": np.arange(64, len(tokens) - 1, 64),
+        }
         if hasattr(self.scorer, "boundaries"):
             said = self.call("boundaries", tokens)
             try:
-                kinds |= {str(kind): np.asarray(rows, np.int64).ravel() for kind, rows in said.items()}
+                kinds |= {
+                    str(kind): np.asarray(rows, np.int64).ravel() for kind, rows in said.items()
+                }
             except (AttributeError, TypeError, ValueError):
                 raise Failed("boundaries() returned no dict of rows") from None
         return {kind: rows[(rows > 0) & (rows < len(tokens) - 2)] for kind, rows in kinds.items()}
@@ -192,21 +229,31 @@ class Trial:
         """Of the longest prefix, rows [: reach - 1]: what was claimed for them, or else one score()."""
         if self.long is None:
             given = self.claimed is not None and len(self.claimed) == len(self.tokens) - 1
-            self.long = self.claimed[: self.reach - 1] if given else self.score(self.tokens[: self.reach])
+            self.long = (
+                self.claimed[: self.reach - 1] if given else self.score(self.tokens[: self.reach])
+            )
         return self.long
 
     def suspects(self) -> np.ndarray:
         """Rows of the excerpt, first those whose score most exceeds what the excerpt's own bigrams would give: whoever
         lifts few targets lifts those that are hard to know."""
         x = self.x.astype(np.int64)
-        pairs, of, seen = np.unique(x[:-1] * self.vocab_size + x[1:], return_inverse=True, return_counts=True)
+        pairs, of, seen = np.unique(
+            x[:-1] * self.vocab_size + x[1:], return_inverse=True, return_counts=True
+        )
         contexts, targets = np.bincount(x[:-1])[x[:-1]], np.bincount(x[1:])[x[1:]] / (len(x) - 1)
-        return np.argsort(-np.nan_to_num(self.base - np.log((targets + (seen[of] - 0.5) / contexts) / 2)))
+        return np.argsort(
+            -np.nan_to_num(self.base - np.log((targets + (seen[of] - 0.5) / contexts) / 2))
+        )
 
     def rows(self, share: float, least: int, most: int) -> Iterator[int]:
         """Rows of the excerpt to test, by turns suspicious and random, no row twice: `least` of them, then more while
         they have taken less than this share of the time."""
-        order = np.stack([self.suspects(), self.rng.permutation(len(self.base))], axis=1).ravel().tolist()
+        order = (
+            np.stack([self.suspects(), self.rng.permutation(len(self.base))], axis=1)
+            .ravel()
+            .tolist()
+        )
         yield from self.while_time(list(dict.fromkeys(order))[:most], share, least)
 
     def while_time(self, things: list, share: float, least: int) -> Iterator[Any]:
@@ -216,9 +263,13 @@ class Trial:
                 return
             yield thing
 
-    def need_same(self, got: np.ndarray, expected: np.ndarray, why: str, tolerance: float | None = None) -> float:
+    def need_same(
+        self, got: np.ndarray, expected: np.ndarray, why: str, tolerance: float | None = None
+    ) -> float:
         """The largest difference, where it is allowed."""
         apart, at = gap(got, expected)
         if apart > (self.tolerance if tolerance is None else tolerance):
-            raise Failed(f"row {at} moved by {apart:.2g} nats {why}", row=at, apart=min(apart, 1e300))
+            raise Failed(
+                f"row {at} moved by {apart:.2g} nats {why}", row=at, apart=min(apart, 1e300)
+            )
         return apart

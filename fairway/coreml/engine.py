@@ -37,6 +37,7 @@ def on_this_machine() -> Runner:
     if sys.platform != "darwin":
         return interpreted()
     from fairway.coreml.mac import predicted
+
     return predicted()
 
 
@@ -71,14 +72,22 @@ class Chain:
     def __call__(self, stream: Stream, tokens: Sequence[int]) -> np.ndarray:
         """float32[len(tokens), V], and the stream holds their keys and values."""
         m, began = self.manifest, time.perf_counter()
-        need(1 <= len(tokens) <= self.most, f"a call of {len(tokens)} tokens; these shards take 1 to {self.most}")
-        need(all(0 <= token < m.dims.vocab for token in tokens), f"a token outside the {m.dims.vocab} of these shards")
+        need(
+            1 <= len(tokens) <= self.most,
+            f"a call of {len(tokens)} tokens; these shards take 1 to {self.most}",
+        )
+        need(
+            all(0 <= token < m.dims.vocab for token in tokens),
+            f"a token outside the {m.dims.vocab} of these shards",
+        )
         name, size = m.function_for(len(tokens))
         have = self.given(stream, tokens, size)
         for shard, interface in self.interfaces.items():
             have |= self.function(shard, name)({n: have[n] for n in interface.inputs})
         logits = np.concatenate([have[f"logits{n}"] for n in range(len(m.split) - 1)], axis=1)
-        stream.hold(tokens, np.stack([have[f"{c}{n}_new"][0] for n in range(m.dims.passes) for c in "kv"]))
+        stream.hold(
+            tokens, np.stack([have[f"{c}{n}_new"][0] for n in range(m.dims.passes) for c in "kv"])
+        )
         self.used.calls, self.used.tokens = self.used.calls + 1, self.used.tokens + len(tokens)
         self.used.seconds += time.perf_counter() - began
         return logits[0, :, 0, : len(tokens)].T.astype(np.float32)
@@ -89,9 +98,15 @@ class Chain:
         m, filled = self.manifest, [*tokens, *[0] * (size - len(tokens))]
         cos, sin = rotations(stream.read, size, m.dims.rotary, m.rope_base)
         mask = mask_of(stream.positions, stream.read, len(tokens), size)
-        as_4d = {name: array[None, :, None] for name, array in (
-            ("x0", self.embed(filled, stream.last)), ("cos", cos), ("sin", sin))} | {"mask": mask[None, None]}
-        kept = {f"{c}{n}": stream.data[2 * n + i][None] for n in range(m.dims.passes) for i, c in enumerate("kv")}
+        as_4d = {
+            name: array[None, :, None]
+            for name, array in (("x0", self.embed(filled, stream.last)), ("cos", cos), ("sin", sin))
+        } | {"mask": mask[None, None]}
+        kept = {
+            f"{c}{n}": stream.data[2 * n + i][None]
+            for n in range(m.dims.passes)
+            for i, c in enumerate("kv")
+        }
         return {name: array.astype(m.dtype) for name, array in as_4d.items()} | kept
 
     def stream(self) -> Stream:
@@ -108,7 +123,9 @@ class Stream:
         self.positions = np.full(d.slots, -1, np.int64)
         self.kept, self.tokens = 0, []  # tokens in the slots, ever; and all that were read
         self.held = np.zeros((2 * d.passes, d.head, d.kv_heads, 0), dtype)
-        self.gone: deque[np.ndarray] = deque(maxlen=REWIND)  # what was overwritten, the last one last
+        self.gone: deque[np.ndarray] = deque(
+            maxlen=REWIND
+        )  # what was overwritten, the last one last
 
     @property
     def read(self) -> int:
@@ -167,7 +184,9 @@ class Shards:
         """[B, T, V]: what each position says of the token after it."""
         rows = []
         for stream, tokens in zip(self.streams, tokens_BT.tolist(), strict=True):
-            pieces = [tokens[at : at + self.chain.most] for at in range(0, len(tokens), self.chain.most)]
+            pieces = [
+                tokens[at : at + self.chain.most] for at in range(0, len(tokens), self.chain.most)
+            ]
             rows.append(np.concatenate([self.chain(stream, piece) for piece in pieces]))
         return torch.from_numpy(np.stack(rows))
 
@@ -179,18 +198,35 @@ class Shards:
         self.streams = [self.streams[row].copy() for row in rows.tolist()]
 
 
-def load_chain(folder: str | Path, path: str | Path, loaded: Loaded, runner: Runner | None = None) -> Chain:
+def load_chain(
+    folder: str | Path, path: str | Path, loaded: Loaded, runner: Runner | None = None
+) -> Chain:
     """The shards in a folder, once it is sure that they are those of the artifact at `path`: by its hash, and by all
     that can be compared with the model without running it."""
     chain, ours = Chain(folder, runner), file_sha256(path)
     m, cfg = chain.manifest, loaded.model.cfg
-    need(m.artifact_sha256 == ours, f"{folder} was exported from artifact {m.artifact_sha256[:12]!r}, not from "
-         f"{ours[:12]}; export it again with export_coreml.py")
-    same = (m.dims == dims_of(loaded.model, m.dims.slots) and m.rope_base == cfg.rope_base
-            and m.tokenizer_sha256 == loaded.artifact.header["tokenizer_sha256"])
+    need(
+        m.artifact_sha256 == ours,
+        f"{folder} was exported from artifact {m.artifact_sha256[:12]!r}, not from "
+        f"{ours[:12]}; export it again with export_coreml.py",
+    )
+    same = (
+        m.dims == dims_of(loaded.model, m.dims.slots)
+        and m.rope_base == cfg.rope_base
+        and m.tokenizer_sha256 == loaded.artifact.header["tokenizer_sha256"]
+    )
     tables = {name: table.astype(m.dtype) for name, table in host_tables(loaded.model).items()}
-    same = same and tables.keys() == chain.folder.tables.keys() and all(
-        np.array_equal(table.astype(np.float32), chain.folder.tables[name]) for name, table in tables.items())
-    need(same, f"{folder} says that it was exported from this artifact, but its numbers are of another one; export it "
-         "again with export_coreml.py")
+    same = (
+        same
+        and tables.keys() == chain.folder.tables.keys()
+        and all(
+            np.array_equal(table.astype(np.float32), chain.folder.tables[name])
+            for name, table in tables.items()
+        )
+    )
+    need(
+        same,
+        f"{folder} says that it was exported from this artifact, but its numbers are of another one; export it "
+        "again with export_coreml.py",
+    )
     return chain

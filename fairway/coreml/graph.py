@@ -29,8 +29,12 @@ class Precision(NamedTuple):
     what is measured on real text decides what is scaled, and how."""
 
     name: str
-    scales: Mapping[str, float]  # of what is squared, powers of two by module name; 1 where none is given
-    peaks: Mapping[str, float]  # of norms: each position is scaled so that this is its largest value; else it is not
+    scales: Mapping[
+        str, float
+    ]  # of what is squared, powers of two by module name; 1 where none is given
+    peaks: Mapping[
+        str, float
+    ]  # of norms: each position is scaled so that this is its largest value; else it is not
     eps: float  # at least this much in the root of a norm
 
 
@@ -43,8 +47,16 @@ def dims_of(model: GPT, slots: int) -> Dims:
         conditioned = extra > 0 and model.loop_conditions is not None
         now = model.blocks[nth].lane_mix is not None or conditioned and now
         parted.append(now)
-    return Dims(cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.model_dim // cfg.num_heads, model.cos.size(1),
-                cfg.vocab_size, tuple(parted), slots)
+    return Dims(
+        cfg.model_dim,
+        cfg.num_heads,
+        cfg.num_kv_heads,
+        cfg.model_dim // cfg.num_heads,
+        model.cos.size(1),
+        cfg.vocab_size,
+        tuple(parted),
+        slots,
+    )
 
 
 @torch.no_grad()
@@ -101,17 +113,25 @@ class Attended(nn.Module):
         self.heads, self.width, self.exclusive = len(source.q_gain), source.width, source.exclusive
         self.q, self.k, self.v = conv(source.q.weight), conv(source.k.weight), conv(source.v.weight)
         self.proj = conv(source.proj.weight * out_scale_D[:, None])
-        self.norm_q, self.norm_k = Norm(f"{name}.norm_q", precision), Norm(f"{name}.norm_k", precision)
-        self.norm_own = Norm(f"{name}.norm_own", precision, self.width**-0.5, TINY) if self.exclusive else None
-        self.gain_H = nn.Buffer((source.q_gain.detach() / math.sqrt(self.width))[None, None, :, None].clone())
+        self.norm_q, self.norm_k = (
+            Norm(f"{name}.norm_q", precision),
+            Norm(f"{name}.norm_k", precision),
+        )
+        self.norm_own = (
+            Norm(f"{name}.norm_own", precision, self.width**-0.5, TINY) if self.exclusive else None
+        )
+        self.gain_H = nn.Buffer(
+            (source.q_gain.detach() / math.sqrt(self.width))[None, None, :, None].clone()
+        )
         self.gate = None if source.gate is None else conv(source.gate)
 
     def as_heads(self, x: Tensor) -> Tensor:
         """[1, n C, 1, T] -> [1, C, n, T]"""
         return torch.cat(x.split(self.width, dim=1), dim=2)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, k_CGS: Tensor,
-                v_CGS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, k_CGS: Tensor, v_CGS: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q = self.turn(self.norm_q(self.as_heads(self.q(x))), *rope) * self.gain_H
         k = self.turn(self.norm_k(self.as_heads(self.k(x))), *rope)
         v = self.as_heads(self.v(x))
@@ -127,11 +147,14 @@ class Attended(nn.Module):
         q, k, v = q.permute(0, 2, 3, 1), k.transpose(1, 2), v.transpose(1, 2)  # H T C, G C S
         share, groups = self.heads // k.size(1), k.size(1)
         owns, found = [None] * groups if own is None else own.split(1, dim=2), []
-        for q_hTC, k_1CS, v_1CS, own_C1T in zip(q.split(share, dim=1), k.split(1, dim=1), v.split(1, dim=1), owns,
-                                                strict=True):
+        for q_hTC, k_1CS, v_1CS, own_C1T in zip(
+            q.split(share, dim=1), k.split(1, dim=1), v.split(1, dim=1), owns, strict=True
+        ):
             p = torch.softmax(torch.matmul(q_hTC, k_1CS) + mask, dim=-1)
             y = torch.matmul(p, v_1CS.transpose(2, 3)).permute(0, 3, 1, 2)
-            found.append(y if own_C1T is None else y - (y * own_C1T).sum(dim=1, keepdim=True) * own_C1T)
+            found.append(
+                y if own_C1T is None else y - (y * own_C1T).sum(dim=1, keepdim=True) * own_C1T
+            )
         return torch.cat(found, dim=2)
 
     @staticmethod
@@ -145,8 +168,14 @@ class Attended(nn.Module):
 class Pass(nn.Module):
     """Block.forward of train_gpt, one pass of it, on [1, D, 1, T]. What a matrix's output is multiplied by is in it."""
 
-    def __init__(self, source: Block, condition_3D: Tensor | None, skip_D: Tensor | None, name: str,
-                 precision: Precision):
+    def __init__(
+        self,
+        source: Block,
+        condition_3D: Tensor | None,
+        skip_D: Tensor | None,
+        name: str,
+        precision: Precision,
+    ):
         super().__init__()
         squared = precision.scales.get(f"{name}.act", 1.0)
         column = lambda vector: nn.Buffer(vector.detach().clone()[None, :, None, None])  # noqa: E731
@@ -158,8 +187,13 @@ class Pass(nn.Module):
         self.fc, self.act = conv(source.mlp.fc.weight * squared), Squared(source.mlp.slope)
         self.proj = conv(source.mlp.proj.weight * source.mlp_scale[:, None] / squared**2)
         self.lane_mix = None if source.lane_mix is None else source.lane_mix.tolist()
-        self.condition = None if condition_3D is None else nn.ParameterList(
-            nn.Parameter(part.data, requires_grad=False) for part in map(column, condition_3D))
+        self.condition = (
+            None
+            if condition_3D is None
+            else nn.ParameterList(
+                nn.Parameter(part.data, requires_grad=False) for part in map(column, condition_3D)
+            )
+        )
 
     def read(self, norm: Norm, x: Tensor) -> Tensor:
         x = norm(x)
@@ -168,8 +202,17 @@ class Pass(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         return self.proj(self.act(self.fc(self.read(self.norm_mlp, x))))
 
-    def forward(self, x: Tensor, lane: Tensor, x0: Tensor, skip: Tensor | None, rope, mask: Tensor, k: Tensor,
-                v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        lane: Tensor,
+        x0: Tensor,
+        skip: Tensor | None,
+        rope,
+        mask: Tensor,
+        k: Tensor,
+        v: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Both lanes after this pass (one tensor for both where they have not parted), and its keys and values."""
         together = lane is x
         if skip is not None:
@@ -183,8 +226,10 @@ class Pass(nn.Module):
             new = (mixed, mixed)
         else:
             written, together = self.mlp(lane), False
-            new = tuple(old + to[0] * attended + to[1] * written
-                        for old, to in zip((mixed, lane), self.lane_mix, strict=True))
+            new = tuple(
+                old + to[0] * attended + to[1] * written
+                for old, to in zip((mixed, lane), self.lane_mix, strict=True)
+            )
         if self.condition is None:
             return *new, k, v
         more = self.condition[2]
@@ -199,7 +244,9 @@ class Layers(nn.Module):
         super().__init__()
         self.first, self.end, self.dims, order = first, end, dims, model.passes(model.looping)
         self.interface = layout.layers(first, end, dims)
-        self.passes = nn.ModuleDict({str(nth): pass_of(model, order, nth, precision) for nth in range(first, end)})
+        self.passes = nn.ModuleDict(
+            {str(nth): pass_of(model, order, nth, precision) for nth in range(first, end)}
+        )
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         have = dict(zip(self.interface.inputs, inputs, strict=True))
@@ -209,15 +256,26 @@ class Layers(nn.Module):
             source = layout.skip_of(nth, self.dims.passes)
             skip = have[f"x{source}"] if source else None
             x, lane, have[f"k{nth}_new"], have[f"v{nth}_new"] = self.passes[str(nth)](
-                x, lane, x0, skip, (have["cos"], have["sin"]), have["mask"], have[f"k{nth}"], have[f"v{nth}"])
+                x,
+                lane,
+                x0,
+                skip,
+                (have["cos"], have["sin"]),
+                have["mask"],
+                have[f"k{nth}"],
+                have[f"v{nth}"],
+            )
             have |= {f"x{nth + 1}": x, f"lane{nth + 1}": lane}
         return tuple(have[name] for name in self.interface.outputs)
 
 
 def pass_of(model: GPT, order: list[tuple[int, int]], nth: int, precision: Precision) -> Pass:
     layer, extra = order[nth]
-    condition = None if model.loop_conditions is None or not extra else (
-        model.loop_conditions[extra - 1, layer - model.cfg.loop_start])
+    condition = (
+        None
+        if model.loop_conditions is None or not extra
+        else (model.loop_conditions[extra - 1, layer - model.cfg.loop_start])
+    )
     skip = model.skip_weights[nth - len(order) // 2] if layout.skip_of(nth, len(order)) else None
     return Pass(model.blocks[layer], condition, skip, f"passes.{nth}", precision)
 
@@ -225,19 +283,25 @@ def pass_of(model: GPT, order: list[tuple[int, int]], nth: int, precision: Preci
 class Head(nn.Module):
     """The last norm, and the logits of tokens split[nth] to split[nth + 1] - 1."""
 
-    def __init__(self, model: GPT, dims: Dims, nth: int, split: list[int], precision: Precision = EXACT):
+    def __init__(
+        self, model: GPT, dims: Dims, nth: int, split: list[int], precision: Precision = EXACT
+    ):
         super().__init__()
         self.interface = layout.head(nth, split, dims)
         self.norm = Norm("head.norm", precision)
-        self.out, self.cap = conv(model.tok_emb.weight[split[nth] : split[nth + 1]]), model.cfg.logit_softcap
+        self.out, self.cap = (
+            conv(model.tok_emb.weight[split[nth] : split[nth + 1]]),
+            model.cfg.logit_softcap,
+        )
 
     def forward(self, x: Tensor, lane: Tensor | None = None) -> Tensor:
         x = x if lane is None else (x + lane) * 0.5
         return self.cap * torch.tanh(self.out(self.norm(x)) * (1 / self.cap))
 
 
-def shards(model: GPT, dims: Dims, cuts: list[int], split: list[int],
-           precision: Precision = EXACT) -> dict[str, Layers | Head]:
+def shards(
+    model: GPT, dims: Dims, cuts: list[int], split: list[int], precision: Precision = EXACT
+) -> dict[str, Layers | Head]:
     """The whole chain, in order; cuts: where shards of passes begin, and the end."""
     chain: dict[str, Layers | Head] = {}
     for nth, (first, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
@@ -247,9 +311,13 @@ def shards(model: GPT, dims: Dims, cuts: list[int], split: list[int],
     return {name: shard.eval() for name, shard in chain.items()}
 
 
-def run_chain(chain: Mapping[str, Callable], interfaces: Mapping[str, Interface], have: dict) -> dict:
+def run_chain(
+    chain: Mapping[str, Callable], interfaces: Mapping[str, Interface], have: dict
+) -> dict:
     """Every shard in order, each fed by name; `have` grows by what they give."""
     for name, shard in chain.items():
         given = shard(*(have[n] for n in interfaces[name].inputs))
-        have |= zip(interfaces[name].outputs, given if isinstance(given, tuple) else (given,), strict=True)
+        have |= zip(
+            interfaces[name].outputs, given if isinstance(given, tuple) else (given,), strict=True
+        )
     return have

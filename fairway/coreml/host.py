@@ -37,7 +37,9 @@ class Embedding:
     def buckets(self, tokens: np.ndarray) -> np.ndarray:
         """(36313 cur xor 27191 prev) mod (buckets - 1); the first token of a text has the last bucket."""
         last = len(self.tables["bigram"]) - 1
-        return np.concatenate([[last], np.bitwise_xor(36313 * tokens[1:], 27191 * tokens[:-1]) % last])
+        return np.concatenate(
+            [[last], np.bitwise_xor(36313 * tokens[1:], 27191 * tokens[:-1]) % last]
+        )
 
 
 def rotations(first: int, count: int, rotary: int, base: float) -> tuple[np.ndarray, np.ndarray]:
@@ -47,13 +49,17 @@ def rotations(first: int, count: int, rotary: int, base: float) -> tuple[np.ndar
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def mask_of(positions: np.ndarray, first: int, count: int, tokens: int, window: int = 0) -> np.ndarray:
+def mask_of(
+    positions: np.ndarray, first: int, count: int, tokens: int, window: int = 0
+) -> np.ndarray:
     """float32[tokens, slots + tokens] for a call of `count` tokens from position `first`, filled up to `tokens`.
 
     positions: int64[slots], of the token in each slot, or -1. A token looks back on `window` tokens, itself included
     (0: as many as there are slots): mask_of([0, 1, -1], 2, 1, 2) lets the first see slots 0 and 1, and itself."""
     at = first + np.arange(tokens)[:, None]
     keys = np.concatenate([positions, first + np.arange(tokens)])[None, :]
-    real = np.concatenate([positions >= 0, np.arange(tokens) < count])[None, :] | (keys == at)  # a filler sees itself
+    real = np.concatenate([positions >= 0, np.arange(tokens) < count])[None, :] | (
+        keys == at
+    )  # a filler sees itself
     seen = real & (keys <= at) & (keys > at - (window or len(positions)))
     return np.where(seen, 0.0, MASKED).astype(np.float32)

@@ -14,13 +14,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairway.coreml.package import KINDS, LIKE, Package, PackageError, Type, constant, read_package, type_of
+from fairway.coreml.package import (
+    KINDS,
+    LIKE,
+    Package,
+    PackageError,
+    Type,
+    constant,
+    read_package,
+    type_of,
+)
 from train_gpt import need
 
 PRECISIONS = ("declared", "fp32")
 FLOATS = (KINDS[10].name, KINDS[11].name)
 MOST_HELD = 1 << 27  # numbers of all constants, and of all that a call holds at a time
-BROKEN = (LookupError, AttributeError, TypeError, ValueError, ArithmeticError, MemoryError)  # by a malformed program
+BROKEN = (
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    MemoryError,
+)  # by a malformed program
 ALWAYS_FP32 = ("epsilon", "alpha")  # parameters, whatever the type of the tensor
 Operands = dict[str, Any]
 
@@ -34,9 +50,19 @@ class InterpretError(PackageError):
 def conv(a: Operands) -> np.ndarray:
     """1x1, which is a matrix product over axis 1."""
     weight, x = a["weight"], a["x"]
-    plain = weight.shape[2:] == (1, 1) and x.ndim == 4 and a.get("groups", 1) == 1 and a.get("pad_type") == "valid"
-    need(plain and all(np.all(a.get(n, 1) == 1) for n in ("strides", "dilations")) and not np.any(a.get("pad", 0)),
-         "a convolution that is not 1x1", InterpretError)
+    plain = (
+        weight.shape[2:] == (1, 1)
+        and x.ndim == 4
+        and a.get("groups", 1) == 1
+        and a.get("pad_type") == "valid"
+    )
+    need(
+        plain
+        and all(np.all(a.get(n, 1) == 1) for n in ("strides", "dilations"))
+        and not np.any(a.get("pad", 0)),
+        "a convolution that is not 1x1",
+        InterpretError,
+    )
     out = np.einsum("oi,bihw->bohw", weight[:, :, 0, 0], x, optimize=True)
     return out + a["bias"][None, :, None, None] if "bias" in a else out
 
@@ -59,19 +85,34 @@ def batch_norm(a: Operands) -> np.ndarray:
 
 def split(a: Operands) -> list[np.ndarray]:
     x, axis = a["x"], int(a["axis"])
-    parts = a["split_sizes"] if "split_sizes" in a else [x.shape[axis] // int(a["num_splits"])] * int(a["num_splits"])
-    need(sum(parts) == x.shape[axis], f"a split of {x.shape[axis]} into {list(parts)}", InterpretError)
+    parts = (
+        a["split_sizes"]
+        if "split_sizes" in a
+        else [x.shape[axis] // int(a["num_splits"])] * int(a["num_splits"])
+    )
+    need(
+        sum(parts) == x.shape[axis],
+        f"a split of {x.shape[axis]} into {list(parts)}",
+        InterpretError,
+    )
     return np.split(x, np.cumsum(parts)[:-1], axis=axis)
 
 
 def slice_by_index(a: Operands) -> np.ndarray:
     x, none = a["x"], np.zeros(a["x"].ndim, bool)
-    begin_mask, end_mask, squeeze = (a.get(n, none) for n in ("begin_mask", "end_mask", "squeeze_mask"))
+    begin_mask, end_mask, squeeze = (
+        a.get(n, none) for n in ("begin_mask", "end_mask", "squeeze_mask")
+    )
     stride, index = a.get("stride", np.ones(x.ndim, np.int64)), []
     for n in range(x.ndim):
         begin, end = int(a["begin"][n]), int(a["end"][n])
-        index.append(begin if squeeze[n] else slice(None if begin_mask[n] else begin, None if end_mask[n] else end,
-                                                    int(stride[n])))
+        index.append(
+            begin
+            if squeeze[n]
+            else slice(
+                None if begin_mask[n] else begin, None if end_mask[n] else end, int(stride[n])
+            )
+        )
     return x[tuple(index)]
 
 
@@ -84,22 +125,39 @@ def reduced(how: Callable) -> Callable[[Operands], np.ndarray]:
 
 
 OPERATIONS: dict[str, Callable[[Operands], Any]] = {
-    "add": lambda a: a["x"] + a["y"], "sub": lambda a: a["x"] - a["y"], "mul": lambda a: a["x"] * a["y"],
-    "real_div": lambda a: a["x"] / a["y"], "maximum": lambda a: np.maximum(a["x"], a["y"]),
-    "minimum": lambda a: np.minimum(a["x"], a["y"]), "square": lambda a: np.square(a["x"]),
-    "sqrt": lambda a: np.sqrt(a["x"]), "inverse": lambda a: 1 / (a["x"] + a["epsilon"]),
+    "add": lambda a: a["x"] + a["y"],
+    "sub": lambda a: a["x"] - a["y"],
+    "mul": lambda a: a["x"] * a["y"],
+    "real_div": lambda a: a["x"] / a["y"],
+    "maximum": lambda a: np.maximum(a["x"], a["y"]),
+    "minimum": lambda a: np.minimum(a["x"], a["y"]),
+    "square": lambda a: np.square(a["x"]),
+    "sqrt": lambda a: np.sqrt(a["x"]),
+    "inverse": lambda a: 1 / (a["x"] + a["epsilon"]),
     "rsqrt": lambda a: 1 / np.sqrt(a["x"] + a["epsilon"]),
-    "exp": lambda a: np.exp(a["x"]), "abs": lambda a: np.abs(a["x"]), "tanh": lambda a: np.tanh(a["x"]),
-    "sigmoid": lambda a: 1 / (1 + np.exp(-a["x"])), "relu": lambda a: np.maximum(a["x"], 0.0),
-    "leaky_relu": leaky_relu, "conv": conv, "matmul": matmul, "softmax": softmax, "batch_norm": batch_norm,
-    "reduce_mean": reduced(np.mean), "reduce_sum": reduced(np.sum), "reduce_max": reduced(np.max),
-    "split": split, "slice_by_index": slice_by_index,
+    "exp": lambda a: np.exp(a["x"]),
+    "abs": lambda a: np.abs(a["x"]),
+    "tanh": lambda a: np.tanh(a["x"]),
+    "sigmoid": lambda a: 1 / (1 + np.exp(-a["x"])),
+    "relu": lambda a: np.maximum(a["x"], 0.0),
+    "leaky_relu": leaky_relu,
+    "conv": conv,
+    "matmul": matmul,
+    "softmax": softmax,
+    "batch_norm": batch_norm,
+    "reduce_mean": reduced(np.mean),
+    "reduce_sum": reduced(np.sum),
+    "reduce_max": reduced(np.max),
+    "split": split,
+    "slice_by_index": slice_by_index,
     "concat": lambda a: np.concatenate(a["values"], axis=int(a["axis"])),
     "transpose": lambda a: a["x"].transpose(tuple(map(int, a["perm"]))),
     "expand_dims": lambda a: np.expand_dims(a["x"], tuple(map(int, a["axes"]))),
     "squeeze": lambda a: np.squeeze(a["x"], tuple(map(int, a["axes"])) if "axes" in a else None),
     "reshape": lambda a: a["x"].reshape(tuple(map(int, a["shape"]))),
-    "identity": lambda a: a["x"], "cast": lambda a: a["x"]}
+    "identity": lambda a: a["x"],
+    "cast": lambda a: a["x"],
+}
 ELEMENTWISE = ("add", "sub", "mul", "real_div", "maximum", "minimum")
 
 
@@ -114,13 +172,17 @@ def elements_made(operation: str, a: Operands) -> int:
         return np.size(a["x"]) // max(np.shape(a["weight"])[1], 1) * np.shape(a["weight"])[0]
     if operation == "batch_norm":
         return np.size(a["x"]) // max(np.shape(a["x"])[1], 1) * np.size(a["mean"])
-    return sum(np.size(value) for value in a["values"]) if operation == "concat" else np.size(a["x"])
+    return (
+        sum(np.size(value) for value in a["values"]) if operation == "concat" else np.size(a["x"])
+    )
 
 
 # ==== COMPRESSED WEIGHTS ==============================================================================================
 def spread(small: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor of one entry a block, once for each of the block's elements."""
-    fits = small.ndim == len(shape) and all(n and whole % n == 0 for n, whole in zip(small.shape, shape, strict=True))
+    fits = small.ndim == len(shape) and all(
+        n and whole % n == 0 for n, whole in zip(small.shape, shape, strict=True)
+    )
     need(fits, f"blocks of {small.shape} in a tensor of {shape}", InterpretError)
     for axis, (n, whole) in enumerate(zip(small.shape, shape, strict=True)):
         small = np.repeat(small, whole // n, axis=axis)
@@ -138,14 +200,21 @@ def blockwise_shift_scale(a: Operands) -> np.ndarray:
 def lut_to_dense(a: Operands) -> np.ndarray:
     """lut[block of the element][index of the element]; one number an entry."""
     indices, lut = a["indices"], a["lut"]
-    need(lut.ndim == indices.ndim + 2 and lut.shape[-1] == 1 and int(indices.max(initial=0)) < lut.shape[-2],
-         f"a palette of shape {lut.shape} for indices of {indices.shape}", InterpretError)
+    need(
+        lut.ndim == indices.ndim + 2
+        and lut.shape[-1] == 1
+        and int(indices.max(initial=0)) < lut.shape[-2],
+        f"a palette of shape {lut.shape} for indices of {indices.shape}",
+        InterpretError,
+    )
     blocks = np.arange(math.prod(lut.shape[:-2])).reshape(lut.shape[:-2])
     return lut.reshape(-1, lut.shape[-2])[spread(blocks, indices.shape), indices]
 
 
 DECOMPRESSED: dict[str, Callable[[Operands], np.ndarray]] = {
-    "constexpr_blockwise_shift_scale": blockwise_shift_scale, "constexpr_lut_to_dense": lut_to_dense}
+    "constexpr_blockwise_shift_scale": blockwise_shift_scale,
+    "constexpr_lut_to_dense": lut_to_dense,
+}
 
 
 # ==== PROGRAMS ========================================================================================================
@@ -155,7 +224,9 @@ class Step(NamedTuple):
     operation: str
     function: Callable[[Operands], Any]
     constants: Operands
-    operands: dict[str, list[str] | str]  # by name, from what was computed; a list where it takes many
+    operands: dict[
+        str, list[str] | str
+    ]  # by name, from what was computed; a list where it takes many
     outputs: list[tuple[str, Type]]
 
     @property
@@ -168,23 +239,35 @@ class Program:
     """A function of a package, ready to be called with arrays by name."""
 
     def __init__(self, package: Package, function: str = "", precision: str = "declared"):
-        need(precision in PRECISIONS, f"precision {precision!r}; take one of {', '.join(PRECISIONS)}", InterpretError)
+        need(
+            precision in PRECISIONS,
+            f"precision {precision!r}; take one of {', '.join(PRECISIONS)}",
+            InterpretError,
+        )
         name = function or package.default
-        need(name in package.functions, f"{package.path} has no function {name!r}; it has "
-             f"{', '.join(package.functions)}", InterpretError)
+        need(
+            name in package.functions,
+            f"{package.path} has no function {name!r}; it has {', '.join(package.functions)}",
+            InterpretError,
+        )
         self.path, self.name, self.precision = package.path, name, precision
         self.inputs, self.outputs = package.functions[name].inputs, package.functions[name].outputs
         self.constants: dict[str, Any] = {}
         self.types: dict[str, str] = {n: feature.kind for n, feature in self.inputs.items()}
         self.held = 0  # numbers of constants
         try:
-            prepared = (self.prepare(op, package.weights) for op in package.functions[name].body["operations"])
+            prepared = (
+                self.prepare(op, package.weights)
+                for op in package.functions[name].body["operations"]
+            )
             self.steps = [step for step in prepared if step]
             missing = self.outputs.keys() - self.types.keys()
             need(not missing, f"nothing computes {', '.join(missing)}", InterpretError)
             self.last_used = {n: nth for nth, step in enumerate(self.steps) for n in step.names}
         except BROKEN as e:
-            raise InterpretError(f"{self.path}: function {name} is malformed ({type(e).__name__}: {e!s:.99})") from None
+            raise InterpretError(
+                f"{self.path}: function {name} is malformed ({type(e).__name__}: {e!s:.99})"
+            ) from None
         except PackageError as e:
             raise InterpretError(f"{self.path}: {e}") from None
 
@@ -200,55 +283,99 @@ class Program:
             if all(known for known, _ in values):
                 constants[name] = [v for _, v in values] if name == "values" else values[0][1]
             else:
-                operands[name] = [b["name"] for b in argument["bindings"]] if name == "values" else values[0][1]
+                operands[name] = (
+                    [b["name"] for b in argument["bindings"]] if name == "values" else values[0][1]
+                )
         if kind in DECOMPRESSED:
-            declared, held = type_of(outputs[0][1]), {n: v for n, (_, v) in (
-                (n, self.bound(a["bindings"][0], weights)) for n, a in op["inputs"].items())}
+            declared, held = (
+                type_of(outputs[0][1]),
+                {
+                    n: v
+                    for n, (_, v) in (
+                        (n, self.bound(a["bindings"][0], weights)) for n, a in op["inputs"].items()
+                    )
+                },
+            )
             value = DECOMPRESSED[kind](held).astype(declared.kind.holder)
-            need(value.shape == declared.shape, f"{outputs[0][0]} unpacks to {value.shape}, not {declared}",
-                 InterpretError)
+            need(
+                value.shape == declared.shape,
+                f"{outputs[0][0]} unpacks to {value.shape}, not {declared}",
+                InterpretError,
+            )
             self.define(outputs[0][0], value)
             return None
-        need(kind in OPERATIONS and not op.get("blocks"), f"operation {kind!r:.60} is not known here; it makes "
-             f"{outputs[0][0]!r:.60}", InterpretError)
+        need(
+            kind in OPERATIONS and not op.get("blocks"),
+            f"operation {kind!r:.60} is not known here; it makes {outputs[0][0]!r:.60}",
+            InterpretError,
+        )
         typed = [(name, type_of(t)) for name, t in outputs]
         for name, _ in typed:
             self.need_new(name)
         self.check_kinds(kind, constants, operands, typed)
         self.types |= {name: t.kind.name for name, t in typed}
-        return Step(kind, OPERATIONS[kind], {n: wide(v) for n, v in constants.items()}, operands, typed)
+        return Step(
+            kind, OPERATIONS[kind], {n: wide(v) for n, v in constants.items()}, operands, typed
+        )
 
     def need_new(self, name: str) -> None:
-        need(name not in self.types and name not in self.constants, f"{name!r:.60} is made twice", InterpretError)
+        need(
+            name not in self.types and name not in self.constants,
+            f"{name!r:.60} is made twice",
+            InterpretError,
+        )
 
     def define(self, name: str, value: Any) -> None:
         self.need_new(name)
         self.held += np.size(value)
         need(self.held <= MOST_HELD, f"more than {MOST_HELD} numbers in constants", InterpretError)
-        plain = not isinstance(value, np.ndarray) or value.dtype.kind != "f" or bool(np.isfinite(value).all())
+        plain = (
+            not isinstance(value, np.ndarray)
+            or value.dtype.kind != "f"
+            or bool(np.isfinite(value).all())
+        )
         need(plain, f"constant {name} holds values that are no numbers", InterpretError)
         self.constants[name] = value
         if isinstance(value, np.ndarray):
-            self.types[name] = next((k.name for k in KINDS.values() if k.holder is value.dtype.type), "")
+            self.types[name] = next(
+                (k.name for k in KINDS.values() if k.holder is value.dtype.type), ""
+            )
 
     def bound(self, binding: dict[str, Any], weights: np.ndarray) -> tuple[bool, Any]:
         """Whether the operand is known now, and it, or the name that it will have."""
         if "value" in binding:
             return True, constant(binding["value"], weights)
         name = binding["name"]
-        need(name in self.constants or name in self.types, f"{name!r:.60} is used before it is made", InterpretError)
+        need(
+            name in self.constants or name in self.types,
+            f"{name!r:.60} is used before it is made",
+            InterpretError,
+        )
         return name in self.constants, self.constants.get(name, name)
 
-    def check_kinds(self, kind: str, constants: Operands, operands: dict, outputs: list[tuple[str, Type]]) -> None:
+    def check_kinds(
+        self, kind: str, constants: Operands, operands: dict, outputs: list[tuple[str, Type]]
+    ) -> None:
         """Tensors of numbers keep their type through every operation but a cast."""
-        names = [n for value in operands.values() for n in (value if isinstance(value, list) else [value])]
+        names = [
+            n
+            for value in operands.values()
+            for n in (value if isinstance(value, list) else [value])
+        ]
         found = {self.types[n] for n in names}
-        found |= {"fp16" if v.dtype == np.float16 else "fp32" for n, v in constants.items()
-                  if n not in ALWAYS_FP32 and isinstance(v, np.ndarray) and v.dtype.kind == "f"}
+        found |= {
+            "fp16" if v.dtype == np.float16 else "fp32"
+            for n, v in constants.items()
+            if n not in ALWAYS_FP32 and isinstance(v, np.ndarray) and v.dtype.kind == "f"
+        }
         made = {t.kind.name for _, t in outputs}
         if kind != "cast":
-            need(found == made and len(made) == 1, f"{kind} of {' and '.join(sorted(found))} is declared "
-                 f"{' and '.join(sorted(made))}: {outputs[0][0]}", InterpretError)
+            need(
+                found == made and len(made) == 1,
+                f"{kind} of {' and '.join(sorted(found))} is declared "
+                f"{' and '.join(sorted(made))}: {outputs[0][0]}",
+                InterpretError,
+            )
 
     # ==== A CALL ======================================================================================================
     def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -260,35 +387,57 @@ class Program:
                 for name in step.names:  # what nobody reads any more
                     if self.last_used[name] == nth and name not in self.outputs:
                         values.pop(name, None)
-        return {name: self.value(name, values).astype(LIKE[t.kind.name]) for name, t in self.outputs.items()}
+        return {
+            name: self.value(name, values).astype(LIKE[t.kind.name])
+            for name, t in self.outputs.items()
+        }
 
     def check(self, given: Mapping[str, np.ndarray]) -> None:
         odd = given.keys() ^ self.inputs.keys()
-        need(not odd, f"{self.path}: inputs {', '.join(sorted(odd))} are missing or unknown", InterpretError)
+        need(
+            not odd,
+            f"{self.path}: inputs {', '.join(sorted(odd))} are missing or unknown",
+            InterpretError,
+        )
         for name, feature in self.inputs.items():
             shape, dtype = np.shape(given[name]), np.asarray(given[name]).dtype
-            need(feature.takes(shape) and dtype == LIKE[feature.kind], f"{self.path}: input {name} is {dtype} of "
-                 f"{list(shape)}; it must be {feature}", InterpretError)
+            need(
+                feature.takes(shape) and dtype == LIKE[feature.kind],
+                f"{self.path}: input {name} is {dtype} of {list(shape)}; it must be {feature}",
+                InterpretError,
+            )
 
     def take(self, step: Step, values: dict[str, np.ndarray]) -> None:
-        operands = {name: [self.value(n, values) for n in of] if isinstance(of, list) else self.value(of, values)
-                    for name, of in step.operands.items()}
+        operands = {
+            name: [self.value(n, values) for n in of]
+            if isinstance(of, list)
+            else self.value(of, values)
+            for name, of in step.operands.items()
+        }
         operands |= step.constants
         try:
             held = sum(v.size for v in values.values()) + elements_made(step.operation, operands)
             need(held <= MOST_HELD, f"more than {MOST_HELD} numbers at a time", ValueError)
             made = step.function(operands)
         except BROKEN as e:
-            raise InterpretError(f"{self.path}: {step.operation} cannot make {step.outputs[0][0]!r:.60} ({e!s:.99})"
-                                 ) from None
+            raise InterpretError(
+                f"{self.path}: {step.operation} cannot make {step.outputs[0][0]!r:.60} ({e!s:.99})"
+            ) from None
         made = made if isinstance(made, list) else [made]
-        need(len(made) == len(step.outputs), f"{self.path}: {step.operation} makes {len(made)} tensors, not "
-             f"{len(step.outputs)}", InterpretError)
+        need(
+            len(made) == len(step.outputs),
+            f"{self.path}: {step.operation} makes {len(made)} tensors, not {len(step.outputs)}",
+            InterpretError,
+        )
         for value, (name, declared) in zip(made, step.outputs, strict=True):
             fits = len(value.shape) == len(declared.shape) and all(
-                b is None or a == b for a, b in zip(value.shape, declared.shape, strict=True))
-            need(fits, f"{self.path}: {step.operation} makes {name} of {list(value.shape)}; it is declared {declared}",
-                 InterpretError)
+                b is None or a == b for a, b in zip(value.shape, declared.shape, strict=True)
+            )
+            need(
+                fits,
+                f"{self.path}: {step.operation} makes {name} of {list(value.shape)}; it is declared {declared}",
+                InterpretError,
+            )
             values[name] = self.rounded(value, step, name, declared)
 
     def value(self, name: str, values: dict[str, np.ndarray]) -> np.ndarray:
@@ -299,8 +448,12 @@ class Program:
             return value.astype(declared.kind.holder)  # towards zero
         as_kind = np.float32 if self.precision == "fp32" else declared.kind.holder
         value = value.astype(as_kind)
-        need(np.isfinite(value).all(), f"{self.path}: {step.operation} overflows {declared.kind.name} in {name}; "
-             "export with other text to measure, or in fp32", InterpretError)
+        need(
+            np.isfinite(value).all(),
+            f"{self.path}: {step.operation} overflows {declared.kind.name} in {name}; "
+            "export with other text to measure, or in fp32",
+            InterpretError,
+        )
         return value.astype(np.float64)
 
 
@@ -308,7 +461,11 @@ def wide(value: Any) -> Any:
     """Numbers as they are computed with."""
     if isinstance(value, list):
         return [wide(one) for one in value]
-    return value.astype(np.float64) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
+    return (
+        value.astype(np.float64)
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f"
+        else value
+    )
 
 
 def interpret(path: str | Path, function: str = "", precision: str = "declared") -> Program:

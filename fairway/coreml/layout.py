@@ -57,7 +57,10 @@ class Interface(NamedTuple):
 
 def concrete(shape: Shape, tokens: int) -> tuple[int, ...]:
     """The shape in a call of so many tokens."""
-    return tuple(tokens if axis == T else axis.slots + tokens if isinstance(axis, Axis) else axis for axis in shape)
+    return tuple(
+        tokens if axis == T else axis.slots + tokens if isinstance(axis, Axis) else axis
+        for axis in shape
+    )
 
 
 def skip_of(nth: int, passes: int) -> int | None:
@@ -79,7 +82,9 @@ def layers(first: int, end: int, dims: Dims) -> Interface:
     names = [f"x{first}", *["x0"][: first > 0], *lane(first, dims), *(f"x{s}" for s in before)]
     inputs: dict[str, Shape] = dict.fromkeys(names, stream)
     inputs |= {"cos": turn, "sin": turn, "mask": (1, 1, T, Axis(dims.slots))}
-    outputs: dict[str, Shape] = dict.fromkeys([f"x{end}", *lane(end, dims), *(f"x{s}" for s in later)], stream)
+    outputs: dict[str, Shape] = dict.fromkeys(
+        [f"x{end}", *lane(end, dims), *(f"x{s}" for s in later)], stream
+    )
     for nth in range(first, end):
         for name in (f"k{nth}", f"v{nth}"):
             inputs[name] = (1, dims.head, dims.kv_heads, dims.slots)
@@ -90,8 +95,10 @@ def layers(first: int, end: int, dims: Dims) -> Interface:
 def head(nth: int, split: Sequence[int], dims: Dims) -> Interface:
     """Of the shard of the `nth` part of the vocabulary; `split`: where the parts begin, and the end."""
     names = [f"x{dims.passes}", *lane(dims.passes, dims)]
-    return Interface(dict.fromkeys(names, (1, dims.width, 1, T)),
-                     {f"logits{nth}": (1, split[nth + 1] - split[nth], 1, T)})
+    return Interface(
+        dict.fromkeys(names, (1, dims.width, 1, T)),
+        {f"logits{nth}": (1, split[nth + 1] - split[nth], 1, T)},
+    )
 
 
 def even(total: int, parts: int) -> list[int]:
@@ -101,5 +108,9 @@ def even(total: int, parts: int) -> list[int]:
 
 def sizes(shapes: str, tokens: int) -> list[int]:
     """How many tokens a call may have; a runtime fills up a step to the next of them."""
-    return {"fixed": [tokens], "range": list(range(1, tokens + 1)), "multifunction": sorted({1, tokens}),
-            "enumerated": sorted({1, min(2, tokens), tokens})}[shapes]
+    return {
+        "fixed": [tokens],
+        "range": list(range(1, tokens + 1)),
+        "multifunction": sorted({1, tokens}),
+        "enumerated": sorted({1, min(2, tokens), tokens}),
+    }[shapes]

@@ -21,22 +21,32 @@ UNITS = "CPU_AND_NE"
 
 
 def need_mac(option: str) -> None:
-    need(sys.platform == "darwin", f"{option} asks CoreML on a Mac, and this is {platform.system()}; run it there "
-         "(--check runs here, by interpreting)", UserError)
+    need(
+        sys.platform == "darwin",
+        f"{option} asks CoreML on a Mac, and this is {platform.system()}; run it there "
+        "(--check runs here, by interpreting)",
+        UserError,
+    )
 
 
 def predicted(units: str = UNITS) -> Callable[[Folder, str, str], Any]:
     """A runner for fairway.coreml.engine.Chain: each function of each shard as CoreML loads it."""
+
     def load(folder: Folder, shard: str, function: str) -> Any:
         ct, path = import_coremltools(), folder.packages[shard].path
-        model = ct.models.MLModel(str(path), compute_units=ct.ComputeUnit[units],
-                                  function_name=function if folder.manifest.shapes == "multifunction" else None)
+        model = ct.models.MLModel(
+            str(path),
+            compute_units=ct.ComputeUnit[units],
+            function_name=function if folder.manifest.shapes == "multifunction" else None,
+        )
         outputs = folder.packages[shard].functions[function].outputs
 
         def call(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             made = model.predict(given)
             return {name: np.asarray(made[name]) for name in outputs}
+
         return call
+
     return load
 
 
@@ -46,6 +56,7 @@ def audited(folder: Folder) -> Iterator[dict[str, Any]]:
     is, and every operation whose device is not the Neural Engine."""
     ct = import_coremltools()
     from coremltools.models.compute_plan import MLComputePlan
+
     for shard, package in folder.packages.items():
         compiled = ct.models.utils.compile_model(str(package.path))
         plan = MLComputePlan.load_from_path(path=str(compiled), compute_units=ct.ComputeUnit[UNITS])
@@ -55,13 +66,22 @@ def audited(folder: Folder) -> Iterator[dict[str, Any]]:
                 usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
                 if usage is None:  # constants, which run nowhere
                     continue
-                device = type(usage.preferred_compute_device).__name__.removeprefix("ML").removesuffix("ComputeDevice")
+                device = (
+                    type(usage.preferred_compute_device)
+                    .__name__.removeprefix("ML")
+                    .removesuffix("ComputeDevice")
+                )
                 cost = plan.get_estimated_cost_for_mlprogram_operation(operation)
                 devices[device] += 1
                 if device != "NeuralEngine":
-                    elsewhere.append(dict(operation=operation.operator_name, device=device,
-                                          output=operation.outputs[0].name if operation.outputs else "",
-                                          cost=cost.weight if cost else None))
+                    elsewhere.append(
+                        dict(
+                            operation=operation.operator_name,
+                            device=device,
+                            output=operation.outputs[0].name if operation.outputs else "",
+                            cost=cost.weight if cost else None,
+                        )
+                    )
             yield dict(shard=shard, function=name, devices=dict(devices), elsewhere=elsewhere)
 
 
@@ -82,5 +102,3 @@ def timed(call: Callable[[], int], seconds: float = 5.0) -> list[float]:
         tokens = call()
         rates.append(tokens / (time.perf_counter() - began))
     return rates
-
-

@@ -42,9 +42,16 @@ class Reference(NamedTuple):
     @classmethod
     @torch.inference_mode()
     def of(cls, source: Source, text: Text, window: int) -> Reference:
-        memory, tokens = Memory(source.model, window), torch.from_numpy(text.tokens.astype(np.int64))[None, :-1]
-        logits = torch.cat([memory.logits(piece)[0] for piece in tokens.split(PIECE, dim=1)]).numpy()
-        return cls(logits, text.bpb(log_probabilities(logits, text.tokens)), float(logits[:STREAM].std()))
+        memory, tokens = (
+            Memory(source.model, window),
+            torch.from_numpy(text.tokens.astype(np.int64))[None, :-1],
+        )
+        logits = torch.cat(
+            [memory.logits(piece)[0] for piece in tokens.split(PIECE, dim=1)]
+        ).numpy()
+        return cls(
+            logits, text.bpb(log_probabilities(logits, text.tokens)), float(logits[:STREAM].std())
+        )
 
 
 def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -60,8 +67,12 @@ def shortened(text: Text, count: int) -> Text:
 
 
 # ==== ONE FOLDER ======================================================================================================
-def in_steps(chain: Chain, tokens: Sequence[int], steps: Sequence[int],
-             told: Callable[[int], None] = lambda n: None) -> np.ndarray:
+def in_steps(
+    chain: Chain,
+    tokens: Sequence[int],
+    steps: Sequence[int],
+    told: Callable[[int], None] = lambda n: None,
+) -> np.ndarray:
     """Logits of a stream read in steps of these lengths, again and again."""
     stream, out, at = chain.stream(), [], 0
     for step in cycle(steps):
@@ -88,30 +99,44 @@ def slot_gap(chain: Chain, tokens: Sequence[int]) -> float:
     """The largest difference that it makes to a token's logits whether it comes alone or before others."""
     stream, most = chain.stream(), 0.0
     for at in range(0, len(tokens) - chain.most, chain.most):
-        alone, first = (chain(stream.copy(), list(tokens[at : at + many]))[0] for many in (1, chain.most))
+        alone, first = (
+            chain(stream.copy(), list(tokens[at : at + many]))[0] for many in (1, chain.most)
+        )
         most = max(most, float(np.abs(alone - first).max()))
         chain(stream, list(tokens[at : at + chain.most]))
     return most
 
 
-def compare(chain: Chain, reference: Reference, text: Text, told: Callable[[int], None]) -> dict[str, Any]:
+def compare(
+    chain: Chain, reference: Reference, text: Text, told: Callable[[int], None]
+) -> dict[str, Any]:
     """All that a row of the report says of a folder."""
     tokens = text.tokens[:STREAM].tolist()
-    ways = {"T=1": in_steps(chain, tokens, [1]), f"T={chain.most}": in_steps(chain, tokens, [chain.most]),
-            "mixed": in_steps(chain, tokens, [step for step in MIXED if step <= chain.most]),
-            "taken back": with_rejections(chain, tokens)}
+    ways = {
+        "T=1": in_steps(chain, tokens, [1]),
+        f"T={chain.most}": in_steps(chain, tokens, [chain.most]),
+        "mixed": in_steps(chain, tokens, [step for step in MIXED if step <= chain.most]),
+        "taken back": with_rejections(chain, tokens),
+    }
     found = {way: against(logits, reference.logits[: len(tokens)]) for way, logits in ways.items()}
     slot, chain.used = slot_gap(chain, tokens), Used()
     long = in_steps(chain, text.tokens[:-1].tolist(), [chain.most], told)
-    return dict(ways=found, slot=slot, long=against(long, reference.logits),
-                bpb=text.bpb(log_probabilities(long, text.tokens)),
-                milliseconds=1000 * chain.used.seconds / chain.used.calls)
+    return dict(
+        ways=found,
+        slot=slot,
+        long=against(long, reference.logits),
+        bpb=text.bpb(log_probabilities(long, text.tokens)),
+        milliseconds=1000 * chain.used.seconds / chain.used.calls,
+    )
 
 
 def against(logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
     a, b = logits.astype(np.float64), wanted.astype(np.float64)
     lengths = math.sqrt((a * a).sum() * (b * b).sum())
-    return dict(cosine=float((a * b).sum()) / lengths if lengths else math.nan, gap=float(np.abs(a - b).max()))
+    return dict(
+        cosine=float((a * b).sum()) / lengths if lengths else math.nan,
+        gap=float(np.abs(a - b).max()),
+    )
 
 
 # ==== ALL VARIANTS ====================================================================================================
@@ -120,24 +145,46 @@ def variants(base: Choice, passes: int) -> Iterator[Choice]:
     for precision in ("fp32", "fp16"):
         own = replace(base, precision=precision)
         yield from (replace(own, shapes=shapes) for shapes in SHAPES)
-        yield from (replace(own, shapes="fixed", chunks=n, vocab_shards=2) for n in (2, 4) if n <= passes)
+        yield from (
+            replace(own, shapes="fixed", chunks=n, vocab_shards=2) for n in (2, 4) if n <= passes
+        )
         yield replace(own, shapes="fixed", layers_per_shard=1, vocab_shards=4)
-    yield from (replace(base, shapes="fixed", quantise=quantise) for quantise in QUANTISATIONS if quantise != "none")
+    yield from (
+        replace(base, shapes="fixed", quantise=quantise)
+        for quantise in QUANTISATIONS
+        if quantise != "none"
+    )
 
 
 def named(choice: Choice) -> str:
-    cut = "a layer a shard" if choice.layers_per_shard == 1 else f"{choice.layers_per_shard} layers a shard"
+    cut = (
+        "a layer a shard"
+        if choice.layers_per_shard == 1
+        else f"{choice.layers_per_shard} layers a shard"
+    )
     cut = cut if choice.layers_per_shard else f"{choice.chunks} shard" + "s"[: choice.chunks > 1]
-    return ", ".join([choice.precision, choice.shapes, cut, *[choice.quantise][: choice.quantise != "none"]])
+    return ", ".join(
+        [choice.precision, choice.shapes, cut, *[choice.quantise][: choice.quantise != "none"]]
+    )
 
 
-def check(source: Source, choices: Sequence[Choice], text: Text, measured: np.ndarray, out: Path,
-          say: Callable[[str], None] = lambda line: None, told: Callable[[int], None] = lambda n: None,
-          runner: Runner | None = None) -> dict[str, Any]:
+def check(
+    source: Source,
+    choices: Sequence[Choice],
+    text: Text,
+    measured: np.ndarray,
+    out: Path,
+    say: Callable[[str], None] = lambda line: None,
+    told: Callable[[int], None] = lambda n: None,
+    runner: Runner | None = None,
+) -> dict[str, Any]:
     """Export each variant to `out`, one after the other, and compare it; `told` hears of the tokens of each long
     text."""
     text = shortened(text, min(LONG, len(text.sizes)))
-    need(len(text.tokens) > STREAM, f"{text.name} holds {len(text.tokens)} tokens; a comparison takes {STREAM + 1}")
+    need(
+        len(text.tokens) > STREAM,
+        f"{text.name} holds {len(text.tokens)} tokens; a comparison takes {STREAM + 1}",
+    )
     windows = {choice.context or source.model.cfg.train_seq_len for choice in choices}
     references = {window: Reference.of(source, text, window) for window in windows}
     rows = []
@@ -146,12 +193,29 @@ def check(source: Source, choices: Sequence[Choice], text: Text, measured: np.nd
         reference = references[choice.context or source.model.cfg.train_seq_len]
         manifest = export(source, choice, out, measured, say if nth == 0 else lambda line: None)
         seconds = time.perf_counter() - began
-        row = dict(name=named(choice), choice=asdict(choice), export_seconds=seconds, bytes=folder_bytes(out, manifest),
-                   **compare(Chain(out, runner), reference, text, told))
-        row |= dict(reference_bpb=reference.bpb, std=reference.std, failures=failures(row, choice, reference))
+        row = dict(
+            name=named(choice),
+            choice=asdict(choice),
+            export_seconds=seconds,
+            bytes=folder_bytes(out, manifest),
+            **compare(Chain(out, runner), reference, text, told),
+        )
+        row |= dict(
+            reference_bpb=reference.bpb,
+            std=reference.std,
+            failures=failures(row, choice, reference),
+        )
         rows.append(row)
-    return dict(artifact=str(source.path), tokens=len(text.sizes), bytes=text.bytes, text=text.name, stream=STREAM,
-                limits=LIMITS, variants=rows, passed=not any(row["failures"] for row in rows))
+    return dict(
+        artifact=str(source.path),
+        tokens=len(text.sizes),
+        bytes=text.bytes,
+        text=text.name,
+        stream=STREAM,
+        limits=LIMITS,
+        variants=rows,
+        passed=not any(row["failures"] for row in rows),
+    )
 
 
 def failures(row: dict[str, Any], choice: Choice, reference: Reference) -> list[str]:
@@ -181,15 +245,40 @@ def asked(quantise: str) -> bool:
 
 def table_of(found: dict[str, Any]) -> Table:
     first = found["variants"][0]
-    table = Table(box=box.SIMPLE, title_justify="left", title=f"Shards against PyTorch: largest difference of a "
-                  f"logit (they deviate by {first['std']:.2f}) on {found['stream']} tokens; long and BPB on "
-                  f"{found['tokens']:,}")
-    for name in ("variant", "MB", "1-cosine", *first["ways"], "slot 0", "long", "BPB", "Δ BPB", "ms", ""):
-        table.add_column(name, justify="left" if name in ("variant", "") else "right", no_wrap=name != "variant")
+    table = Table(
+        box=box.SIMPLE,
+        title_justify="left",
+        title=f"Shards against PyTorch: largest difference of a "
+        f"logit (they deviate by {first['std']:.2f}) on {found['stream']} tokens; long and BPB on "
+        f"{found['tokens']:,}",
+    )
+    for name in (
+        "variant",
+        "MB",
+        "1-cosine",
+        *first["ways"],
+        "slot 0",
+        "long",
+        "BPB",
+        "Δ BPB",
+        "ms",
+        "",
+    ):
+        table.add_column(
+            name, justify="left" if name in ("variant", "") else "right", no_wrap=name != "variant"
+        )
     for row in found["variants"]:
         ways, extra = list(row["ways"].values()), row["bpb"] - row["reference_bpb"]
-        table.add_row(row["name"], f"{row['bytes'] / 1e6:.2f}", f"{1 - min(w['cosine'] for w in ways):.0e}",
-                      *(f"{w['gap']:.1e}" for w in ways), f"{row['slot']:.0e}", f"{row['long']['gap']:.1e}",
-                      f"{row['bpb']:.4f}", f"{extra:+.4f}", f"{row['milliseconds']:.0f}",
-                      "FAIL" if row["failures"] else "ok" if asked(row["choice"]["quantise"]) else "measured")
+        table.add_row(
+            row["name"],
+            f"{row['bytes'] / 1e6:.2f}",
+            f"{1 - min(w['cosine'] for w in ways):.0e}",
+            *(f"{w['gap']:.1e}" for w in ways),
+            f"{row['slot']:.0e}",
+            f"{row['long']['gap']:.1e}",
+            f"{row['bpb']:.4f}",
+            f"{extra:+.4f}",
+            f"{row['milliseconds']:.0f}",
+            "FAIL" if row["failures"] else "ok" if asked(row["choice"]["quantise"]) else "measured",
+        )
     return table

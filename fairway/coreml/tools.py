@@ -21,7 +21,9 @@ def import_coremltools() -> ModuleType:
             import coremltools
             import coremltools.optimize
     except ImportError as e:
-        raise UserError(f"coremltools is not installed ({e}); pip install -r requirements-apple.txt") from None
+        raise UserError(
+            f"coremltools is not installed ({e}); pip install -r requirements-apple.txt"
+        ) from None
     return coremltools
 
 

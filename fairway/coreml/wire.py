@@ -21,15 +21,32 @@ class WireError(ValueError):
 
 # message: number: (name, what it is); "[]" repeats, "{}" is a map from strings.
 SCHEMA: dict[str, dict[int, tuple[str, str]]] = {
-    "Model": {1: ("version", "int"), 2: ("description", "Description"), 502: ("program", "Program")},
-    "Description": {1: ("inputs", "Feature[]"), 10: ("outputs", "Feature[]"), 13: ("states", "Feature[]"),
-                    20: ("functions", "FunctionDescription[]"), 21: ("default", "string")},
-    "FunctionDescription": {1: ("name", "string"), 2: ("inputs", "Feature[]"), 3: ("outputs", "Feature[]"),
-                            6: ("states", "Feature[]")},
+    "Model": {
+        1: ("version", "int"),
+        2: ("description", "Description"),
+        502: ("program", "Program"),
+    },
+    "Description": {
+        1: ("inputs", "Feature[]"),
+        10: ("outputs", "Feature[]"),
+        13: ("states", "Feature[]"),
+        20: ("functions", "FunctionDescription[]"),
+        21: ("default", "string"),
+    },
+    "FunctionDescription": {
+        1: ("name", "string"),
+        2: ("inputs", "Feature[]"),
+        3: ("outputs", "Feature[]"),
+        6: ("states", "Feature[]"),
+    },
     "Feature": {1: ("name", "string"), 3: ("type", "FeatureType")},
     "FeatureType": {5: ("array", "ArrayFeature")},
-    "ArrayFeature": {1: ("shape", "int[]"), 2: ("dtype", "int"), 21: ("enumerated", "FeatureShapes"),
-                     31: ("ranges", "FeatureRanges")},
+    "ArrayFeature": {
+        1: ("shape", "int[]"),
+        2: ("dtype", "int"),
+        21: ("enumerated", "FeatureShapes"),
+        31: ("ranges", "FeatureRanges"),
+    },
     "FeatureShapes": {1: ("shapes", "FeatureShape[]")},
     "FeatureShape": {1: ("shape", "int[]")},
     "FeatureRanges": {1: ("ranges", "SizeRange[]")},
@@ -43,16 +60,31 @@ SCHEMA: dict[str, dict[int, tuple[str, str]]] = {
     "Dimension": {1: ("constant", "Constant"), 2: ("unknown", "Unknown")},
     "Constant": {1: ("size", "int")},
     "Unknown": {},
-    "Block": {1: ("inputs", "Named[]"), 2: ("outputs", "string[]"), 3: ("operations", "Operation[]")},
-    "Operation": {1: ("type", "string"), 2: ("inputs", "Argument{}"), 3: ("outputs", "Named[]"),
-                  4: ("blocks", "Block[]"), 5: ("attributes", "Value{}")},
+    "Block": {
+        1: ("inputs", "Named[]"),
+        2: ("outputs", "string[]"),
+        3: ("operations", "Operation[]"),
+    },
+    "Operation": {
+        1: ("type", "string"),
+        2: ("inputs", "Argument{}"),
+        3: ("outputs", "Named[]"),
+        4: ("blocks", "Block[]"),
+        5: ("attributes", "Value{}"),
+    },
     "Argument": {1: ("bindings", "Binding[]")},
     "Binding": {1: ("name", "string"), 2: ("value", "Value")},
     "Value": {2: ("type", "ValueType"), 3: ("immediate", "Immediate"), 5: ("blob", "Blob")},
     "Immediate": {1: ("tensor", "TensorValue"), 3: ("list", "ListValue")},
     "ListValue": {1: ("values", "Value[]")},
-    "TensorValue": {1: ("floats", "Floats"), 2: ("ints", "Ints"), 3: ("bools", "Ints"), 4: ("strings", "Strings"),
-                    5: ("longs", "Ints"), 7: ("bytes", "Bytes")},
+    "TensorValue": {
+        1: ("floats", "Floats"),
+        2: ("ints", "Ints"),
+        3: ("bools", "Ints"),
+        4: ("strings", "Strings"),
+        5: ("longs", "Ints"),
+        7: ("bytes", "Bytes"),
+    },
     "Floats": {1: ("values", "float[]")},
     "Ints": {1: ("values", "int[]")},
     "Strings": {1: ("values", "string[]")},
@@ -80,7 +112,10 @@ def message_of(data: bytes, message: str, depth: int, counted: Iterator[int]) ->
         elif kind.endswith("[]"):
             found.setdefault(name, []).extend(values_of(kind[:-2], wire, value, depth, counted))
         else:
-            *_, found[name] = [None, *values_of(kind, wire, value, depth, counted)]  # the last one counts
+            *_, found[name] = [
+                None,
+                *values_of(kind, wire, value, depth, counted),
+            ]  # the last one counts
     return found
 
 
@@ -117,7 +152,15 @@ def fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
         if wire == 0:
             value, at = varint(data, at)
         else:
-            size, at = (8, at) if wire == 1 else (4, at) if wire == 5 else varint(data, at) if wire == 2 else (-1, at)
+            size, at = (
+                (8, at)
+                if wire == 1
+                else (4, at)
+                if wire == 5
+                else varint(data, at)
+                if wire == 2
+                else (-1, at)
+            )
             if not 0 <= size <= end - at:
                 raise WireError(f"a field of wire type {wire} has no room")
             value, at = data[at : at + size], at + size

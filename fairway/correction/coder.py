@@ -36,7 +36,9 @@ def narrow(coder, first, size):
 @njit(cache=True)
 def settled(coder):
     """Whether no byte is due. A range that grows too small across a byte's border is cut at the border."""
-    if coder[RANGE] >= TOP:  # a whole byte exactly has its top byte settled, but would overflow when shifted
+    if (
+        coder[RANGE] >= TOP
+    ):  # a whole byte exactly has its top byte settled, but would overflow when shifted
         return True
     if (coder[LOW] ^ (coder[LOW] + coder[RANGE] - ONE)) >= TOP:
         if coder[RANGE] >= BOTTOM:

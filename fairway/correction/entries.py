@@ -21,6 +21,7 @@ class CorrectionError(UserError):
 
 class Entries(NamedTuple):
     """Listed rows and their right tokens; row j is about target tokens[j + 1]."""
+
     positions: np.ndarray  # int64[m], strictly increasing
     tokens: np.ndarray  # int64[m]
 
@@ -32,10 +33,13 @@ class View:
     Codecs that ask nothing of the model use `rows` and `vocab_size` alone. `distributions(positions)` gives float64
     [m, V]; it must give the same bits whenever it is asked for the same positions.
     """
+
     rows: int
     vocab_size: int
     threshold: float = THRESHOLD
-    tail: np.ndarray | None = None  # float32[rows] or float64: the probability of all tokens in the tail
+    tail: np.ndarray | None = (
+        None  # float32[rows] or float64: the probability of all tokens in the tail
+    )
     distributions: Callable[[np.ndarray], np.ndarray] | None = None
 
     def holding(self, rows: np.ndarray) -> View:
@@ -43,21 +47,38 @@ class View:
         if self.distributions is None or len(rows) * self.vocab_size > MOST_HELD:
             return self
         kept = functools.cache(lambda: self.distributions(rows))
-        return replace(self, distributions=lambda positions: kept()[np.searchsorted(rows, positions)])
+        return replace(
+            self, distributions=lambda positions: kept()[np.searchsorted(rows, positions)]
+        )
 
 
 def checked(positions: np.ndarray, tokens: np.ndarray, view: View) -> Entries:
     """Entries that a table of this view may hold, as int64."""
     positions, tokens = np.asarray(positions, dtype=np.int64), np.asarray(tokens, dtype=np.int64)
-    need(positions.ndim == 1 and positions.shape == tokens.shape, f"the correction table lists {positions.size} "
-         f"positions but {tokens.size} tokens", CorrectionError)
+    need(
+        positions.ndim == 1 and positions.shape == tokens.shape,
+        f"the correction table lists {positions.size} positions but {tokens.size} tokens",
+        CorrectionError,
+    )
     if not len(positions):
         return Entries(positions, tokens)
-    need((np.diff(positions) > 0).all(), "the correction table's positions do not increase", CorrectionError)
-    need(0 <= positions[0] and positions[-1] < view.rows, f"the correction table lists row "
-         f"{positions[0] if positions[0] < 0 else positions[-1]}, but the split has {view.rows} rows", CorrectionError)
-    need(0 <= tokens.min() and tokens.max() < view.vocab_size, f"the correction table lists token {tokens.max()}, but "
-         f"the vocabulary has {view.vocab_size}", CorrectionError)
+    need(
+        (np.diff(positions) > 0).all(),
+        "the correction table's positions do not increase",
+        CorrectionError,
+    )
+    need(
+        0 <= positions[0] and positions[-1] < view.rows,
+        f"the correction table lists row "
+        f"{positions[0] if positions[0] < 0 else positions[-1]}, but the split has {view.rows} rows",
+        CorrectionError,
+    )
+    need(
+        0 <= tokens.min() and tokens.max() < view.vocab_size,
+        f"the correction table lists token {tokens.max()}, but "
+        f"the vocabulary has {view.vocab_size}",
+        CorrectionError,
+    )
     return Entries(positions, tokens)
 
 

@@ -35,7 +35,9 @@ def viewer(model: GPT, rt: Runtime) -> Neural:
     return Neural(model, EvalConfig(eval_mode="cached"), rt)
 
 
-def views(neural: Neural, tokens: np.ndarray, wanted: np.ndarray | None) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+def views(
+    neural: Neural, tokens: np.ndarray, wanted: np.ndarray | None
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """(rows, distributions [r, V]) of every batch, or of those that hold a wanted row. Batches are the whole split's in
     either case: a row that runs beside others may round otherwise, and the two sides must agree to the bit."""
     windows = neural.plan(tokens)
@@ -49,8 +51,9 @@ def views(neural: Neural, tokens: np.ndarray, wanted: np.ndarray | None) -> Iter
                 yield rows, in_float64(logits).softmax(dim=1)
 
 
-def model_view(neural: Neural, tokens: np.ndarray, threshold: float,
-               told: Callable[[int], None] | None = None) -> View:
+def model_view(
+    neural: Neural, tokens: np.ndarray, threshold: float, told: Callable[[int], None] | None = None
+) -> View:
     """What the model holds of each row: one pass for the tails, and another each time distributions are asked for."""
     rows, size = len(tokens) - 1, neural.model.cfg.vocab_size
     tail = np.empty(rows)
@@ -72,8 +75,15 @@ def model_view(neural: Neural, tokens: np.ndarray, threshold: float,
     return View(rows, size, threshold, tail, distributions)
 
 
-def build_table(neural: Neural, tokens: np.ndarray, logp: np.ndarray, codec: str, budget: int | None, artifact: bytes,
-                told: Callable[[int], None] | None = None) -> tuple[Table, Entries]:
+def build_table(
+    neural: Neural,
+    tokens: np.ndarray,
+    logp: np.ndarray,
+    codec: str,
+    budget: int | None,
+    artifact: bytes,
+    told: Callable[[int], None] | None = None,
+) -> tuple[Table, Entries]:
     """The table of a split: within the budget or, at None, of the entries that save more bits than they cost. `logp`
     are the neural model's log-probabilities, `artifact` the SHA-256 of its file."""
     view = model_view(neural, tokens, threshold_for(logp, budget), told)
@@ -81,8 +91,15 @@ def build_table(neural: Neural, tokens: np.ndarray, logp: np.ndarray, codec: str
     return make_table(entries, view, codec, split_sha256(tokens), artifact), entries
 
 
-def stored_table(path: Path, neural: Neural, tokens: np.ndarray, artifact: bytes,
-                 told: Callable[[int], None] | None = None) -> tuple[Table, Entries]:
+def stored_table(
+    path: Path,
+    neural: Neural,
+    tokens: np.ndarray,
+    artifact: bytes,
+    told: Callable[[int], None] | None = None,
+) -> tuple[Table, Entries]:
     """A table from its file, decoded under the model that it was made with."""
-    table = read_table(path, len(tokens) - 1, neural.model.cfg.vocab_size, split_sha256(tokens), artifact)
+    table = read_table(
+        path, len(tokens) - 1, neural.model.cfg.vocab_size, split_sha256(tokens), artifact
+    )
     return table, entries_of(table, model_view(neural, tokens, table.threshold, told))

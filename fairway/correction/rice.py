@@ -9,7 +9,14 @@ import numpy as np
 from numba import njit
 
 from fairway.correction.coder import uniform_bytes, uniform_symbols
-from fairway.correction.entries import CorrectionError, Entries, View, checked, gaps_of, scatter_bits
+from fairway.correction.entries import (
+    CorrectionError,
+    Entries,
+    View,
+    checked,
+    gaps_of,
+    scatter_bits,
+)
 from fairway.correction.varint import put_number, take_count
 from train_gpt import need
 
@@ -79,20 +86,37 @@ def encode(entries: Entries, view: View) -> bytes:
     shift, bits = best_shift(gaps)
     out = np.zeros((bits + 7) // 8, np.uint8)
     write(gaps, shift, out)
-    return put_number(len(gaps)) + bytes([shift]) + out.tobytes() + uniform_bytes(entries.tokens, view.vocab_size)
+    return (
+        put_number(len(gaps))
+        + bytes([shift])
+        + out.tobytes()
+        + uniform_bytes(entries.tokens, view.vocab_size)
+    )
 
 
 def decode(payload: bytes, view: View) -> Entries:
     count, at = take_count(payload, view)
     if not count:
-        need(at == len(payload), f"an empty correction table has {len(payload)} bytes, not {at}: damaged",
-             CorrectionError)
+        need(
+            at == len(payload),
+            f"an empty correction table has {len(payload)} bytes, not {at}: damaged",
+            CorrectionError,
+        )
         return checked(np.zeros(0), np.zeros(0), view)
     data = np.frombuffer(payload, np.uint8)[at:].copy()
-    need(len(data) and count <= 8 * len(data) and data[0] <= MOST_SHIFT, f"the correction table's {count} entries do "
-         f"not fit its {len(data)} bytes, or its shift is above {MOST_SHIFT}: damaged", CorrectionError)
+    need(
+        len(data) and count <= 8 * len(data) and data[0] <= MOST_SHIFT,
+        f"the correction table's {count} entries do "
+        f"not fit its {len(data)} bytes, or its shift is above {MOST_SHIFT}: damaged",
+        CorrectionError,
+    )
     positions = np.empty(count, np.int64)
     bits = read(data[1:], int(data[0]), view.rows, positions)
-    need(bits >= 0, f"the correction table is cut short, or lists rows beyond the split's {view.rows}: damaged",
-         CorrectionError)
-    return checked(positions, uniform_symbols(data[1 + (bits + 7) // 8 :], count, view.vocab_size), view)
+    need(
+        bits >= 0,
+        f"the correction table is cut short, or lists rows beyond the split's {view.rows}: damaged",
+        CorrectionError,
+    )
+    return checked(
+        positions, uniform_symbols(data[1 + (bits + 7) // 8 :], count, view.vocab_size), view
+    )

@@ -11,7 +11,12 @@ from fairway.correction.entries import CorrectionError, Entries, View, checked, 
 from train_gpt import need
 
 MOST_NUMBER_BYTES = 9  # 63 bits
-ERRORS = ("", "it is cut short", "a gap is written in more bytes than it needs", "a row lies beyond the split")
+ERRORS = (
+    "",
+    "it is cut short",
+    "a gap is written in more bytes than it needs",
+    "a row lies beyond the split",
+)
 
 
 def put_number(value: int) -> bytes:
@@ -29,10 +34,16 @@ def take_count(payload: bytes, view: View) -> tuple[int, int]:
     for i, byte in enumerate(payload[:MOST_NUMBER_BYTES]):
         value |= (byte & 127) << 7 * i
         if byte < 128:
-            need(value <= view.rows, f"the correction table lists {value} entries, but the split has {view.rows} rows; "
-                 "build the table again", CorrectionError)
+            need(
+                value <= view.rows,
+                f"the correction table lists {value} entries, but the split has {view.rows} rows; "
+                "build the table again",
+                CorrectionError,
+            )
             return value, i + 1
-    raise CorrectionError("the correction table's number of entries is cut short; build the table again")
+    raise CorrectionError(
+        "the correction table's number of entries is cut short; build the table again"
+    )
 
 
 def number_bytes(values: np.ndarray) -> np.ndarray:
@@ -104,10 +115,22 @@ def encode(entries: Entries, view: View) -> bytes:
 
 def decode(payload: bytes, view: View) -> Entries:
     count, at = take_count(payload, view)
-    need(3 * count <= len(payload) - at, f"the correction table lists {count} entries, but {len(payload) - at} bytes "
-         "are too few for them: cut short", CorrectionError)
+    need(
+        3 * count <= len(payload) - at,
+        f"the correction table lists {count} entries, but {len(payload) - at} bytes "
+        "are too few for them: cut short",
+        CorrectionError,
+    )
     positions, tokens = np.empty(count, np.int64), np.empty(count, np.int64)
     end, error = read(np.frombuffer(payload, np.uint8), at, view.rows, positions, tokens)
-    need(not error, f"the correction table is damaged at byte {end}: {ERRORS[error]}", CorrectionError)
-    need(end == len(payload), f"the correction table ends at byte {end} of {len(payload)}: damaged", CorrectionError)
+    need(
+        not error,
+        f"the correction table is damaged at byte {end}: {ERRORS[error]}",
+        CorrectionError,
+    )
+    need(
+        end == len(payload),
+        f"the correction table ends at byte {end} of {len(payload)}: damaged",
+        CorrectionError,
+    )
     return checked(positions, tokens, view)

@@ -57,7 +57,9 @@ class Gate:
         """Whether to guess once more, given that all guesses before it must be right too."""
         self.chance *= self.rate(kind, first)
         if self.chance < self.least:
-            self.fade(kind, 0.98)  # what is never tried again is in time believed as it was at first
+            self.fade(
+                kind, 0.98
+            )  # what is never tried again is in time believed as it was at first
             return False
         self.asked.append(kind)
         return True
@@ -82,11 +84,15 @@ class NGram:
     """What followed the last time that the text read as it does now, by the longest run of tokens that is found."""
 
     LENGTHS = (12, 8, 6, 4, 3, 2, 1)  # of the runs that are looked for
-    MOST = 1 << 17  # runs that are remembered, some 30 MB; then the older part of the text is forgotten
+    MOST = (
+        1 << 17
+    )  # runs that are remembered, some 30 MB; then the older part of the text is forgotten
 
     def __init__(self):
         self.gate, self.text, self.known = Gate(LOOKUP_LEAST), [], 0
-        self.after: dict[tuple[int, ...], int] = {}  # a run: where in the text the token after its last occurrence is
+        self.after: dict[
+            tuple[int, ...], int
+        ] = {}  # a run: where in the text the token after its last occurrence is
 
     def follow(self, text: Sequence[int]) -> None:
         self.text = text
@@ -102,14 +108,20 @@ class NGram:
     def found(self) -> tuple[int, int]:
         """Length of the longest run that ends the text and came before, and where it went on; (0, 0) if none."""
         end = len(self.text)
-        runs = ((n, self.after.get(tuple(self.text[end - n :]), 0)) for n in self.LENGTHS if n <= end)
+        runs = (
+            (n, self.after.get(tuple(self.text[end - n :]), 0)) for n in self.LENGTHS if n <= end
+        )
         return next(((n, at) for n, at in runs if at), (0, 0))
 
     def propose(self, most: int) -> list[Guess]:
         """A copy of what followed; where that runs into the end of the text, of itself."""
         self.gate.begin()
         guesses, (run, at), end = [], self.found(), len(self.text)
-        while run and len(guesses) < most and self.gate.opens((min(run, self.LENGTHS[0]),), run / (run + 2)):
+        while (
+            run
+            and len(guesses) < most
+            and self.gate.opens((min(run, self.LENGTHS[0]),), run / (run + 2))
+        ):
             guesses.append(Guess(self.text[at]) if at < end else guesses[at - end])
             run, at = run + 1, at + 1
         return guesses
@@ -147,7 +159,9 @@ class Suffix:
     def grow(self, token: int) -> None:
         for node in self.contexts:
             self.followed[node] += 1
-            if (child := self.child.setdefault(node << 16 | token, len(self.token))) == len(self.token):
+            if (child := self.child.setdefault(node << 16 | token, len(self.token))) == len(
+                self.token
+            ):
                 self.token.append(token)
                 for of in (self.count, self.followed, self.favourite):
                     of.append(0)
@@ -165,8 +179,11 @@ class Suffix:
         self.gate.begin()
         guesses, contexts = [], self.contexts
         while len(guesses) < most:
-            kinds = [(*self.kind(node, depth), node) for depth, node in enumerate(contexts)
-                     if depth and self.followed[node]]
+            kinds = [
+                (*self.kind(node, depth), node)
+                for depth, node in enumerate(contexts)
+                if depth and self.followed[node]
+            ]
             if not kinds:
                 break
             kind, first, node = max(kinds, key=lambda found: self.gate.rate(*found[:2]))
@@ -191,10 +208,18 @@ class Model:
 
     def __init__(self, reader: Reader, strategy: Strategy, rng: np.random.Generator, cost: float):
         """`cost`: of one of its tokens, as a part of a forward of the model that verifies."""
-        self.reader, self.strategy, self.rng, self.gate = reader, strategy, rng, Gate(min(cost + 0.15, 0.9))
+        self.reader, self.strategy, self.rng, self.gate = (
+            reader,
+            strategy,
+            rng,
+            Gate(min(cost + 0.15, 0.9)),
+        )
         self.text, self.ahead = [], []  # ahead: tokens that it has read beyond the text
         self.first = max(0.7, min(1.0, 1.1 * self.gate.least))  # even a dear draft is tried
-        self.proposed, self.lucky = 0, True  # how many tokens last time, and whether all of them were right
+        self.proposed, self.lucky = (
+            0,
+            True,
+        )  # how many tokens last time, and whether all of them were right
 
     def follow(self, text: Sequence[int]) -> None:
         """Forget what was read and did not come true, and the last token, which is read again for what follows."""

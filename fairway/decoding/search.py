@@ -17,6 +17,7 @@ MOST_BEAMS = 256
 
 class Engine(Protocol):
     """All that decoding asks of a model: fairway.memory.Memory has it, and any other may."""
+
     read: int  # tokens so far
 
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor: ...
@@ -69,7 +70,9 @@ class Step(NamedTuple):
     logp: float  # by the model's own distribution, in nats
 
 
-def plain(reader: Reader, prompt: Sequence[int], strategy: Strategy, rng: np.random.Generator) -> Iterator[Step]:
+def plain(
+    reader: Reader, prompt: Sequence[int], strategy: Strategy, rng: np.random.Generator
+) -> Iterator[Step]:
     """Tokens after the prompt, one forward each, without end. The reader has read the prompt but for its last token."""
     text = list(prompt)
     while True:
@@ -81,6 +84,7 @@ def plain(reader: Reader, prompt: Sequence[int], strategy: Strategy, rng: np.ran
 # ==== BEAM SEARCH =====================================================================================================
 class Found(NamedTuple):
     """A text that beam search came upon."""
+
     tokens: tuple[int, ...]
     logps: tuple[float, ...]
     ended: bool
@@ -94,14 +98,24 @@ class Found(NamedTuple):
         return self.logp / max(len(self.tokens), 1) ** length_penalty
 
 
-def beam(reader: Reader, prompt: Sequence[int], width: int, tokens: int, length_penalty: float = 1.0, best: int = 1,
-         ended: Callable[[tuple[int, ...]], bool] = lambda tokens: False,
-         told: Callable[[int], None] | None = None) -> list[Found]:
+def beam(
+    reader: Reader,
+    prompt: Sequence[int],
+    width: int,
+    tokens: int,
+    length_penalty: float = 1.0,
+    best: int = 1,
+    ended: Callable[[tuple[int, ...]], bool] = lambda tokens: False,
+    told: Callable[[int], None] | None = None,
+) -> list[Found]:
     """The `best` texts of at most so many tokens, best first, by a search that goes on with the `width` likeliest at
     each step. The reader has read the prompt but for its last token; `ended` says of a text that it is complete."""
     need(1 <= width <= MOST_BEAMS, f"--beams is {width}; it must be 1 to {MOST_BEAMS}")
     need(1 <= best <= width, f"--n-best is {best}, but --beams is {width}; it must be 1 to {width}")
-    need(0 <= length_penalty < float("inf"), f"--length-penalty is {length_penalty:g}; it must be at least 0")
+    need(
+        0 <= length_penalty < float("inf"),
+        f"--length-penalty is {length_penalty:g}; it must be at least 0",
+    )
     alive, done, last = [Found((), (), False)], [], [prompt[-1]]
     for _ in range(tokens):
         logp = log_softmax(reader.batch([[token] for token in last])[:, 0])
@@ -118,8 +132,9 @@ def beam(reader: Reader, prompt: Sequence[int], width: int, tokens: int, length_
     return sorted(done + alive, key=lambda found: -found.score(length_penalty))[:best]
 
 
-def likeliest(alive: list[Found], logp: np.ndarray, count: int,
-              ended: Callable[[tuple[int, ...]], bool]) -> list[tuple[int, Found]]:
+def likeliest(
+    alive: list[Found], logp: np.ndarray, count: int, ended: Callable[[tuple[int, ...]], bool]
+) -> list[tuple[int, Found]]:
     """The likeliest texts that are one token longer, each with the row that it goes on from; logp: float64[B, V]."""
     sums = (np.array([found.logp for found in alive])[:, None] + logp).ravel()
     count = min(count, int(np.isfinite(sums).sum()))
@@ -129,14 +144,18 @@ def likeliest(alive: list[Found], logp: np.ndarray, count: int,
     for at in top[np.lexsort((top, -sums[top]))].tolist():
         row, token = divmod(at, logp.shape[1])
         tokens = (*alive[row].tokens, token)
-        longer.append((row, Found(tokens, (*alive[row].logps, float(logp[row, token])), ended(tokens))))
+        longer.append(
+            (row, Found(tokens, (*alive[row].logps, float(logp[row, token])), ended(tokens)))
+        )
     return longer
 
 
-def settled(alive: list[Found], done: list[Found], tokens: int, length_penalty: float, best: int) -> bool:
+def settled(
+    alive: list[Found], done: list[Found], tokens: int, length_penalty: float, best: int
+) -> bool:
     """Whether no text that is still growing can become one of the best: its log-probability can only fall, so that
     it scores at most what it would if it were already as long as it may get."""
     if len(done) < best:
         return False
     bar = sorted(found.score(length_penalty) for found in done)[-best]
-    return max(found.logp for found in alive) / tokens ** length_penalty <= bar
+    return max(found.logp for found in alive) / tokens**length_penalty <= bar

@@ -13,7 +13,9 @@ from fairway.decoding.drafts import Draft, Guess
 from fairway.decoding.search import Reader, Step
 from fairway.decoding.strategies import Strategy, draw, log_softmax
 
-CLOSE = 1e-4  # logits: a forward of several tokens differs from several of one by 1e-6 to 1e-5, in fp32
+CLOSE = (
+    1e-4  # logits: a forward of several tokens differs from several of one by 1e-6 to 1e-5, in fp32
+)
 REACH = 64  # tokens that every engine can take back
 
 
@@ -65,12 +67,21 @@ class Speculation:
     values kept coarsely, or made in 16 bits, round by more than CLOSE; beyond REACH nothing that left the window is
     read again. There the text is that of `plain` but where two tokens are as good to within that rounding."""
 
-    def __init__(self, reader: Reader, prompt: Sequence[int], strategy: Strategy, rng: np.random.Generator,
-                 draft: Draft, most: int):
+    def __init__(
+        self,
+        reader: Reader,
+        prompt: Sequence[int],
+        strategy: Strategy,
+        rng: np.random.Generator,
+        draft: Draft,
+        most: int,
+    ):
         """`most`: guesses that are verified at once; with the token before them, no more than the reader takes."""
         self.reader, self.text, self.strategy, self.rng = reader, list(prompt), strategy, rng
         self.draft, self.most, self.stats = draft, min(most, reader.most - 1), Stats()
-        self.alike = reader.length  # tokens whose keys and values are to the bit what `plain` would have
+        self.alike = (
+            reader.length
+        )  # tokens whose keys and values are to the bit what `plain` would have
         draft.follow(self.text)
 
     def __iter__(self) -> Iterator[Step]:

@@ -89,31 +89,57 @@ def repetition_penalty(logits: np.ndarray, text: Sequence[int], penalty: float) 
 # ==== ONE INTERFACE ===================================================================================================
 class Knob(NamedTuple):
     """A number that the user sets: which values it takes, in code and in words."""
+
     takes: Callable[[float], bool]
     words: str
     help: str
 
 
 KNOBS = {
-    "temperature": Knob(lambda x: 0 < x < math.inf, "more than 0 (for the best token always: --strategy greedy)",
-                        "below 1: safer; above 1: bolder"),
-    "top_k": Knob(lambda x: x >= 1, "a whole number of at least 1", "sample among the K best tokens"),
-    "top_p": Knob(lambda x: 0 < x <= 1, "more than 0 and at most 1", "sample among the best tokens that have this "
-                  "much probability together"),
-    "min_p": Knob(lambda x: 0 <= x < 1, "at least 0 and less than 1", "sample among the tokens with at least this "
-                  "part of the best one's probability"),
-    "typical": Knob(lambda x: 0 < x <= 1, "more than 0 and at most 1", "sample among the tokens that surprise as "
-                    "much as is usual here, which have this much probability together"),
-    "repetition_penalty": Knob(lambda x: 1 <= x < math.inf, "at least 1, which is none", "makes tokens of the text "
-                               "so far less likely"),
+    "temperature": Knob(
+        lambda x: 0 < x < math.inf,
+        "more than 0 (for the best token always: --strategy greedy)",
+        "below 1: safer; above 1: bolder",
+    ),
+    "top_k": Knob(
+        lambda x: x >= 1, "a whole number of at least 1", "sample among the K best tokens"
+    ),
+    "top_p": Knob(
+        lambda x: 0 < x <= 1,
+        "more than 0 and at most 1",
+        "sample among the best tokens that have this much probability together",
+    ),
+    "min_p": Knob(
+        lambda x: 0 <= x < 1,
+        "at least 0 and less than 1",
+        "sample among the tokens with at least this part of the best one's probability",
+    ),
+    "typical": Knob(
+        lambda x: 0 < x <= 1,
+        "more than 0 and at most 1",
+        "sample among the tokens that surprise as "
+        "much as is usual here, which have this much probability together",
+    ),
+    "repetition_penalty": Knob(
+        lambda x: 1 <= x < math.inf,
+        "at least 1, which is none",
+        "makes tokens of the text so far less likely",
+    ),
 }
 FILTERS: dict[str, Callable[[np.ndarray, float], np.ndarray] | None] = {
-    "greedy": None, "temperature": None, "top-k": top_k, "top-p": top_p, "min-p": min_p, "typical": typical}
+    "greedy": None,
+    "temperature": None,
+    "top-k": top_k,
+    "top-p": top_p,
+    "min-p": min_p,
+    "typical": typical,
+}
 
 
 @dataclass(frozen=True)
 class Strategy:
     """A way to choose, by name, and its numbers: Strategy("top-p", top_p=0.9).distribution(logits, text)."""
+
     name: str = "top-p"
     temperature: float = 0.8  # of all but greedy
     top_k: int = 40
@@ -126,7 +152,10 @@ class Strategy:
         need(self.name in FILTERS, f"--strategy is {self.name!r}; take one of {', '.join(FILTERS)}")
         for name, knob in KNOBS.items():
             value = getattr(self, name)
-            need(knob.takes(value), f"--{name.replace('_', '-')} is {value:g}; it must be {knob.words}")
+            need(
+                knob.takes(value),
+                f"--{name.replace('_', '-')} is {value:g}; it must be {knob.words}",
+            )
 
     @property
     def greedy(self) -> bool:
@@ -135,8 +164,11 @@ class Strategy:
     def penalised(self, logits: np.ndarray, text: Sequence[int]) -> np.ndarray:
         """The logits, once it is sure that they are numbers, under the penalty."""
         best = logits.max()
-        need(math.isfinite(best), f"the model's best logit is {best}: this artifact cannot be decoded here; check it "
-             "with eval_final.py, or take --device cpu")
+        need(
+            math.isfinite(best),
+            f"the model's best logit is {best}: this artifact cannot be decoded here; check it "
+            "with eval_final.py, or take --device cpu",
+        )
         plain = self.repetition_penalty == 1
         return logits if plain else repetition_penalty(logits, text, self.repetition_penalty)
 
@@ -146,7 +178,9 @@ class Strategy:
         if self.greedy:
             return softmax(greedy(logits))
         logits, chosen = temperature(logits, self.temperature), FILTERS[self.name]
-        return softmax(chosen(logits, getattr(self, self.name.replace("-", "_"))) if chosen else logits)
+        return softmax(
+            chosen(logits, getattr(self, self.name.replace("-", "_"))) if chosen else logits
+        )
 
 
 def draw(p: np.ndarray, rng: np.random.Generator) -> int:

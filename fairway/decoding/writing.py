@@ -31,7 +31,14 @@ class Writer:
     """A model, its tokenizer, the device that it runs on, and how it keeps keys and values; or, where a folder of
     CoreML shards is named, those shards in the model's place."""
 
-    def __init__(self, path: str, tokenizer: str = "", device: str = "", kept: str = "model", shards: str = ""):
+    def __init__(
+        self,
+        path: str,
+        tokenizer: str = "",
+        device: str = "",
+        kept: str = "model",
+        shards: str = "",
+    ):
         loaded = load(path, tokenizer, device)
         self.artifact, self.model, self.speller, self.runtime = loaded
         self.kept, self.chain = kept, load_chain(shards, path, loaded) if shards else None
@@ -56,12 +63,22 @@ class Writer:
             reader.last(prompt[:-1], told)
         return reader
 
-    def steps(self, prompt: Sequence[int], strategy: Strategy, seed: int, draft: str = "none", most: int = 8,
-              told: Callable[[int], None] | None = None) -> tuple[Iterator[Step], Stats | None]:
+    def steps(
+        self,
+        prompt: Sequence[int],
+        strategy: Strategy,
+        seed: int,
+        draft: str = "none",
+        most: int = 8,
+        told: Callable[[int], None] | None = None,
+    ) -> tuple[Iterator[Step], Stats | None]:
         """What the model writes after the prompt, which is read at once, and, with a draft, what that does for it."""
         need(1 <= most <= MOST_DRAFTS, f"--drafts is {most}; it must be 1 to {MOST_DRAFTS}")
-        need(draft == "none" or not self.chain or self.chain.most > 1, f"--draft is {draft!r}, but these shards take "
-             "one token a call, so that no guess can be verified; export them with --tokens 2 to 4")
+        need(
+            draft == "none" or not self.chain or self.chain.most > 1,
+            f"--draft is {draft!r}, but these shards take "
+            "one token a call, so that no guess can be verified; export them with --tokens 2 to 4",
+        )
         rng = np.random.default_rng(seed)
         if draft == "none":
             return plain(self.read(prompt, told), prompt, strategy, rng), None
@@ -74,23 +91,37 @@ class Writer:
         if kind in ("ngram", "suffix"):
             return NGram() if kind == "ngram" else Suffix()
         model = self.draft_model(kind)
-        theirs, ours = (1 + len(m.passes(m.looping)) for m in (model, self.model))  # the head is worth one more
+        theirs, ours = (
+            1 + len(m.passes(m.looping)) for m in (model, self.model)
+        )  # the head is worth one more
         return Model(self.reader(model), strategy, rng, theirs / ours)
 
     def draft_model(self, kind: str) -> GPT:
         """The model's own first layers, or an artifact of the same tokenizer."""
         name, _, count = kind.partition(":")
         if name == "layers":
-            need(not count or count.isdecimal(), f"--draft is {kind!r}; it must be layers:K with a whole number K")
+            need(
+                not count or count.isdecimal(),
+                f"--draft is {kind!r}; it must be layers:K with a whole number K",
+            )
             return first_layers(self.model, int(count or max(1, self.model.cfg.num_layers // 4)))
-        need(Path(kind).exists(), f"--draft is {kind!r}, which is no file; take one of {', '.join(DRAFTS)}, or the "
-             "path of a smaller artifact")
+        need(
+            Path(kind).exists(),
+            f"--draft is {kind!r}, which is no file; take one of {', '.join(DRAFTS)}, or the "
+            "path of a smaller artifact",
+        )
         other = read_artifact(kind)
         ours, theirs = (a.header["tokenizer_sha256"][:12] for a in (self.artifact, other))
-        need(ours == theirs, f"--draft {kind} was trained with tokenizer {theirs}, but the artifact with {ours}; take "
-             "a draft that speaks in the same tokens")
-        need(other.config.vocab_size == self.artifact.config.vocab_size, f"--draft {kind} knows "
-             f"{other.config.vocab_size} tokens, but the artifact {self.artifact.config.vocab_size}")
+        need(
+            ours == theirs,
+            f"--draft {kind} was trained with tokenizer {theirs}, but the artifact with {ours}; take "
+            "a draft that speaks in the same tokens",
+        )
+        need(
+            other.config.vocab_size == self.artifact.config.vocab_size,
+            f"--draft {kind} knows "
+            f"{other.config.vocab_size} tokens, but the artifact {self.artifact.config.vocab_size}",
+        )
         return build_model(other, self.runtime.device).eval()
 
 
@@ -116,12 +147,15 @@ class Screen:
 
 def overlap(text: str, stop: str) -> int:
     """How many characters of `stop` the text ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    return next(
+        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
+    )
 
 
 @dataclass
 class Written:
     """What was written, and what it took."""
+
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -138,8 +172,14 @@ class Written:
         return sum(self.logps) / max(len(self.logps), 1)
 
 
-def write(steps: Iterator[Step], speller: Speller, tokens: int, stops: Sequence[str] = (),
-          show: Callable[[str], None] = lambda text: None, fresh: bool = False) -> Written:
+def write(
+    steps: Iterator[Step],
+    speller: Speller,
+    tokens: int,
+    stops: Sequence[str] = (),
+    show: Callable[[str], None] = lambda text: None,
+    fresh: bool = False,
+) -> Written:
     """Up to so many tokens of `steps`, shown as they come, until a document ends, a stop string comes, or Ctrl-C;
     `fresh`: they begin the document."""
     out, screen = Written(), Screen(stops)
@@ -149,6 +189,7 @@ def write(steps: Iterator[Step], speller: Speller, tokens: int, stops: Sequence[
         out.text += text
         if text:
             show(text)
+
     try:
         while len(out.tokens) < tokens and not screen.stopped:
             began = time.perf_counter()
@@ -170,8 +211,14 @@ def write(steps: Iterator[Step], speller: Speller, tokens: int, stops: Sequence[
 
 
 # ==== AROUND IT =======================================================================================================
-def measure_plain(writer: Writer, prompt: Sequence[int], strategy: Strategy, seed: int, tokens: int,
-                  told: Callable[[int], None] = lambda done: None) -> float:
+def measure_plain(
+    writer: Writer,
+    prompt: Sequence[int],
+    strategy: Strategy,
+    seed: int,
+    tokens: int,
+    told: Callable[[int], None] = lambda done: None,
+) -> float:
     """Seconds that plain decoding takes for so many tokens, whatever they are."""
     (steps, _), began = writer.steps(prompt, strategy, seed), time.perf_counter()
     for _ in range(tokens):
@@ -180,14 +227,23 @@ def measure_plain(writer: Writer, prompt: Sequence[int], strategy: Strategy, see
     return time.perf_counter() - began
 
 
-def search(writer: Writer, prompt: Sequence[int], width: int, tokens: int, length_penalty: float = 1.0, best: int = 1,
-           stops: Sequence[str] = (), told: Callable[[int], None] | None = None) -> list[Written]:
+def search(
+    writer: Writer,
+    prompt: Sequence[int],
+    width: int,
+    tokens: int,
+    length_penalty: float = 1.0,
+    best: int = 1,
+    stops: Sequence[str] = (),
+    told: Callable[[int], None] | None = None,
+) -> list[Written]:
     """The best texts that a beam search finds, best first; each has the seconds of the whole search."""
     pieces = writer.speller.pieces
 
     def ended(tokens: tuple[int, ...]) -> bool:
         spelt = b"".join(pieces[token] for token in tokens) if stops else b""
         return tokens[-1] in ENDS or any(stop.encode() in spelt for stop in stops)
+
     reader, began = writer.read(prompt), time.perf_counter()
     found, out = beam(reader, prompt, width, tokens, length_penalty, best, ended, told), []
     seconds = time.perf_counter() - began

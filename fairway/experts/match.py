@@ -27,7 +27,7 @@ from train_gpt import BOS_ID, need
 KIND = "match"
 LONGEST = 512  # tokens compared; longer matches count as this long
 BLOCK = 4096  # tokens
-AHEAD = 12    # tokens: how early old text is asked for; its bucket is twice as early
+AHEAD = 12  # tokens: how early old text is asked for; its bucket is twice as early
 WORD = (1 << 32) - 1
 FACTOR = -7046029254386353131  # of the rolling hash: 0x9E3779B97F4A7C15 in a signed word
 LARGEST_TABLE = 1 << 31  # buckets
@@ -39,17 +39,71 @@ RECENT = 256.0  # hints that a rate remembers, at most: then both its counts are
 # one that broke a token before: longer ones are then no surer. On that text a hint costs .808 and .864 bits (right or
 # wrong), .818 and .874 with rates by length alone, .815 and .866 when nothing is forgotten.
 PRIOR = 16.0
-FRESH = (.1, .1, .35, .45, .5, .5, .5, .5, .5, .35, .35, .37, .4, .42, .45, .5, .5, .5, .5, .5, .5, .7, .7, .7, .7)
-GOING_ON = (.3, .3, .45, .5, .55, .57, .58, .59, .59, .6, .64, .68, .72, .76, .79, .81, .83, .87, .91, .95, .965, .975,
-            .985, .993, .997)
+FRESH = (
+    0.1,
+    0.1,
+    0.35,
+    0.45,
+    0.5,
+    0.5,
+    0.5,
+    0.5,
+    0.5,
+    0.35,
+    0.35,
+    0.37,
+    0.4,
+    0.42,
+    0.45,
+    0.5,
+    0.5,
+    0.5,
+    0.5,
+    0.5,
+    0.5,
+    0.7,
+    0.7,
+    0.7,
+    0.7,
+)
+GOING_ON = (
+    0.3,
+    0.3,
+    0.45,
+    0.5,
+    0.55,
+    0.57,
+    0.58,
+    0.59,
+    0.59,
+    0.6,
+    0.64,
+    0.68,
+    0.72,
+    0.76,
+    0.79,
+    0.81,
+    0.83,
+    0.87,
+    0.91,
+    0.95,
+    0.965,
+    0.975,
+    0.985,
+    0.993,
+    0.997,
+)
 PRIORS = np.array([FRESH, GOING_ON])
 
 
 class Matches(NamedTuple):
     """About m targets, before each was seen."""
-    hint: np.ndarray    # int32 [m]: the token that followed the longest match, or -1
+
+    hint: np.ndarray  # int32 [m]: the token that followed the longest match, or -1
     length: np.ndarray  # uint16 [m]: of that match, verified, at most LONGEST; 0 without
-    rate: np.ndarray    # float64 [m]: how often hints at such lengths were right so far, inside (0, 1)
+    rate: (
+        np.ndarray
+    )  # float64 [m]: how often hints at such lengths were right so far, inside (0, 1)
 
 
 # ==== MATCHING ========================================================================================================
@@ -59,7 +113,7 @@ def name_buckets(history, first, least, buckets, out):
     rolled, drop, at = 0, 1, max(first, least)
     for _ in range(least):
         drop *= FACTOR
-    out[:min(len(out), at - first)] = -1
+    out[: min(len(out), at - first)] = -1
     for i in range(at - least, min(at, first + len(out) - 1)):
         rolled = (rolled + history[i] + 1) * FACTOR
     for j in range(at - first, len(out)):
@@ -90,8 +144,16 @@ def group(length):
     """Lengths that share a rate: each up to 16, then from 17, 24, 32, 48, 64, 128, 256 and 512 on."""
     if length <= 16:
         return length
-    return (17 + (length >= 24) + (length >= 32) + (length >= 48) + (length >= 64) + (length >= 128)
-            + (length >= 256) + (length >= 512))
+    return (
+        17
+        + (length >= 24)
+        + (length >= 32)
+        + (length >= 48)
+        + (length >= 64)
+        + (length >= 128)
+        + (length >= 256)
+        + (length >= 512)
+    )
 
 
 @njit(cache=True, nogil=True, forceinline=True)
@@ -117,7 +179,7 @@ def ask_early(history, table, candidates, names, j):
         prefetch(table, names[j + 2 * AHEAD] * candidates)
     if j + AHEAD < len(names) and names[j + AHEAD] >= 0:
         first = names[j + AHEAD] * candidates
-        for i in table[first:first + candidates]:
+        for i in table[first : first + candidates]:
             prefetch(history, i - 4)
 
 
@@ -137,7 +199,9 @@ def look_up(history, table, candidates, running, name, at, least):
         return running[POINTER], running[LENGTH], 1
     if name < 0:
         return -1, 0, 0
-    pointer, length = longest(history, at, table[name * candidates:(name + 1) * candidates], running[START], least)
+    pointer, length = longest(
+        history, at, table[name * candidates : (name + 1) * candidates], running[START], least
+    )
     return pointer, length, 0
 
 
@@ -180,9 +244,18 @@ def match_all(history, table, buckets, settings, running, rates, at, matches):
         name_buckets(history, at + row, least, buckets, names[:m])
         if delay:
             name_buckets(history, at + row - delay, least, buckets, behind[:m])
-        rows = hint[row:row + m], length[row:row + m], rate[row:row + m]
-        match_block(history, table, settings, running, rates, names[:m], behind[:m] if delay else names[:m],
-                    at + row, rows)
+        rows = hint[row : row + m], length[row : row + m], rate[row : row + m]
+        match_block(
+            history,
+            table,
+            settings,
+            running,
+            rates,
+            names[:m],
+            behind[:m] if delay else names[:m],
+            at + row,
+            rows,
+        )
 
 
 @njit(cache=True, nogil=True)
@@ -224,24 +297,51 @@ class Match:
     `reset` forgets everything, rates included, at each BOS, which then is the first token of its document.
     """
 
-    def __init__(self, vocab_size: int, least: int = 8, memory_bytes: int = 1 << 26, delay: int = 0,
-                 reset: bool = False, candidates: int = 4):
+    def __init__(
+        self,
+        vocab_size: int,
+        least: int = 8,
+        memory_bytes: int = 1 << 26,
+        delay: int = 0,
+        reset: bool = False,
+        candidates: int = 4,
+    ):
         check_settings(vocab_size, delay)
-        need(1 <= least <= LONGEST, f"a least match of {least} tokens is outside 1 to {LONGEST}; change it")
-        need(1 <= candidates <= 64, f"{candidates} candidates a bucket are outside 1 to 64; change it")
-        need(memory_bytes >= 4 * candidates,
-             f"the match table's memory is {memory_bytes} bytes, but one bucket takes {4 * candidates}; raise it")
+        need(
+            1 <= least <= LONGEST,
+            f"a least match of {least} tokens is outside 1 to {LONGEST}; change it",
+        )
+        need(
+            1 <= candidates <= 64,
+            f"{candidates} candidates a bucket are outside 1 to 64; change it",
+        )
+        need(
+            memory_bytes >= 4 * candidates,
+            f"the match table's memory is {memory_bytes} bytes, but one bucket takes {4 * candidates}; raise it",
+        )
         self.vocab_size, self.least, self.delay, self.reset, self.candidates = (
-            vocab_size, least, delay, bool(reset), candidates)
+            vocab_size,
+            least,
+            delay,
+            bool(reset),
+            candidates,
+        )
         self.buckets = min(memory_bytes // (4 * candidates), LARGEST_TABLE)
-        self.table = np.zeros(self.buckets * candidates, np.int32)  # places after a context; 0 is none
+        self.table = np.zeros(
+            self.buckets * candidates, np.int32
+        )  # places after a context; 0 is none
         self.running = np.array([-1, 0, 0], np.int64)
-        self.rates = np.zeros((2, len(FRESH), 2))  # by goes_on and group: hints that were right, all hints
+        self.rates = np.zeros(
+            (2, len(FRESH), 2)
+        )  # by goes_on and group: hints that were right, all hints
         self.history, self.position = np.zeros(0, np.uint16), 0
         self.chain = Chain(f"{KIND} {self._settings().tolist()}")
 
     def _settings(self) -> np.ndarray:
-        return np.array([self.vocab_size, self.least, self.delay, self.reset, self.candidates, self.buckets], np.int64)
+        return np.array(
+            [self.vocab_size, self.least, self.delay, self.reset, self.candidates, self.buckets],
+            np.int64,
+        )
 
     def _how(self) -> tuple[int, int, bool, int]:
         return self.least, self.delay, self.reset, self.candidates
@@ -254,9 +354,18 @@ class Match:
             grown = np.zeros(at + m + (at + m) // 4, np.uint16)
             grown[:at] = self.history[:at]
             self.history = grown
-        self.history[at:at + m] = tokens
+        self.history[at : at + m] = tokens
         matches = Matches(np.empty(m, np.int32), np.empty(m, np.uint16), np.empty(m))
-        match_all(self.history, self.table, self.buckets, self._how(), self.running, self.rates, at, tuple(matches))
+        match_all(
+            self.history,
+            self.table,
+            self.buckets,
+            self._how(),
+            self.running,
+            self.rates,
+            at,
+            tuple(matches),
+        )
         self.position += m
         self.chain.feed(tokens)
         return matches
@@ -267,9 +376,16 @@ class Match:
     def side_by_side(self, streams: int, longest: int) -> list["Match"]:
         """Experts for streams of at most `longest` tokens that are read in step: each has its part of one history, in
         which all look for matches. Between two steps `end_at_unread` must be called."""
-        history, found = np.zeros(streams * longest, np.uint16), [copy.copy(self) for _ in range(streams)]
+        history, found = (
+            np.zeros(streams * longest, np.uint16),
+            [copy.copy(self) for _ in range(streams)],
+        )
         for nth, expert in enumerate(found):
-            expert.history, expert.position, expert.running = history, nth * longest, self.running.copy()
+            expert.history, expert.position, expert.running = (
+                history,
+                nth * longest,
+                self.running.copy(),
+            )
         return found
 
     def end_at_unread(self, longest: int) -> None:
@@ -279,7 +395,15 @@ class Match:
 
     def hint(self) -> tuple[int, int, float]:
         """Of the next token: hint or -1, length of the match, rate."""
-        return match_next(self.history, self.table, self.buckets, self._how(), self.running, self.rates, self.position)
+        return match_next(
+            self.history,
+            self.table,
+            self.buckets,
+            self._how(),
+            self.running,
+            self.rates,
+            self.position,
+        )
 
     def _matches(self, m: int) -> Matches:
         hint, length, rate = self.hint()
@@ -292,22 +416,36 @@ class Match:
 
     def distribution(self) -> np.ndarray:
         """Of the next token; float64 [V]."""
-        return probabilities(self._matches(self.vocab_size), np.arange(self.vocab_size), self.vocab_size)
+        return probabilities(
+            self._matches(self.vocab_size), np.arange(self.vocab_size), self.vocab_size
+        )
 
     def digest(self) -> str:
         """SHA-256 of the settings and all tokens learnt, which together determine the state."""
         return self.chain.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        write_state(path, KIND, dict(settings=self._settings(), table=self.table, running=self.running,
-                                     rates=self.rates, history=self.history[:self.position], **self.chain.arrays()))
+        write_state(
+            path,
+            KIND,
+            dict(
+                settings=self._settings(),
+                table=self.table,
+                running=self.running,
+                rates=self.rates,
+                history=self.history[: self.position],
+                **self.chain.arrays(),
+            ),
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "Match":
         """The expert as it was saved: it goes on as if never stopped."""
         with reading_state(path, KIND) as saved:
             vocab_size, least, delay, reset, candidates, buckets = saved["settings"].tolist()
-            expert = cls(vocab_size, least, buckets * candidates * 4, delay, bool(reset), candidates)
+            expert = cls(
+                vocab_size, least, buckets * candidates * 4, delay, bool(reset), candidates
+            )
             for name in ("table", "running", "rates"):
                 setattr(expert, name, same_shape(saved[name], getattr(expert, name)))
             expert.history = check_tokens(saved["history"], vocab_size, 0)
@@ -315,7 +453,12 @@ class Match:
             expert.chain.restore(saved)
             pointer, length, start = expert.running.tolist()
             right, hints = expert.rates[..., 0], expert.rates[..., 1]
-            if not (inside(expert.table, 0, max(end, 1)) and -1 <= pointer < end and 0 <= length <= LONGEST
-                    and 0 <= start <= end and ((0 <= right) & (right <= hints) & (hints <= RECENT)).all()):
+            if not (
+                inside(expert.table, 0, max(end, 1))
+                and -1 <= pointer < end
+                and 0 <= length <= LONGEST
+                and 0 <= start <= end
+                and ((0 <= right) & (right <= hints) & (hints <= RECENT)).all()
+            ):
                 raise ValueError("out of bounds")
         return expert

@@ -23,7 +23,10 @@ from fairway.settings import EvalConfig
 
 EXPERTS = ("neural", "sharp", "flat", "ngram", "bigram", "match", "chain", "tilt")
 NEURAL, SHARP, FLAT, NGRAM, BIGRAM, MATCH, CHAIN, TILT = range(len(EXPERTS))
-TEMPERATURES = {"sharp": 0.85, "flat": 1.2}  # the neural model again, so that a mixture can correct how sure it is
+TEMPERATURES = {
+    "sharp": 0.85,
+    "flat": 1.2,
+}  # the neural model again, so that a mixture can correct how sure it is
 COUNT = len(EXPERTS)
 WEIGHTS = ("exponential", "share", "em", "sets", "gate")
 EXPONENTIAL, SHARE, EM, SETS, GATE = range(len(WEIGHTS))
@@ -31,8 +34,17 @@ EXPONENTIAL, SHARE, EM, SETS, GATE = range(len(WEIGHTS))
 # The constants below were tuned on training text alone: the unread end of the shard that the cpu model learns from.
 # The chain: how far each context length is believed over the ones below it, learnt by what was seen there.
 SEEN_EDGES = np.array([2, 3, 5, 9, 17, 65])  # times that a context was followed
-TRUSTS = (len(SEEN_EDGES) + 1, 5, 3)  # by that, by how many kinds followed, by how sure the neural model is
-TRUST_PRIOR, TRUST_GRAMS, TRUST_MATCH, MOST_TRUSTED = 5.0, 0.05, 0.5, 2000.0  # worth in tokens, values, memory
+TRUSTS = (
+    len(SEEN_EDGES) + 1,
+    5,
+    3,
+)  # by that, by how many kinds followed, by how sure the neural model is
+TRUST_PRIOR, TRUST_GRAMS, TRUST_MATCH, MOST_TRUSTED = (
+    5.0,
+    0.05,
+    0.5,
+    2000.0,
+)  # worth in tokens, values, memory
 # Sets of weights: match length x longest context seen x who did better lately.
 LENGTH_EDGES = np.array([1, 12, 16, 24, 32])
 ADVANTAGE_EDGES = np.array([-0.05, 0.0, 0.05, 0.2])  # nats a token, chain over neural
@@ -40,7 +52,10 @@ LENGTHS, LONGEST, ADVANTAGES = len(LENGTH_EDGES) + 1, 5, len(ADVANTAGE_EDGES) + 
 MEMORY = 0.02  # the part of that advantage which the newest token has
 FEATURES = LENGTHS + LONGEST + 3  # of the gate: those sets, entropy, advantage, and one
 GATE_RATE, LIFT_RATE, POOL_RATE = 0.02, 0.05, 0.002
-MOST_LIFT, LEAST_RATE = 25.0, 1e-9  # what no honest hint reaches, and beyond which exponentials are no numbers
+MOST_LIFT, LEAST_RATE = (
+    25.0,
+    1e-9,
+)  # what no honest hint reaches, and beyond which exponentials are no numbers
 SURE_BITS = 60.0  # what 2^-60 of the neural probability would add to a sum is lost in rounding
 TINY, LN2 = 1e-300, math.log(2.0)
 # `bucket` of every count or length up to the last edge, where all above it belong too: one load instead of branches.
@@ -65,7 +80,9 @@ class Inputs(NamedTuple):
 class State(NamedTuple):
     """All that mixing learns."""
 
-    trust: np.ndarray  # [orders + 1, *TRUSTS, 2]: the chain's, of each context length and of the match; right, all
+    trust: (
+        np.ndarray
+    )  # [orders + 1, *TRUSTS, 2]: the chain's, of each context length and of the match; right, all
     weights: np.ndarray  # [sets, experts]
     visits: np.ndarray  # [sets] how often each was used
     gate: np.ndarray  # [experts, FEATURES]
@@ -78,12 +95,23 @@ def initial_state(orders: int, experts: tuple[str, ...], neural: float) -> State
     trust = np.full((orders + 1, *TRUSTS, 2), TRUST_PRIOR)
     trust[:orders, ..., 0] *= TRUST_GRAMS
     trust[orders, ..., 0] *= TRUST_MATCH
-    start = np.array([neural if e == "neural" else (1 - neural) * (e in experts) / max(len(experts) - 1, 1)
-                      for e in EXPERTS])
+    start = np.array(
+        [
+            neural if e == "neural" else (1 - neural) * (e in experts) / max(len(experts) - 1, 1)
+            for e in EXPERTS
+        ]
+    )
     sets, lift = LENGTHS * LONGEST * ADVANTAGES, np.zeros((LENGTHS, 2))
     lift[:, 1] = 0.5
-    return State(trust, np.tile(start / start.sum(), (sets, 1)), np.zeros(sets), np.zeros((len(EXPERTS), FEATURES)),
-                 lift, np.zeros(1), np.zeros(2))
+    return State(
+        trust,
+        np.tile(start / start.sum(), (sets, 1)),
+        np.zeros(sets),
+        np.zeros((len(EXPERTS), FEATURES)),
+        lift,
+        np.zeros(1),
+        np.zeros(2),
+    )
 
 
 # Called at every token: as calls, passing their arrays alone took longer than what they do.
@@ -117,7 +145,10 @@ def chain_probability(j, p, entropy, grams, matches, target, trust, places, step
     for k in range(orders + 1):
         if k < orders and seen[j, k] > 0:
             hit, every = np.int64(hits[j, k]), np.int64(seen[j, k])
-            a, b = SEEN_BUCKETS[min(every, SEEN_EDGES[-1])], kinds_bucket(np.int64(kinds[j, k]), every)
+            a, b = (
+                SEEN_BUCKETS[min(every, SEEN_EDGES[-1])],
+                kinds_bucket(np.int64(kinds[j, k]), every),
+            )
         elif k == orders and hint[j] >= 0:
             hit, every = np.int64(hint[j] == target), 1
             a, b = LENGTH_BUCKETS[min(length[j], LENGTH_EDGES[-1])], min(int(rate[j] * 5), 4)
@@ -125,7 +156,10 @@ def chain_probability(j, p, entropy, grams, matches, target, trust, places, step
             continue
         at = ((k * TRUSTS[0] + a) * TRUSTS[1] + b) * TRUSTS[2] + sure
         right, uses = trust[at, 0], trust[at, 1]
-        from_here, from_below = right * hit, (uses - right) * every * p  # of the new p, both times uses * every
+        from_here, from_below = (
+            right * hit,
+            (uses - right) * every * p,
+        )  # of the new p, both times uses * every
         places[used], steps[used] = at, from_here / max(from_here + from_below, TINY)
         used, p = used + 1, (from_here + from_below) * (1.0 / (uses * every))
     return p, used
@@ -146,12 +180,21 @@ def lifted(p, hint, is_hint, growth):
 def opinions(inputs: Inputs, vocab_size: int) -> tuple[np.ndarray, ...]:
     """About m targets, eight of float64[m]: probabilities by the first six experts, above zero, the neural probability
     of the hint, and its odds by the match expert, as a logarithm. Without a hint, the match expert's is the neural."""
-    neural, sharp, flat = (np.maximum(np.exp(logp), TINY) for logp in (inputs.logp, inputs.sharp, inputs.flat))
+    neural, sharp, flat = (
+        np.maximum(np.exp(logp), TINY) for logp in (inputs.logp, inputs.sharp, inputs.flat)
+    )
     hint, rate = inputs.matches.hint, np.clip(inputs.matches.rate, LEAST_RATE, 1 - LEAST_RATE)
     matched = match.probabilities(inputs.matches, inputs.targets, vocab_size)
-    return (neural, sharp, flat, ngram.probabilities(inputs.grams, vocab_size),
-            ngram.bigram_probabilities(inputs.grams, vocab_size), np.where(hint < 0, neural, matched),
-            np.exp(inputs.hint), np.log(rate / (1 - rate) * (vocab_size - 1)))
+    return (
+        neural,
+        sharp,
+        flat,
+        ngram.probabilities(inputs.grams, vocab_size),
+        ngram.bigram_probabilities(inputs.grams, vocab_size),
+        np.where(hint < 0, neural, matched),
+        np.exp(inputs.hint),
+        np.log(rate / (1 - rate) * (vocab_size - 1)),
+    )
 
 
 @part
@@ -237,8 +280,15 @@ def learn_weights(kind, weights, visits, gate, which, features, w, p, q, rates):
     if kind == GATE:
         learn_gate(gate, features, w, p, q)
     elif kind == EXPONENTIAL or kind == SHARE:
-        learn_exponential(weights, which, w, p, lr, floor if kind == EXPONENTIAL else 0.0,
-                          share if kind == SHARE else 0.0)
+        learn_exponential(
+            weights,
+            which,
+            w,
+            p,
+            lr,
+            floor if kind == EXPONENTIAL else 0.0,
+            share if kind == SHARE else 0.0,
+        )
     else:
         learn_em(weights, visits, which, w, p, q, rate)
 
@@ -277,7 +327,13 @@ def mix(inputs, said, state, kind, pooled, rates, guard, learn, out, used_weight
     place, and nothing moves. `said` is what `opinions` returned."""
     # Each array has its name before the loop: taking one out of a tuple counts references, at every token.
     logp, entropy, targets, sizes, grams, matches = (
-        inputs.logp, inputs.entropy, inputs.targets, inputs.sizes, inputs.grams, inputs.matches)
+        inputs.logp,
+        inputs.entropy,
+        inputs.targets,
+        inputs.sizes,
+        inputs.grams,
+        inputs.matches,
+    )
     (_, seen, _), (hint, length, _) = grams, matches
     neural, sharp, flat, ngrams, bigrams, matched, hints, odds = said
     weights, visits, gate = state.weights, state.visits, state.gate
@@ -287,9 +343,17 @@ def mix(inputs, said, state, kind, pooled, rates, guard, learn, out, used_weight
     places, steps = np.empty(orders + 1, np.int64), np.empty(orders + 1)
     for j in range(len(out)):
         p[NEURAL], p[SHARP], p[FLAT], p[NGRAM], p[BIGRAM], p[MATCH] = (
-            neural[j], sharp[j], flat[j], ngrams[j], bigrams[j], matched[j])
+            neural[j],
+            sharp[j],
+            flat[j],
+            ngrams[j],
+            bigrams[j],
+            matched[j],
+        )
         p[TILT] = neural[j]
-        believed, used = chain_probability(j, neural[j], entropy[j], grams, matches, targets[j], trust, places, steps)
+        believed, used = chain_probability(
+            j, neural[j], entropy[j], grams, matches, targets[j], trust, places, steps
+        )
         p[CHAIN] = max(believed, TINY)
         which = situation(j, length[j], seen, entropy[j], recent[0], kind, features)
         pool, hit, a, growth, pool_growth = logp[j], hint[j] == targets[j], 0, 1.0, 1.0
@@ -326,9 +390,18 @@ class Mixture:
 
     def _mix(self, inputs: Inputs, learn: bool) -> np.ndarray:
         cfg, out, used = self.cfg, np.empty(len(inputs.logp)), np.zeros(len(EXPERTS))
-        mix(inputs, opinions(inputs, self.vocab_size), self.state,
-            WEIGHTS.index(cfg.mix_weights), cfg.mix_mode == "log",
-            (cfg.mix_lr, cfg.mix_floor, cfg.mix_share, cfg.mix_rate), cfg.mix_guard, learn, out, used)
+        mix(
+            inputs,
+            opinions(inputs, self.vocab_size),
+            self.state,
+            WEIGHTS.index(cfg.mix_weights),
+            cfg.mix_mode == "log",
+            (cfg.mix_lr, cfg.mix_floor, cfg.mix_share, cfg.mix_rate),
+            cfg.mix_guard,
+            learn,
+            out,
+            used,
+        )
         if learn and len(out):
             self.trace.append(used / len(out))
         return out
@@ -337,16 +410,35 @@ class Mixture:
         """float64[m]: the log-probability of each target before it was seen; then it is learnt."""
         return self._mix(inputs, learn=True)
 
-    def distribution(self, p: np.ndarray, grams: Evidence, hint: tuple[int, int, float]) -> np.ndarray:
+    def distribution(
+        self, p: np.ndarray, grams: Evidence, hint: tuple[int, int, float]
+    ) -> np.ndarray:
         """float64[V] for the next place, given the neural distribution p, the n-gram's evidence about every candidate,
         and the match expert's (hint, length, rate)."""
         size, logp = self.vocab_size, np.log(np.maximum(p, TINY))
-        again = {name: logp / t - np.log(np.exp(logp / t).sum()) for name, t in TEMPERATURES.items()}
+        again = {
+            name: logp / t - np.log(np.exp(logp / t).sum()) for name, t in TEMPERATURES.items()
+        }
         token, length, rate = hint
-        matches = Matches(np.full(size, token, np.int32), np.full(size, length, np.uint16), np.full(size, rate))
-        return np.exp(self._mix(Inputs(
-            logp, again["sharp"], again["flat"], np.full(size, logp[max(token, 0)]), np.full(size, -(p * logp).sum()),
-            grams, matches, np.arange(size), np.zeros(size, np.int64)), learn=False))
+        matches = Matches(
+            np.full(size, token, np.int32), np.full(size, length, np.uint16), np.full(size, rate)
+        )
+        return np.exp(
+            self._mix(
+                Inputs(
+                    logp,
+                    again["sharp"],
+                    again["flat"],
+                    np.full(size, logp[max(token, 0)]),
+                    np.full(size, -(p * logp).sum()),
+                    grams,
+                    matches,
+                    np.arange(size),
+                    np.zeros(size, np.int64),
+                ),
+                learn=False,
+            )
+        )
 
     def digest(self) -> str:
         """SHA-256 of all that was learnt."""
@@ -358,4 +450,6 @@ class Mixture:
     def restore(self, path: str | Path) -> None:
         """The state as it was saved by a mixture of the same settings."""
         with reading_state(path, "mixture") as saved:
-            self.state = State(*(same_shape(saved[name], own) for name, own in self.state._asdict().items()))
+            self.state = State(
+                *(same_shape(saved[name], own) for name, own in self.state._asdict().items())
+            )

@@ -33,9 +33,9 @@ from train_gpt import BOS_ID, need
 KIND = "n-gram"
 HIGHEST_ORDERS = 32
 BLOCK = 2048  # tokens that one order passes over before the next order does: their entries stay in the cache
-AHEAD = 12    # tokens: how early an entry is asked for
+AHEAD = 12  # tokens: how early an entry is asked for
 FILLED = 0.8  # of the hashed entries, at most: a search for what is not there then meets 13 of them
-WORD = (1 << 32) - 1   # of count << 32 | seen
+WORD = (1 << 32) - 1  # of count << 32 | seen
 KINDS = (1 << 17) - 1  # 0 to 65,536 kinds of follower
 LARGEST_TABLE = (1 << 30) - 1  # entries: a key has 46 bits
 USED, LOGGED = 0, 1  # places in `counters`
@@ -43,8 +43,9 @@ USED, LOGGED = 0, 1  # places in `counters`
 
 class Evidence(NamedTuple):
     """What was known about m targets before each was seen, for K context lengths k = 0..K-1. All uint32 [m, K]."""
-    hits: np.ndarray   # how often the target followed the last k tokens before
-    seen: np.ndarray   # how often anything followed the last k tokens
+
+    hits: np.ndarray  # how often the target followed the last k tokens before
+    seen: np.ndarray  # how often anything followed the last k tokens
     kinds: np.ndarray  # how many different tokens followed them
 
 
@@ -77,7 +78,12 @@ def look_up(table, root, capacity, parent, token):
     if parent < 0:
         return -1, 0, 0, 0
     place = find(table, root, capacity, parent, token)
-    return place, table[2 * place + 1] >> 32, table[2 * parent + 1] & WORD, table[2 * parent] & KINDS
+    return (
+        place,
+        table[2 * place + 1] >> 32,
+        table[2 * parent + 1] & WORD,
+        table[2 * parent] & KINDS,
+    )
 
 
 @njit(cache=True, nogil=True, forceinline=True)
@@ -106,7 +112,23 @@ def ask_early(table, word):
 
 
 @njit(cache=True, nogil=True)
-def pass_order(table, root, capacity, limit, counters, log, k, x, reads, read, y, writes, write, writing, evidence):
+def pass_order(
+    table,
+    root,
+    capacity,
+    limit,
+    counters,
+    log,
+    k,
+    x,
+    reads,
+    read,
+    y,
+    writes,
+    write,
+    writing,
+    evidence,
+):
     """One order over a block: evidence about targets x after the contexts reads, then count followers y after writes.
 
     `reads` and `writes` are the entries of contexts of k tokens, one a target, and become those of k + 1 tokens;
@@ -136,7 +158,9 @@ def pass_order(table, root, capacity, limit, counters, log, k, x, reads, read, y
 
 
 @njit(cache=True, nogil=True)
-def pass_block(table, root, capacity, limit, counters, log, x, y, contexts, writing, evidence, buffers):
+def pass_block(
+    table, root, capacity, limit, counters, log, x, y, contexts, writing, evidence, buffers
+):
     """All orders over one block, the lowest first. `contexts` [2, K + 1] are, by context length, the entries before
     the next target and before the next follower to count (-1: none); they move on past the block."""
     m, orders = len(x), contexts.shape[1] - 1
@@ -146,8 +170,22 @@ def pass_block(table, root, capacity, limit, counters, log, x, y, contexts, writ
     writes[:] = root
     for k in range(orders):
         contexts[0, k + 1], contexts[1, k + 1] = pass_order(
-            table, root, capacity, limit, counters, log, k, x, reads, contexts[0, k + 1],
-            y, writes, contexts[1, k + 1], writing, evidence)
+            table,
+            root,
+            capacity,
+            limit,
+            counters,
+            log,
+            k,
+            x,
+            reads,
+            contexts[0, k + 1],
+            y,
+            writes,
+            contexts[1, k + 1],
+            writing,
+            evidence,
+        )
 
 
 @njit(cache=True, nogil=True)
@@ -161,7 +199,22 @@ def clear(table, root, counters, log, contexts):
 
 
 @njit(cache=True, nogil=True)
-def advance(table, root, capacity, limit, counters, log, stream, at, stop, begin, delay, contexts, evidence, buffers):
+def advance(
+    table,
+    root,
+    capacity,
+    limit,
+    counters,
+    log,
+    stream,
+    at,
+    stop,
+    begin,
+    delay,
+    contexts,
+    evidence,
+    buffers,
+):
     """Targets stream[at:stop] of one document; the followers waiting to be counted are those from `begin`.
 
     While the table fills, blocks are so short that none can fill it: what still finds room never depends on them.
@@ -174,15 +227,19 @@ def advance(table, root, capacity, limit, counters, log, stream, at, stop, begin
             m = min(m, begin + delay - at)
         elif orders > 1 and counters[USED] < limit:
             m = min(m, max(1, (limit - counters[USED]) // (orders - 1)))
-        x = stream[at:at + m]
-        y = stream[at - delay:at - delay + m] if writing else x
-        rows = hits[row:row + m], seen[row:row + m], kinds[row:row + m]
-        pass_block(table, root, capacity, limit, counters, log, x, y, contexts, writing, rows, buffers)
+        x = stream[at : at + m]
+        y = stream[at - delay : at - delay + m] if writing else x
+        rows = hits[row : row + m], seen[row : row + m], kinds[row : row + m]
+        pass_block(
+            table, root, capacity, limit, counters, log, x, y, contexts, writing, rows, buffers
+        )
         at, row = at + m, row + m
 
 
 @njit(cache=True, nogil=True)
-def count(table, root, capacity, limit, counters, log, stream, fresh, delay, reset, contexts, evidence):
+def count(
+    table, root, capacity, limit, counters, log, stream, fresh, delay, reset, contexts, evidence
+):
     """Evidence on stream[fresh:], counting as it goes; stream[:fresh] waits to be counted. Returns where the tokens
     that may be counted later begin. A BOS is predicted from the old document, then everything is emptied for it."""
     hits, seen, kinds = evidence
@@ -193,16 +250,63 @@ def count(table, root, capacity, limit, counters, log, stream, fresh, delay, res
         stop = at
         while stop < len(stream) and not (reset and stream[stop] == BOS_ID):
             stop += 1
-        rows = hits[at - fresh:stop - fresh], seen[at - fresh:stop - fresh], kinds[at - fresh:stop - fresh]
-        advance(table, root, capacity, limit, counters, log, stream, at, stop, begin, delay, contexts, rows, buffers)
+        rows = (
+            hits[at - fresh : stop - fresh],
+            seen[at - fresh : stop - fresh],
+            kinds[at - fresh : stop - fresh],
+        )
+        advance(
+            table,
+            root,
+            capacity,
+            limit,
+            counters,
+            log,
+            stream,
+            at,
+            stop,
+            begin,
+            delay,
+            contexts,
+            rows,
+            buffers,
+        )
         at = stop
         if at < len(stream):
-            row, bos = at - fresh, stream[at:at + 1]
-            rows = hits[row:row + 1], seen[row:row + 1], kinds[row:row + 1]
-            pass_block(table, root, capacity, limit, counters, log, bos, bos, contexts, False, rows, buffers)
+            row, bos = at - fresh, stream[at : at + 1]
+            rows = hits[row : row + 1], seen[row : row + 1], kinds[row : row + 1]
+            pass_block(
+                table,
+                root,
+                capacity,
+                limit,
+                counters,
+                log,
+                bos,
+                bos,
+                contexts,
+                False,
+                rows,
+                buffers,
+            )
             clear(table, root, counters, log, contexts)
             rows = unused[0], unused[1], unused[2]
-            advance(table, root, capacity, limit, counters, log, stream, at, at + 1, at, delay, contexts, rows, buffers)
+            advance(
+                table,
+                root,
+                capacity,
+                limit,
+                counters,
+                log,
+                stream,
+                at,
+                at + 1,
+                at,
+                delay,
+                contexts,
+                rows,
+                buffers,
+            )
             at, begin = at + 1, at
     return begin
 
@@ -214,7 +318,9 @@ def look_up_all(table, root, capacity, contexts, first, evidence):
     for k in range(hits.shape[1]):
         parent = root if k == 0 else contexts[0, k]
         for j in range(len(hits)):
-            place, hits[j, k], seen[j, k], kinds[j, k] = look_up(table, root, capacity, parent, first + j)
+            place, hits[j, k], seen[j, k], kinds[j, k] = look_up(
+                table, root, capacity, parent, first + j
+            )
 
 
 # ==== PROBABILITIES ===================================================================================================
@@ -238,7 +344,9 @@ def interpolate(evidence, vocab_size, orders, discounts, escapes, out):
         for k in range(orders):
             if seen[j, k]:
                 d, c = discounts[min(k, len(discounts) - 1)], escapes[min(k, len(escapes) - 1)]
-                p = (max(hits[j, k] - d, 0.0) + (d + c) * kinds[j, k] * p) / (seen[j, k] + c * kinds[j, k])
+                p = (max(hits[j, k] - d, 0.0) + (d + c) * kinds[j, k] * p) / (
+                    seen[j, k] + c * kinds[j, k]
+                )
         out[j] = p
 
 
@@ -252,7 +360,9 @@ def probabilities(evidence: Evidence, vocab_size: int) -> np.ndarray:
 def bigram_probabilities(evidence: Evidence, vocab_size: int) -> np.ndarray:
     """The bigram expert's: contexts of no and one token only; float64 [m]."""
     out = np.empty(len(evidence.hits))
-    interpolate(tuple(evidence), vocab_size, min(2, evidence.hits.shape[1]), DISCOUNTS, ESCAPES, out)
+    interpolate(
+        tuple(evidence), vocab_size, min(2, evidence.hits.shape[1]), DISCOUNTS, ESCAPES, out
+    )
     return out
 
 
@@ -271,29 +381,56 @@ class NGram:
     first token of its document; otherwise grams run across documents.
     """
 
-    def __init__(self, vocab_size: int, orders: int = 6, memory_bytes: int = 1 << 28, delay: int = 0,
-                 reset: bool = False, expected_tokens: int = 0):
+    def __init__(
+        self,
+        vocab_size: int,
+        orders: int = 6,
+        memory_bytes: int = 1 << 28,
+        delay: int = 0,
+        reset: bool = False,
+        expected_tokens: int = 0,
+    ):
         check_settings(vocab_size, delay)
-        need(1 <= orders <= HIGHEST_ORDERS,
-             f"the n-gram's orders are {orders}, outside 1 to {HIGHEST_ORDERS}; change it")
-        self.vocab_size, self.orders, self.delay, self.reset = vocab_size, orders, delay, bool(reset)
+        need(
+            1 <= orders <= HIGHEST_ORDERS,
+            f"the n-gram's orders are {orders}, outside 1 to {HIGHEST_ORDERS}; change it",
+        )
+        self.vocab_size, self.orders, self.delay, self.reset = (
+            vocab_size,
+            orders,
+            delay,
+            bool(reset),
+        )
         room = memory_bytes // entry_bytes(reset) - vocab_size - 1
-        need(room >= 2, f"the n-gram's memory is {memory_bytes} bytes, but VOCAB_SIZE={vocab_size} alone takes "
-             f"{(vocab_size + 3) * entry_bytes(reset)}; raise it")
+        need(
+            room >= 2,
+            f"the n-gram's memory is {memory_bytes} bytes, but VOCAB_SIZE={vocab_size} alone takes "
+            f"{(vocab_size + 3) * entry_bytes(reset)}; raise it",
+        )
         if expected_tokens:
             room = min(room, 2 + int(expected_tokens * (orders - 1) / FILLED))
         self.capacity = min(room, LARGEST_TABLE - vocab_size - 1)
-        self.limit = min(int(self.capacity * FILLED), self.capacity - 1)  # one is free: every search ends
+        self.limit = min(
+            int(self.capacity * FILLED), self.capacity - 1
+        )  # one is free: every search ends
         self.table = np.zeros(2 * (vocab_size + 1 + self.capacity), np.int64)
-        self.log = np.zeros(vocab_size + self.limit if reset else 0, np.int32)  # entries to empty at the next BOS
+        self.log = np.zeros(
+            vocab_size + self.limit if reset else 0, np.int32
+        )  # entries to empty at the next BOS
         self.counters = np.zeros(2, np.int64)
-        self.contexts = np.full((2, orders + 1), -1, np.int64)  # of the next target, and of the next follower to count
-        self.pending = np.zeros(0, np.uint16)  # the last `delay` tokens of the document: not counted yet
+        self.contexts = np.full(
+            (2, orders + 1), -1, np.int64
+        )  # of the next target, and of the next follower to count
+        self.pending = np.zeros(
+            0, np.uint16
+        )  # the last `delay` tokens of the document: not counted yet
         self.position = 0
         self.chain = Chain(f"{KIND} {self._settings().tolist()}")
 
     def _settings(self) -> np.ndarray:
-        return np.array([self.vocab_size, self.orders, self.delay, self.reset, self.capacity], np.int64)
+        return np.array(
+            [self.vocab_size, self.orders, self.delay, self.reset, self.capacity], np.int64
+        )
 
     def _empty_evidence(self, m: int) -> Evidence:
         return Evidence(*(np.empty((m, self.orders), np.uint32) for _ in range(3)))
@@ -302,9 +439,21 @@ class NGram:
         """Evidence about each token before it was seen, then learn it. How the text is cut into calls is no matter."""
         tokens = check_tokens(tokens, self.vocab_size, self.position)
         evidence, stream = self._empty_evidence(len(tokens)), np.concatenate([self.pending, tokens])
-        begin = count(self.table, self.vocab_size, self.capacity, self.limit, self.counters, self.log, stream,
-                      len(self.pending), self.delay, self.reset, self.contexts, tuple(evidence))
-        self.pending = stream[max(begin, len(stream) - self.delay):].copy()
+        begin = count(
+            self.table,
+            self.vocab_size,
+            self.capacity,
+            self.limit,
+            self.counters,
+            self.log,
+            stream,
+            len(self.pending),
+            self.delay,
+            self.reset,
+            self.contexts,
+            tuple(evidence),
+        )
+        self.pending = stream[max(begin, len(stream) - self.delay) :].copy()
         self.position += len(tokens)
         self.chain.feed(tokens)
         return evidence
@@ -325,12 +474,14 @@ class NGram:
 
     def _candidates(self, first: int, m: int) -> Evidence:
         evidence = self._empty_evidence(m)
-        look_up_all(self.table, self.vocab_size, self.capacity, self.contexts, first, tuple(evidence))
+        look_up_all(
+            self.table, self.vocab_size, self.capacity, self.contexts, first, tuple(evidence)
+        )
         return evidence
 
     def probability(self, target: int) -> float:
         """Of the next token, from one lookup an order."""
-        target, = check_tokens(np.array([target]), self.vocab_size, 0).tolist()
+        (target,) = check_tokens(np.array([target]), self.vocab_size, 0).tolist()
         return float(probabilities(self._candidates(target, 1), self.vocab_size)[0])
 
     def distribution(self) -> np.ndarray:
@@ -342,9 +493,20 @@ class NGram:
         return self.chain.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        write_state(path, KIND, dict(
-            settings=self._settings(), position=np.int64(self.position), table=self.table, log=self.log,
-            counters=self.counters, contexts=self.contexts, pending=self.pending, **self.chain.arrays()))
+        write_state(
+            path,
+            KIND,
+            dict(
+                settings=self._settings(),
+                position=np.int64(self.position),
+                table=self.table,
+                log=self.log,
+                counters=self.counters,
+                contexts=self.contexts,
+                pending=self.pending,
+                **self.chain.arrays(),
+            ),
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "NGram":
@@ -359,7 +521,12 @@ class NGram:
             expert.position = int(saved["position"])
             expert.chain.restore(saved)
             entries, (used, logged) = vocab_size + 1 + capacity, expert.counters.tolist()
-            if not (0 <= used <= expert.limit and 0 <= logged <= len(expert.log) and inside(expert.log, 0, entries)
-                    and inside(expert.contexts, -1, entries) and len(expert.pending) <= delay <= LONGEST_TEXT):
+            if not (
+                0 <= used <= expert.limit
+                and 0 <= logged <= len(expert.log)
+                and inside(expert.log, 0, entries)
+                and inside(expert.contexts, -1, entries)
+                and len(expert.pending) <= delay <= LONGEST_TEXT
+            ):
                 raise ValueError("out of bounds")
         return expert

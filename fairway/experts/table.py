@@ -24,35 +24,52 @@ LONGEST_TEXT = (1 << 31) - 1  # tokens: a count has 31 bits
 @intrinsic
 def prefetch(typing_context, array, index):
     """Ask for the cache line of array[index] (1-D, index not checked). Changes speed and nothing else."""
+
     def generate(context, builder, signature, arguments):
         array_type = signature.args[0]
         view = context.make_array(array_type)(context, builder, arguments[0])
-        item = cgutils.get_item_pointer(context, builder, array_type, view, [arguments[1]], wraparound=False)
+        item = cgutils.get_item_pointer(
+            context, builder, array_type, view, [arguments[1]], wraparound=False
+        )
         pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        hint = builder.module.declare_intrinsic("llvm.prefetch", [pointer],
-                                                ir.FunctionType(ir.VoidType(), [pointer, word, word, word]))
+        hint = builder.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        )
         # For writing, kept in every cache, data.
         builder.call(hint, [builder.bitcast(item, pointer), word(1), word(3), word(1)])
         return context.get_dummy_value()
+
     return types.void(array, types.intp), generate
 
 
 def check_settings(vocab_size: int, delay: int) -> None:
-    need(SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY,
-         f"VOCAB_SIZE is {vocab_size}, but experts take {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}; change it")
-    need(0 <= delay <= LONGEST_TEXT, f"a delay of {delay} tokens is outside 0 to {LONGEST_TEXT}; change it")
+    need(
+        SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY,
+        f"VOCAB_SIZE is {vocab_size}, but experts take {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}; change it",
+    )
+    need(
+        0 <= delay <= LONGEST_TEXT,
+        f"a delay of {delay} tokens is outside 0 to {LONGEST_TEXT}; change it",
+    )
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, position: int) -> np.ndarray:
     """The tokens as contiguous uint16, each of them below the vocabulary's size, none after LONGEST_TEXT."""
     tokens = np.asarray(tokens)
-    need(tokens.ndim == 1 and (tokens.dtype.kind in "iu" or not len(tokens)),
-         f"tokens are {tokens.dtype} of {tokens.ndim} dimensions, but experts read a row of integers; pass token ids")
-    need(position + len(tokens) <= LONGEST_TEXT,
-         f"{position + len(tokens)} tokens are more than the {LONGEST_TEXT} that counts can hold; score in parts")
+    need(
+        tokens.ndim == 1 and (tokens.dtype.kind in "iu" or not len(tokens)),
+        f"tokens are {tokens.dtype} of {tokens.ndim} dimensions, but experts read a row of integers; pass token ids",
+    )
+    need(
+        position + len(tokens) <= LONGEST_TEXT,
+        f"{position + len(tokens)} tokens are more than the {LONGEST_TEXT} that counts can hold; score in parts",
+    )
     low, high = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
-    need(0 <= low and high < vocab_size, f"the text holds token {low if low < 0 else high}, but VOCAB_SIZE is "
-         f"{vocab_size}; set VOCAB_SIZE, or DATA_PATH, so that the two agree")
+    need(
+        0 <= low and high < vocab_size,
+        f"the text holds token {low if low < 0 else high}, but VOCAB_SIZE is "
+        f"{vocab_size}; set VOCAB_SIZE, or DATA_PATH, so that the two agree",
+    )
     return np.ascontiguousarray(tokens, dtype=np.uint16)
 
 
@@ -69,18 +86,26 @@ class Chain:
         data = memoryview(self.rest + tokens.astype("<u2", copy=False).tobytes())
         whole = len(data) - len(data) % self.BLOCK
         for at in range(0, whole, self.BLOCK):
-            self.link = hashlib.sha256(self.link + data[at:at + self.BLOCK]).digest()
+            self.link = hashlib.sha256(self.link + data[at : at + self.BLOCK]).digest()
         self.rest = bytes(data[whole:])
 
     def hexdigest(self) -> str:
         return hashlib.sha256(self.link + self.rest).hexdigest()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        return {"link": np.frombuffer(self.link, np.uint8), "rest": np.frombuffer(self.rest, np.uint8)}
+        return {
+            "link": np.frombuffer(self.link, np.uint8),
+            "rest": np.frombuffer(self.rest, np.uint8),
+        }
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         link, rest = arrays["link"], arrays["rest"]
-        if link.dtype != np.uint8 or rest.dtype != np.uint8 or link.shape != (32,) or len(rest) >= self.BLOCK:
+        if (
+            link.dtype != np.uint8
+            or rest.dtype != np.uint8
+            or link.shape != (32,)
+            or len(rest) >= self.BLOCK
+        ):
             raise ValueError("the chain")
         self.link, self.rest = link.tobytes(), rest.tobytes()
 
@@ -104,11 +129,30 @@ def reading_state(path: str | Path, kind: str) -> Iterator[Mapping[str, np.ndarr
                 if arrays["kind"].tobytes() != kind.encode():
                     raise ValueError("of another kind")
                 yield arrays
-    except (ValueError, KeyError, IndexError, TypeError, EOFError, MemoryError, NotImplementedError, RuntimeError,
-            OverflowError, SyntaxError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error, UserError):
-        raise UserError(f"{path}: not a whole file of {kind} state; delete it and score from the start") from None
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        EOFError,
+        MemoryError,
+        NotImplementedError,
+        RuntimeError,
+        OverflowError,
+        SyntaxError,
+        struct.error,
+        tokenize.TokenError,
+        zipfile.BadZipFile,
+        zlib.error,
+        UserError,
+    ):
+        raise UserError(
+            f"{path}: not a whole file of {kind} state; delete it and score from the start"
+        ) from None
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror or e}); score from the start") from None
+        raise UserError(
+            f"{path}: cannot be read ({e.strerror or e}); score from the start"
+        ) from None
 
 
 def same_shape(found: np.ndarray, ours: np.ndarray) -> np.ndarray:

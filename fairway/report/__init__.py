@@ -37,7 +37,10 @@ def write_report(runs: list[Path], out: Path) -> Path:
     names = data.names(found)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=len(found) + len(FIGURES), desc="report", delay=2, leave=False) as bar, style.drawing():
+        with (
+            tqdm(total=len(found) + len(FIGURES), desc="report", delay=2, leave=False) as bar,
+            style.drawing(),
+        ):
             taken = []
             for run in found:
                 taken.append(take(run, max(1, PASSAGES // len(found))))
@@ -46,10 +49,17 @@ def write_report(runs: list[Path], out: Path) -> Path:
             for figure in FIGURES:
                 sections.append(section(figure, names, [t[figure.key] for t in taken], out))
                 bar.update()
-        html = page.page(title(names), lead(found), sections, tables(found, names, [t["passages"] for t in taken]))
+        html = page.page(
+            title(names),
+            lead(found),
+            sections,
+            tables(found, names, [t["passages"] for t in taken]),
+        )
         write_text(out / "report.html", html)
     except OSError as e:
-        raise RecordError(f"{e.filename or out}: {e.strerror or e}; name another folder with --out") from None
+        raise RecordError(
+            f"{e.filename or out}: {e.strerror or e}; name another folder with --out"
+        ) from None
     return out / "report.html"
 
 
@@ -62,7 +72,11 @@ def picture(runs: list[Path], path: Path) -> None:
         figure, (left, right) = style.new_figure(style.WIDE, 6.5, 1, 2)
         for axes, key in ((left, "loss_tokens"), (right, "ladder")):
             taken = [attempt(by_key[key], source) for source in sources]
-            held = [(n, t, i) for i, (n, t) in enumerate(zip(names, taken, strict=True)) if not isinstance(t, Missing)]
+            held = [
+                (n, t, i)
+                for i, (n, t) in enumerate(zip(names, taken, strict=True))
+                if not isinstance(t, Missing)
+            ]
             need(held or key != "loss_tokens", f"{found[0].folder}: {taken[0]}")
             axes.set_title(by_key[key].title)
             draw_half(axes, key, held)
@@ -80,18 +94,31 @@ def draw_half(axes: Any, key: str, held: list[tuple[str, Any, int]]) -> None:
         axes.text(0.5, 0.5, "not evaluated", transform=axes.transAxes, ha="center")
         axes.axis("off")
     elif key == "ladder":
-        ladder_dots(axes, [row for row in ladder_rows(runs) if row[0] in ("score", "apart")], styles, False)
+        ladder_dots(
+            axes, [row for row in ladder_rows(runs) if row[0] in ("score", "apart")], styles, False
+        )
     else:
         loss_curves(axes, runs, styles, 0)
-        entries = [(handle(color=colour(i), ls=style.LINES[i % 4], marker=style.MARKS[i % 8], ms=8), style.label(name))
-                   for (name, _), i in zip(runs, styles, strict=True)]
-        axes.legend(*zip(*entries, *curve_marks([curve for _, curve in runs]), strict=True), loc="lower left")
+        entries = [
+            (
+                handle(color=colour(i), ls=style.LINES[i % 4], marker=style.MARKS[i % 8], ms=8),
+                style.label(name),
+            )
+            for (name, _), i in zip(runs, styles, strict=True)
+        ]
+        axes.legend(
+            *zip(*entries, *curve_marks([curve for _, curve in runs]), strict=True),
+            loc="lower left",
+        )
 
 
 # ==== PARTS ===========================================================================================================
 def read_runs(runs: list[Path]) -> list[Run]:
     need(runs, "no run is named; name the OUT_DIR of one or more")
-    need(len(runs) <= MOST_RUNS, f"{len(runs)} runs are named; a figure tells at most {MOST_RUNS} apart")
+    need(
+        len(runs) <= MOST_RUNS,
+        f"{len(runs)} runs are named; a figure tells at most {MOST_RUNS} apart",
+    )
     return [read_run(path) for path in runs]
 
 
@@ -117,7 +144,9 @@ def take(run: Run, count: int) -> dict[str, Any]:
 def section(figure: Figure, names: list[str], taken: list[Any], out: Path) -> page.Section:
     held = [(name, t) for name, t in zip(names, taken, strict=True) if not isinstance(t, Missing)]
     styles = [i for i, t in enumerate(taken) if not isinstance(t, Missing)]
-    lacking = [(name, str(t)) for name, t in zip(names, taken, strict=True) if isinstance(t, Missing)]
+    lacking = [
+        (name, str(t)) for name, t in zip(names, taken, strict=True) if isinstance(t, Missing)
+    ]
     beside = out / f"{PNG_PREFIX}{figure.key}.png"
     if not held:
         beside.unlink(missing_ok=True)  # an older report's
@@ -127,26 +156,45 @@ def section(figure: Figure, names: list[str], taken: list[Any], out: Path) -> pa
         style.settle(drawn)
     with replacing(beside) as f:
         f.write(style.png(wide))
-    more = {"ladder": lambda: page.ladder_table(ladder_rows(held), [name for name, _ in held]),
-            "bytes": lambda: page.bytes_table(held), "errors": lambda: page.matrices_table(held)}
+    more = {
+        "ladder": lambda: page.ladder_table(ladder_rows(held), [name for name, _ in held]),
+        "bytes": lambda: page.bytes_table(held),
+        "errors": lambda: page.matrices_table(held),
+    }
     said = [(name, figure.say(t)) for name, t in held]
-    return page.Section(figure.key, figure.title, said, figure.caption, style.svg(wide, f"{figure.key}-w-"),
-                        style.svg(narrow, f"{figure.key}-n-"), lacking, more.get(figure.key, str)())
+    return page.Section(
+        figure.key,
+        figure.title,
+        said,
+        figure.caption,
+        style.svg(wide, f"{figure.key}-w-"),
+        style.svg(narrow, f"{figure.key}-n-"),
+        lacking,
+        more.get(figure.key, str)(),
+    )
 
 
 def tables(runs: list[Run], names: list[str], taken: list[Any]) -> list[tuple[str, str, str]]:
     found = [(name, *t) for name, t in zip(names, taken, strict=True) if not isinstance(t, Missing)]
-    lacking = [(name, str(t)) for name, t in zip(names, taken, strict=True) if isinstance(t, Missing)]
-    return [("summary", "Summary", page.summary(runs, names)),
-            ("passages", "The worst predicted passages", page.passages(found, lacking)),
-            ("certificate", "The certificate", page.certificates(runs, names))]
+    lacking = [
+        (name, str(t)) for name, t in zip(names, taken, strict=True) if isinstance(t, Missing)
+    ]
+    return [
+        ("summary", "Summary", page.summary(runs, names)),
+        ("passages", "The worst predicted passages", page.passages(found, lacking)),
+        ("certificate", "The certificate", page.certificates(runs, names)),
+    ]
 
 
 def title(names: list[str]) -> str:
-    return f"Report on {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"Report on {', '.join(names[:3])}" + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
 
 
 def lead(runs: list[Run]) -> str:
     scored = sum(run.score is not None for run in runs)
-    return (f"{len(runs)} run{'s' * (len(runs) > 1)}, {scored} of them scored. Bits a byte and nats a token: lower is "
-            "better. Every number comes from the run's own logs and evaluation.")
+    return (
+        f"{len(runs)} run{'s' * (len(runs) > 1)}, {scored} of them scored. Bits a byte and nats a token: lower is "
+        "better. Every number comes from the run's own logs and evaluation."
+    )

@@ -38,15 +38,27 @@ def read_artifact(run: Run) -> Artifact:
             if start[:8] != MAGIC or hashlib.sha256(text).digest() != start[16:48]:
                 raise Missing(f"{name} has no header of an artifact")
             header = parse_json(text.decode("utf-8", "replace"), name)
-            payload, tokenizer = (whole(dict_at(header).get(k)) for k in ("payload_bytes", "tokenizer_bytes"))
-            if payload is None or tokenizer is None or PREFIX_BYTES + length + payload + tokenizer != size:
+            payload, tokenizer = (
+                whole(dict_at(header).get(k)) for k in ("payload_bytes", "tokenizer_bytes")
+            )
+            if (
+                payload is None
+                or tokenizer is None
+                or PREFIX_BYTES + length + payload + tokenizer != size
+            ):
                 raise Missing(f"{name} is not as long as its header says")
             f.seek(PREFIX_BYTES + length + payload)
             stream = f.read(tokenizer) if tokenizer <= MOST_TOKENIZER else b""
     except (OSError, RecordError) as e:
         raise Missing(f"{name}: {words(str(e), 120)}") from None
-    return Artifact(PREFIX_BYTES + length, payload, tokenizer, dict_at(header, "tensors"),
-                    words(header.get("tokenizer_sha256")), stream)
+    return Artifact(
+        PREFIX_BYTES + length,
+        payload,
+        tokenizer,
+        dict_at(header, "tensors"),
+        words(header.get("tokenizer_sha256")),
+        stream,
+    )
 
 
 def unpacked(stream: bytes) -> bytes:
@@ -79,8 +91,12 @@ class Weighed(NamedTuple):
 
 
 def tensor_class(name: str) -> str:
-    for pattern, kind in ((r"bigram", "bigram"), (r"emb|head\b", "embedding"), (r"\.attn\.", "attention"),
-                          (r"\.mlp\.", "MLP")):
+    for pattern, kind in (
+        (r"bigram", "bigram"),
+        (r"emb|head\b", "embedding"),
+        (r"\.attn\.", "attention"),
+        (r"\.mlp\.", "MLP"),
+    ):
         if re.search(pattern, name):
             return kind
     return "gates, scales"
@@ -90,10 +106,20 @@ def shares(run: Run, tensors: dict[str, Any], skip: int) -> dict[str, float]:
     """class → bits that its tensors take, by what the quantiser said of each. `skip`: where shapes begin."""
     said, found = dict_at(run.event("quantised"), "tensors"), {}
     for name, shape in list(tensors.items())[:4096]:
-        if not isinstance(shape, list) or not skip <= len(shape) <= 8 or any(whole(n) is None for n in shape):
+        if (
+            not isinstance(shape, list)
+            or not skip <= len(shape) <= 8
+            or any(whole(n) is None for n in shape)
+        ):
             continue
         told = said.get(name)
-        bits = number(told[1]) if isinstance(told, list) and len(told) > 1 else number(shape[0]) if skip else 16.0
+        bits = (
+            number(told[1])
+            if isinstance(told, list) and len(told) > 1
+            else number(shape[0])
+            if skip
+            else 16.0
+        )
         size = min(math.prod(shape[skip:]), 1 << 40)
         if 0 <= bits <= 32:
             kind = tensor_class(words(name))
@@ -115,7 +141,9 @@ def code_groups(run: Run) -> dict[str, int]:
 
 def weigh(run: Run) -> Weighed:
     """Where the bytes go: sizes of files are exact, the classes of tensors share the payload by estimate."""
-    total = whole(run.event("artifact").get("bytes")) or whole(dict_at(run.score, "sizes").get("artifact"))
+    total = whole(run.event("artifact").get("bytes")) or whole(
+        dict_at(run.score, "sizes").get("artifact")
+    )
     if not total:
         raise no_export(run, "artifact")
     parts, tensors, skip = [], dict_at(run.event("model"), "tensors"), 0
@@ -125,13 +153,20 @@ def weigh(run: Run) -> Weighed:
         payload = total
     else:
         payload, tensors, skip = made.payload_bytes, made.tensors, 1
-        parts = [Part("tokenizer", "file", made.tokenizer_bytes, True), Part("header", "file", made.header_bytes, True)]
+        parts = [
+            Part("tokenizer", "file", made.tokenizer_bytes, True),
+            Part("header", "file", made.header_bytes, True),
+        ]
     bits = shares(run, tensors, skip) or {"weights": 1.0}
-    parts += [Part(kind, "weights", payload * b / sum(bits.values()), len(bits) == 1) for kind, b in bits.items()]
+    parts += [
+        Part(kind, "weights", payload * b / sum(bits.values()), len(bits) == 1)
+        for kind, b in bits.items()
+    ]
     parts += [Part(name, "code", size, True) for name, size in code_groups(run).items()]
     parts = sorted((p for p in parts if p.bytes > 0), key=lambda p: (-p.bytes, p.name))
-    budget = whole(dict_at(run.score, "settings").get("size_budget_bytes")) or whole(
-        run.settings.get("size_budget_bytes")) or BUDGET
+    budget = (
+        whole(dict_at(run.score, "settings").get("size_budget_bytes"))
+        or whole(run.settings.get("size_budget_bytes"))
+        or BUDGET
+    )
     return Weighed(parts, budget)
-
-

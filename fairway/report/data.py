@@ -49,7 +49,9 @@ def items(value: Any, limit: int = MOST_ROWS) -> list[dict[str, Any]]:
 def names(runs: list[Run]) -> list[str]:
     """What each run is called in legends and tables: its run id; of several alike, with folder or seed."""
     ids = [words(run.run_id, 24) or "run" for run in runs]
-    folders = [words(run.folder.resolve().name, 24) or name for run, name in zip(runs, ids, strict=True)]
+    folders = [
+        words(run.folder.resolve().name, 24) or name for run, name in zip(runs, ids, strict=True)
+    ]
     seeds = [f"{name}, seed {run.seed}" for run, name in zip(runs, ids, strict=True)]
     numbered = [f"{name} ({i + 1})" for i, name in enumerate(ids)]
     return next((way for way in (ids, folders, seeds) if len(set(way)) == len(way)), numbered)
@@ -70,19 +72,29 @@ class Curve(NamedTuple):
 def no_export(run: Run, event: str) -> Missing:
     if not run.events:
         return no_events(run)
-    return Missing(f"no `{event}` event in logs/{words(run.run_id)}.jsonl: training did not reach its export; RESUME=1 "
-                   "python train_gpt.py goes on from its checkpoint")
+    return Missing(
+        f"no `{event}` event in logs/{words(run.run_id)}.jsonl: training did not reach its export; RESUME=1 "
+        "python train_gpt.py goes on from its checkpoint"
+    )
 
 
 def no_events(run: Run) -> Missing:
-    return Missing(f"no training events in logs/{words(run.run_id)}.jsonl; train_gpt.py writes that file beside the "
-                   "log, so copy it too or train again")
+    return Missing(
+        f"no training events in logs/{words(run.run_id)}.jsonl; train_gpt.py writes that file beside the "
+        "log, so copy it too or train again"
+    )
 
 
 def curve(run: Run) -> Curve:
-    rows = np.array([[number(e.get(name)) for name in ("step", "tokens", "seconds", "loss")]
-                     for e in run.all_events("train")[-MOST_POINTS:]]).reshape(-1, 4)
-    rows = rows[np.isfinite(rows).all(axis=1) & (rows[:, 0] > 0) & (rows[:, 1] > 0) & (rows[:, 2] >= 0)]
+    rows = np.array(
+        [
+            [number(e.get(name)) for name in ("step", "tokens", "seconds", "loss")]
+            for e in run.all_events("train")[-MOST_POINTS:]
+        ]
+    ).reshape(-1, 4)
+    rows = rows[
+        np.isfinite(rows).all(axis=1) & (rows[:, 0] > 0) & (rows[:, 1] > 0) & (rows[:, 2] >= 0)
+    ]
     if len(rows) < 2:
         raise no_events(run)
     rows = rows[np.argsort(rows[:, 1], kind="stable")]
@@ -92,13 +104,23 @@ def curve(run: Run) -> Curve:
         at = number(event.get("step")) * each
         return at, float(np.interp(at, rows[:, 1], rows[:, 2]))
 
-    val = np.array([[*place(e), number(e.get("loss"))] for e in run.all_events("val")[-MOST_POINTS:]]).reshape(-1, 3)
+    val = np.array(
+        [[*place(e), number(e.get("loss"))] for e in run.all_events("val")[-MOST_POINTS:]]
+    ).reshape(-1, 3)
     val, qat = val[np.isfinite(val).all(axis=1) & (val[:, 0] > 0)], place(run.event("qat"))
-    return Curve(rows[:, 1], rows[:, 2], rows[:, 3], val, qat if math.isfinite(qat[0]) else None,
-                 number(run.event("final").get("loss")))
+    return Curve(
+        rows[:, 1],
+        rows[:, 2],
+        rows[:, 3],
+        val,
+        qat if math.isfinite(qat[0]) else None,
+        number(run.event("final").get("loss")),
+    )
 
 
-def smooth(x: np.ndarray, y: np.ndarray, cells: int = 240, decades: float = 0.035) -> tuple[np.ndarray, np.ndarray]:
+def smooth(
+    x: np.ndarray, y: np.ndarray, cells: int = 240, decades: float = 0.035
+) -> tuple[np.ndarray, np.ndarray]:
     """A weighted mean of neighbours on a logarithmic axis: early points stand alone, of late ones many count."""
     log = np.log10(x)
     at = np.linspace(log[0], log[-1], cells)
@@ -117,8 +139,12 @@ class Rung(NamedTuple):
     bpb: float
 
 
-GROUPS = {"score": "The score, step by step", "alone": "One expert added to the neural model",
-          "other": "Other mixtures, for comparison", "apart": "No score: no record may use it"}
+GROUPS = {
+    "score": "The score, step by step",
+    "alone": "One expert added to the neural model",
+    "other": "Other mixtures, for comparison",
+    "apart": "No score: no record may use it",
+}
 
 
 def no_score(run: Run) -> Missing:
@@ -140,13 +166,18 @@ def scored(run: Run) -> dict[str, Any]:
 
 def ladder(run: Run) -> list[Rung]:
     score = scored(run)
-    rungs = [Rung("score", words(r.get("name"), 40), number(r.get("bpb"))) for r in items(score.get("ladder"))]
+    rungs = [
+        Rung("score", words(r.get("name"), 40), number(r.get("bpb")))
+        for r in items(score.get("ladder"))
+    ]
     for r in items(score.get("ablation")):
         name = words(r.get("name"), 40)
         rungs.append(Rung("alone" if name.startswith("+") else "other", name, number(r.get("bpb"))))
     table = dict_at(score, "correction")
-    rungs += [Rung("apart", "oracle: the answers in hand", number(table.get("oracle_bpb"))),
-              Rung("apart", "correction table, bits charged", number(table.get("charged_bpb")))]
+    rungs += [
+        Rung("apart", "oracle: the answers in hand", number(table.get("oracle_bpb"))),
+        Rung("apart", "correction table, bits charged", number(table.get("charged_bpb"))),
+    ]
     rungs = list({(r.group, r.name): r for r in rungs if 0 <= r.bpb < 100 and r.name}.values())
     if not rungs:
         raise Missing("eval/score.json holds no ladder; run eval_final.py again")
@@ -164,7 +195,11 @@ class Matrix(NamedTuple):
 def matrices(run: Run) -> list[Matrix]:
     found = []
     for name, told in list(dict_at(run.event("quantised"), "tensors").items())[:2048]:
-        error, bits = (number(v) for v in told[:2]) if isinstance(told, list) and len(told) >= 2 else (math.nan,) * 2
+        error, bits = (
+            (number(v) for v in told[:2])
+            if isinstance(told, list) and len(told) >= 2
+            else (math.nan,) * 2
+        )
         if 0 <= error < 1e6 and 0 <= bits <= 32:
             place = re.fullmatch(r"blocks\.(\d{1,3})\.(.+?)(?:\.weight)?", name)
             kind = place[2] if place else name.removesuffix(".weight")
@@ -185,14 +220,21 @@ def trace(run: Run) -> Trace:
     experts, rows = weights.get("experts"), weights.get("trace")
     if isinstance(experts, list) and isinstance(rows, list):
         experts = [words(e, 16) for e in experts[:16]]
-        table = [[number(w) for w in row] for row in rows[:4096] if isinstance(row, list) and len(row) == len(experts)]
+        table = [
+            [number(w) for w in row]
+            for row in rows[:4096]
+            if isinstance(row, list) and len(row) == len(experts)
+        ]
         grid = np.array(table).reshape(-1, len(experts)) if experts else np.zeros((0, 0))
         grid = grid[np.isfinite(grid).all(axis=1)] if grid.size else grid
         grid = np.clip(grid, 0, 1)
         if len(grid) >= 2 and grid.max() >= 0.005:
             kept = grid.max(axis=0) >= 0.005
-            return Trace([e for e, k in zip(experts, kept, strict=True) if k], grid[:, kept],
-                         number(scored(run).get("tokens")))
+            return Trace(
+                [e for e, k in zip(experts, kept, strict=True) if k],
+                grid[:, kept],
+                number(scored(run).get("tokens")),
+            )
     raise Missing("eval/score.json holds no weights of the mixture; run eval_final.py again")
 
 
@@ -215,14 +257,22 @@ def duration(seconds: Any) -> str:
 
 def code_files(run: Run) -> dict[str, int]:
     """file → bytes of all code that counts; train_gpt.py alone where the run was not evaluated."""
-    files = {words(name): whole(size) or 0 for name, size in list(dict_at(run.score, "sizes", "code").items())[:4096]}
+    files = {
+        words(name): whole(size) or 0
+        for name, size in list(dict_at(run.score, "sizes", "code").items())[:4096]
+    }
     alone = whole(run.event("artifact").get("code_bytes"))
     return files or ({"train_gpt.py": alone} if alone else {})
 
 
 def summary(run: Run) -> dict[str, str]:
     """The table at the top: what → its value in words; empty where the files do not say."""
-    start, made, final, score = run.event("start"), run.event("artifact"), run.event("final"), run.score or {}
+    start, made, final, score = (
+        run.event("start"),
+        run.event("artifact"),
+        run.event("final"),
+        run.score or {},
+    )
     sizes, last = dict_at(score, "sizes"), (run.all_events("train") or [{}])[-1]
     seconds = [number(s) for s in dict_at(score, "seconds").values()]
     code = sum(code_files(run).values()) or None
@@ -253,9 +303,14 @@ def summary(run: Run) -> dict[str, str]:
         "seed": words(run.seed),
     }
     trained, judged = dict_at(start, "sha256"), dict_at(score, "sha256")
-    hashes = {"training code": trained.get("code"), "settings": trained.get("settings"),
-              "all data": trained.get("data"), "scored split": judged.get("data"),
-              "tokenizer": trained.get("tokenizer", judged.get("tokenizer")), "artifact": made.get("sha256")}
+    hashes = {
+        "training code": trained.get("code"),
+        "settings": trained.get("settings"),
+        "all data": trained.get("data"),
+        "scored split": judged.get("data"),
+        "tokenizer": trained.get("tokenizer", judged.get("tokenizer")),
+        "artifact": made.get("sha256"),
+    }
     return rows | {f"SHA-256 of {name}": words(value, 64)[:16] for name, value in hashes.items()}
 
 
@@ -264,13 +319,17 @@ def verdict_in_a_word(run: Run) -> str:
     if not rules:
         return "none"
     failed = [r[0] for r in rules if r[1] != "ok"]
-    return f"{len(rules) - len(failed)} of {len(rules)} rules ok" + (f"; not: {', '.join(failed)}" if failed else "")
+    return f"{len(rules) - len(failed)} of {len(rules)} rules ok" + (
+        f"; not: {', '.join(failed)}" if failed else ""
+    )
 
 
 def verdicts(run: Run) -> list[tuple[str, str, str]]:
     """(rule, verdict, figure) of the certificate; [] where there is none."""
-    rows = [(words(r.get("rule"), 40), words(r.get("verdict"), 20), words(r.get("figure"), 300))
-            for r in items((run.certificate or {}).get("rules"))]
+    rows = [
+        (words(r.get("rule"), 40), words(r.get("verdict"), 20), words(r.get("figure"), 300))
+        for r in items((run.certificate or {}).get("rules"))
+    ]
     return [r for r in rows if r[0]]
 
 

@@ -10,7 +10,17 @@ import numpy as np
 
 from fairway.report import artifact, data, split
 from fairway.report.split import Source
-from fairway.report.style import LINES, MARKS, Shape, label, light, new_figure, short, text_width, wrapped
+from fairway.report.style import (
+    LINES,
+    MARKS,
+    Shape,
+    label,
+    light,
+    new_figure,
+    short,
+    text_width,
+    wrapped,
+)
 
 Named = list[tuple[str, Any]]  # (name of a run, its data), one a run
 
@@ -32,8 +42,13 @@ def legend(figure: Any, shape: Shape, entries: list[tuple[Any, str]], columns: i
     if entries:
         handles, labels = zip(*entries, strict=True)
         room = (shape.width * 72 - 10) // (max(map(text_width, labels)) + 75)
-        figure.legend(handles, [label(text) for text in labels], loc="outside lower center",
-                      ncols=columns or max(1, min(len(labels), int(room))), handlelength=2.6)
+        figure.legend(
+            handles,
+            [label(text) for text in labels],
+            loc="outside lower center",
+            ncols=columns or max(1, min(len(labels), int(room))),
+            handlelength=2.6,
+        )
 
 
 def handle(**options: Any) -> Any:
@@ -50,13 +65,18 @@ def grid(axes: Any, axis: str = "both") -> None:
 # ==== 1, 2: TRAINING ==================================================================================================
 def draw_curves(x: int) -> Callable[[Named, Shape, list[int]], Any]:
     """Loss against field `x` of a Curve: 0 tokens, 1 seconds."""
+
     def draw(runs: Named, shape: Shape, styles: list[int]) -> Any:
         figure, (axes,) = new_figure(shape, 6.2 if shape.wide else 6.0)
         loss_curves(axes, runs, styles, x)
-        entries = [(handle(color=colour(s), ls=LINES[s % 4]), name) for (name, _), s in zip(runs, styles, strict=True)]
+        entries = [
+            (handle(color=colour(s), ls=LINES[s % 4]), name)
+            for (name, _), s in zip(runs, styles, strict=True)
+        ]
         entries += curve_marks([curve for _, curve in runs])
         legend(figure, shape, entries)
         return figure
+
     return draw
 
 
@@ -67,16 +87,33 @@ def loss_curves(axes: Any, runs: Named, styles: list[int], x: int) -> None:
         along, loss = data.smooth(curve.tokens, curve.loss)
         along = np.interp(along, curve.tokens, curve[x])
         step = max(1, int(held.sum()) // 400)
-        axes.plot(curve[x][held][::step], curve.loss[held][::step], "o", ms=4.5, color=own, alpha=0.5, mew=0)
+        axes.plot(
+            curve[x][held][::step],
+            curve.loss[held][::step],
+            "o",
+            ms=4.5,
+            color=own,
+            alpha=0.5,
+            mew=0,
+        )
         axes.plot(along, loss, color=own, ls=LINES[style % 4])
         if len(curve.val):
             some = curve.val[:: max(1, len(curve.val) // 60)]
             axes.plot(some[:, x], some[:, 2], "o", ms=8, mfc=light("surface"), mec=own, mew=2)
         if math.isfinite(curve.final):
-            axes.plot(curve[x][-1], curve.final, "*", ms=14, color=own, mec=light("surface"), mew=0.8)
+            axes.plot(
+                curve[x][-1], curve.final, "*", ms=14, color=own, mec=light("surface"), mew=0.8
+            )
         if curve.qat:
-            axes.plot(curve.qat[x], np.interp(curve.qat[x], along, loss), "v", ms=11, color=own,
-                      mec=light("surface"), mew=0.8)
+            axes.plot(
+                curve.qat[x],
+                np.interp(curve.qat[x], along, loss),
+                "v",
+                ms=11,
+                color=own,
+                mec=light("surface"),
+                mew=0.8,
+            )
         late = curve[x] >= 0.03 * curve[x][-1]
         tops.append(curve.loss[late].max())
         lows.append(np.nanmin([curve.loss.min(), curve.final, *curve.val[:, 2]]))
@@ -97,7 +134,13 @@ def spread_ticks(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_xlim()
-    subs = (1.0,) if high / low > 3e2 else (1.0, 2.0, 5.0) if high / low > 8 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    subs = (
+        (1.0,)
+        if high / low > 3e2
+        else (1.0, 2.0, 5.0)
+        if high / low > 8
+        else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    )
     axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(FuncFormatter(short))
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -107,7 +150,9 @@ def spread_ticks(axes: Any) -> None:
 def curve_marks(curves: list[Any]) -> list[tuple[Any, str]]:
     """What the marks mean, those that are there."""
     ink, surface = light("soft"), light("surface")
-    entries = [(handle(ls="", marker="o", ms=4.5, color=ink, alpha=0.7), "training, each logged step")]
+    entries = [
+        (handle(ls="", marker="o", ms=4.5, color=ink, alpha=0.7), "training, each logged step")
+    ]
     if any(len(c.val) for c in curves):
         entries.append((handle(ls="", marker="o", ms=8, mfc=surface, mec=ink, mew=2), "validation"))
     if any(c.qat for c in curves):
@@ -129,6 +174,7 @@ def say_curves(x: int) -> Callable[[Any], str]:
         if math.isfinite(curve.final):
             text += f"; the artifact as read back has {curve.final:.4f}"
         return text
+
     return say
 
 
@@ -152,50 +198,101 @@ def draw_ladder(runs: Named, shape: Shape, styles: list[int]) -> Any:
     figure, (axes,) = new_figure(shape, 1.5 + lines * (0.36 if shape.wide else 0.52))
     ladder_dots(axes, rows, styles, shape.wide)
     if len(runs) > 1:
-        legend(figure, shape, [(handle(ls="", marker=MARKS[s % 8], ms=9, color=colour(s)), name)
-                               for (name, _), s in zip(runs, styles, strict=True)])
+        legend(
+            figure,
+            shape,
+            [
+                (handle(ls="", marker=MARKS[s % 8], ms=9, color=colour(s)), name)
+                for (name, _), s in zip(runs, styles, strict=True)
+            ],
+        )
     return figure
 
 
-def ladder_dots(axes: Any, rows: list[tuple[str, str, list[float]]], styles: list[int], beside: bool) -> None:
+def ladder_dots(
+    axes: Any, rows: list[tuple[str, str, list[float]]], styles: list[int], beside: bool
+) -> None:
     """A row a name, its dots at bits a byte. Names stand beside the axis, or above their rows where room is short."""
-    low, high = (f(v for _, _, values in rows for v in values if math.isfinite(v)) for f in (min, max))
+    low, high = (
+        f(v for _, _, values in rows for v in values if math.isfinite(v)) for f in (min, max)
+    )
     room = max(high - low, 1e-3)
-    axes.set_xlim(low - 0.06 * room, high + (0.12 if beside else 0.3) * (1.0 if len(styles) == 1 else 1.6) * room)
+    axes.set_xlim(
+        low - 0.06 * room,
+        high + (0.12 if beside else 0.3) * (1.0 if len(styles) == 1 else 1.6) * room,
+    )
     left = axes.get_yaxis_transform()
     y, last, ticks = 0.0, "", []
     for group, name, values in rows:
         if group != last:
             y -= 1.0 if not last else 1.15
-            axes.text(0.004 if beside else 0.0, y, data.GROUPS[group], transform=left, weight="bold", va="center",
-                      color=light("warn" if group == "apart" else "ink"), zorder=5)
+            axes.text(
+                0.004 if beside else 0.0,
+                y,
+                data.GROUPS[group],
+                transform=left,
+                weight="bold",
+                va="center",
+                color=light("warn" if group == "apart" else "ink"),
+                zorder=5,
+            )
             last = group
         y -= 1.0
         if group == "apart":
-            axes.axhspan(y - 0.5, y + 0.5, fc=light("apart"), ec=light("warn"), hatch="//", lw=0, alpha=0.55, zorder=0)
+            axes.axhspan(
+                y - 0.5,
+                y + 0.5,
+                fc=light("apart"),
+                ec=light("warn"),
+                hatch="//",
+                lw=0,
+                alpha=0.55,
+                zorder=0,
+            )
         best = group == "score" and name == [n for g, n, _ in rows if g == "score"][-1]
-        words = dict(va="center", zorder=5, weight="bold" if best else "normal",
-                     bbox=dict(fc=light("apart"), ec="none", pad=1.5) if group == "apart" else None)
+        words = dict(
+            va="center",
+            zorder=5,
+            weight="bold" if best else "normal",
+            bbox=dict(fc=light("apart"), ec="none", pad=1.5) if group == "apart" else None,
+        )
         ladder_row(axes, y if beside else y - 0.24, values, styles, words)
         if not beside:
             axes.text(0.0, y + 0.2, name, transform=left, **words)
         ticks.append((y, name))
     axes.set_ylim(y - 0.7, -0.4)
-    axes.set_yticks([at for at, _ in ticks], [label(name) for _, name in ticks] if beside else [""] * len(ticks))
+    axes.set_yticks(
+        [at for at, _ in ticks], [label(name) for _, name in ticks] if beside else [""] * len(ticks)
+    )
     axes.set_xlabel("bits a byte (lower is better)")
     grid(axes, "x")
     axes.spines["left"].set_visible(False)
 
 
-def ladder_row(axes: Any, y: float, values: list[float], styles: list[int], words: dict[str, Any]) -> None:
+def ladder_row(
+    axes: Any, y: float, values: list[float], styles: list[int], words: dict[str, Any]
+) -> None:
     """The dots of a row and, beside the last, their mean."""
     held = [(v, s) for v, s in zip(values, styles, strict=True) if math.isfinite(v)]
     for value, style in held:
-        axes.plot(value, y, MARKS[style % 8], ms=12 if words["weight"] == "bold" else 8, color=colour(style),
-                  mec=light("surface"), mew=0.8, zorder=4)
+        axes.plot(
+            value,
+            y,
+            MARKS[style % 8],
+            ms=12 if words["weight"] == "bold" else 8,
+            color=colour(style),
+            mec=light("surface"),
+            mew=0.8,
+            zorder=4,
+        )
     mean, last = sum(v for v, _ in held) / len(held), max(v for v, _ in held)
-    axes.annotate(f"{mean:.4f}" if len(held) == 1 else f"mean {mean:.4f}", (last, y), (12, 0),
-                  textcoords="offset points", **words)
+    axes.annotate(
+        f"{mean:.4f}" if len(held) == 1 else f"mean {mean:.4f}",
+        (last, y),
+        (12, 0),
+        textcoords="offset points",
+        **words,
+    )
 
 
 def say_ladder(rungs: list[data.Rung]) -> str:
@@ -206,7 +303,9 @@ def say_ladder(rungs: list[data.Rung]) -> str:
 
 
 # ==== 4: BYTES ========================================================================================================
-def squarified(sizes: list[float], x: float, y: float, w: float, h: float) -> list[tuple[float, float, float, float]]:
+def squarified(
+    sizes: list[float], x: float, y: float, w: float, h: float
+) -> list[tuple[float, float, float, float]]:
     """Rectangles (x, y, w, h) of these areas, largest first, as near to squares as rows of them can be (Bruls 2000)."""
     found: list[tuple[float, float, float, float]] = []
     scale = w * h / sum(sizes)
@@ -230,22 +329,32 @@ def squarified(sizes: list[float], x: float, y: float, w: float, h: float) -> li
     return found
 
 
-KINDS = {"weights": ("f0", "c0", "weights (classes by estimate)"), "file": ("f4", "c4", "tokenizer, header"),
-         "code": ("f2", "c2", "code")}
+KINDS = {
+    "weights": ("f0", "c0", "weights (classes by estimate)"),
+    "file": ("f4", "c4", "tokenizer, header"),
+    "code": ("f2", "c2", "code"),
+}
 
 
 def draw_bytes(runs: Named, shape: Shape, styles: list[int]) -> Any:
     from matplotlib.patches import Patch
 
-    figure, axes = new_figure(shape, 0.4 + len(runs) * (5.5 if shape.wide else 6.4), 2 * len(runs), 1,
-                              height_ratios=[0.6, 4 if shape.wide else 5] * len(runs))
+    figure, axes = new_figure(
+        shape,
+        0.4 + len(runs) * (5.5 if shape.wide else 6.4),
+        2 * len(runs),
+        1,
+        height_ratios=[0.6, 4 if shape.wide else 5] * len(runs),
+    )
     figure.get_layout_engine().set(h_pad=0.08)
     for (name, weighed), bar, tree in zip(runs, axes[::2], axes[1::2], strict=True):
         budget_bar(bar, name, weighed, shape)
         wide, high = shape.width * 72, 290 if shape.wide else 330
         boxes = squarified([p.bytes for p in weighed.parts], 0, 0, wide, high)
         for part, (x, y, w, h) in zip(weighed.parts, boxes, strict=True):
-            tree.add_patch(rectangle(x, y, w, h, fc=light(KINDS[part.kind][0]), ec=light("surface"), lw=2))
+            tree.add_patch(
+                rectangle(x, y, w, h, fc=light(KINDS[part.kind][0]), ec=light("surface"), lw=2)
+            )
             text = f"{part.name}\n{'' if part.exact else '≈ '}{part.bytes:,.0f}"
             if w < text_width(part.name) + 6:
                 text = text.replace("/", "/\n")
@@ -256,8 +365,15 @@ def draw_bytes(runs: Named, shape: Shape, styles: list[int]) -> Any:
         tree.set_ylim(high, 0)
         tree.axis("off")
     there = {p.kind for _, weighed in runs for p in weighed.parts}
-    legend(figure, shape, [(Patch(fc=light(fill), ec=light(edge)), text)
-                           for kind, (fill, edge, text) in KINDS.items() if kind in there])
+    legend(
+        figure,
+        shape,
+        [
+            (Patch(fc=light(fill), ec=light(edge)), text)
+            for kind, (fill, edge, text) in KINDS.items()
+            if kind in there
+        ],
+    )
     return figure
 
 
@@ -277,16 +393,22 @@ def budget_bar(axes: Any, name: str, weighed: Any, shape: Shape) -> None:
         axes.axvline(budget, color=light("ink"), lw=2)
     over = f"{budget - used:,} left" if used <= budget else f"{used - budget:,} TOO MANY"
     text = f"{label(name)}: {used:,} of {budget:,} bytes ({100 * part:.1f}\u00a0%), {over}"
-    axes.set_title(wrapped(text, shape.width * 72 - 10), weight="bold" if used > budget else "normal")
+    axes.set_title(
+        wrapped(text, shape.width * 72 - 10), weight="bold" if used > budget else "normal"
+    )
     axes.set_xlim(0, end)
     axes.set_ylim(0, 1)
     axes.axis("off")
 
 
 def say_bytes(weighed: artifact.Weighed) -> str:
-    largest = ", ".join(f"{p.name} {'' if p.exact else 'about '}{p.bytes:,.0f}" for p in weighed.parts[:4])
-    return (f"{weighed.used:,} of {weighed.budget:,} bytes used, {weighed.budget - weighed.used:,} left; the largest "
-            f"parts are {largest}")
+    largest = ", ".join(
+        f"{p.name} {'' if p.exact else 'about '}{p.bytes:,.0f}" for p in weighed.parts[:4]
+    )
+    return (
+        f"{weighed.used:,} of {weighed.budget:,} bytes used, {weighed.budget - weighed.used:,} left; the largest "
+        f"parts are {largest}"
+    )
 
 
 # ==== 5: QUANTISER ====================================================================================================
@@ -301,9 +423,17 @@ def draw_errors(runs: Named, shape: Shape, styles: list[int]) -> Any:
     for kind, panel in zip(kinds, axes, strict=False):
         for (_, found), style in zip(runs, styles, strict=True):
             own = sorted((m.layer, m.error) for m in found if m.kind == kind and m.layer >= 0)
-            panel.plot([a for a, _ in own], [100 * e for _, e in own], color=colour(style), ls=LINES[style % 4],
-                       marker=MARKS[style % 8], ms=6)
-        error_panel(panel, kind, np.mean([m.bits for _, found in runs for m in found if m.kind == kind]))
+            panel.plot(
+                [a for a, _ in own],
+                [100 * e for _, e in own],
+                color=colour(style),
+                ls=LINES[style % 4],
+                marker=MARKS[style % 8],
+                ms=6,
+            )
+        error_panel(
+            panel, kind, np.mean([m.bits for _, found in runs for m in found if m.kind == kind])
+        )
         panel.set_xlabel("layer")
     if single:
         error_of_singles(axes[len(kinds)], single, runs, styles)
@@ -313,8 +443,14 @@ def draw_errors(runs: Named, shape: Shape, styles: list[int]) -> Any:
         panel.axis("off")
     axes[0].set_ylim(0, top)
     if len(runs) > 1:
-        legend(figure, shape, [(handle(color=colour(s), ls=LINES[s % 4], marker=MARKS[s % 8], ms=6), name)
-                               for (name, _), s in zip(runs, styles, strict=True)])
+        legend(
+            figure,
+            shape,
+            [
+                (handle(color=colour(s), ls=LINES[s % 4], marker=MARKS[s % 8], ms=6), name)
+                for (name, _), s in zip(runs, styles, strict=True)
+            ],
+        )
     return figure
 
 
@@ -330,10 +466,21 @@ def error_panel(panel: Any, kind: str, bits: float) -> None:
 def error_of_singles(panel: Any, single: list[str], runs: Named, styles: list[int]) -> None:
     """Matrices that belong to no layer, by number; the table below names their errors."""
     for (_, found), style in zip(runs, styles, strict=True):
-        own = [(single.index(m.kind), 100 * m.error) for m in found if m.layer < 0 and m.kind in single]
-        panel.plot([a for a, _ in own], [e for _, e in own], ls="", color=colour(style), marker=MARKS[style % 8], ms=7)
+        own = [
+            (single.index(m.kind), 100 * m.error) for m in found if m.layer < 0 and m.kind in single
+        ]
+        panel.plot(
+            [a for a, _ in own],
+            [e for _, e in own],
+            ls="",
+            color=colour(style),
+            marker=MARKS[style % 8],
+            ms=7,
+        )
     error_panel(panel, "outside layers", math.nan)
-    panel.set_xticks(range(len(single)), [s.split(".")[-1].replace("tok_emb", "emb")[:8] for s in single])
+    panel.set_xticks(
+        range(len(single)), [s.split(".")[-1].replace("tok_emb", "emb")[:8] for s in single]
+    )
     panel.set_xlim(-0.6, len(single) - 0.4)
 
 
@@ -341,8 +488,10 @@ def say_errors(found: list[data.Matrix]) -> str:
     worst, middle = max(found, key=lambda m: m.error), np.median([m.error for m in found])
     bits = np.mean([m.bits for m in found])
     where = f"{worst.kind} of layer {worst.layer}" if worst.layer >= 0 else worst.kind
-    return (f"the relative error of {len(found)} matrices has median {100 * middle:.1f}\u00a0% and is at most "
-            f"{100 * worst.error:.1f}\u00a0% ({where}); the mean over matrices is {bits:.2f} bits a weight")
+    return (
+        f"the relative error of {len(found)} matrices has median {100 * middle:.1f}\u00a0% and is at most "
+        f"{100 * worst.error:.1f}\u00a0% ({where}); the mean over matrices is {bits:.2f} bits a weight"
+    )
 
 
 # ==== 6: MIXTURE ======================================================================================================
@@ -351,13 +500,17 @@ def draw_weights(runs: Named, shape: Shape, styles: list[int]) -> Any:
 
     columns = min(len(runs), 3) if shape.wide else 1
     rows = -(-len(runs) // columns)
-    figure, axes = new_figure(shape, 1.4 + rows * (4.2 if shape.wide else 3.6), rows, columns, sharey=True)
+    figure, axes = new_figure(
+        shape, 1.4 + rows * (4.2 if shape.wide else 3.6), rows, columns, sharey=True
+    )
     experts = list(dict.fromkeys(e for _, trace in runs for e in trace.experts))
     heaviest = runs[0][1].experts[int(np.argmax(runs[0][1].weights.sum(axis=0)))]
     fills = {e: light("f5") if e == heaviest else colour(i) for i, e in enumerate(experts)}
     for (name, trace), panel in zip(runs, axes, strict=False):
         x = 100 * (np.arange(len(trace.weights)) + 0.5) / len(trace.weights)
-        panel.stackplot(x, 100 * trace.weights.T, colors=[fills[e] for e in trace.experts], linewidth=0)
+        panel.stackplot(
+            x, 100 * trace.weights.T, colors=[fills[e] for e in trace.experts], linewidth=0
+        )
         panel.set_xlim(x[0], x[-1])
         panel.set_ylim(0, 100)
         panel.set_xlabel("place in the split (%)")
@@ -366,7 +519,7 @@ def draw_weights(runs: Named, shape: Shape, styles: list[int]) -> Any:
         panel.tick_params(length=0)
     for panel in axes[::columns]:
         panel.set_ylabel("weight (%)")
-    for panel in axes[len(runs):]:
+    for panel in axes[len(runs) :]:
         panel.axis("off")
     legend(figure, shape, [(Patch(fc=fill, ec=light("soft")), e) for e, fill in fills.items()])
     return figure
@@ -377,7 +530,8 @@ def say_weights(trace: data.Trace) -> str:
     first, last = trace.weights[:tenth].mean(axis=0), trace.weights[-tenth:].mean(axis=0)
     return "from the first tenth of the split to the last, " + ", ".join(
         f"{trace.experts[i]} goes from {100 * first[i]:.0f} to {100 * last[i]:.0f}\u00a0%"
-        for i in np.argsort(-last, kind="stable")[:3])
+        for i in np.argsort(-last, kind="stable")[:3]
+    )
 
 
 # ==== 7, 8: WHERE THE LOSS LIES =======================================================================================
@@ -388,43 +542,72 @@ def draw_means(label_x: str, log: bool) -> Callable[[Named, Shape, list[int]], A
             for kind, means in kinds.items():
                 mixture, own = kind == "mixture", colour(style)
                 if mixture or len(runs) == 1:
-                    axes.fill_between(means.x, means.mean - 2 * means.error, means.mean + 2 * means.error, color=own,
-                                      alpha=0.2, lw=0)
-                axes.plot(means.x, means.mean, color=own, ls="-" if mixture else LINES[2],
-                          lw=2.2 if mixture or len(runs) == 1 else 1.6, marker=MARKS[style % 8] if mixture else "",
-                          ms=4.5 if len(means.x) > 30 else 6)
+                    axes.fill_between(
+                        means.x,
+                        means.mean - 2 * means.error,
+                        means.mean + 2 * means.error,
+                        color=own,
+                        alpha=0.2,
+                        lw=0,
+                    )
+                axes.plot(
+                    means.x,
+                    means.mean,
+                    color=own,
+                    ls="-" if mixture else LINES[2],
+                    lw=2.2 if mixture or len(runs) == 1 else 1.6,
+                    marker=MARKS[style % 8] if mixture else "",
+                    ms=4.5 if len(means.x) > 30 else 6,
+                )
         if log:
             axes.set_xscale("log")
             spread_ticks(axes)
         axes.set_xlabel(wrapped(label_x, shape.width * 72 - 60))
         axes.set_ylabel("loss (nats a token)")
         grid(axes)
-        entries = [(handle(color=colour(s), marker=MARKS[s % 8], ms=6), name)
-                   for (name, _), s in zip(runs, styles, strict=True)] if len(runs) > 1 else []
+        entries = (
+            [
+                (handle(color=colour(s), marker=MARKS[s % 8], ms=6), name)
+                for (name, _), s in zip(runs, styles, strict=True)
+            ]
+            if len(runs) > 1
+            else []
+        )
         there = {kind for _, kinds in runs for kind in kinds}
         own = light("soft") if entries else colour(styles[0])
-        entries += [(handle(color=own, ls="-", marker="" if entries else "o"), "mixture"),
-                    *[(handle(color=own, ls=LINES[2]), "neural alone")] * ("neural" in there)]
+        entries += [
+            (handle(color=own, ls="-", marker="" if entries else "o"), "mixture"),
+            *[(handle(color=own, ls=LINES[2]), "neural alone")] * ("neural" in there),
+        ]
         legend(figure, shape, entries)
         return figure
+
     return draw
 
 
 def say_means(first: str, last: str) -> Callable[[dict[str, split.Means]], str]:
     """`first` and `last` say where the first and the last bin lie; the place of the last is put in."""
+
     def say(kinds: dict[str, split.Means]) -> str:
-        return "; ".join(f"{kind} {m.mean[0]:.2f} nats {first}, {m.mean[-1]:.2f} {last.format(short(m.x[-1]))}"
-                         for kind, m in kinds.items())
+        return "; ".join(
+            f"{kind} {m.mean[0]:.2f} nats {first}, {m.mean[-1]:.2f} {last.format(short(m.x[-1]))}"
+            for kind, m in kinds.items()
+        )
+
     return say
 
 
 def say_ranks(kinds: dict[str, split.Means]) -> str:
     m = kinds["mixture"]
     rare, loss = m.x >= 256, m.share * m.mean
-    text = f"mixture {m.mean[0]:.2f} nats on the most frequent token, {m.mean[-1]:.2f} on the rarest"
+    text = (
+        f"mixture {m.mean[0]:.2f} nats on the most frequent token, {m.mean[-1]:.2f} on the rarest"
+    )
     if rare.any():
-        text += (f"; tokens beyond rank 256 are {100 * m.share[rare].sum():.0f}\u00a0% of the split and "
-                 f"{100 * loss[rare].sum() / max(loss.sum(), 1e-12):.0f}\u00a0% of its loss")
+        text += (
+            f"; tokens beyond rank 256 are {100 * m.share[rare].sum():.0f}\u00a0% of the split and "
+            f"{100 * loss[rare].sum() / max(loss.sum(), 1e-12):.0f}\u00a0% of its loss"
+        )
     if "neural" in kinds:
         gain = kinds["neural"].mean - m.mean
         at = int(np.argmax(gain))
@@ -435,32 +618,81 @@ def say_ranks(kinds: dict[str, split.Means]) -> str:
 # ==== ALL OF THEM, in the order of the page ===========================================================================
 BAND = "The band is two standard errors either way, as if tokens were independent."
 FIGURES = (
-
-        Figure("loss_tokens", "Loss against tokens", lambda s: data.curve(s.run), draw_curves(0), say_curves(0),
-               "Light points are logged steps, the line is their mean among neighbours."),
-        Figure("loss_time", "Loss against time", lambda s: data.curve(s.run), draw_curves(1), say_curves(1),
-               "Training time as the trainer counts it, validation left out. The fall in the first 3 % of the time "
-               "lies above the picture."),
-        Figure("ladder", "The ladder of the score", lambda s: data.ladder(s.run), draw_ladder, say_ladder,
-               "The last rung of the first group is the score. Below it: the neural model with one expert or another "
-               "mixture. A hatched row knows the answers of the split and is never a score."),
-        Figure("bytes", "Where the bytes go", lambda s: artifact.weigh(s.run), draw_bytes, say_bytes,
-               "The bar is the whole budget; below it the used part is enlarged. Files are exact. Classes of "
-               "tensors (≈) share the coded weights by their sizes and estimated bits a weight. The table has what is "
-               "too small for a label."),
-        Figure("errors", "Quantisation error by layer", lambda s: data.matrices(s.run), draw_errors, say_errors,
-               "Relative error of a matrix, the norm of the change over the norm of the weights, and the mean bits a "
-               "weight that its codes need."),
-        Figure("weights", "Mixture weights along the split", lambda s: data.trace(s.run), draw_weights, say_weights,
-               "Mean weights of the experts over equal parts of the split, from its start to its end."),
-        Figure("by_document", "Loss by position in the document", split.by_document,
-               draw_means("tokens of the document before (logarithmic)", True),
-               say_means("at a document's start", "after about {} tokens"),
-               f"Means of bins. {BAND} The mark that opens a document counts at the end of the one before."),
-        Figure("by_split", "Loss by position in the split", split.by_split, draw_means("place in the split (%)", False),
-               say_means("at the start of the split", "at its end"),
-               f"Means of equal parts. {BAND}"),
-        Figure("by_rank", "Loss by token frequency", split.by_rank,
-               draw_means("rank of the token in the split (logarithmic, 1 = most frequent)", True), say_ranks,
-               f"Means of bins that double in width. {BAND}"),
+    Figure(
+        "loss_tokens",
+        "Loss against tokens",
+        lambda s: data.curve(s.run),
+        draw_curves(0),
+        say_curves(0),
+        "Light points are logged steps, the line is their mean among neighbours.",
+    ),
+    Figure(
+        "loss_time",
+        "Loss against time",
+        lambda s: data.curve(s.run),
+        draw_curves(1),
+        say_curves(1),
+        "Training time as the trainer counts it, validation left out. The fall in the first 3 % of the time "
+        "lies above the picture.",
+    ),
+    Figure(
+        "ladder",
+        "The ladder of the score",
+        lambda s: data.ladder(s.run),
+        draw_ladder,
+        say_ladder,
+        "The last rung of the first group is the score. Below it: the neural model with one expert or another "
+        "mixture. A hatched row knows the answers of the split and is never a score.",
+    ),
+    Figure(
+        "bytes",
+        "Where the bytes go",
+        lambda s: artifact.weigh(s.run),
+        draw_bytes,
+        say_bytes,
+        "The bar is the whole budget; below it the used part is enlarged. Files are exact. Classes of "
+        "tensors (≈) share the coded weights by their sizes and estimated bits a weight. The table has what is "
+        "too small for a label.",
+    ),
+    Figure(
+        "errors",
+        "Quantisation error by layer",
+        lambda s: data.matrices(s.run),
+        draw_errors,
+        say_errors,
+        "Relative error of a matrix, the norm of the change over the norm of the weights, and the mean bits a "
+        "weight that its codes need.",
+    ),
+    Figure(
+        "weights",
+        "Mixture weights along the split",
+        lambda s: data.trace(s.run),
+        draw_weights,
+        say_weights,
+        "Mean weights of the experts over equal parts of the split, from its start to its end.",
+    ),
+    Figure(
+        "by_document",
+        "Loss by position in the document",
+        split.by_document,
+        draw_means("tokens of the document before (logarithmic)", True),
+        say_means("at a document's start", "after about {} tokens"),
+        f"Means of bins. {BAND} The mark that opens a document counts at the end of the one before.",
+    ),
+    Figure(
+        "by_split",
+        "Loss by position in the split",
+        split.by_split,
+        draw_means("place in the split (%)", False),
+        say_means("at the start of the split", "at its end"),
+        f"Means of equal parts. {BAND}",
+    ),
+    Figure(
+        "by_rank",
+        "Loss by token frequency",
+        split.by_rank,
+        draw_means("rank of the token in the split (logarithmic, 1 = most frequent)", True),
+        say_ranks,
+        f"Means of bins that double in width. {BAND}",
+    ),
 )

@@ -79,36 +79,60 @@ class Section(NamedTuple):
 
 
 def css() -> str:
-    shaded = "".join(f".b{i}{{background:color-mix(in srgb,var(--c1) {share}%,transparent)}}"
-                     for i, share in enumerate((0, 9, 19, 30, 42, 55)))
-    text = STYLE.replace("LIGHT", variables(False)).replace("DARK", variables(True)).replace("SHADED", shaded)
+    shaded = "".join(
+        f".b{i}{{background:color-mix(in srgb,var(--c1) {share}%,transparent)}}"
+        for i, share in enumerate((0, 9, 19, 30, 42, 55))
+    )
+    text = (
+        STYLE.replace("LIGHT", variables(False))
+        .replace("DARK", variables(True))
+        .replace("SHADED", shaded)
+    )
     return re.sub(r"\n", "", text)
 
 
 def page(title: str, lead: str, sections: list[Section], tables: list[tuple[str, str, str]]) -> str:
     """`tables`: (key, title, HTML), the first of which stands before the figures."""
-    first, *rest = [f'<section id="{key}"><h2>{escape(heading)}</h2>{body}</section>' for key, heading, body in tables]
+    first, *rest = [
+        f'<section id="{key}"><h2>{escape(heading)}</h2>{body}</section>'
+        for key, heading, body in tables
+    ]
     entries = [tables[0][:2], *((s.key, s.title) for s in sections), *(t[:2] for t in tables[1:])]
-    contents = "".join(f'<li><a href="#{key}">{escape(heading)}</a></li>' for key, heading in entries)
+    contents = "".join(
+        f'<li><a href="#{key}">{escape(heading)}</a></li>' for key, heading in entries
+    )
     parts = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
         f"<title>{escape(title)}</title><style>{css()}</style></head><body>",
         f"<header><h1>{escape(title)}</h1><p>{escape(lead)}</p></header>",
         f'<nav aria-label="Contents"><ol>{contents}</ol></nav><main>',
-        first, *map(figure, sections), *rest, "</main></body></html>\n"]
+        first,
+        *map(figure, sections),
+        *rest,
+        "</main></body></html>\n",
+    ]
     return "\n".join(parts)
 
 
 def figure(section: Section) -> str:
     body = "".join(missing(name, text) for name, text in section.missing)
     if section.wide:
-        alt = escape(f"{section.title}. " + " ".join(f"{name}: {text}." for name, text in section.said))
-        drawn = "".join(f'<svg class="{shape}" role="img" aria-label="{alt}" {inside}</svg>'
-                        for shape, inside in (("wide", section.wide), ("narrow", section.narrow)))
-        said = "".join(f"<li><strong>{escape(name)}</strong>: {escape(text)}.</li>" for name, text in section.said)
-        body = (f"<figure>{drawn}<figcaption><ul>{said}</ul><p>{escape(section.caption)}</p></figcaption></figure>"
-                f"{body}{section.more}")
+        alt = escape(
+            f"{section.title}. " + " ".join(f"{name}: {text}." for name, text in section.said)
+        )
+        drawn = "".join(
+            f'<svg class="{shape}" role="img" aria-label="{alt}" {inside}</svg>'
+            for shape, inside in (("wide", section.wide), ("narrow", section.narrow))
+        )
+        said = "".join(
+            f"<li><strong>{escape(name)}</strong>: {escape(text)}.</li>"
+            for name, text in section.said
+        )
+        body = (
+            f"<figure>{drawn}<figcaption><ul>{said}</ul><p>{escape(section.caption)}</p></figcaption></figure>"
+            f"{body}{section.more}"
+        )
     return f'<section id="{section.key}"><h2>{escape(section.title)}</h2>{body}</section>'
 
 
@@ -117,43 +141,72 @@ def missing(name: str, text: str) -> str:
 
 
 # ==== TABLES ==========================================================================================================
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = True,
-          headline: str = "") -> str:
+def table(
+    caption: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    numbers: bool = True,
+    headline: str = "",
+) -> str:
     """Text cells; the first of a row heads it. `headline`: the row that stands out."""
     kind = ' class="number"' if numbers else ""
-    top = "".join(f'<th scope="col"{kind if i else ""}>{escape(cell)}</th>' for i, cell in enumerate(head))
+    top = "".join(
+        f'<th scope="col"{kind if i else ""}>{escape(cell)}</th>' for i, cell in enumerate(head)
+    )
     body = "".join(
         f'<tr{" class=headline" if row[0] == headline else ""}><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td{kind}>{escape(cell)}</td>" for cell in row[1:]) + "</tr>" for row in rows)
-    return (f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0"><table><caption>'
-            f"{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>")
+        + "".join(f"<td{kind}>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0"><table><caption>'
+        f"{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def summary(runs: list[Run], names: list[str]) -> str:
     """Every run beside every other: scores, sizes, times, hashes. Rows that no run fills are left out."""
     columns = [data.summary(run) for run in runs]
-    rows = [[key, *(column[key] or "–" for column in columns)] for key in columns[0]
-            if any(column[key] for column in columns)]
+    rows = [
+        [key, *(column[key] or "–" for column in columns)]
+        for key in columns[0]
+        if any(column[key] for column in columns)
+    ]
     scores = [data.number(run.score.get("val_bpb")) for run in runs if run.score]
     scores, mean = [s for s in scores if s == s], ""
     if len(scores) > 1:
-        mean = (f"<p>Mean of {len(scores)} scored runs: <strong>{statistics.mean(scores):.6f}</strong> bits a byte, "
-                f"standard deviation {statistics.stdev(scores):.6f}.</p>")
-    return mean + table("Runs side by side", ["", *names], rows, len(runs) > 1, "val_bpb (bits a byte)")
+        mean = (
+            f"<p>Mean of {len(scores)} scored runs: <strong>{statistics.mean(scores):.6f}</strong> bits a byte, "
+            f"standard deviation {statistics.stdev(scores):.6f}.</p>"
+        )
+    return mean + table(
+        "Runs side by side", ["", *names], rows, len(runs) > 1, "val_bpb (bits a byte)"
+    )
 
 
 def ladder_table(rows: list[tuple[str, str, list[float]]], names: list[str]) -> str:
-    cells = [[f"{name} (no score)" if group == "apart" else name, *(data.decimals(v, 6) or "–" for v in values)]
-             for group, name, values in rows]
+    cells = [
+        [
+            f"{name} (no score)" if group == "apart" else name,
+            *(data.decimals(v, 6) or "–" for v in values),
+        ]
+        for group, name, values in rows
+    ]
     return details("The same as numbers", table("Bits a byte", ["", *names], cells))
 
 
 def bytes_table(weighed: list[tuple[str, artifact.Weighed]]) -> str:
     parts = list(dict.fromkeys(p.name for _, own in weighed for p in own.parts))
-    found = [{p.name: f"{'' if p.exact else '≈ '}{p.bytes:,.0f}" for p in own.parts} for _, own in weighed]
+    found = [
+        {p.name: f"{'' if p.exact else '≈ '}{p.bytes:,.0f}" for p in own.parts}
+        for _, own in weighed
+    ]
     rows = [[name, *(own.get(name, "–") for own in found)] for name in parts]
-    rows += [["all", *(f"{own.used:,}" for _, own in weighed)],
-             ["left of the budget", *(f"{own.budget - own.used:,}" for _, own in weighed)]]
+    rows += [
+        ["all", *(f"{own.used:,}" for _, own in weighed)],
+        ["left of the budget", *(f"{own.budget - own.used:,}" for _, own in weighed)],
+    ]
     return table("Bytes (≈: by estimate)", ["", *(name for name, _ in weighed)], rows, True, "all")
 
 
@@ -162,9 +215,17 @@ def matrices_table(runs: list[tuple[str, list[data.Matrix]]]) -> str:
     found: dict[tuple[int, str], list[str]] = {}
     for at, (_, own) in enumerate(runs):
         for m in own[:512]:
-            found.setdefault((m.layer, m.kind), ["–"] * len(runs))[at] = f"{100 * m.error:.2f} %, {m.bits:.2f}"
-    rows = [[f"layer {layer} {kind}" if layer >= 0 else kind, *cells] for (layer, kind), cells in found.items()]
-    return details("Each matrix as numbers", table("Relative error, bits a weight", ["", *(n for n, _ in runs)], rows))
+            found.setdefault((m.layer, m.kind), ["–"] * len(runs))[at] = (
+                f"{100 * m.error:.2f} %, {m.bits:.2f}"
+            )
+    rows = [
+        [f"layer {layer} {kind}" if layer >= 0 else kind, *cells]
+        for (layer, kind), cells in found.items()
+    ]
+    return details(
+        "Each matrix as numbers",
+        table("Relative error, bits a weight", ["", *(n for n, _ in runs)], rows),
+    )
 
 
 def details(title: str, inside: str) -> str:
@@ -175,10 +236,18 @@ def details(title: str, inside: str) -> str:
 def passages(found: list[tuple[str, list[Passage], int]], lacking: list[tuple[str, str]]) -> str:
     """`found`: (run, its worst passages, rows of its split)."""
     between = [f"{a:.0f}–{b:.0f}" for a, b in pairwise(SHADES)]
-    key = "".join(f'<span class="b{i}">{text}</span>'
-                  for i, text in enumerate([f"under {SHADES[0]:.0f}", *between, f"over {SHADES[-1]:.0f}"]))
-    parts = [f"<p>Windows of {PASSAGE} tokens on which the final mixture spends most. Shade of a token: "
-             f'<span class="key">{key}</span> bits.</p>'] if found else []
+    key = "".join(
+        f'<span class="b{i}">{text}</span>'
+        for i, text in enumerate([f"under {SHADES[0]:.0f}", *between, f"over {SHADES[-1]:.0f}"])
+    )
+    parts = (
+        [
+            f"<p>Windows of {PASSAGE} tokens on which the final mixture spends most. Shade of a token: "
+            f'<span class="key">{key}</span> bits.</p>'
+        ]
+        if found
+        else []
+    )
     for name, own, rows in found:
         parts.append(f"<h3>{escape(name)}</h3>" if len(found) > 1 else "")
         parts += [passage(p, rows) for p in own]
@@ -187,37 +256,57 @@ def passages(found: list[tuple[str, list[Passage], int]], lacking: list[tuple[st
 
 def passage(found: Passage, rows: int) -> str:
     last = min(found.first + PASSAGE, rows)
-    where = (f"{found.mean:.2f} bits a token; targets {found.first + 1:,} to {last:,} of {rows:,} "
-             f"({100 * found.first / rows:.1f} % of the split), document {found.document:,}")
-    spans = "".join(f'<span class="b{sum(bits >= s for s in SHADES)}" title="{bits:.1f} bits">{shown(text)}</span>'
-                    for text, bits in found.pieces)
+    where = (
+        f"{found.mean:.2f} bits a token; targets {found.first + 1:,} to {last:,} of {rows:,} "
+        f"({100 * found.first / rows:.1f} % of the split), document {found.document:,}"
+    )
+    spans = "".join(
+        f'<span class="b{sum(bits >= s for s in SHADES)}" title="{bits:.1f} bits">{shown(text)}</span>'
+        for text, bits in found.pieces
+    )
     return f'<p class="soft">{where}</p><p class="passage">{spans}</p>'
 
 
 def shown(text: str) -> str:
     """Control characters as pictures of themselves, a line's end as a sign and a break, the rest escaped."""
-    signs = "".join("↵\n" if c == "\n" else c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    signs = "".join(
+        "↵\n" if c == "\n" else c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
     return escape(signs)
 
 
 def certificates(runs: list[Run], names: list[str]) -> str:
     """Rules down, runs across; a rule's figure under its verdict."""
-    found = [(name, {r[0]: r[1:] for r in data.verdicts(run)}) for name, run in zip(names, runs, strict=True)]
-    lacking = "".join(missing(name, str(data.no_certificate(run)))
-                      for (name, rules), run in zip(found, runs, strict=True) if not rules)
+    found = [
+        (name, {r[0]: r[1:] for r in data.verdicts(run)})
+        for name, run in zip(names, runs, strict=True)
+    ]
+    lacking = "".join(
+        missing(name, str(data.no_certificate(run)))
+        for (name, rules), run in zip(found, runs, strict=True)
+        if not rules
+    )
     found = [(name, rules) for name, rules in found if rules]
     if not found:
         return lacking
     rules = list(dict.fromkeys(rule for _, own in found for rule in own))
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in found)
-    body = "".join(f'<tr><th scope="row">{escape(rule)}</th>'
-                   + "".join(verdict(*own.get(rule, ("–", ""))) for _, own in found) + "</tr>" for rule in rules)
+    body = "".join(
+        f'<tr><th scope="row">{escape(rule)}</th>'
+        + "".join(verdict(*own.get(rule, ("–", ""))) for _, own in found)
+        + "</tr>"
+        for rule in rules
+    )
     caption = "Verdict and figure of each rule; docs/LEGALITY.md explains the rules"
-    return (f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table class="verdicts">'
-            f'<caption>{caption}</caption><thead><tr><th scope="col">rule</th>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>{lacking}")
+    return (
+        f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table class="verdicts">'
+        f'<caption>{caption}</caption><thead><tr><th scope="col">rule</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>{lacking}"
+    )
 
 
 def verdict(word: str, about: str) -> str:
     bad = ' class="bad"' if word not in ("ok", "–") else ""
-    return f'<td><strong{bad}>{escape(word)}</strong> <span class="soft">{escape(about)}</span></td>'
+    return (
+        f'<td><strong{bad}>{escape(word)}</strong> <span class="soft">{escape(about)}</span></td>'
+    )

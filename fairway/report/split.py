@@ -36,12 +36,16 @@ def column(folder: Path, name: str, rows: int, loss: float) -> np.ndarray:
     """A mapped column of log-probabilities in nats: a .npy file of exactly these rows, checked against the loss that
     was printed for it."""
     path, start = folder / "eval" / name, io.BytesIO()
-    np.lib.format.write_array_header_1_0(start, dict(descr="<f8", fortran_order=False, shape=(rows,)))
+    np.lib.format.write_array_header_1_0(
+        start, dict(descr="<f8", fortran_order=False, shape=(rows,))
+    )
     header, size = beginning(path, len(start.getvalue()))
     if header != start.getvalue() or size != len(header) + 8 * rows:
         raise Missing(f"eval/{name} is not there, or not {rows:,} rows; {AGAIN}")
     logp = np.memmap(path, "<f8", "r", len(header), (rows,))
-    if not abs(float(np.mean(logp)) + loss) < 1e-6 * max(1.0, abs(loss)):  # so NaN is refused as well
+    if not abs(float(np.mean(logp)) + loss) < 1e-6 * max(
+        1.0, abs(loss)
+    ):  # so NaN is refused as well
         raise Missing(f"eval/{name} is of another evaluation than eval/score.json; {AGAIN}")
     return logp
 
@@ -49,7 +53,11 @@ def column(folder: Path, name: str, rows: int, loss: float) -> np.ndarray:
 def beginning(path: Path, count: int) -> tuple[bytes, int]:
     """The first bytes of a regular file and its size; b"" and 0 where it is none."""
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as f:
+        with open(
+            path,
+            "rb",
+            opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)),
+        ) as f:
             found = os.fstat(f.fileno())
             return (f.read(count), found.st_size) if stat.S_ISREG(found.st_mode) else (b"", 0)
     except (OSError, ValueError):
@@ -61,7 +69,11 @@ def shard(path: Path) -> np.ndarray:
     start, size = beginning(path, 12)
     count = (size - SHARD_HEADER_BYTES) // 2
     said = [int.from_bytes(start[i : i + 4], "little") for i in (0, 4, 8)]
-    if said != [SHARD_MAGIC, SHARD_VERSION, count] or count <= 0 or size != SHARD_HEADER_BYTES + 2 * count:
+    if (
+        said != [SHARD_MAGIC, SHARD_VERSION, count]
+        or count <= 0
+        or size != SHARD_HEADER_BYTES + 2 * count
+    ):
         return np.zeros(0, "<u2")
     return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
 
@@ -80,12 +92,16 @@ class Source:
             raise no_score(self.run)
         rows = whole(self.run.score.get("tokens"))
         if not rows or rows >= MOST_TOKENS:
-            raise Missing(f"eval/score.json states no tokens between 1 and {MOST_TOKENS:,}; {AGAIN}")
+            raise Missing(
+                f"eval/score.json states no tokens between 1 and {MOST_TOKENS:,}; {AGAIN}"
+            )
         return rows
 
     @cached_property
     def mixture(self) -> np.ndarray:
-        return column(self.run.folder, "final_logp.npy", self.rows, number(self.run.score.get("val_loss")))
+        return column(
+            self.run.folder, "final_logp.npy", self.rows, number(self.run.score.get("val_loss"))
+        )
 
     @cached_property
     def neural(self) -> np.ndarray:
@@ -95,7 +111,9 @@ class Source:
         rungs = items(self.run.score.get("ladder")) if self.rows else []
         if not re.fullmatch(r"[a-z_]{1,30}", name) or len(rungs) < 2:
             raise Missing(f"eval/score.json names no neural column; {AGAIN}")
-        return column(self.run.folder, f"columns/{name}/logp.npy", self.rows, number(rungs[-2].get("loss")))
+        return column(
+            self.run.folder, f"columns/{name}/logp.npy", self.rows, number(rungs[-2].get("loss"))
+        )
 
     @cached_property
     def columns(self) -> dict[str, np.ndarray]:
@@ -119,8 +137,10 @@ class Source:
                 continue
             if there:
                 return [base / pattern.parent / name for name in there[:10_000]]
-        raise Missing(f"no shards match {words(str(pattern), 200)} any more; put them back (make data), or score again "
-                      "with VAL_FILES")
+        raise Missing(
+            f"no shards match {words(str(pattern), 200)} any more; put them back (make data), or score again "
+            "with VAL_FILES"
+        )
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -132,8 +152,10 @@ class Source:
                 break
         tokens = np.concatenate(parts)
         if len(tokens) != rows + 1 or hashlib.sha256(tokens).hexdigest() != self.hashes.get("data"):
-            raise Missing(f"the shards beside {words(self.shards[0].name)} are not those that were scored ({rows + 1:,}"
-                          " tokens, by hash); put them back (make data), or score again with VAL_FILES")
+            raise Missing(
+                f"the shards beside {words(self.shards[0].name)} are not those that were scored ({rows + 1:,}"
+                " tokens, by hash); put them back (make data), or score again with VAL_FILES"
+            )
         return tokens
 
     @cached_property
@@ -151,8 +173,10 @@ class Source:
                     continue
                 if int(self.tokens.max()) < found.vocab_size():
                     return found
-        raise Missing("no tokenizer with the evaluation's hash in the artifact, nor as tokenizer.model beside the "
-                      "shards; put it there")
+        raise Missing(
+            "no tokenizer with the evaluation's hash in the artifact, nor as tokenizer.model beside the "
+            "shards; put it there"
+        )
 
     def embedded(self) -> bytes:
         try:
@@ -163,7 +187,11 @@ class Source:
     def beside(self) -> bytes:
         path = self.shards[0].parent / "tokenizer.model"
         try:
-            return path.read_bytes() if path.is_file() and path.stat().st_size <= MOST_TOKENIZER else b""
+            return (
+                path.read_bytes()
+                if path.is_file() and path.stat().st_size <= MOST_TOKENIZER
+                else b""
+            )
         except OSError:
             return b""
 
@@ -178,7 +206,9 @@ class Means(NamedTuple):
     share: np.ndarray  # of all tokens
 
 
-def means(source: Source, x: np.ndarray, bins: Callable[[int, int], np.ndarray]) -> dict[str, Means]:
+def means(
+    source: Source, x: np.ndarray, bins: Callable[[int, int], np.ndarray]
+) -> dict[str, Means]:
     """column → its means. `x` is the place of each bin; `bins` gives those of rows start to stop, asked for in order.
     A part at a time, since a split may have 60 million rows."""
     totals = {name: np.zeros((3, len(x))) for name in source.columns}
@@ -201,13 +231,18 @@ def means(source: Source, x: np.ndarray, bins: Callable[[int, int], np.ndarray])
 def by_split(source: Source) -> dict[str, Means]:
     """column → loss along the split, in percent of it."""
     count = int(np.clip(source.rows // 512, 2, 64))
-    return means(source, 100 * (np.arange(count) + 0.5) / count,
-                 lambda start, stop: np.arange(start, stop) * count // source.rows)
+    return means(
+        source,
+        100 * (np.arange(count) + 0.5) / count,
+        lambda start, stop: np.arange(start, stop) * count // source.rows,
+    )
 
 
 def by_document(source: Source) -> dict[str, Means]:
     """column → loss by how many tokens of its document stand before a token; bins double every three."""
-    edges = np.unique(np.round(2 ** (np.arange(3 * source.rows.bit_length() + 1) / 3)).astype(np.int64))
+    edges = np.unique(
+        np.round(2 ** (np.arange(3 * source.rows.bit_length() + 1) / 3)).astype(np.int64)
+    )
     last = 0  # where the document of the row before began
 
     def bins(start: int, stop: int) -> np.ndarray:
@@ -228,7 +263,11 @@ def by_rank(source: Source) -> dict[str, Means]:
     rank[np.argsort(-counts, kind="stable")] = np.arange(1, len(counts) + 1)
     edges = 2 ** np.arange(0, len(counts).bit_length())
     bins = np.searchsorted(edges, rank, side="right") - 1
-    return means(source, middles(edges, np.count_nonzero(counts)), lambda start, stop: bins[targets[start:stop]])
+    return means(
+        source,
+        middles(edges, np.count_nonzero(counts)),
+        lambda start, stop: bins[targets[start:stop]],
+    )
 
 
 def middles(edges: np.ndarray, last: int) -> np.ndarray:
@@ -256,7 +295,9 @@ def worst_passages(source: Source, count: int) -> list[Passage]:
         if len(found) < count and all(abs(first - other.first) >= length for other in found):
             bits = source.mixture[first : first + length] / -math.log(2)
             document = np.count_nonzero(tokens[: first + 2] == BOS_ID)
-            pieces = spelled(tokenizer, tokens[first + 1 : first + length + 1].tolist(), bits.tolist())
+            pieces = spelled(
+                tokenizer, tokens[first + 1 : first + length + 1].tolist(), bits.tolist()
+            )
             found.append(Passage(first, document, float(dear[i]), pieces))
     return found
 
@@ -276,6 +317,12 @@ def spelled(tokenizer: Any, tokens: list[int], bits: list[float]) -> list[tuple[
             raw, held = b"", []
         if token is not None:
             control = tokenizer.is_control(token) or tokenizer.is_unknown(token)
-            text = "⟨new document⟩" if token == BOS_ID else "⟨?⟩" if control else tokenizer.id_to_piece(token)
+            text = (
+                "⟨new document⟩"
+                if token == BOS_ID
+                else "⟨?⟩"
+                if control
+                else tokenizer.id_to_piece(token)
+            )
             found.append((text[:64].replace("▁", " "), cost))
     return found

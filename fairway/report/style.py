@@ -12,14 +12,28 @@ from typing import Any, NamedTuple
 # name → (light, dark). A figure is drawn in the light ones, each of which stands for its name: in the page's SVG they
 # become CSS variables. The lines keep apart for every common kind of colour blindness, and 4.5:1 from the ground.
 COLOURS = {
-    "surface": ("#fefefe", "#16191d"), "ink": ("#1b1f24", "#e8eaed"), "soft": ("#59636e", "#a3acb6"),
-    "grid": ("#d9dee4", "#363c44"), "warn": ("#b42318", "#ff8a7a"), "apart": ("#f3dcd8", "#452823"),
-    "c0": ("#0a5ea8", "#62b1ff"), "c1": ("#b84a00", "#ff9d57"), "c2": ("#00765c", "#3fd0a4"),
-    "c3": ("#9a3b8c", "#eb9bdf"), "c4": ("#756000", "#dcc24a"), "c5": ("#a8243c", "#ff8fa3"),
-    "c6": ("#3f6212", "#a3d65c"), "c7": ("#4b4f57", "#c3c8cf"),
-    "f0": ("#bcd9f5", "#1d4468"), "f1": ("#f8d3b5", "#6b3a17"), "f2": ("#b5e4d6", "#14503f"),
-    "f3": ("#ecc9e6", "#5d2f56"), "f4": ("#ece0a6", "#574b14"), "f5": ("#dbdee2", "#42474f"),
-    "f6": ("#f6cdd4", "#63252f"), "f7": ("#d3e6b8", "#3b4f1d"),
+    "surface": ("#fefefe", "#16191d"),
+    "ink": ("#1b1f24", "#e8eaed"),
+    "soft": ("#59636e", "#a3acb6"),
+    "grid": ("#d9dee4", "#363c44"),
+    "warn": ("#b42318", "#ff8a7a"),
+    "apart": ("#f3dcd8", "#452823"),
+    "c0": ("#0a5ea8", "#62b1ff"),
+    "c1": ("#b84a00", "#ff9d57"),
+    "c2": ("#00765c", "#3fd0a4"),
+    "c3": ("#9a3b8c", "#eb9bdf"),
+    "c4": ("#756000", "#dcc24a"),
+    "c5": ("#a8243c", "#ff8fa3"),
+    "c6": ("#3f6212", "#a3d65c"),
+    "c7": ("#4b4f57", "#c3c8cf"),
+    "f0": ("#bcd9f5", "#1d4468"),
+    "f1": ("#f8d3b5", "#6b3a17"),
+    "f2": ("#b5e4d6", "#14503f"),
+    "f3": ("#ecc9e6", "#5d2f56"),
+    "f4": ("#ece0a6", "#574b14"),
+    "f5": ("#dbdee2", "#42474f"),
+    "f6": ("#f6cdd4", "#63252f"),
+    "f7": ("#d3e6b8", "#3b4f1d"),
 }
 LINES = ("-", (0, (5, 1.8)), (0, (1.2, 1.4)), (0, (7, 2, 1.5, 2)))
 MARKS = "osD^vPX*"
@@ -42,7 +56,10 @@ class Shape(NamedTuple):
 
 WIDE, NARROW = Shape("wide", 12.0), Shape("narrow", 4.8)
 PNG_DPI = 100
-FONT, FONT_SIZE = "DejaVu Sans", 14  # comes with matplotlib; few fonts that a reader may have are wider
+FONT, FONT_SIZE = (
+    "DejaVu Sans",
+    14,
+)  # comes with matplotlib; few fonts that a reader may have are wider
 
 
 @contextlib.contextmanager
@@ -51,23 +68,52 @@ def drawing() -> Iterator[None]:
     import matplotlib
 
     settings = {
-        **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize",
-                         "legend.fontsize"), FONT_SIZE),
-        "legend.frameon": False, "font.family": FONT, "text.parse_math": False,
-        "svg.fonttype": "none", "svg.hashsalt": "fairway", "figure.facecolor": "none", "axes.facecolor": "none",
-        "text.color": light("ink"), "axes.labelcolor": light("ink"), "xtick.color": light("soft"),
-        "ytick.color": light("soft"), "xtick.labelcolor": light("ink"), "ytick.labelcolor": light("ink"),
-        "axes.edgecolor": light("soft"), "grid.color": light("grid"), "grid.linewidth": 1.0, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2.2, "hatch.linewidth": 1.2,
-        "axes.titlelocation": "left", "path.simplify_threshold": 0.5,
+        **dict.fromkeys(
+            (
+                "font.size",
+                "axes.labelsize",
+                "axes.titlesize",
+                "xtick.labelsize",
+                "ytick.labelsize",
+                "legend.fontsize",
+            ),
+            FONT_SIZE,
+        ),
+        "legend.frameon": False,
+        "font.family": FONT,
+        "text.parse_math": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "fairway",
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "text.color": light("ink"),
+        "axes.labelcolor": light("ink"),
+        "xtick.color": light("soft"),
+        "ytick.color": light("soft"),
+        "xtick.labelcolor": light("ink"),
+        "ytick.labelcolor": light("ink"),
+        "axes.edgecolor": light("soft"),
+        "grid.color": light("grid"),
+        "grid.linewidth": 1.0,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "lines.linewidth": 2.2,
+        "hatch.linewidth": 1.2,
+        "axes.titlelocation": "left",
+        "path.simplify_threshold": 0.5,
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="matplotlib")  # a glyph that a picture's font lacks
+        warnings.filterwarnings(
+            "ignore", module="matplotlib"
+        )  # a glyph that a picture's font lacks
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
 
 
-def new_figure(shape: Shape, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, list[Any]]:
+def new_figure(
+    shape: Shape, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> tuple[Any, list[Any]]:
     """A figure of that height in inches, and its axes in reading order."""
     from matplotlib.figure import Figure
 
@@ -81,20 +127,28 @@ def settle(figure: Any) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.axes:
-        axes.set_position([round(float(place), 5) for place in axes.get_position(original=True).bounds])
+        axes.set_position(
+            [round(float(place), 5) for place in axes.get_position(original=True).bounds]
+        )
 
 
 def svg(figure: Any, prefix: str) -> str:
     """The inside of an <svg> element and its viewBox, compact, in the page's colours; ids begin with the prefix."""
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(
+        out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
     text = out.getvalue()
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     box = re.search(r'viewBox="([^"]+)"', text)[1]
     text = text[text.index(">") + 1 : text.rindex("</svg>")]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
-    text = re.sub(r'\b(id=")|(url\(#)|xlink:(href="#)', lambda m: (m[1] or m[2] or m[3]) + prefix, text)
-    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"-?\d+\.\d{2,}", one_place, tag[0]), text)  # never what is said
+    text = re.sub(
+        r'\b(id=")|(url\(#)|xlink:(href="#)', lambda m: (m[1] or m[2] or m[3]) + prefix, text
+    )
+    text = re.sub(
+        r"<[^>]*>", lambda tag: re.sub(r"-?\d+\.\d{2,}", one_place, tag[0]), text
+    )  # never what is said
     text = re.sub(r"'DejaVu Sans'(, [\w' -]+)*", "inherit", text)
     for name, (colour, _) in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
@@ -108,7 +162,9 @@ def one_place(digits: re.Match) -> str:
 
 def png(figure: Any) -> bytes:
     out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=PNG_DPI, facecolor=light("surface"), metadata={"Software": None})
+    figure.savefig(
+        out, format="png", dpi=PNG_DPI, facecolor=light("surface"), metadata={"Software": None}
+    )
     return out.getvalue()
 
 
@@ -121,7 +177,9 @@ def text_width(text: str) -> float:
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
-    return text_to_path.get_text_width_height_descent(text, FontProperties(family=FONT, size=FONT_SIZE), False)[0]
+    return text_to_path.get_text_width_height_descent(
+        text, FontProperties(family=FONT, size=FONT_SIZE), False
+    )[0]
 
 
 def wrapped(text: str, width: float) -> str:

@@ -28,7 +28,9 @@ def zoo_table(kinds: list[type]) -> str:
         verdicts = verdicts_on(kind).verdicts
         rules = [v.rule for v in verdicts]
         marks = [{"ok": ".", "FAIL": "x", "cannot tell": "?"}[v.verdict] for v in verdicts]
-        marks = [f"[{m}]" if rule == kind.breaks else m for rule, m in zip(rules, marks, strict=True)]
+        marks = [
+            f"[{m}]" if rule == kind.breaks else m for rule, m in zip(rules, marks, strict=True)
+        ]
         cells = [f"{mark:^{len(rule)}}" for rule, mark in zip(rules, marks, strict=True)]
         lines.append(f"{kind.__name__:22}" + " ".join(cells))
     return "\n".join(line.rstrip() for line in (f"{'':22}" + " ".join(rules), *lines))

@@ -142,5 +142,16 @@ class OneInFiveHundred(Bigram):
         return held
 
 
-CHEATS = [TwoPasses, TrainThenScore, Slot, InlineTable, PeeksAtChunkEnds, PeeksInSecret, BatchNeighbour,
-          KnowsWhereDocumentsEnd, KnowsTheEnd, GenerousTolerance, OneInFiveHundred]
+CHEATS = [
+    TwoPasses,
+    TrainThenScore,
+    Slot,
+    InlineTable,
+    PeeksAtChunkEnds,
+    PeeksInSecret,
+    BatchNeighbour,
+    KnowsWhereDocumentsEnd,
+    KnowsTheEnd,
+    GenerousTolerance,
+    OneInFiveHundred,
+]

@@ -69,7 +69,9 @@ class BlankTwice(Bigram):
     def score(self, tokens):
         scores = super().score(tokens)
         table = ByteTable(TABLE.base + TABLE.space, TABLE.space, TABLE.boundary)
-        self.commits = ledger(tokens, scores, list(range(0, len(scores), CHUNK)), self.states, table)
+        self.commits = ledger(
+            tokens, scores, list(range(0, len(scores), CHUNK)), self.states, table
+        )
         return scores
 
 
@@ -91,7 +93,9 @@ class OtherNats(Bigram):
 
     def score(self, tokens):
         scores = super().score(tokens)
-        self.commits = ledger(tokens, scores * 0.99, list(range(0, len(scores), CHUNK)), self.states)
+        self.commits = ledger(
+            tokens, scores * 0.99, list(range(0, len(scores), CHUNK)), self.states
+        )
         return scores
 
 
@@ -245,7 +249,26 @@ class TooLarge(Bigram):
     breaks, artifact = "sizes", 16_000_000
 
 
-CHEATS = [TailTwice, TailTwiceInTheScores, DropsTheTail, NotANumber, Positive, BlankTwice, ForgedChain, OtherNats,
-          StateKnowsItsChunk, StateIsACounter, Remembers, Dice, ShortHonest, PaidPrefix, AttachedTable,
-          SmearsAcrossDocuments, Raises, NeverAnswers, ReturnsText, TooLarge]
+CHEATS = [
+    TailTwice,
+    TailTwiceInTheScores,
+    DropsTheTail,
+    NotANumber,
+    Positive,
+    BlankTwice,
+    ForgedChain,
+    OtherNats,
+    StateKnowsItsChunk,
+    StateIsACounter,
+    Remembers,
+    Dice,
+    ShortHonest,
+    PaidPrefix,
+    AttachedTable,
+    SmearsAcrossDocuments,
+    Raises,
+    NeverAnswers,
+    ReturnsText,
+    TooLarge,
+]
 UNSEEN = [PaidByContext]

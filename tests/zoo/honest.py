@@ -14,7 +14,13 @@ V, CHUNK = 48, 64
 class ToyTokenizer:
     """As much of a SentencePiece model as byte counts call for: four controls, then pieces of 1 to 3 bytes."""
 
-    pieces = ["<pad>", "<s>", "</s>", "<unk>", *("▁" * (i % 2) + "aé€"[i % 3] for i in range(V - 4))]
+    pieces = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        *("▁" * (i % 2) + "aé€"[i % 3] for i in range(V - 4)),
+    ]
 
     def vocab_size(self) -> int:
         return V
@@ -43,13 +49,26 @@ TABLE = ByteTable.of(TOKENIZER, V)
 TEXT = synthetic_tokens(V, 1200, seed=7)
 
 
-def ledger(tokens: np.ndarray, scores: np.ndarray, firsts: list[int], states: list[str],
-           table: ByteTable = TABLE) -> list:
+def ledger(
+    tokens: np.ndarray,
+    scores: np.ndarray,
+    firsts: list[int],
+    states: list[str],
+    table: ByteTable = TABLE,
+) -> list:
     """The commits of chunks that begin at `firsts`."""
     log, counts = [], table.count(tokens)
     for first, end, state in zip(firsts, [*firsts[1:], len(scores)], states, strict=True):
-        log.append(chained(log[-1].chain if log else CHAIN_START, first, end - first, -scores[first:end].sum(),
-                           counts[first:end].sum(), state))
+        log.append(
+            chained(
+                log[-1].chain if log else CHAIN_START,
+                first,
+                end - first,
+                -scores[first:end].sum(),
+                counts[first:end].sum(),
+                state,
+            )
+        )
     return log
 
 
@@ -73,7 +92,9 @@ class Bigram:
     def rows(self, tokens: np.ndarray) -> np.ndarray:
         """What is held for every target, float64[n-1, V]."""
         counts, held, self.states = np.full((V, V), 0.05), np.empty((len(tokens) - 1, V)), []
-        for row, (context, target) in enumerate(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True)):
+        for row, (context, target) in enumerate(
+            zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True)
+        ):
             if row % CHUNK == 0:
                 self.states.append(digest(counts))
             held[row] = counts[context]
@@ -130,7 +151,10 @@ class Windowed(Static):
         return held
 
     def boundaries(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        return {"window": np.array(self.firsts(len(tokens) - 1)), "batch": np.arange(128, len(tokens) - 1, 128)}
+        return {
+            "window": np.array(self.firsts(len(tokens) - 1)),
+            "batch": np.arange(128, len(tokens) - 1, 128),
+        }
 
 
 class ScoreFirst(Bigram):

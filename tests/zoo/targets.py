@@ -132,5 +132,16 @@ class Negative(Bigram):
         return np.log(np.abs(picked(self.rows(tokens), tokens)))
 
 
-CHEATS = [HashCache, UnnormalisedBlend, LyingDistribution, TargetKeyedScore, StoredTargets, SkipsHardTokens,
-          LiftsOneInFiveHundred, SeesTheTarget, WordStartTilt, SpreadsWhatItSaves, Negative]
+CHEATS = [
+    HashCache,
+    UnnormalisedBlend,
+    LyingDistribution,
+    TargetKeyedScore,
+    StoredTargets,
+    SkipsHardTokens,
+    LiftsOneInFiveHundred,
+    SeesTheTarget,
+    WordStartTilt,
+    SpreadsWhatItSaves,
+    Negative,
+]
