@@ -44,12 +44,13 @@ $(CORPUS): $(INSTALLED) $(wildcard data/*.py)
 	$(BIN)/python data/prepare.py --embedded
 	@touch $@
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; PYTHON=$(PYTHON) is $$($(PYTHON) --version). Set PYTHON=python3.x"; exit 1; }
 	@echo "installing the requirements into .venv"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 apple: $(APPLE)

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fairway.columns import columns_in_memory
 from fairway.correction.oracle import build_table, default_budget, viewer
 from fairway.correction.table import CODECS, NOTICE, attach, charge, table_bytes, write_table
-from fairway.scorer import code_sizes, load_text
-from fairway.settings import EvalConfig
+from fairway.scoring.columns import columns_in_memory
+from fairway.scoring.mixed import code_sizes, load_text
+from fairway.scoring.settings import EvalConfig
 from train_gpt import Runtime, UserError, best_device, build_model, file_sha256, need, read_artifact
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fairway.bitstream import MOST_FILE_BYTES, Header, read_bitstream, unpacked
-from fairway.compressor import Coder
-from fairway.settings import EvalConfig
+from fairway.compression.bitstream import MOST_FILE_BYTES, Header, read_bitstream, unpacked
+from fairway.compression.compressor import Coder
+from fairway.scoring.settings import EvalConfig
 from train_gpt import UserError, best_device, need, replacing
 
 EXAMPLES = """examples:

@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
-from fairway.evaluation import Evaluation
-from fairway.settings import EvalConfig, settings_help
+from fairway.scoring.evaluation import Evaluation
+from fairway.scoring.settings import EvalConfig, settings_help
 from train_gpt import Config, Log, UserError, set_up_runtime
 
 

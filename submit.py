@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 # ==== COMMANDS ========================================================================================================
 def pack(args: argparse.Namespace) -> int:
-    from fairway.records.package import Entry, pack
+    from fairway.records.packing import Entry, pack
 
     entry = Entry(
         args.track,
@@ -112,7 +112,7 @@ def significance(args: argparse.Namespace) -> int:
 
 
 def table(args: argparse.Namespace) -> int:
-    from fairway.records.table import stale, write_table
+    from fairway.records.leaderboard import stale, write_table
 
     if args.check:
         if stale(args.records):
@@ -126,7 +126,7 @@ def table(args: argparse.Namespace) -> int:
 
 
 def pr(args: argparse.Namespace) -> int:
-    from fairway.records.package import pull_request
+    from fairway.records.packing import pull_request
 
     print(pull_request(args.folder))
     return 0
@@ -173,7 +173,7 @@ def history_of(args: argparse.Namespace):
 
 
 def code(_: argparse.Namespace) -> int:
-    from fairway.records.package import evaluation_files
+    from fairway.records.packing import evaluation_files
 
     print(
         ",".join(

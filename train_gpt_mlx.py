@@ -41,8 +41,8 @@ import torch
 from torch import Tensor
 
 import train_gpt
-from fairway.scoring import plan
-from fairway.settings import EvalConfig
+from fairway.scoring.neural import plan
+from fairway.scoring.settings import EvalConfig
 from train_gpt import (
     BOS_ID,
     LEAST_K,

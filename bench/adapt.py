@@ -26,9 +26,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
-from fairway.adapt import adapting  # noqa: E402
-from fairway.columns import columns_in_memory  # noqa: E402
-from fairway.settings import EvalConfig  # noqa: E402
+from fairway.scoring.adaptation import adapting  # noqa: E402
+from fairway.scoring.columns import columns_in_memory  # noqa: E402
+from fairway.scoring.settings import EvalConfig  # noqa: E402
 
 
 def artifact_of(path: str) -> train_gpt.Artifact:

@@ -32,7 +32,7 @@ import sentencepiece  # noqa: E402
 import zstandard  # noqa: E402
 
 from data.documents import Files  # noqa: E402
-from fairway.spelling import Speller  # noqa: E402
+from fairway.compression.spelling import Speller  # noqa: E402
 from train_gpt import document_bounds, need, read_artifact, read_shard  # noqa: E402
 
 PPMD_ORDERS, PPMD_BYTES = (3, 4, 5, 6, 8, 12, 16, 24, 32), 64 << 20

@@ -28,12 +28,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
-from fairway.columns import columns_in_memory  # noqa: E402
 from fairway.correction import table  # noqa: E402
 from fairway.correction.entries import Entries, View, scatter_bits  # noqa: E402
 from fairway.correction.oracle import model_view, viewer  # noqa: E402
-from fairway.scorer import load_text  # noqa: E402
-from fairway.settings import EvalConfig  # noqa: E402
+from fairway.scoring.columns import columns_in_memory  # noqa: E402
+from fairway.scoring.mixed import load_text  # noqa: E402
+from fairway.scoring.settings import EvalConfig  # noqa: E402
 
 ENTRIES, ROWS = (
     907_927,

@@ -40,11 +40,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import reference_experts  # noqa: E402
 import reference_mixing  # noqa: E402
 
-from fairway.certificate.commits import CHAIN_START, chained  # noqa: E402
-from fairway.experts import match, ngram  # noqa: E402
-from fairway.experts.mixing import TEMPERATURES, Inputs, Mixture  # noqa: E402
-from fairway.scorer import COMMIT_ROWS, DEFAULT_EXPERTS, make_match, make_ngram  # noqa: E402
-from fairway.settings import EvalConfig  # noqa: E402
+from fairway.scoring.commits import CHAIN_START, chained  # noqa: E402
+from fairway.scoring.experts import match, ngram  # noqa: E402
+from fairway.scoring.experts.mixing import TEMPERATURES, Inputs, Mixture  # noqa: E402
+from fairway.scoring.mixed import COMMIT_ROWS, DEFAULT_EXPERTS, make_match, make_ngram  # noqa: E402
+from fairway.scoring.settings import EvalConfig  # noqa: E402
 from train_gpt import BOS_ID, UserError, need, read_shard  # noqa: E402
 
 SINGLE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")

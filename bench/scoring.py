@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from fairway.columns import columns_in_memory  # noqa: E402
-from fairway.scorer import load_text  # noqa: E402
-from fairway.scoring import Neural  # noqa: E402
-from fairway.settings import EvalConfig  # noqa: E402
+from fairway.scoring.columns import columns_in_memory  # noqa: E402
+from fairway.scoring.mixed import load_text  # noqa: E402
+from fairway.scoring.neural import Neural  # noqa: E402
+from fairway.scoring.settings import EvalConfig  # noqa: E402
 from train_gpt import Runtime, build_model, read_artifact  # noqa: E402
 
 

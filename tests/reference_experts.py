@@ -4,8 +4,8 @@ import bisect
 
 import numpy as np
 
-from fairway.experts.match import FRESH, GOING_ON, LONGEST, PRIOR, RECENT
-from fairway.experts.ngram import DISCOUNTS, ESCAPES
+from fairway.scoring.experts.match import FRESH, GOING_ON, LONGEST, PRIOR, RECENT
+from fairway.scoring.experts.ngram import DISCOUNTS, ESCAPES
 from train_gpt import BOS_ID
 
 

@@ -4,8 +4,8 @@ import bisect
 import math
 from typing import NamedTuple
 
-from fairway.experts import mixing as m
-from fairway.experts.ngram import DISCOUNTS, ESCAPES
+from fairway.scoring.experts import mixing as m
+from fairway.scoring.experts.ngram import DISCOUNTS, ESCAPES
 
 
 class Row(NamedTuple):

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from fairway.certificate import rules
-from fairway.certificate.commits import CHAIN_START, Commit, chained, verify_chain
 from fairway.certificate.trial import CannotTell, Failed, Trial
+from fairway.scoring.commits import CHAIN_START, Commit, chained, verify_chain
 from train_gpt import ByteTable, need
 
 __all__ = ["CHAIN_START", "Certificate", "Commit", "Verdict", "certify", "chained", "verify_chain"]

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 import train_gpt
-from fairway.certificate.commits import verify_chain
 from fairway.certificate.trial import SHORTEST, CannotTell, Failed, Trial, gap
+from fairway.scoring.commits import verify_chain
 from train_gpt import BOS_ID, ByteTable, ShardError, audit_bytes, document_bounds
 
 ROOT = Path(train_gpt.__file__).resolve().parent

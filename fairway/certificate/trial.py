@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fairway.certificate.commits import Commit
+from fairway.scoring.commits import Commit
 from train_gpt import BOS_ID, need
 
 SHORTEST = 64  # a first call, and the least prefix; half of the least text

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fairway.compression.loading import Loaded
 from fairway.coreml.graph import dims_of, host_tables
 from fairway.coreml.host import Embedding, mask_of, rotations
 from fairway.coreml.interpret import Program
 from fairway.coreml.manifest import Folder, read_folder
-from fairway.loading import Loaded
-from fairway.memory import REWIND
+from fairway.scoring.memory import REWIND
 from train_gpt import file_sha256, need
 
 Call = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]

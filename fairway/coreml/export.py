@@ -30,7 +30,7 @@ from fairway.coreml.manifest import (
     write_host,
     write_manifest,
 )
-from fairway.coreml.package import Package, matrices, read_package, size_of
+from fairway.coreml.mlpackage import Package, matrices, read_package, size_of
 from fairway.coreml.tools import import_coremltools, quiet
 from train_gpt import GPT, Artifact, build_model, file_sha256, need, read_artifact
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairway.coreml.package import (
+from fairway.coreml.mlpackage import (
     KINDS,
     LIKE,
     Package,

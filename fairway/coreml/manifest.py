@@ -19,7 +19,7 @@ import numpy as np
 
 from fairway.coreml import layout
 from fairway.coreml.layout import SHAPES, Dims, Interface, concrete
-from fairway.coreml.package import LIKE, Feature, Package, Type, files_of, read_package
+from fairway.coreml.mlpackage import LIKE, Feature, Package, Type, files_of, read_package
 from train_gpt import UserError, file_sha256, need, replacing
 
 NAME, HOST, FORMAT, VERSION = "manifest.json", "host.bin", "fairway-coreml", 1

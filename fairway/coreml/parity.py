@@ -18,8 +18,8 @@ from rich.table import Table
 from fairway.coreml.engine import Chain, Runner, Used
 from fairway.coreml.export import QUANTISATIONS, Choice, Source, export, folder_bytes
 from fairway.coreml.layout import SHAPES
-from fairway.memory import Memory
-from fairway.scorer import Text
+from fairway.scoring.memory import Memory
+from fairway.scoring.mixed import Text
 from train_gpt import need
 
 STREAM = 64  # tokens of a comparison

@@ -14,9 +14,9 @@ once and in batches; the reader needs the very view that the writer had.
 import numpy as np
 from numba import njit
 
-from fairway.correction import coder as rc
-from fairway.correction.coder import put, take, target
+from fairway.correction import range_coder as rc
 from fairway.correction.entries import CorrectionError, Entries, View, checked
+from fairway.correction.range_coder import put, take, target
 from fairway.correction.varint import put_number, take_count
 from train_gpt import need
 

@@ -19,8 +19,8 @@ from fairway.correction.table import (
     split_sha256,
     threshold_for,
 )
-from fairway.scoring import Neural, in_float64
-from fairway.settings import EvalConfig
+from fairway.scoring.neural import Neural, in_float64
+from fairway.scoring.settings import EvalConfig
 from train_gpt import GPT, Runtime
 
 TOKENS_A_BYTE = 25  # of a split, where no budget is given: the table of #108 had one byte for 22

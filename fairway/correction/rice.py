@@ -8,7 +8,6 @@ rows x h(entries / rows) bits for the positions (for each entry, the entropy of 
 import numpy as np
 from numba import njit
 
-from fairway.correction.coder import uniform_bytes, uniform_symbols
 from fairway.correction.entries import (
     CorrectionError,
     Entries,
@@ -17,6 +16,7 @@ from fairway.correction.entries import (
     gaps_of,
     scatter_bits,
 )
+from fairway.correction.range_coder import uniform_bytes, uniform_symbols
 from fairway.correction.varint import put_number, take_count
 from train_gpt import need
 

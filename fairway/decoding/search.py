@@ -16,7 +16,7 @@ MOST_BEAMS = 256
 
 
 class Engine(Protocol):
-    """All that decoding asks of a model: fairway.memory.Memory has it, and any other may."""
+    """All that decoding asks of a model: fairway.scoring.memory.Memory has it, and any other may."""
 
     read: int  # tokens so far
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from fairway.compression.loading import load
+from fairway.compression.spelling import Speller
 from fairway.coreml.engine import Shards, load_chain
 from fairway.decoding.drafts import Draft, Model, NGram, Suffix
 from fairway.decoding.search import Reader, Step, beam, plain
 from fairway.decoding.speculative import Speculation, Stats
 from fairway.decoding.strategies import Strategy
-from fairway.loading import load
-from fairway.memory import Memory, first_layers
-from fairway.spelling import Speller
+from fairway.scoring.memory import Memory, first_layers
 from train_gpt import BOS_ID, GPT, build_model, need, read_artifact
 
 EOS_ID = 2

@@ -406,7 +406,7 @@ def overrides(record: Record) -> list[str]:
 
 def evaluation_overrides(record: Record) -> list[str]:
     settings = dict_at(record.results[0].run.score, "settings")
-    return assignments(settings, defaults(code_of(record, "fairway/settings.py"), "EvalConfig"))
+    return assignments(settings, defaults(code_of(record, "fairway/scoring/settings.py"), "EvalConfig"))
 
 
 def tree_of(source: str) -> ast.Module:

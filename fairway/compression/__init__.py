@@ -1,0 +1,1 @@
+"""The model as a lossless compressor, and a score proved by decoding it."""

@@ -1,0 +1,418 @@
+"""The interpreter computes what PyTorch computes, holds everything to its declaration, and names what it cannot do."""
+
+import shutil
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fairway.coreml import graph, layout
+from fairway.coreml.engine import Chain, interpreted
+from fairway.coreml.export import Choice, Source, export
+from fairway.coreml.graph import host_tables
+from fairway.coreml.interpret import (
+    OPERATIONS,
+    InterpretError,
+    Program,
+    blockwise_shift_scale,
+    elements_made,
+    interpret,
+    lut_to_dense,
+)
+from fairway.coreml.mlpackage import KINDS, LIKE, MODEL, PackageError, Type
+from fairway.coreml.tools import import_coremltools
+from train_gpt import GPT, Artifact
+
+apple = pytest.mark.apple
+rng = np.random.default_rng(0)
+X = rng.standard_normal((1, 6, 2, 5))
+
+
+def run(name: str, **operands) -> np.ndarray:
+    return OPERATIONS[name](operands)
+
+
+# ---- Operations, against PyTorch -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name, options, torch_says",
+    [
+        ("tanh", {}, torch.tanh),
+        ("sigmoid", {}, torch.sigmoid),
+        ("relu", {}, F.relu),
+        ("abs", {}, torch.abs),
+        ("exp", {}, torch.exp),
+        ("square", {}, torch.square),
+        ("leaky_relu", dict(alpha=0.3), lambda x: F.leaky_relu(x, 0.3)),
+        ("softmax", dict(axis=-1), lambda x: x.softmax(-1)),
+        ("softmax", dict(axis=1), lambda x: x.softmax(1)),
+        ("transpose", dict(perm=np.array([0, 3, 1, 2])), lambda x: x.permute(0, 3, 1, 2)),
+        (
+            "reduce_mean",
+            dict(axes=np.array([1]), keep_dims=True),
+            lambda x: x.mean(1, keepdim=True),
+        ),
+        ("reduce_sum", dict(axes=np.array([2, 3]), keep_dims=False), lambda x: x.sum((2, 3))),
+        (
+            "reduce_max",
+            dict(axes=np.array([-1]), keep_dims=True),
+            lambda x: x.amax(-1, keepdim=True),
+        ),
+        ("expand_dims", dict(axes=np.array([0])), lambda x: x[None]),
+        ("squeeze", dict(axes=np.array([0])), lambda x: x[0]),
+        (
+            "slice_by_index",
+            dict(
+                begin=np.array([0, 1, 0, 4]),
+                end=np.array([0, 5, 2, 1]),
+                stride=np.array([1, 2, 1, 1]),
+                begin_mask=np.array([True, False, False, True]),
+                end_mask=np.array([True, False, True, True]),
+            ),
+            lambda x: x[:, 1:5:2],
+        ),
+    ],
+)
+def test_operations_of_one_tensor(name, options, torch_says):
+    np.testing.assert_allclose(
+        run(name, x=X, **options), torch_says(torch.from_numpy(X)).numpy(), rtol=1e-12
+    )
+
+
+def test_operations_of_two_tensors():
+    a, b = rng.standard_normal((1, 3, 4, 6)), rng.standard_normal((1, 1, 6, 5))
+    ta, tb = torch.from_numpy(a), torch.from_numpy(b)
+    np.testing.assert_allclose(run("matmul", x=a, y=b), (ta @ tb).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(
+        run("matmul", x=a, y=b.swapaxes(2, 3), transpose_y=True), (ta @ tb).numpy(), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        run("matmul", x=a.swapaxes(2, 3), y=b, transpose_x=True), (ta @ tb).numpy(), rtol=1e-12
+    )
+    weight = rng.standard_normal((7, 6, 1, 1))
+    plain = dict(
+        pad_type="valid",
+        groups=1,
+        strides=np.array([1, 1]),
+        dilations=np.array([1, 1]),
+        pad=np.zeros(4, int),
+    )
+    np.testing.assert_allclose(
+        run("conv", x=X, weight=weight, **plain),
+        F.conv2d(torch.from_numpy(X), torch.from_numpy(weight)).numpy(),
+        rtol=1e-12,
+    )
+    for changed in (
+        dict(groups=2),
+        dict(strides=np.array([2, 1])),
+        dict(pad_type="same"),
+        dict(pad=np.ones(4, int)),
+    ):
+        with pytest.raises(InterpretError, match="not 1x1"):
+            run("conv", x=X, weight=weight, **plain | changed)
+
+
+def test_batch_norm_splits_and_joins():
+    mean, variance, gamma, beta = (rng.random(6) for _ in range(4))
+    wanted = F.batch_norm(*map(torch.from_numpy, (X, mean, variance, gamma, beta)), eps=1e-3)
+    found = run(
+        "batch_norm", x=X, mean=mean, variance=variance, gamma=gamma, beta=beta, epsilon=1e-3
+    )
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-12)
+    parts = run("split", x=X, axis=1, split_sizes=np.array([1, 2, 3]))
+    assert [p.shape[1] for p in parts] == [1, 2, 3] and len(
+        run("split", x=X, axis=1, num_splits=3)
+    ) == 3
+    np.testing.assert_array_equal(run("concat", values=parts, axis=1), X)
+    with pytest.raises(InterpretError, match="a split of 6 into"):
+        run("split", x=X, axis=1, split_sizes=np.array([1, 2]))
+
+
+def test_small_weights_by_hand():
+    data, scale = (
+        np.array([[1, -2, 3, 4], [5, 6, 7, -8]], np.int8),
+        np.array([[1.0, 2.0], [4.0, 8.0]]),
+    )
+    assert blockwise_shift_scale(dict(data=data, scale=scale)).tolist() == [
+        [1, -2, 6, 8],
+        [20, 24, 56, -64],
+    ]
+    offset = np.array([[1, 0], [0, 1]], np.int8)
+    assert blockwise_shift_scale(dict(data=data, scale=scale, offset=offset)).tolist() == [
+        [0, -3, 6, 8],
+        [20, 24, 48, -72],
+    ]
+    lut, indices = (
+        np.array([[[[1.0], [2.0]]], [[[3.0], [4.0]]]]),
+        np.array([[0, 1], [1, 0]], np.uint8),
+    )
+    assert lut_to_dense(dict(lut=lut, indices=indices)).tolist() == [[1, 2], [4, 3]]
+    with pytest.raises(InterpretError, match="a palette"):
+        lut_to_dense(dict(lut=lut, indices=indices + 1))
+    with pytest.raises(InterpretError, match="blocks of"):
+        blockwise_shift_scale(dict(data=data, scale=np.ones((2, 3))))
+
+
+# ---- Whole packages --------------------------------------------------------------------------------------------------
+def inputs_for(program: Program, interface: layout.Interface, tokens: int) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(1)
+    return {
+        name: draw.standard_normal(layout.concrete(shape, tokens)).astype(
+            LIKE[program.inputs[name].kind]
+        )
+        for name, shape in interface.inputs.items()
+    }
+
+
+@apple
+@pytest.mark.parametrize("precision, far", [("fp32", 2e-5), ("fp16", 0.02)])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_a_shard_says_what_its_graph_says(exported, precision, far, tokens):
+    folder, model = exported(shapes="multifunction", precision=precision), exported.source.model
+    dims = graph.dims_of(model, 32)
+    for name, shard in graph.shards(model, dims, [0, 2], [0, dims.vocab]).items():
+        program = interpret(folder / f"{name}.mlpackage", f"t{tokens}")
+        given = inputs_for(program, shard.interface, tokens)
+        with torch.no_grad():
+            wanted = shard(*(torch.from_numpy(given[n]).float() for n in shard.interface.inputs))
+        found = program(given)
+        for output, tensor in zip(
+            found, wanted if isinstance(wanted, tuple) else (wanted,), strict=True
+        ):
+            assert found[output].dtype == LIKE[precision]
+            assert np.abs(found[output].astype(float) - tensor.numpy()).max() < far * max(
+                1, tensor.abs().max().item()
+            )
+
+
+@apple
+def test_fp16_can_be_run_in_fp32_which_is_nearer(exported):
+    folder = exported(shapes="multifunction", precision="fp16")
+    model, errors = exported.source.model, []
+    shard = graph.shards(model, graph.dims_of(model, 32), [0, 2], [0, model.cfg.vocab_size])[
+        "layers0"
+    ]
+    for precision in ("declared", "fp32"):
+        program = interpret(folder / "layers0.mlpackage", "t4", precision)
+        given = inputs_for(program, shard.interface, 4)
+        with torch.no_grad():
+            wanted = shard(*(torch.from_numpy(given[n]).float() for n in shard.interface.inputs))[
+                0
+            ].numpy()
+        errors.append(np.abs(program(given)["x2"].astype(np.float64) - wanted).mean())
+    assert errors[1] < errors[0]
+
+
+@apple
+def test_exported_weights_match_the_golden_file(tmp_path):
+    """The oracle of PyTorch and MLX: its logits, in steps of 1 to 4 tokens, by shards in fp32."""
+    golden = oracle.read()
+    model = GPT(golden.cfg).eval()
+    model.load_state_dict({n: torch.from_numpy(w) for n, w in golden.weights.items()})
+    source = Source(
+        oracle.PATH,
+        Artifact(golden.cfg, {}, b"", {"tokenizer_sha256": ""}),
+        model,
+        host_tables(model),
+    )
+    export(
+        source,
+        Choice(precision="fp32", shapes="range", chunks=2),
+        tmp_path / "s",
+        np.zeros(0, int),
+        print,
+    )
+    chain, (inputs, _) = Chain(tmp_path / "s", interpreted()), golden.batch(0)
+    for row, wanted in zip(inputs[:3].tolist(), golden.logits, strict=False):
+        stream, at, out = chain.stream(), 0, []
+        for step in (1, 4, 2, 3, 4, 2):
+            out.append(chain(stream, row[at : at + step]))
+            at += step
+        assert np.abs(np.concatenate(out) - wanted).max() < oracle.TOLERANCES["logits"]
+
+
+# ---- What is refused -------------------------------------------------------------------------------------------------
+@pytest.fixture
+def program(exported) -> tuple[Program, dict]:
+    folder, model = exported(shapes="multifunction", precision="fp16"), exported.source.model
+    interface = layout.layers(0, 2, graph.dims_of(model, 32))
+    made = interpret(folder / "layers0.mlpackage", "t4")
+    return made, inputs_for(made, interface, 4)
+
+
+@apple
+def test_calls_are_held_to_what_is_declared(program):
+    call, given = program
+    with pytest.raises(
+        InterpretError,
+        match=r"input mask is float16 of .*, 35\]; it must be fp16 of \[1, 1, 4, 36\]",
+    ):
+        call(given | dict(mask=given["mask"][..., :-1]))
+    with pytest.raises(InterpretError, match=r"input x0 is float32 of .* it must be fp16"):
+        call(given | dict(x0=given["x0"].astype(np.float32)))
+    with pytest.raises(InterpretError, match=r"input k0 is float16 of \[1, 8, 2, 31\]"):
+        call(given | dict(k0=given["k0"][..., 1:]))
+    with pytest.raises(InterpretError, match="inputs mask are missing or unknown"):
+        call({n: v for n, v in given.items() if n != "mask"})
+    with pytest.raises(InterpretError, match="has no function 't3'; it has t1, t4"):
+        interpret(call.path, "t3")
+
+
+@apple
+def test_an_activation_that_overflows_is_named_with_its_operation(program):
+    call, given = program
+    with pytest.raises(
+        InterpretError, match="overflows fp16 in .*; export with other text to measure, or in fp32"
+    ):
+        call(given | dict(x0=given["x0"] * np.float16(20000)))
+
+
+@pytest.fixture
+def spoil(exported, tmp_path):
+    """`spoil(change)`: a package whose program was changed by `change(operations by type)`, saved by coremltools."""
+
+    def make(change):
+        path = tmp_path / "p.mlpackage"
+        shutil.copytree(exported(shapes="fixed", precision="fp32") / "layers0.mlpackage", path)
+        import_coremltools()
+        from coremltools.proto import Model_pb2
+
+        spec = Model_pb2.Model()
+        spec.ParseFromString((path / MODEL).read_bytes())
+        function = spec.mlProgram.functions["main"]
+        operations = {}
+        for op in function.block_specializations[function.opset].operations:
+            operations.setdefault(op.type, []).append(op)
+        change(operations)
+        (path / MODEL).write_bytes(spec.SerializeToString())
+        return path
+
+    return make
+
+
+@apple
+def test_an_unknown_operation_is_named(spoil):
+    path = spoil(lambda operations: setattr(operations["relu"][0], "type", "scaled_tanh"))
+    with pytest.raises(
+        InterpretError, match="operation 'scaled_tanh' is not known here; it makes 'relu"
+    ):
+        interpret(path)
+
+
+@apple
+def test_declared_types_and_shapes_are_checked(spoil):
+    path = spoil(
+        lambda ops: setattr(
+            ops["conv"][0].outputs[0].type.tensorType.dimensions[1].constant, "size", 31
+        )
+    )
+    program = interpret(path)
+    given = {
+        n: np.zeros([high for _, high in f.shapes[0]], np.float32)
+        for n, f in program.inputs.items()
+    }
+    with pytest.raises(
+        InterpretError,
+        match=r"conv makes .* of \[1, 32, 1, 4\]; it is declared fp32\[1, 31, 1, 4\]",
+    ):
+        program(given)
+
+
+@apple
+def test_a_type_that_changes_on_the_way_is_told(spoil):
+    path = spoil(
+        lambda operations: setattr(operations["add"][0].outputs[0].type.tensorType, "dataType", 10)
+    )
+    with pytest.raises(InterpretError, match="add of fp32 is declared fp16"):
+        interpret(path)
+
+
+def spoil_attribute(operation: str, name: str, value: int):
+    """A change: the constant that an operation takes by this name becomes another number."""
+
+    def change(ops):
+        made = {op.outputs[0].name: op for op in ops["const"]}
+        held = (
+            made[ops[operation][0].inputs[name].arguments[0].name]
+            .attributes["val"]
+            .immediateValue.tensor
+        )
+        held.ints.values[:] = [value] * len(held.ints.values)
+
+    return change
+
+
+@apple
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ops: setattr(ops["relu"][0], "type", "split"),
+        lambda ops: setattr(ops["relu"][0], "type", "concat"),
+        lambda ops: setattr(ops["relu"][0], "type", "constexpr_lut_to_dense"),
+        lambda ops: setattr(ops["softmax"][0], "type", "conv"),
+        lambda ops: setattr(ops["mul"][0], "type", "reshape"),
+        lambda ops: setattr(ops["const"][0].outputs[0], "name", "x0"),
+        lambda ops: setattr(ops["conv"][0].outputs[0], "name", "mask"),
+        lambda ops: ops["add"][0].ClearField("inputs"),
+        spoil_attribute("softmax", "axis", 99),
+        spoil_attribute("split", "axis", -9),
+        spoil_attribute("split", "split_sizes", 0),
+        spoil_attribute("concat", "axis", 1 << 30),
+        spoil_attribute("transpose", "perm", 5),
+    ],
+)
+def test_malformed_programs_end_in_one_error(spoil, change):
+    path = spoil(change)
+    with pytest.raises(PackageError) as e:
+        program = interpret(path)
+        program(
+            {
+                n: np.zeros([high for _, high in f.shapes[0]], np.float32)
+                for n, f in program.inputs.items()
+            }
+        )
+    assert "\n" not in str(e.value)
+
+
+@apple
+def test_memory_is_bounded(exported, monkeypatch):
+    path = exported(shapes="fixed", precision="fp32") / "layers0.mlpackage"
+    program = interpret(path)
+    given = {
+        n: np.zeros([high for _, high in f.shapes[0]], np.float32)
+        for n, f in program.inputs.items()
+    }
+    monkeypatch.setattr("fairway.coreml.interpret.MOST_HELD", 4000)
+    with pytest.raises(InterpretError, match="cannot make .* .more than 4000 numbers at a time"):
+        program(given)
+    with pytest.raises(InterpretError, match="more than 4000 numbers in constants"):
+        interpret(path)
+
+
+@pytest.mark.parametrize(
+    "operation, operands, most",
+    [
+        ("add", dict(x=np.zeros((30_000, 1)), y=np.zeros((1, 30_000))), 900_000_000),
+        ("matmul", dict(x=np.zeros((2, 1, 3, 4)), y=np.zeros((1, 5, 4, 6))), 10 * 4 * 6),
+        ("conv", dict(x=np.zeros((1, 4, 1, 3)), weight=np.zeros((7, 4, 1, 1))), 21),
+        ("concat", dict(values=[np.zeros(5), np.zeros(6)]), 11),
+        ("tanh", dict(x=np.zeros((2, 3))), 6),
+    ],
+)
+def test_what_an_operation_makes_is_known_before_it_is_made(operation, operands, most):
+    assert elements_made(operation, operands) == most
+
+
+def test_a_cast_to_whole_numbers_cuts():
+    program = Program.__new__(Program)
+    program.precision, program.path = "declared", ""
+    found = program.rounded(np.array([1.9, -1.9]), None, "x", Type(KINDS[23], (2,)))
+    assert found.tolist() == [1, -1] and found.dtype == np.int32
+
+
+@apple
+def test_a_tensor_that_nothing_makes_is_told(spoil):
+    path = spoil(lambda ops: setattr(ops["add"][0].inputs["x"].arguments[0], "name", "ghost"))
+    with pytest.raises(InterpretError, match="'ghost' is used before it is made"):
+        interpret(path)

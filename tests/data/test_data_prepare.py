@@ -1,0 +1,501 @@
+"""data/prepare.py: exact bytes, whatever the text, the workers, or the moment of a kill."""
+
+import gzip
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data import embedded, overlap, prepare
+from train_gpt import BOS_ID, UserError, document_bounds, file_sha256, read_shard
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = "the of and to in a is that for it as was with be by on not he his but at are this".split()
+
+
+def prose(n: int, seed: int = 0) -> list[str]:
+    """Documents of made-up sentences, with line ends, tabs and letters that are no ASCII."""
+    r = random.Random(seed)
+    return [
+        " ".join(r.choice(WORDS) + str(r.randrange(99)) for _ in range(r.randrange(20, 200)))
+        + f"\n\n\tÉnd of {i} — naïve ☃.  \n"
+        for i in range(n)
+    ]
+
+
+def jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
+
+
+def run(out: Path, *docs: Path, tokenizer: str | Path = "train:400", **more: object) -> dict:
+    options = [x for key, value in more.items() for x in (f"--{key.replace('_', '-')}", str(value))]
+    prepare.main(
+        [
+            "--docs",
+            *map(str, docs),
+            "--tokenizer",
+            str(tokenizer),
+            "--out",
+            str(out),
+            "--workers",
+            "1",
+            *options,
+        ]
+    )
+    return json.loads((out / "manifest.json").read_text())
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def texts_of(out: Path, split: str) -> list[str]:
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
+    texts = []
+    for path in sorted(out.glob(f"*_{split}_*.bin")):
+        tokens = read_shard(path)
+        bounds = document_bounds(tokens)
+        assert (tokens[bounds[:-1]] == BOS_ID).all()
+        texts += [sp.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(bounds)]
+    return texts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    run(folder, jsonl(folder / "a.jsonl", prose(200)), val_fraction=0)
+    return folder / "tokenizer.model"
+
+
+# -------------------------------------------------------------------------------- what comes out
+
+
+def test_manifest_counts_and_hashes_are_those_of_the_files(tmp_path):
+    texts = prose(300)
+    m = run(
+        tmp_path / "o",
+        jsonl(tmp_path / "a.jsonl", [*texts, ""]),
+        val_fraction=0.2,
+        shard_tokens=20_000,
+        name="mine",
+        tokenizer="train:350",
+    )
+    train, val = texts_of(tmp_path / "o", "train"), texts_of(tmp_path / "o", "val")
+    assert sorted(train + val) == sorted(texts) and 30 < len(val) < 90
+    assert [t for t in texts if t in set(train)] == train  # in the order of the input
+    assert m["documents"] == 300 and m["empty_documents"] == 1 and m["inexact_documents"] == 0
+    assert m["splits"]["val"]["bytes"] == sum(len(t.encode()) for t in val)
+    assert m["vocab_size"] == 350 and m["inputs"][0]["sha256"] == file_sha256(tmp_path / "a.jsonl")
+    assert m["tokenizer_sha256"] == file_sha256(tmp_path / "o/tokenizer.model")
+    assert {s["file"] for s in m["shards"]} == {p.name for p in (tmp_path / "o").glob("*.bin")}
+    for shard in m["shards"]:
+        path = tmp_path / "o" / shard["file"]
+        assert path.name.startswith("mine_") and file_sha256(path) == shard["sha256"]
+        assert len(read_shard(path, 350)) == shard["tokens"] <= 20_000
+    assert sum(s["tokens"] for s in m["shards"]) == m["tokens"]
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 5000)
+    docs = jsonl(tmp_path / "a.jsonl", prose(400))
+    for n in (1, 3):
+        run(tmp_path / str(n), docs, workers=n, shard_tokens=30_000)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_every_packing_is_read_and_txt_is_one_document(tmp_path, model):
+    line = b'{"text": "one"}\n\n{"text": "two\\r\\n"}'
+    for name, pack in [
+        ("a.jsonl", bytes),
+        ("b.jsonl.gz", gzip.compress),
+        ("c.jsonl.xz", lzma.compress),
+        ("d.jsonl.zst", zstandard.ZstdCompressor().compress),
+    ]:
+        (tmp_path / name).write_bytes(pack(line[:16]) + pack(line[16:]))  # two frames each
+    (tmp_path / "e.txt").write_bytes(b"a\r\n\n{}\n")
+    (tmp_path / "f.jsonl.txt.xz").write_bytes(lzma.compress(b"f"))
+    m = run(tmp_path / "o", *sorted(tmp_path.glob("?.*")), tokenizer=model, val_fraction=0)
+    assert texts_of(tmp_path / "o", "train") == ["one", "two\r\n"] * 4 + ["a\r\n\n{}\n", "f"]
+    assert len(m["inputs"]) == 6
+
+
+def test_equal_texts_are_on_one_side_and_fractions_are_nested(tmp_path, model):
+    docs = jsonl(tmp_path / "a.jsonl", prose(200) * 2)
+    held = []
+    for fraction in (0, 0.1, 0.3, 1):
+        out = tmp_path / str(fraction)
+        run(out, docs, tokenizer=model, val_fraction=fraction)
+        train, val = texts_of(out, "train"), texts_of(out, "val")
+        assert not set(train) & set(val) and len(train) + len(val) == 400
+        held.append(set(val))
+    assert not held[0] and held[0] < held[1] < held[2] < held[3] == set(prose(200))
+
+
+def test_the_tokenizer_never_sees_validation_text(tmp_path, monkeypatch):
+    held_out = {3, 50, 51}
+    monkeypatch.setattr(
+        prepare,
+        "split_of",
+        lambda document, text, fraction: "val" if document.index in held_out else "train",
+    )
+    texts = prose(200)
+    a = run(tmp_path / "a", jsonl(tmp_path / "a.jsonl", texts))
+    texts = [t + " zqxj" * 500 * (i in held_out) for i, t in enumerate(texts)]
+    b = run(tmp_path / "b", jsonl(tmp_path / "b.jsonl", texts))
+    assert a["tokenizer_sha256"] == b["tokenizer_sha256"] and a["tokens"] != b["tokens"]
+
+
+def test_a_long_corpus_trains_on_a_fixed_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 20_000)
+    docs = jsonl(tmp_path / "a.jsonl", prose(300))
+    a = run(tmp_path / "a", docs, val_fraction=0)["tokenizer_sha256"]
+    assert a == run(tmp_path / "b", docs, val_fraction=0)["tokenizer_sha256"]
+    monkeypatch.setattr(prepare, "SAMPLE_BYTES", 1 << 20)
+    assert a != run(tmp_path / "c", docs, val_fraction=0)["tokenizer_sha256"]
+
+
+# -------------------------------------------------------------------------------------- exactness
+
+ODD = [
+    "▁",
+    "a▁b ▁",
+    "▁▁",
+    "\0",
+    "\t\n\r\x0b\x85\u2028",
+    "😀👩‍👩‍👧",
+    "▅",
+    "⁇ ",
+    "ﬁ½Å",
+    "<s></s><0x41><unk>",
+    "\ufeff\ufffe\U0010ffff",
+    "  two  ",
+    " ",
+    "\n",
+]
+ANY = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(ODD)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(ANY | st.builds("".join, st.lists(ANY)).filter(bool), min_size=1, max_size=20))
+def test_any_text_survives_exactly(tmp_path_factory, model, texts):
+    out = tmp_path_factory.mktemp("any")
+    m = run(out / "o", jsonl(out / "a.jsonl", texts), tokenizer=model, val_fraction=0)
+    assert texts_of(out / "o", "train") == texts and m["inexact_documents"] == 0
+    assert m["bytes"] == sum(len(t.encode()) for t in texts)
+
+
+def test_odd_text_can_be_trained_on(tmp_path):
+    docs = jsonl(tmp_path / "a.jsonl", ODD * 3 + prose(20))
+    m = run(tmp_path / "o", docs, val_fraction=0)
+    assert texts_of(tmp_path / "o", "train") == ODD * 3 + prose(20) and m["vocab_size"] == 400
+
+
+def foreign_model(path: Path, **options: object) -> Path:
+    with open(path, "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            model_writer=f,
+            minloglevel=2,
+            hard_vocab_limit=False,
+            pad_id=0,
+            unk_id=3,
+            **{
+                "sentence_iterator": iter(prose(100)),
+                "model_type": "bpe",
+                "vocab_size": 400,
+                "bos_id": 1,
+                "eos_id": 2,
+                "byte_fallback": True,
+                **options,
+            },
+        )
+    return path
+
+
+def test_what_a_normalising_tokenizer_loses_is_counted_and_told(tmp_path, capsys):
+    """As with the challenge's own models: a line end becomes a blank, ▁ becomes one."""
+    model = foreign_model(tmp_path / "m.model", add_dummy_prefix=False)
+    docs = jsonl(tmp_path / "a.jsonl", ["plain is exact", "two\nlines", "a▁b", "  blanks  "])
+    m = run(tmp_path / "o", docs, tokenizer=model, val_fraction=0)
+    assert m["inexact_documents"] == 3 and m["bytes"] < m["source_bytes"]
+    assert texts_of(tmp_path / "o", "train") == ["plain is exact", "two lines", "a b", "blanks"]
+    assert "3 of 4 documents do not survive" in capsys.readouterr().err
+
+
+def test_wrong_bytes_stop_the_run_and_name_the_token(tmp_path):
+    model = foreign_model(tmp_path / "m.model", byte_fallback=False)  # é becomes <unk>
+    docs = jsonl(tmp_path / "a.jsonl", ["the of and " * 50, "the of ☢ in"])
+    with pytest.raises(UserError, match="not written.*token 3 .*unk") as error:
+        run(tmp_path / "o", docs, tokenizer=model, val_fraction=0)
+    assert "\n" not in str(error.value)
+    assert set(contents(tmp_path / "o")) == {".unfinished.json", "tokenizer.model"}
+
+
+# ------------------------------------------------------------------------------- stop and go on
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        ("text_train_000001.bin",),
+        pytest.param(
+            ("tokenizer.model", "text_train_000001.bin", "text_val_000000.bin"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_killed_at_any_time_it_ends_with_the_same_bytes(tmp_path, kills):
+    docs = jsonl(tmp_path / "a.jsonl", prose(2500))
+    command = [
+        "--docs",
+        docs,
+        "--tokenizer",
+        "train:500",
+        "--shard-tokens",
+        "20000",
+        "--val-fraction",
+        "0.1",
+        "--workers",
+        "2",
+        "--out",
+    ]
+    run(tmp_path / "whole", docs, tokenizer="train:500", shard_tokens=20_000, val_fraction=0.1)
+    out, seen = tmp_path / "killed", {}
+    for wanted in kills:
+        process = subprocess.Popen(
+            [sys.executable, "data/prepare.py", *map(str, command), out],
+            cwd=ROOT,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+        )
+        while not (out / wanted).exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not (out / "manifest.json").exists()
+        for name, stat in seen.items():  # what was complete is not done again
+            assert (out / name).stat().st_mtime_ns == stat
+        seen = {
+            s["file"]: (out / s["file"]).stat().st_mtime_ns
+            for s in json.loads((out / ".unfinished.json").read_text())["shards"]
+        }
+        for path in out.glob("*.bin"):
+            read_shard(path)
+        assert no_process_left(process.pid)
+    (out / ".text_train_000007.bin.123.part").write_bytes(b"left behind")
+    prepare.main([*map(str, command), str(out)])
+    assert contents(out) == contents(tmp_path / "whole")
+    assert all((out / name).stat().st_mtime_ns == stat for name, stat in seen.items()) and seen
+
+
+def no_process_left(group: int) -> bool:
+    for _ in range(500):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_second_run_does_nothing_and_changes_start_anew(tmp_path, capsys, model):
+    docs, out = jsonl(tmp_path / "a.jsonl", prose(100)), tmp_path / "o"
+
+    def said(**more: object) -> str:
+        run(out, docs, tokenizer=model, shard_tokens=5000, **more)
+        return capsys.readouterr().out
+
+    assert "prepared:" in said(name="a") and said(name="a") == f"{out} is up to date\n"
+    (out / "a_train_000000.bin").write_bytes(b"damaged")
+    assert "going on" in said(name="a") and "up to date" in said(name="a")
+    assert "val_fraction was 0.05, is 0.5" in said(name="a", val_fraction=0.5)
+    (out / "theirs_train_000000.bin").write_bytes(b"not ours")
+    assert "name was a, is b" in said(name="b", val_fraction=0.5)
+    jsonl(docs, prose(10))
+    assert "the input files changed" in said(name="b", val_fraction=0.5)
+    left = {p.name for p in out.glob("*.bin")}
+    m = json.loads((out / "manifest.json").read_text())
+    assert left == {s["file"] for s in m["shards"]} | {"theirs_train_000000.bin"}
+
+
+def test_a_folder_with_files_of_others_is_left_alone(tmp_path, model):
+    docs = jsonl(tmp_path / "a.jsonl", prose(5))
+    for name in ("text_train_000003.bin", "tokenizer.model", "manifest.json"):
+        out = tmp_path / name.split(".")[0]
+        out.mkdir()
+        (out / name).write_bytes(b"precious")
+        with pytest.raises(UserError, match="did not write; choose an empty folder"):
+            run(out, docs, tokenizer=model)
+        assert contents(out) == {name: b"precious"}
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "name, data, match",
+    [
+        ("a.jsonl", None, "no such file"),
+        ("a.jsonl", b"", "empty"),
+        ("a.txt", b"", "empty"),
+        ("a.csv", b"x", "must end in .jsonl or .txt"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": "cut', "a.jsonl line 2: not JSON"),
+        ("a.jsonl", b'\n\n{"txt": "x"}\n', 'line 3: no string "text"'),
+        ("a.jsonl", b'{"text": 3}\n', 'line 1: no string "text"'),
+        ("a.jsonl", b'["text"]\n', 'line 1: no string "text"'),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: half a surrogate pair"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not UTF-8"),
+        ("a.txt", b"ab\xff", "a.txt: not UTF-8 .byte 2."),
+        ("a.jsonl", b'{"text": ""}\n', "no document with any text"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 9999)[:-40], "cut or damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9999)[:-9], "cut or damaged"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "x"}\n' * 9999)[:-9], "cut or damaged"),
+        ("a.jsonl.xz", b"no xz", "cut or damaged"),
+        ("a.jsonl.gz", b"no gz", "cut or damaged"),
+        ("a.jsonl.zst", b"no zst", "cut or damaged"),
+    ],
+)
+@pytest.mark.parametrize("given", ["train:400", "model"])
+def test_bad_documents_are_one_line(tmp_path, model, name, data, match, given):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=match) as error:
+        run(tmp_path / "o", tmp_path / name, tokenizer=model if given == "model" else given)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "o").glob("*.bin")) and not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "given, match",
+    [
+        ("nowhere.model", "no such file"),
+        ("train:12", "261 to 65536"),
+        ("train:65537", "261 to"),
+        ("train:x", "261 to"),
+        ("train:261", "train:261: .*choose another size"),
+    ],
+)
+def test_bad_tokenizers_are_one_line(tmp_path, given, match):
+    with pytest.raises(UserError, match=match) as error:
+        run(tmp_path / "o", jsonl(tmp_path / "a.jsonl", prose(20)), tokenizer=given)
+    assert "\n" not in str(error.value)
+
+
+def test_tokenizers_that_shards_cannot_hold_are_refused(tmp_path):
+    docs = jsonl(tmp_path / "a.jsonl", prose(20))
+    (tmp_path / "text.model").write_bytes(b"\x00no model")
+    words = [" ".join(f"w{i}" for i in range(n, n + 100)) for n in range(0, 66_000, 100)]
+    big = foreign_model(
+        tmp_path / "big.model",
+        model_type="word",
+        vocab_size=65_540,
+        byte_fallback=False,
+        sentence_iterator=iter(words),
+    )
+    other = foreign_model(tmp_path / "other.model", bos_id=2, eos_id=1)
+    for tokenizer, match in (
+        (tmp_path / "text.model", "not a SentencePiece model"),
+        (big, "65540 pieces.*65536"),
+        (other, "BOS is 2, shards need 1"),
+    ):
+        with pytest.raises(UserError, match=match):
+            run(tmp_path / "o", docs, tokenizer=tokenizer)
+        assert not (tmp_path / "o" / "tokenizer.model").exists()
+
+
+def test_no_tokenizer_is_trained_on_a_validation_set(tmp_path):
+    with pytest.raises(UserError, match="no training document.*--val-fraction"):
+        run(tmp_path / "o", jsonl(tmp_path / "a.jsonl", prose(20)), val_fraction=1)
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        ([], "either --embedded or --docs"),
+        (["--docs", "a.txt"], "--docs needs --tokenizer"),
+        (["--embedded", "--tokenizer", "x"], "has its own tokenizer"),
+        (["--embedded", "--shard-tokens", "0"], "--shard-tokens 0"),
+        (["--embedded", "--name", "../x"], "--name"),
+        (
+            ["--docs", "a.txt", "--tokenizer", "x", "--out", "o", "--val-fraction", "2"],
+            "from 0 to 1",
+        ),
+    ],
+)
+def test_settings_out_of_range_are_one_line(arguments, match):
+    with pytest.raises(UserError, match=match):
+        prepare.main(arguments)
+
+
+def test_the_command_line_shows_one_line_and_exit_code_1(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\nnot json\n')
+    ran = subprocess.run(
+        [
+            sys.executable,
+            "data/prepare.py",
+            "--docs",
+            str(tmp_path / "a.jsonl"),
+            "--tokenizer",
+            "train:400",
+            "--out",
+            str(tmp_path / "o"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1 and ran.stderr.count("\n") == 1
+    assert ran.stderr.startswith("error: ") and "a.jsonl line 2: not JSON" in ran.stderr
+
+
+# ----------------------------------------------------------------------------- embedded corpus
+
+
+def test_embedded_corpus_is_exact_split_by_year_and_clean(tmp_path):
+    out = tmp_path / "e"
+    prepare.main(["--embedded", "--out", str(out)])
+    texts = embedded.addresses()
+    val, train = (set(texts_of(out, split)) for split in ("val", "train"))
+    assert val | train == {text.decode() for text in texts.values()} and not val & train
+    years = [{n[:4] for n, t in texts.items() if t.decode() in side} for side in (val, train)]
+    assert not years[0] & years[1]
+    m = json.loads((out / "manifest.json").read_text())
+    assert m["documents"] == len(texts) == 249 and m["vocab_size"] == 1024
+    assert 0.045 < m["splits"]["val"]["bytes"] / m["bytes"] < 0.065
+    assert overlap.main(["--train", str(out / "*_train_*"), "--val", str(out / "*_val_*")]) == 0
+
+
+def test_years_that_quote_each_other_stay_in_training():
+    r = random.Random(1)
+    fresh = ["".join(r.choice("abcdefg ") for _ in range(3000)) for _ in range(5)]
+    texts = {f"{1900 + i}-X-1": t.encode() for i, t in enumerate(fresh)}
+    assert embedded.quoting_years(texts) == set()
+    texts["1903-X-1"] += b" " + texts["1901-X-1"][500:700]
+    assert embedded.quoting_years(texts) == {1901, 1903}
+
+
+def test_importing_has_no_effect(tmp_path):
+    code = (
+        "import os, sys; before = set(os.listdir('.')), dict(os.environ); sys.path.insert(0, "
+        f"{str(ROOT)!r}); import data.prepare, data.overlap, data.download_fineweb; "
+        "assert before == (set(os.listdir('.')), dict(os.environ))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert ran.returncode == 0 and not ran.stdout and not ran.stderr
+    assert np.array_equal(list(tmp_path.iterdir()), [])

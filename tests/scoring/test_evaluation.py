@@ -1,0 +1,336 @@
+"""eval_final.py and build_correction_table.py as their users run them: what they print, write, survive and refuse."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import build_correction_table
+import eval_final
+from fairway.certificate import Commit, verify_chain
+from fairway.scoring.settings import EvalConfig
+from train_gpt import file_sha256, read_shard, write_shard
+
+ROOT = Path(__file__).resolve().parents[2]
+LADDER = ["neural, windows side by side", "neural, sliding", "+ experts, mixed: final"]
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory, run_trainer) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    done = run_trainer(folder, ITERATIONS=30, CODEC="zstd", MAX_WALLCLOCK_SECONDS=0)
+    assert done.returncode == 0, done.stderr
+    return folder / "final_model.int6.ptz"
+
+
+@pytest.fixture(scope="module")
+def env(artifact, corpus):
+    """`env(out_dir, **settings)`: a clean environment for the scripts."""
+
+    def build(out_dir, **settings) -> dict[str, str]:
+        base = dict(
+            PATH=os.environ["PATH"],
+            HOME=str(out_dir),
+            OMP_NUM_THREADS="1",
+            CHECKPOINT=artifact,
+            DATA_PATH=corpus.folder,
+            OUT_DIR=out_dir,
+            EVAL_STRIDE=32,
+        )
+        return {name: str(value) for name, value in (base | settings).items() if value is not None}
+
+    return build
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(env: dict[str, str], *arguments: str, launcher: tuple = (sys.executable,)) -> Done:
+    """In a process of its own."""
+    done = subprocess.run(
+        [*launcher, str(ROOT / "eval_final.py"), *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def here(capsys):
+    """`here(main, ...)`: a script's main in this process, where nothing has to be imported again."""
+
+    def call(main, *arguments) -> Done:
+        code = main(*arguments)
+        said = capsys.readouterr()
+        return Done(
+            code, said.out, "".join(line for line in said.err.splitlines(True) if "\r" not in line)
+        )
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, env):
+    """One whole run, certificate and correction included."""
+    folder = tmp_path_factory.mktemp("scored")
+    done = run(env(folder, USE_CORRECTION=1, CERTIFY_SECONDS=4, WANDB_MODE="offline"), "--certify")
+    return folder, done, json.loads((folder / "eval/score.json").read_text())
+
+
+def test_a_run_prints_the_ladder_and_leaves_scores_that_agree_with_it(finished, artifact, corpus):
+    folder, done, score = finished
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [rung["name"] for rung in score["ladder"]] == LADDER
+    assert (
+        done.stdout.splitlines()[-1]
+        == f"val_bpb:{score['val_bpb']:.8f} val_loss:{score['val_loss']:.8f}"
+    )
+    logp, tokens = (
+        np.load(folder / "eval/final_logp.npy"),
+        read_shard(corpus.folder / "tiny_val_000000.bin"),
+    )
+    assert len(logp) == len(tokens) - 1 == score["tokens"]
+    assert score["val_bpb"] == pytest.approx(-logp.sum() / np.log(2) / score["bytes"], abs=1e-12)
+    text = "".join(
+        corpus.tokenizer.decode(part.tolist())
+        for part in np.split(tokens, np.flatnonzero(tokens == 1))
+    )
+    assert score["bytes"] == len(text.encode())
+    assert score["val_bpb"] < score["ladder"][1]["bpb"]  # this corpus repeats itself
+    trace = np.array(score["weights"]["trace"])
+    assert trace.shape[1] == len(score["weights"]["experts"]) and np.allclose(
+        trace.sum(axis=1), 1, atol=1e-3
+    )
+    assert set(score["sizes"]["code"]) >= {
+        "train_gpt.py",
+        "eval_final.py",
+        "fairway/scoring/neural.py",
+    }
+    assert score["sizes"]["artifact"] == artifact.stat().st_size
+    assert score["code"].keys() == score["sizes"]["code"].keys()
+    assert score["code"]["fairway/scoring/neural.py"] == file_sha256(
+        ROOT / "fairway/scoring/neural.py"
+    )
+
+
+def test_a_run_adds_a_line_to_the_history_and_weights_and_biases_has_it_too(finished):
+    folder, _, score = finished
+    line = json.loads((folder / "runs.jsonl").read_text().splitlines()[0])
+    assert line["final"]["bpb"] == score["val_bpb"] and line["final"]["certified"] is True
+    assert (
+        line["start"]["sha256"] == score["sha256"]
+        and line["start"]["settings"] == score["settings"]
+    )
+    assert line["final"]["artifact_bytes"] + line["final"]["code_bytes"] == (
+        score["sizes"]["artifact"] + sum(score["sizes"]["code"].values())
+    )
+    assert len(list(folder.rglob("run-*.wandb"))) == 1
+
+
+def test_the_plain_rung_is_what_training_printed(finished, artifact):
+    folder, _, score = finished
+    events = [
+        json.loads(line) for line in (artifact.parent / "logs/test.jsonl").read_text().splitlines()
+    ]
+    assert score["ladder"][0]["bpb"] == pytest.approx(events[-1]["bpb"], abs=1e-6)
+
+
+def test_the_certificate_is_green_and_written(finished):
+    folder, done, score = finished
+    certificate = json.loads((folder / "eval/certificate.json").read_text())
+    assert certificate["passed"] and "FAIL" not in done.stdout
+    assert {r["rule"] for r in certificate["rules"] if r["verdict"] == "ok"} >= {
+        "causal",
+        "normalised",
+        "target-blind",
+        "score first",
+        "one pass",
+        "coverage",
+        "claim",
+        "bytes",
+        "canary",
+        "sizes",
+    }
+
+
+def test_the_commit_log_covers_every_row_and_its_chain_holds(finished):
+    folder, _, score = finished
+    commits = [
+        Commit(**json.loads(line))
+        for line in (folder / "eval/commits.jsonl").read_text().splitlines()
+    ]
+    assert verify_chain(commits) is None and sum(c.count for c in commits) == score["tokens"]
+    assert sum(c.bytes for c in commits) == score["bytes"]
+    assert sum(c.nats for c in commits) == pytest.approx(score["val_loss"] * score["tokens"])
+
+
+def test_the_correction_table_stays_apart_from_the_score(finished):
+    folder, done, score = finished
+    correction = score["correction"]
+    assert correction["oracle_bpb"] < score["val_bpb"]
+    assert correction["charged_bpb"] == pytest.approx(
+        correction["oracle_bpb"] + 8 * correction["bytes"] / score["bytes"], abs=1e-12
+    )
+    assert "oracle_bpb:" in done.stdout and "no record may use the table" in done.stdout
+
+
+def test_a_second_run_reads_its_columns_and_says_the_same(finished, env, here):
+    folder, done, _ = finished
+    again = here(eval_final.main, env(folder), [])
+    assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    assert "columns:blocks 100% were there already" in again.stdout
+    first, second = (
+        float(re.search(r"sliding:([\d.]+)s", out)[1]) for out in (done.stdout, again.stdout)
+    )
+    score = json.loads((folder / "eval/score.json").read_text())
+    assert score["eval_seconds"] > second >= first > 0  # of both runs
+    other = here(eval_final.main, env(folder, EVAL_STRIDE=16), [])
+    assert (
+        "columns:sliding" not in other.stdout
+        and other.stdout.splitlines()[-1] != done.stdout.splitlines()[-1]
+    )
+
+
+def test_a_proof_joins_the_certificate(finished, env, here):
+    """Also alone, and of a split that is shorter than what was asked for."""
+    folder, done, score = finished
+    proved = here(eval_final.main, env(folder), ["--prove", "300"])
+    assert proved.returncode == 0 and proved.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
+    certificate = json.loads((folder / "eval/certificate.json").read_text())
+    (rule,), d = certificate["rules"], certificate["rules"][0]["details"]
+    assert certificate["passed"] and (rule["rule"], rule["verdict"], d["tokens"]) == (
+        "decoded",
+        "ok",
+        300,
+    )
+    logp = np.load(folder / "eval/final_logp.npy")[:299]
+    assert d["claimed_bits"] == pytest.approx(-logp.sum() / np.log(2), abs=1e-9)
+    assert d["file_bits"] == 8 * (folder / "eval/proof.fwy").stat().st_size
+    assert d["ratio"] == pytest.approx(d["file_bits"] / d["claimed_bits"])
+
+
+def test_a_killed_run_goes_on_from_its_columns(finished, env, tmp_path, here):
+    _, done, _ = finished
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "eval_final.py")],
+        env=env(tmp_path, EVAL_BATCH_TOKENS=64),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    covered, deadline = tmp_path / "eval/columns/sliding/covered.npy", time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if (
+            covered.exists()
+            and (tmp_path / "eval/columns/sliding/columns.json").exists()
+            and np.load(covered).any()
+        ):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.02)
+    process.wait()
+    assert np.load(covered).any() and not (tmp_path / "eval/score.json").exists()
+    again = here(eval_final.main, env(tmp_path), [])
+    assert again.returncode == 0 and "were there already" in again.stdout
+    first, second = (
+        float(d.stdout.splitlines()[-1].split()[0].split(":")[1]) for d in (done, again)
+    )
+    assert second == pytest.approx(first, abs=1e-9)
+    assert "total_eval_time:unknown" in again.stdout  # what the killed run took is lost
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_score_of_one(finished, env, tmp_path):
+    _, _, one = finished
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = run(env(tmp_path, DEVICE="cpu"), launcher=torchrun)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads((tmp_path / "eval/score.json").read_text())
+    assert two["world_size"] == 2 and abs(one["val_bpb"] - two["val_bpb"]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (dict(CHECKPOINT="nowhere.ptz"), "nowhere.ptz: cannot be read (No such file or directory)"),
+        (
+            dict(VAL_FILES="nothing_*.bin"),
+            "no shards match nothing_*.bin; run `make data`, or set VAL_FILES or DATA_PATH",
+        ),
+        (dict(EVAL_STRIDES=3), "EVAL_STRIDES=3 is no setting; did you mean EVAL_STRIDE?"),
+        (dict(EVAL_MODE="slide"), "EVAL_MODE is 'slide'; it must be one of sliding, cached"),
+        (
+            dict(OUT_DIR="/proc/none"),
+            "/proc/none: No such file or directory; free space, or set OUT_DIR to another folder",
+        ),
+    ],
+)
+def test_mistakes_end_in_one_line(env, tmp_path, here, settings, says):
+    done = here(eval_final.main, env(tmp_path, **settings), [])
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("eval_final: error: ") and says in done.stderr
+
+
+def test_texts_too_short_for_a_window_or_a_certificate(env, tmp_path, corpus, here):
+    tokens = read_shard(corpus.folder / "tiny_val_000000.bin")
+    write_shard(tmp_path / "short_val_0.bin", tokens[:20])
+    settings = env(tmp_path, VAL_FILES=tmp_path / "short_val_0.bin")
+    assert here(eval_final.main, settings, []).returncode == 0
+    refused = here(eval_final.main, settings, ["--certify"])
+    assert refused.returncode == 1 and "holds 20 tokens; --certify needs 128" in refused.stderr
+
+
+def test_help_names_every_setting():
+    done = run(dict(PATH=os.environ["PATH"]), "--help")
+    assert done.returncode == 0 and all(f.name.upper() in done.stdout for f in fields(EvalConfig))
+
+
+def test_a_table_is_attached_and_read_back(env, artifact, corpus, tmp_path, here):
+    copy = tmp_path / "final_model.int6.ptz"
+    copy.write_bytes(artifact.read_bytes())
+    built = here(
+        build_correction_table.main,
+        ["--artifact", str(copy), "--val", str(corpus.folder / "*_val_*.bin"), "--attach"],
+    )
+    assert built.returncode == 0, built.stderr
+    found = json.loads(built.stdout.splitlines()[-1])
+    assert found["entries"] > 0 and found["oracle_bpb"] < found["neural_bpb"] < found["charged_bpb"]
+    read = here(eval_final.main, env(tmp_path, CHECKPOINT=copy, USE_CORRECTION=1), [])
+    correction = json.loads((tmp_path / "eval/score.json").read_text())["correction"]
+    assert (
+        read.returncode == 0 and correction["stored"] and correction["entries"] == found["entries"]
+    )
+    sidecar = tmp_path / "final_model.int6.ptz.corrections"
+    sidecar.write_bytes(sidecar.read_bytes()[:-3])
+    assert (
+        "cut short"
+        in here(eval_final.main, env(tmp_path, CHECKPOINT=copy, USE_CORRECTION=1), []).stderr
+    )
+
+
+def test_a_budget_that_holds_nothing_is_refused_in_one_line(artifact, corpus, here):
+    done = here(
+        build_correction_table.main,
+        [
+            "--artifact",
+            str(artifact),
+            "--val",
+            str(corpus.folder / "*_val_*.bin"),
+            "--budget",
+            "10",
+        ],
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "raise --budget" in done.stderr
