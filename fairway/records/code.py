@@ -19,19 +19,76 @@ from fairway.records.syntax import constant, name_of, parse
 from fairway.records.unpack import LIMIT, MOST, members, unpacked
 
 ENTRIES = ("train_gpt.py", "eval_final.py")
-CODE_SUFFIXES = (".py", ".pyc", ".so", ".cpp", ".cc", ".c", ".h", ".cu", ".cuh", ".zip", ".xz", ".lzma", ".br", ".b85")
+CODE_SUFFIXES = (
+    ".py",
+    ".pyc",
+    ".so",
+    ".cpp",
+    ".cc",
+    ".c",
+    ".h",
+    ".cu",
+    ".cuh",
+    ".zip",
+    ".xz",
+    ".lzma",
+    ".br",
+    ".b85",
+)
 DEEPEST = 8  # stubs within stubs
 MOST_CODE = 2 << 20  # characters of code that are parsed; the largest record has 350,000
 READABLE = "source"  # the folder in which readable code lies beside packed code
 # What the challenge's machine has, by the names under which it is imported (its requirements.txt).
-CHALLENGE = {"numpy", "tqdm", "torch", "triton", "huggingface_hub", "kernels", "setuptools", "typing_extensions",
-             "datasets", "tiktoken", "sentencepiece"}
+CHALLENGE = {
+    "numpy",
+    "tqdm",
+    "torch",
+    "triton",
+    "huggingface_hub",
+    "kernels",
+    "setuptools",
+    "typing_extensions",
+    "datasets",
+    "tiktoken",
+    "sentencepiece",
+}
 # Packages that many records import: not the folder's own modules, even where no file names them.
-PACKAGES = {"flash_attn", "flash_attn_interface", "brotli", "zstandard", "einops", "mamba_ssm", "causal_conv1d", "fla",
-            "scipy", "numba", "wandb", "constriction", "yaml", "psutil", "transformers", "tokenizers", "safetensors",
-            "matplotlib", "pandas", "requests", "rich", "cupy", "transformer_engine", "liger_kernel", "xformers"}
-NAMED_OTHERWISE = {"yaml": "pyyaml", "PIL": "pillow", "cv2": "opencv", "sklearn": "scikit-learn", "fla":
-                   "flash-linear-attention", "flash_attn_interface": "flash", "flash_attn": "flash"}
+PACKAGES = {
+    "flash_attn",
+    "flash_attn_interface",
+    "brotli",
+    "zstandard",
+    "einops",
+    "mamba_ssm",
+    "causal_conv1d",
+    "fla",
+    "scipy",
+    "numba",
+    "wandb",
+    "constriction",
+    "yaml",
+    "psutil",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "matplotlib",
+    "pandas",
+    "requests",
+    "rich",
+    "cupy",
+    "transformer_engine",
+    "liger_kernel",
+    "xformers",
+}
+NAMED_OTHERWISE = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "cv2": "opencv",
+    "sklearn": "scikit-learn",
+    "fla": "flash-linear-attention",
+    "flash_attn_interface": "flash",
+    "flash_attn": "flash",
+}
 
 
 class Source(NamedTuple):
@@ -40,7 +97,9 @@ class Source(NamedTuple):
     name: str
     shipped: bytes
     text: str  # that runs
-    layers: tuple[str, ...]  # how a stub is packed, from the outside in: ("b85", "lzma"); () for plain code
+    layers: tuple[
+        str, ...
+    ]  # how a stub is packed, from the outside in: ("b85", "lzma"); () for plain code
     tree: ast.Module | None  # None: it does not parse
     nodes: tuple[ast.AST, ...]
     fault: str  # why it does not parse, or why the packing could not be undone
@@ -84,7 +143,9 @@ def read_source(name: str, shipped: bytes) -> Source:
             break
         text = inner
         tree, fault = parse(text)
-    return Source(name, shipped, text, tuple(layers), tree, tuple(ast.walk(tree)) if tree else (), fault)
+    return Source(
+        name, shipped, text, tuple(layers), tree, tuple(ast.walk(tree)) if tree else (), fault
+    )
 
 
 # ---- What is reached -------------------------------------------------------------------------------------------------
@@ -102,8 +163,13 @@ def imports(source: Source) -> Iterator[Import]:
             if found := re.match(r"\s*(?:import|from)\s+([A-Za-z_][\w.]*)", line):
                 yield Import(found[1], (), number, True)
     package = Path(source.name).parent.parts
-    guarded = {id(inner) for node in source.nodes if isinstance(node, ast.Try) and node.handlers
-               for statement in node.body for inner in ast.walk(statement)}
+    guarded = {
+        id(inner)
+        for node in source.nodes
+        if isinstance(node, ast.Try) and node.handlers
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
     for node in source.nodes:
         optional = id(node) in guarded
         if isinstance(node, ast.Import):
@@ -113,13 +179,22 @@ def imports(source: Source) -> Iterator[Import]:
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*base, *filter(None, [node.module])])
             yield Import(module, tuple(alias.name for alias in node.names), node.lineno, optional)
-        elif isinstance(node, ast.Call) and name_of(node.func) in ("importlib.import_module", "import_module",
-                                                                   "__import__"):
-            if node.args and isinstance(node.args[0], ast.Constant) and type(node.args[0].value) is str:
+        elif isinstance(node, ast.Call) and name_of(node.func) in (
+            "importlib.import_module",
+            "import_module",
+            "__import__",
+        ):
+            if (
+                node.args
+                and isinstance(node.args[0], ast.Constant)
+                and type(node.args[0].value) is str
+            ):
                 yield Import(node.args[0].value, (), node.lineno, optional)
         elif isinstance(node, ast.List | ast.Tuple):
             for flag, module in zip(node.elts, node.elts[1:], strict=False):
-                if constant(flag) == "-m" and re.fullmatch(r"[A-Za-z_][\w.]*", str(constant(module) or "")):
+                if constant(flag) == "-m" and re.fullmatch(
+                    r"[A-Za-z_][\w.]*", str(constant(module) or "")
+                ):
                     yield Import(str(constant(module)), (), node.lineno, True)
 
 
@@ -133,8 +208,12 @@ def answers(found: Import, script_folder: str, have: Sequence[str] | set[str]) -
             stem = "/".join(parts[:upto])
             reached += [name for name in (f"{stem}.py", f"{stem}/__init__.py") if name in have]
         stem = "/".join(parts)
-        reached += [name for inner in found.names for name in (f"{stem}/{inner}.py", f"{stem}/{inner}/__init__.py")
-                    if name in have]
+        reached += [
+            name
+            for inner in found.names
+            for name in (f"{stem}/{inner}.py", f"{stem}/{inner}/__init__.py")
+            if name in have
+        ]
         if reached:
             return reached
     return reached
@@ -142,18 +221,33 @@ def answers(found: Import, script_folder: str, have: Sequence[str] | set[str]) -
 
 def named_files(source: Source, have: Iterable[str]) -> list[str]:
     """Files of code that a constant of the source names: run by exec(open(…)), compiled, or loaded as an archive."""
-    code = {name for name in have if name.endswith(CODE_SUFFIXES) and not name.startswith(f"{READABLE}/")}
+    code = {
+        name
+        for name in have
+        if name.endswith(CODE_SUFFIXES) and not name.startswith(f"{READABLE}/")
+    }
     if not code:
         return []
     by_name: dict[str, list[str]] = {}
     for name in code:
         by_name.setdefault(name.split("/")[-1], []).append(name)
-    found = [] if source.tree else [name for word in set(re.findall(r"[\w-]+\.\w+", source.text))
-                                    for name in by_name.get(word, [])]
+    found = (
+        []
+        if source.tree
+        else [
+            name
+            for word in set(re.findall(r"[\w-]+\.\w+", source.text))
+            for name in by_name.get(word, [])
+        ]
+    )
     docstrings = {id(node.value) for node in source.nodes if isinstance(node, ast.Expr)}
     for node in source.nodes:
-        if isinstance(node, ast.Constant) and type(node.value) is str and len(node.value) < 200 \
-                and id(node) not in docstrings:
+        if (
+            isinstance(node, ast.Constant)
+            and type(node.value) is str
+            and len(node.value) < 200
+            and id(node) not in docstrings
+        ):
             found += by_name.get(node.value.split("/")[-1], [])
     return found
 
@@ -162,8 +256,13 @@ def closure(root: str | Path, entries: Sequence[str] = ENTRIES) -> list[str]:
     """Relative names of the Python files that these scripts reach, themselves included, sorted."""
     root = Path(root)
     have = Present(root)
-    return sorted(reach([e for e in entries if e in have], have, lambda name: read_source(
-        name, read_bytes(root / name, LIMIT))))
+    return sorted(
+        reach(
+            [e for e in entries if e in have],
+            have,
+            lambda name: read_source(name, read_bytes(root / name, LIMIT)),
+        )
+    )
 
 
 class Present:
@@ -178,7 +277,9 @@ class Present:
         return self.known[name]
 
 
-def reach(entries: Iterable[str], have: Any, source_of: Callable[[str], Source | None]) -> dict[str, Source]:
+def reach(
+    entries: Iterable[str], have: Any, source_of: Callable[[str], Source | None]
+) -> dict[str, Source]:
     """Which of the files in `have` these scripts load, by imports alone."""
     todo, found = list(entries), {}
     while todo:
@@ -199,19 +300,31 @@ def script_folder(name: str) -> str:
 def read_code(root: Path, files: dict[str, int]) -> Code:
     """`files`: relative name → bytes of all regular files of the folder."""
     sources: dict[str, Source] = {}
-    for name in sorted((n for n in files if n.endswith(".py")), key=lambda n: (n.count("/"), n))[:MOST]:
+    for name in sorted((n for n in files if n.endswith(".py")), key=lambda n: (n.count("/"), n))[
+        :MOST
+    ]:
         left = MOST_CODE - sum(len(s.text) for s in sources.values())
         try:
             sources[name] = read_source(name, read_bytes(root / name, max(left, 0)))
         except RecordError as e:
-            sources[name] = Source(name, b"", "", (), None, (), str(e).removeprefix(f"{root / name} "))
+            sources[name] = Source(
+                name, b"", "", (), None, (), str(e).removeprefix(f"{root / name} ")
+            )
     entries = entries_of(files)
-    have = {name for name in files if script_folder(name) != READABLE and not name.startswith(f"{READABLE}/")}
+    have = {
+        name
+        for name in files
+        if script_folder(name) != READABLE and not name.startswith(f"{READABLE}/")
+    }
     todo, reached = list(entries), {}
     while todo:
         reached |= reach(todo, have, sources.get)
-        todo = [name for source in list(reached.values()) for name in named_files(source, have)
-                if name not in reached and name in sources]
+        todo = [
+            name
+            for source in list(reached.values())
+            for name in named_files(source, have)
+            if name not in reached and name in sources
+        ]
     archives = {n for s in reached.values() for n in named_files(s, have) if n not in sources}
     for name in sorted(archives):
         try:
@@ -230,7 +343,9 @@ def entries_of(files: Iterable[str]) -> tuple[str, ...]:
     names = {name for name in files if "/" not in name and name.endswith(".py")}
     if "train_gpt.py" in names:
         return tuple(name for name in ENTRIES if name in names)
-    return tuple(sorted(name for name in names if name.startswith("train") or name == "eval_final.py"))
+    return tuple(
+        sorted(name for name in names if name.startswith("train") or name == "eval_final.py")
+    )
 
 
 def absent_from(sources: Iterable[Source], have: set[str]) -> tuple[Absent, ...]:
@@ -239,7 +354,11 @@ def absent_from(sources: Iterable[Source], have: set[str]) -> tuple[Absent, ...]
         home = script_folder(source.name.split("!")[-1])
         for wanted in imports(source):
             first = wanted.module.split(".")[0]
-            if first and first not in sys.stdlib_module_names and not whole(wanted.module, home, have | inner):
+            if (
+                first
+                and first not in sys.stdlib_module_names
+                and not whole(wanted.module, home, have | inner)
+            ):
                 found.append(Absent(wanted.module, source.name, wanted.line, wanted.optional))
     return tuple(found)
 
@@ -247,7 +366,9 @@ def absent_from(sources: Iterable[Source], have: set[str]) -> tuple[Absent, ...]
 def whole(module: str, home: str, have: set[str]) -> bool:
     """Whether the folder holds all of `a.b.c`: that file, that package, or that folder of files."""
     stems = ["/".join([*filter(None, [at]), *module.split(".")]) for at in {home, ""}]
-    return any(f"{stem}.py" in have or any(name.startswith(f"{stem}/") for name in have) for stem in stems)
+    return any(
+        f"{stem}.py" in have or any(name.startswith(f"{stem}/") for name in have) for stem in stems
+    )
 
 
 def distribution_of(module: str) -> str:

@@ -27,10 +27,17 @@ def need(holds: Any, message: str) -> None:
 def read_bytes(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
     """The content of a regular file; pipes, devices and what is longer than the limit are refused unread."""
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as f:
+        with open(
+            path,
+            "rb",
+            opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)),
+        ) as f:
             found = os.fstat(f.fileno())
             need(stat.S_ISREG(found.st_mode), f"{path} is no regular file")
-            need(found.st_size <= limit, f"{path} has {found.st_size} bytes; at most {limit} are read")
+            need(
+                found.st_size <= limit,
+                f"{path} has {found.st_size} bytes; at most {limit} are read",
+            )
             return f.read(limit)
     except (OSError, ValueError) as e:  # ValueError: a name with a zero byte
         raise RecordError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
@@ -43,6 +50,7 @@ def read_text(path: str | Path, limit: int = TEXT_LIMIT) -> str:
 
 def parse_json(text: str, name: str | Path) -> Any:
     """JSON as its standard has it: no NaN or Infinity, and no nesting beyond what a reader can follow."""
+
     def refused(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON number")
 

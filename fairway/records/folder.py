@@ -73,8 +73,20 @@ def read_folder(path: str | Path) -> Folder:
     texts: dict[str, str] = {}
     runs = read_runs(path, files, faults, texts)
     said = claims_of(submission)
-    return Folder(path, track_of(path, submission), files, submission, text or "", runs, read_code(path, files), faults,
-                  name, texts, said, runs_claimed(runs, said))
+    return Folder(
+        path,
+        track_of(path, submission),
+        files,
+        submission,
+        text or "",
+        runs,
+        read_code(path, files),
+        faults,
+        name,
+        texts,
+        said,
+        runs_claimed(runs, said),
+    )
 
 
 def attempt(read: Any, root: Path, name: str, faults: dict[str, str], *limit: int) -> Any:
@@ -107,7 +119,11 @@ def regular_files(root: Path, faults: dict[str, str]) -> Iterator[tuple[str, int
             elif stat.S_ISREG(mode):
                 found.append((name, entry.stat(follow_symlinks=False).st_size))
             else:
-                faults[name] = "a link; a record holds the file itself" if stat.S_ISLNK(mode) else "no regular file"
+                faults[name] = (
+                    "a link; a record holds the file itself"
+                    if stat.S_ISLNK(mode)
+                    else "no regular file"
+                )
     if count > MOST_FILES:
         faults["."] = f"{count} files, of which {MOST_FILES} were looked at"
     yield from sorted(found)
@@ -133,9 +149,17 @@ def seed_in(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def read_runs(root: Path, files: dict[str, int], faults: dict[str, str], texts: dict[str, str]) -> list[SeedRun]:
-    names = [n for n in files if n.endswith((".log", ".txt")) and not re.search(
-        rf"(^|/)(requirements[^/]*\.txt|eval_[^/]*\.log)$|^({READABLE}|tests?)/", n)][:MOST_LOGS]
+def read_runs(
+    root: Path, files: dict[str, int], faults: dict[str, str], texts: dict[str, str]
+) -> list[SeedRun]:
+    names = [
+        n
+        for n in files
+        if n.endswith((".log", ".txt"))
+        and not re.search(
+            rf"(^|/)(requirements[^/]*\.txt|eval_[^/]*\.log)$|^({READABLE}|tests?)/", n
+        )
+    ][:MOST_LOGS]
     runs = []
     for name in names:
         log = read_log_in(root, name, faults, texts)
@@ -144,15 +168,25 @@ def read_runs(root: Path, files: dict[str, int], faults: dict[str, str], texts: 
             continue
         seed, called = log.seed, seed_in(name)
         key = called if called is not None else seed
-        beside = {kind: f"{kind}_seed{key}.{suffix}" for kind, suffix in
-                  (("eval", "log"), ("score", "json"), ("certificate", "json"))}
-        score, certificate = (json_object(root, beside[kind], files, faults) for kind in ("score", "certificate"))
-        eval_log = read_log_in(root, beside["eval"], faults, texts) if beside["eval"] in files else None
-        runs.append(SeedRun(seed if seed is not None else called, name, log, eval_log, score, certificate))
+        beside = {
+            kind: f"{kind}_seed{key}.{suffix}"
+            for kind, suffix in (("eval", "log"), ("score", "json"), ("certificate", "json"))
+        }
+        score, certificate = (
+            json_object(root, beside[kind], files, faults) for kind in ("score", "certificate")
+        )
+        eval_log = (
+            read_log_in(root, beside["eval"], faults, texts) if beside["eval"] in files else None
+        )
+        runs.append(
+            SeedRun(seed if seed is not None else called, name, log, eval_log, score, certificate)
+        )
     return runs
 
 
-def read_log_in(root: Path, name: str, faults: dict[str, str], texts: dict[str, str]) -> RunLog | None:
+def read_log_in(
+    root: Path, name: str, faults: dict[str, str], texts: dict[str, str]
+) -> RunLog | None:
     left = LOG_LIMIT - sum(map(len, texts.values()))
     text = attempt(read_text, root, name, faults, left)
     if text is None:
@@ -163,7 +197,9 @@ def read_log_in(root: Path, name: str, faults: dict[str, str], texts: dict[str, 
     return parse_log(text)
 
 
-def json_object(root: Path, name: str, files: dict[str, int], faults: dict[str, str]) -> dict[str, Any] | None:
+def json_object(
+    root: Path, name: str, files: dict[str, int], faults: dict[str, str]
+) -> dict[str, Any] | None:
     data = attempt(read_json, root, name, faults) if name in files else None
     if data is not None and not isinstance(data, dict):
         faults[name] = f"a JSON {type(data).__name__}, no object"
@@ -183,9 +219,13 @@ def agree(said: float, real: float, said_text: str = "") -> bool:
 def claims_of(submission: Any) -> Claims:
     data = submission if isinstance(submission, dict) else {}
     said = normal(data)
-    alone = [count(data.get("seed"))] if count(data.get("seed")) is not None and not said.seeds else []
+    alone = (
+        [count(data.get("seed"))] if count(data.get("seed")) is not None and not said.seeds else []
+    )
     record = Claim(said.val_bpb, said.val_loss, said.bytes_total)
-    seeds = {seed: record if alone else Claim(None, None, None) for seed in [*(said.seeds or []), *alone]}
+    seeds = {
+        seed: record if alone else Claim(None, None, None) for seed in [*(said.seeds or []), *alone]
+    }
     seeds |= {seed: Claim(r.val_bpb, r.val_loss, r.bytes) for seed, r in said.seed_results.items()}
     return Claims(record, said.bytes_code, dict(list(seeds.items())[:MOST_SEEDS]), data)
 
@@ -200,7 +240,11 @@ def final(run: SeedRun) -> Score | None:
 
 
 def log_name(run: SeedRun) -> str:
-    return run.name if scored(run) is run.log else f"{'/'.join([*run.name.split('/')[:-1], ''])}eval_seed{run.seed}.log"
+    return (
+        run.name
+        if scored(run) is run.log
+        else f"{'/'.join([*run.name.split('/')[:-1], ''])}eval_seed{run.seed}.log"
+    )
 
 
 def runs_claimed(runs: list[SeedRun], said: Claims) -> list[SeedRun]:
@@ -208,7 +252,9 @@ def runs_claimed(runs: list[SeedRun], said: Claims) -> list[SeedRun]:
     what was tried beside it. Of a claimed seed it is the run with its score, if need be under another seed."""
     left = list(runs)
     if not said.seeds:
-        return [nearest(left, seed, said.record.bpb) for seed in dict.fromkeys(map(seed_called, left))]
+        return [
+            nearest(left, seed, said.record.bpb) for seed in dict.fromkeys(map(seed_called, left))
+        ]
     chosen = []
     for seed, claim in said.seeds.items():
         claimed = said.record.bpb if claim.bpb is None else claim.bpb
@@ -219,7 +265,9 @@ def runs_claimed(runs: list[SeedRun], said: Claims) -> list[SeedRun]:
         if run is not None:
             chosen.append(run)
             left.remove(run)
-    return chosen or [nearest(left, seed, said.record.bpb) for seed in dict.fromkeys(map(seed_called, left))]
+    return chosen or [
+        nearest(left, seed, said.record.bpb) for seed in dict.fromkeys(map(seed_called, left))
+    ]
 
 
 def seed_called(run: SeedRun) -> int | None:
@@ -234,7 +282,9 @@ def has_score(run: SeedRun, bpb: float) -> bool:
 
 
 def nearest(runs: list[SeedRun], seed: int | None, bpb: float | None) -> SeedRun:
-    return min((run for run in runs if seed_called(run) == seed), key=lambda run: distance(run, bpb))
+    return min(
+        (run for run in runs if seed_called(run) == seed), key=lambda run: distance(run, bpb)
+    )
 
 
 def distance(run: SeedRun, bpb: float | None) -> tuple[bool, float, bool, str]:

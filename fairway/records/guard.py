@@ -13,13 +13,45 @@ import sys
 from collections.abc import Iterable, Mapping
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CHANGES = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 1, "os.truncate": 1, "os.chmod": 1, "os.chown": 1, "os.utime": 1,
-           "os.rename": 2, "os.link": 2, "shutil.rmtree": 1}  # event: how many of its arguments are paths that change
-CONNECTIONS = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname")
+CHANGES = {
+    "os.remove": 1,
+    "os.rmdir": 1,
+    "os.mkdir": 1,
+    "os.truncate": 1,
+    "os.chmod": 1,
+    "os.chown": 1,
+    "os.utime": 1,
+    "os.rename": 2,
+    "os.link": 2,
+    "shutil.rmtree": 1,
+}  # event: how many of its arguments are paths that change
+CONNECTIONS = (
+    "socket.connect",
+    "socket.bind",
+    "socket.sendto",
+    "socket.getaddrinfo",
+    "socket.gethostbyname",
+)
 RUNS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 # What torch, numba and trainers start: compilers, and what tells about the machine.
-PROGRAMS = {"python", "nvidia-smi", "gcc", "cc", "g++", "c++", "clang", "ld", "as", "ldconfig", "uname", "objdump",
-            "lscpu", "ptxas", "lrzip", "file"}
+PROGRAMS = {
+    "python",
+    "nvidia-smi",
+    "gcc",
+    "cc",
+    "g++",
+    "c++",
+    "clang",
+    "ld",
+    "as",
+    "ldconfig",
+    "uname",
+    "objdump",
+    "lscpu",
+    "ptxas",
+    "lrzip",
+    "file",
+}
 LOCAL = ("127.0.0.1", "localhost", "::1", "", None)
 
 
@@ -43,26 +75,43 @@ class Guard:
             return  # an open file's number
         path = os.path.abspath(os.fspath(path))
         real = os.path.realpath(path)
-        if real in ("/dev/null", "/dev/tty") or (real + os.sep).startswith(self.writable if writes else self.readable):
+        if real in ("/dev/null", "/dev/tty") or (real + os.sep).startswith(
+            self.writable if writes else self.readable
+        ):
             return
         if writes or os.path.lexists(path):
             self.refuse(f"{'writes' if writes else 'reads'} {path}")
 
     def program(self, event: str, args: tuple) -> None:
         command = args[1] if event == "os.spawn" else args[0]
-        words = [os.fsdecode(w) for w in args[1]] if event == "subprocess.Popen" and not isinstance(
-            args[1], str | bytes) else os.fsdecode(command or "").split()
+        words = (
+            [os.fsdecode(w) for w in args[1]]
+            if event == "subprocess.Popen" and not isinstance(args[1], str | bytes)
+            else os.fsdecode(command or "").split()
+        )
         name = os.path.basename(os.fsdecode(command or words[0] if words else "").split(None, 1)[0])
         if name.rstrip("0123456789.") not in PROGRAMS:
             self.refuse(f"runs {os.fsdecode(command or ' '.join(words))[:100]}")
-        if name.startswith("python") and not self.guarded(words[1:], args[3] if event == "subprocess.Popen" else None):
+        if name.startswith("python") and not self.guarded(
+            words[1:], args[3] if event == "subprocess.Popen" else None
+        ):
             self.refuse(f"runs {' '.join(words)[:100]} past the guard")
 
     def guarded(self, options: list[str], env: Mapping[str, str] | None) -> bool:
         """Python reads sitecustomize.py unless an option or an environment of its own keeps it from that."""
-        own = list(itertools.takewhile(lambda word: word[:1] == "-" and word not in ("-c", "-m"), options))
-        path = os.environ.get("PYTHONPATH") if env is None else env.get("PYTHONPATH", env.get(b"PYTHONPATH"))
-        return not any(set(word) & set("IES") for word in own) and bool(path) and self.home in os.fsdecode(path)
+        own = list(
+            itertools.takewhile(lambda word: word[:1] == "-" and word not in ("-c", "-m"), options)
+        )
+        path = (
+            os.environ.get("PYTHONPATH")
+            if env is None
+            else env.get("PYTHONPATH", env.get(b"PYTHONPATH"))
+        )
+        return (
+            not any(set(word) & set("IES") for word in own)
+            and bool(path)
+            and self.home in os.fsdecode(path)
+        )
 
     def connection(self, event: str, args: tuple) -> None:
         if event in ("socket.getaddrinfo", "socket.gethostbyname"):
@@ -74,7 +123,10 @@ class Guard:
     def hook(self, event: str, args: tuple) -> None:
         if event == "open":
             mode, flags = args[1], args[2] or 0
-            self.file(args[0], any(c in mode for c in "wax+") if isinstance(mode, str) else bool(flags & WRITING))
+            self.file(
+                args[0],
+                any(c in mode for c in "wax+") if isinstance(mode, str) else bool(flags & WRITING),
+            )
         elif event in CHANGES:
             for path in args[: CHANGES[event]]:
                 self.file(path, True)

@@ -36,9 +36,21 @@ class Row(NamedTuple):
 
 
 # Column: its heading, and how its value is shown.
-COLUMNS = {"number": "{}", "time": "{}", "run_id": "{}", "preset": "{}", "device": "{}", "world_size": "{}",
-           "seed": "{}", "steps": "{}", "seconds": "{:.0f}", "bpb": "{:.6f}", "final_bpb": "{:.6f}", "bytes": "{}",
-           "certified": "{}"}
+COLUMNS = {
+    "number": "{}",
+    "time": "{}",
+    "run_id": "{}",
+    "preset": "{}",
+    "device": "{}",
+    "world_size": "{}",
+    "seed": "{}",
+    "steps": "{}",
+    "seconds": "{:.0f}",
+    "bpb": "{:.6f}",
+    "final_bpb": "{:.6f}",
+    "bytes": "{}",
+    "certified": "{}",
+}
 
 
 class History(NamedTuple):
@@ -49,8 +61,11 @@ class History(NamedTuple):
 # ==== READING =========================================================================================================
 def find_files(root: Path) -> list[Path]:
     """runs.jsonl in a folder, and anywhere below its out/; links are not followed."""
-    found = [root / NAME] + [Path(folder) / NAME for folder, folders, names in os.walk(root / "out")
-                             if NAME in names and folders.sort() is None]
+    found = [root / NAME] + [
+        Path(folder) / NAME
+        for folder, folders, names in os.walk(root / "out")
+        if NAME in names and folders.sort() is None
+    ]
     return [path for path in found if path.is_file()]
 
 
@@ -63,7 +78,10 @@ def read_history(files: Sequence[Path]) -> History:
             except RecordError:
                 line = None
             hashes = dict_at(line, "start", "sha256")
-            if type(dict_at(line).get("time")) not in (int, float) or not {"code", "artifact"} & hashes.keys():
+            if (
+                type(dict_at(line).get("time")) not in (int, float)
+                or not {"code", "artifact"} & hashes.keys()
+            ):
                 if text.strip():
                     damaged.append(f"{path}:{number}")
             else:
@@ -74,7 +92,9 @@ def read_history(files: Sequence[Path]) -> History:
 def plain(data: Any, depth: int = 3) -> Any:
     """As much of a line as a run writes: {"start": {"settings": {name: value}}}; numbers that can be computed with."""
     if isinstance(data, dict):
-        return {name: plain(value, depth - 1) for name, value in data.items()} if depth >= 0 else None
+        return (
+            {name: plain(value, depth - 1) for name, value in data.items()} if depth >= 0 else None
+        )
     if type(data) in (int, float):
         return data if abs(data) < 1e18 else None
     return data if type(data) in (str, bool) else None
@@ -84,32 +104,51 @@ def joined(trainings: list[tuple[dict, Path]], evaluations: list[tuple[dict, Pat
     """Evaluations beside the trainings whose artifact they scored; of one made twice with equal settings, the last."""
     last: dict[tuple[str, str], tuple[dict, Path]] = {}
     for line, folder in sorted(evaluations, key=lambda e: e[0]["time"]):
-        last[str(line["start"]["sha256"]["artifact"]), json.dumps(settings_of(line), sort_keys=True)] = line, folder
+        last[
+            str(line["start"]["sha256"]["artifact"]), json.dumps(settings_of(line), sort_keys=True)
+        ] = line, folder
     rows, known = [], set()
     for line, folder in trainings:
         artifact = str(dict_at(line, "artifact").get("sha256"))
         known.add(artifact)
         own = [evaluation for (scored, _), (evaluation, _) in last.items() if scored == artifact]
         rows += [(line, evaluation, folder) for evaluation in own or [{}]]
-    rows += [({}, line, folder) for (scored, _), (line, folder) in last.items() if scored not in known]
+    rows += [
+        ({}, line, folder) for (scored, _), (line, folder) in last.items() if scored not in known
+    ]
     rows.sort(key=lambda r: max(r[0].get("time", 0), r[1].get("time", 0)))
     return [make_row(number, *row) for number, row in enumerate(rows, 1)]
 
 
-def make_row(number: int | None, training: dict[str, Any], evaluation: dict[str, Any], folder: Path) -> Row:
+def make_row(
+    number: int | None, training: dict[str, Any], evaluation: dict[str, Any], folder: Path
+) -> Row:
     start, final = dict_at(training or evaluation, "start"), dict_at(evaluation, "final")
     artifact, val = dict_at(training, "artifact"), dict_at(training, "val")
     when = max(training.get("time", 0), evaluation.get("time", 0))
     code = final.get("code_bytes", artifact.get("code_bytes"))
     size = artifact.get("bytes", final.get("artifact_bytes"))
     columns = dict(
-        number=number, time=at(when), run_id=start.get("run_id"), preset=start.get("preset"),
-        device=start.get("device"), world_size=start.get("world_size"), seed=settings_of(training).get("seed"),
-        steps=val.get("step"), seconds=val.get("seconds"), bpb=dict_at(training, "final").get("bpb"),
-        final_bpb=final.get("bpb"), bytes=size + code if type(size) is type(code) is int else None,
-        certified=final.get("certified"))
-    return Row({name: None if isinstance(value, dict) else value for name, value in columns.items()}, training,
-               evaluation, folder)
+        number=number,
+        time=at(when),
+        run_id=start.get("run_id"),
+        preset=start.get("preset"),
+        device=start.get("device"),
+        world_size=start.get("world_size"),
+        seed=settings_of(training).get("seed"),
+        steps=val.get("step"),
+        seconds=val.get("seconds"),
+        bpb=dict_at(training, "final").get("bpb"),
+        final_bpb=final.get("bpb"),
+        bytes=size + code if type(size) is type(code) is int else None,
+        certified=final.get("certified"),
+    )
+    return Row(
+        {name: None if isinstance(value, dict) else value for name, value in columns.items()},
+        training,
+        evaluation,
+        folder,
+    )
 
 
 def at(seconds: float) -> str:
@@ -133,15 +172,25 @@ class Filter(NamedTuple):
 
 def parse_filter(text: str, rows: Sequence[Row]) -> Filter:
     match = re.fullmatch(r"([A-Za-z_][\w.]*)(!=|=|<|>)(.*)", text, re.DOTALL)
-    need(match, f"{text!r} is no filter; write key=value, key!=value, key<value or key>value, in quotes")
+    need(
+        match,
+        f"{text!r} is no filter; write key=value, key!=value, key<value or key>value, in quotes",
+    )
     key = match[1].lower()
     known = set(COLUMNS)
     for row in rows:
         mine, others = settings_of(row.training), settings_of(row.evaluation)
         known |= {*mine, *others, *(f"eval.{name}" for name in others)}
     near = difflib.get_close_matches(key, sorted(known), 3, 0.5)
-    need(key in known, f"{match[1]} is neither a column nor a setting of these runs"
-         + (f"; did you mean {' or '.join(near)}?" if near else f"; columns are {', '.join(COLUMNS)}"))
+    need(
+        key in known,
+        f"{match[1]} is neither a column nor a setting of these runs"
+        + (
+            f"; did you mean {' or '.join(near)}?"
+            if near
+            else f"; columns are {', '.join(COLUMNS)}"
+        ),
+    )
     return Filter(key, match[2], match[3])
 
 
@@ -156,8 +205,12 @@ def passes(row: Row, wanted: Filter) -> bool:
         pair: tuple[Any, Any] = float(there), float(value)
     except (ValueError, OverflowError):
         pair = str(there), value
-    return {"=": pair[0] == pair[1], "!=": pair[0] != pair[1], "<": pair[0] < pair[1], ">": pair[0] > pair[1]}[
-        wanted.sign]
+    return {
+        "=": pair[0] == pair[1],
+        "!=": pair[0] != pair[1],
+        "<": pair[0] < pair[1],
+        ">": pair[0] > pair[1],
+    }[wanted.sign]
 
 
 def chosen(rows: list[Row], filters: Sequence[str]) -> list[Row]:
@@ -169,10 +222,15 @@ def listing(rows: Sequence[Row]) -> str:
     """A table for a terminal, newest last."""
     if not rows:
         return "no such run: each that ends adds a line to OUT_DIR/runs.jsonl, looked for here and below out/"
-    lines = [list(COLUMNS), *([shown(form, row.columns[name]) for name, form in COLUMNS.items()] for row in rows)]
+    lines = [
+        list(COLUMNS),
+        *([shown(form, row.columns[name]) for name, form in COLUMNS.items()] for row in rows),
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-                     for line in lines)
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def shown(form: str, value: Any) -> str:
@@ -189,8 +247,18 @@ def printable(text: str) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> str:
-    return json.dumps([{**row.columns, "folder": str(row.folder), "training": row.training,
-                        "evaluation": row.evaluation} for row in rows], indent=1)
+    return json.dumps(
+        [
+            {
+                **row.columns,
+                "folder": str(row.folder),
+                "training": row.training,
+                "evaluation": row.evaluation,
+            }
+            for row in rows
+        ],
+        indent=1,
+    )
 
 
 # ==== TWO RUNS ========================================================================================================
@@ -202,9 +270,18 @@ def find_row(name: str, history: History) -> Row:
     if path.exists():
         return row_at(path, history)
     found = [row for row in history.rows if row.columns["run_id"] == name]
-    near = difflib.get_close_matches(name, sorted({str(row.columns["run_id"]) for row in history.rows}), 3, 0.5)
-    need(found, f"{name} is no number of the list, no run id in it, and no folder or log"
-         + (f"; did you mean {' or '.join(near)}?" if near else "; `python submit.py runs` lists them"))
+    near = difflib.get_close_matches(
+        name, sorted({str(row.columns["run_id"]) for row in history.rows}), 3, 0.5
+    )
+    need(
+        found,
+        f"{name} is no number of the list, no run id in it, and no folder or log"
+        + (
+            f"; did you mean {' or '.join(near)}?"
+            if near
+            else "; `python submit.py runs` lists them"
+        ),
+    )
     return found[-1]
 
 
@@ -213,25 +290,45 @@ def row_at(path: Path, history: History) -> Row:
     run = read_run(path)
     beside = [run.folder / NAME] if (run.folder / NAME).is_file() else []
     known = history.rows + read_history(beside).rows
-    found = [row for row in known if row.folder == run.folder.resolve() and row.columns["run_id"] == run.run_id]
+    found = [
+        row
+        for row in known
+        if row.folder == run.folder.resolve() and row.columns["run_id"] == run.run_id
+    ]
     if found:
         return max(found, key=lambda row: (row.columns["time"], bool(row.evaluation)))
     names = ("start", "val", "artifact", "final")
     line = plain({name: run.event(name) for name in names})
-    need(settings_of(line), f"{run.log.with_suffix('.jsonl')} names no settings; name a run's OUT_DIR or log")
+    need(
+        settings_of(line),
+        f"{run.log.with_suffix('.jsonl')} names no settings; name a run's OUT_DIR or log",
+    )
     when = dict_at(line, "final").get("time")
-    return make_row(None, line | {"time": when if type(when) in (int, float) else 0}, {}, run.folder.resolve())
+    return make_row(
+        None, line | {"time": when if type(when) in (int, float) else 0}, {}, run.folder.resolve()
+    )
 
 
 def compare(a: Row, b: Row) -> str:
     """What differs between two runs, and what it did to score, bytes and time."""
-    parts = [f"A  {title(a)}", f"B  {title(b)}", "", *settings_between(a, b), *hashes_between(a, b), "",
-             *outcome(a, b), "", *code_between(a, b)]
+    parts = [
+        f"A  {title(a)}",
+        f"B  {title(b)}",
+        "",
+        *settings_between(a, b),
+        *hashes_between(a, b),
+        "",
+        *outcome(a, b),
+        "",
+        *code_between(a, b),
+    ]
     return "\n".join(parts)
 
 
 def title(row: Row) -> str:
-    return f"{shown('{}', row.columns['run_id'])}  {row.columns['time']}  {printable(str(row.folder))}"
+    return (
+        f"{shown('{}', row.columns['run_id'])}  {row.columns['time']}  {printable(str(row.folder))}"
+    )
 
 
 def settings_between(a: Row, b: Row) -> list[str]:
@@ -240,10 +337,15 @@ def settings_between(a: Row, b: Row) -> list[str]:
     for label, one, other in (("", a.training, b.training), ("eval.", a.evaluation, b.evaluation)):
         first, second = settings_of(one), settings_of(other)
         if first and second:
-            lines += [(f"{label}{name}", first.get(name), second.get(name)) for name in sorted(first | second)
-                      if first.get(name) != second.get(name)]
+            lines += [
+                (f"{label}{name}", first.get(name), second.get(name))
+                for name in sorted(first | second)
+                if first.get(name) != second.get(name)
+            ]
     width = max((len(name) for name, *_ in lines), default=0)
-    return [f"{printable(name):{width}}  {value(x)} -> {value(y)}" for name, x, y in lines] or ["no setting differs"]
+    return [f"{printable(name):{width}}  {value(x)} -> {value(y)}" for name, x, y in lines] or [
+        "no setting differs"
+    ]
 
 
 def value(of: Any) -> str:
@@ -251,22 +353,50 @@ def value(of: Any) -> str:
 
 
 def hashes_between(a: Row, b: Row) -> list[str]:
-    first, second = (dict_at(row.training, "start", "sha256") | {
-        "validation" if name == "data" and row.training else name: digest
-        for name, digest in dict_at(row.evaluation, "start", "sha256").items()} for row in (a, b))
-    return [f"{printable(name)} differs: {str(first[name])[:12]} -> {str(second[name])[:12]}"
-            for name in sorted(first.keys() & second.keys()) if first[name] != second[name] and name != "settings"]
+    first, second = (
+        dict_at(row.training, "start", "sha256")
+        | {
+            "validation" if name == "data" and row.training else name: digest
+            for name, digest in dict_at(row.evaluation, "start", "sha256").items()
+        }
+        for row in (a, b)
+    )
+    return [
+        f"{printable(name)} differs: {str(first[name])[:12]} -> {str(second[name])[:12]}"
+        for name in sorted(first.keys() & second.keys())
+        if first[name] != second[name] and name != "settings"
+    ]
 
 
 def outcome(a: Row, b: Row) -> list[str]:
     """Scores, bytes and times of both, and the difference with its sign."""
     lines, pair = [], (a, b)
-    rows = [(label, a.columns[name], b.columns[name], form) for label, name, form in (
-        ("bpb of the artifact", "bpb", ".6f"), ("final bpb", "final_bpb", ".6f"), ("steps", "steps", ",.0f"),
-        ("training seconds", "seconds", ".1f"))]
-    rows.append(("evaluation seconds", *(dict_at(row.evaluation, "final").get("seconds") for row in pair), ".1f"))
-    rows.append(("artifact bytes", *(dict_at(row.training, "artifact").get("bytes") for row in pair), ",.0f"))
-    if bool(a.evaluation) == bool(b.evaluation):  # training counts its own code, an evaluation all that it imports
+    rows = [
+        (label, a.columns[name], b.columns[name], form)
+        for label, name, form in (
+            ("bpb of the artifact", "bpb", ".6f"),
+            ("final bpb", "final_bpb", ".6f"),
+            ("steps", "steps", ",.0f"),
+            ("training seconds", "seconds", ".1f"),
+        )
+    ]
+    rows.append(
+        (
+            "evaluation seconds",
+            *(dict_at(row.evaluation, "final").get("seconds") for row in pair),
+            ".1f",
+        )
+    )
+    rows.append(
+        (
+            "artifact bytes",
+            *(dict_at(row.training, "artifact").get("bytes") for row in pair),
+            ",.0f",
+        )
+    )
+    if bool(a.evaluation) == bool(
+        b.evaluation
+    ):  # training counts its own code, an evaluation all that it imports
         rows.append(("bytes with code", a.columns["bytes"], b.columns["bytes"], ",.0f"))
     for label, x, y, form in rows:
         if all(type(v) in (int, float) for v in (x, y)):
@@ -285,8 +415,10 @@ def code_between(a: Row, b: Row) -> list[str]:
     for row, wanted in zip((a, b), hashes, strict=True):
         source = source_of(row)
         if hashlib.sha256(source.encode()).hexdigest() != wanted:
-            return [f"the code of {shown('{}', row.columns['run_id'])} ({str(wanted)[:12]}) is gone: "
-                    f"{log_of(row)} is missing, or another run's by now"]
+            return [
+                f"the code of {shown('{}', row.columns['run_id'])} ({str(wanted)[:12]}) is gone: "
+                f"{log_of(row)} is missing, or another run's by now"
+            ]
         sources.append(source.splitlines())
     lines = list(difflib.unified_diff(*sources, "A/train_gpt.py", "B/train_gpt.py", lineterm=""))
     more = [f"… and {len(lines) - SHOWN_LINES} lines more"] if len(lines) > SHOWN_LINES else []

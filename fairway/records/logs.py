@@ -29,19 +29,35 @@ NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{0,18})?([eE][+-]?[0-9]{1,3})?")
 DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,9})?)(ms|s|m)")
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 GPU = re.compile(r"\|\s{1,9}[0-9]{1,3}\s{1,9}((?:NVIDIA|AMD|Tesla|GeForce)[^|]{1,60}?)\s{2,40}")
-STAMP = re.compile(r"[0-9]{10}\.[0-9]{1,6} ")  # unix time, put before each line by one record's launcher (#1610)
+STAMP = re.compile(
+    r"[0-9]{10}\.[0-9]{1,6} "
+)  # unix time, put before each line by one record's launcher (#1610)
 CALIBRATION = re.compile(r"(gptq|calib\w*):(calibrat|collect|generat|hessian)")
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0}
 IMPORT = re.compile(r"import [\w.]{1,80}(\s*$|\s?[,;]| as )|from [\w.]{1,80} import ")
 TOP = re.compile(r"\w{0,2}(\"\"\"|''')|#|import |from ")  # of a file of code
 PYTHON = re.compile(r"(def |class |async def |@\w|if __name__|exec\()")
 
-HEADERS = ("Hyperparameters:", "val_bpb:enabled tokenize")  # 24 characters of a run's first line but for its code
+HEADERS = (
+    "Hyperparameters:",
+    "val_bpb:enabled tokenize",
+)  # 24 characters of a run's first line but for its code
 # A part of a score, said once more beside it: no score of the run.
 PARTS = ("ablation:", "ladder:")
 # Of weights or windows that the claimed score does not come from; printed on the way.
 DIAGNOSTIC = ("diagnostic", "pre-quant", "prequant", "pre_quant")
-MARCH = ("swa:", "ema:", "gptq", "final_int6", "sliding", "ttt", "XSA:", "late_qat", "mtp_num_heads", "lawa")
+MARCH = (
+    "swa:",
+    "ema:",
+    "gptq",
+    "final_int6",
+    "sliding",
+    "ttt",
+    "XSA:",
+    "late_qat",
+    "mtp_num_heads",
+    "lawa",
+)
 
 
 class Step(NamedTuple):
@@ -78,14 +94,22 @@ class Size(NamedTuple):
 class RunLog(NamedTuple):
     dialect: str  # "baseline", "march", "april", "fairway" or "unknown"
     source: str  # the code printed at the top; "" if none
-    settings: dict[str, str]  # lower-case name -> value as written; the validation split's are val_tokens, val_bytes
+    settings: dict[
+        str, str
+    ]  # lower-case name -> value as written; the validation split's are val_tokens, val_bytes
     steps: list[Step]
     scores: list[Score]
     sizes: list[Size]
     hashes: dict[str, str]  # code, settings, tokenizer, data; artifact and val in an evaluation's
-    times: dict[str, float]  # seconds, by the words before them: "gptq:calibrated", "serialize: per-group", …
-    lines: dict[str, int]  # where each of `times` was said last; also "stopping_early" and "train_time" (its last)
-    trained: float | None  # the last train_time that no step follows: of stopping_early, or GPTQ inside the clock
+    times: dict[
+        str, float
+    ]  # seconds, by the words before them: "gptq:calibrated", "serialize: per-group", …
+    lines: dict[
+        str, int
+    ]  # where each of `times` was said last; also "stopping_early" and "train_time" (its last)
+    trained: (
+        float | None
+    )  # the last train_time that no step follows: of stopping_early, or GPTQ inside the clock
     gpus: dict[str, int]
     runs: int  # that the text holds, one after the other; all of this is the last one's
     text_lines: int
@@ -190,7 +214,9 @@ class RunLog(NamedTuple):
             return None
         last = claimed[-1]
         names = {last.label, f"{last.label}_exact"}
-        exact = [s for s in claimed if s.exact and s.label in names and abs(s.line - last.line) <= 2]
+        exact = [
+            s for s in claimed if s.exact and s.label in names and abs(s.line - last.line) <= 2
+        ]
         return last if last.exact or not exact else exact[-1]
 
     @property
@@ -244,9 +270,16 @@ def read_step(text: str, line: int) -> Step | None:
     for kind, name in (("val", "val_loss"), ("train", "train_loss"), ("train", "loss")):
         loss = number(said.get(name, ""))
         if loss is not None:
-            return Step(kind, int(at), whole(of), loss, number(said.get("val_bpb", "")) if kind == "val" else None,
-                        seconds(said.get("train_time", said.get("t", ""))),
-                        milliseconds(said.get("step_avg", said.get("avg", ""))), line)
+            return Step(
+                kind,
+                int(at),
+                whole(of),
+                loss,
+                number(said.get("val_bpb", "")) if kind == "val" else None,
+                seconds(said.get("train_time", said.get("t", ""))),
+                milliseconds(said.get("step_avg", said.get("avg", ""))),
+                line,
+            )
     return None
 
 
@@ -256,25 +289,46 @@ def milliseconds(text: str) -> float | None:
 
 def read_score(text: str, line: int) -> Score | None:
     """A line that starts with a label, or with the score itself as the last of an evaluation's does."""
-    if text[:1].isspace() or text.startswith(PARTS) or ("val_loss:" not in text and "val_bpb:" not in text):
+    if (
+        text[:1].isspace()
+        or text.startswith(PARTS)
+        or ("val_loss:" not in text and "val_bpb:" not in text)
+    ):
         return None
     said = fields(text)
     loss, bpb = said.get("val_loss", ""), said.get("val_bpb", "")
-    words = text[: min(at for at in (text.find("val_loss:"), text.find("val_bpb:")) if at >= 0)].split()
+    words = text[
+        : min(at for at in (text.find("val_loss:"), text.find("val_bpb:")) if at >= 0)
+    ].split()
     known = (number(loss) is not None) + (number(bpb) is not None)
     if known < (1 if words else 2):
         return None
     decimals = [len(value.partition(".")[2]) for value in (loss, bpb) if number(value) is not None]
-    return Score(" ".join(w for w in words if ":" not in w or w.endswith(":")), number(loss), number(bpb),
-                 min(decimals) >= 6, seconds(said.get("eval_time", said.get("time", ""))), line)
+    return Score(
+        " ".join(w for w in words if ":" not in w or w.endswith(":")),
+        number(loss),
+        number(bpb),
+        min(decimals) >= 6,
+        seconds(said.get("eval_time", said.get("time", ""))),
+        line,
+    )
 
 
 def read_sizes(text: str, line: int) -> list[Size]:
-    for start, kind in (("Serialized model", "artifact"), ("Code size", "code"), ("Total submission size", "total")):
+    for start, kind in (
+        ("Serialized model", "artifact"),
+        ("Code size", "code"),
+        ("Total submission size", "total"),
+    ):
         if text.startswith(start):
             label, colon, rest = text[len(start) :].partition(":")
             words, label = rest.split(), label.strip()
-            if not colon or len(words) < 2 or whole(words[0]) is None or not words[1].startswith("bytes"):
+            if (
+                not colon
+                or len(words) < 2
+                or whole(words[0]) is None
+                or not words[1].startswith("bytes")
+            ):
                 return []
             kind = "model" if kind == "artifact" and not label else kind
             return [*parts_of_total(fields(rest), line), Size(kind, label, int(words[0]), line)]
@@ -282,7 +336,10 @@ def read_sizes(text: str, line: int) -> list[Size]:
     if "bytes" in said and "sha256" in said:
         said["artifact"] = said["bytes"]
     total = whole(said.get("budget", "").partition("/")[0])
-    return [*parts_of_total(said, line), *([Size("total", "", total, line)] if total is not None else [])]
+    return [
+        *parts_of_total(said, line),
+        *([Size("total", "", total, line)] if total is not None else []),
+    ]
 
 
 def parts_of_total(said: dict[str, str], line: int) -> list[Size]:
@@ -294,15 +351,25 @@ def parts_of_total(said: dict[str, str], line: int) -> list[Size]:
 def read_time(text: str) -> tuple[str, float] | None:
     """What took how long: `… in 12.7s`, `… (137.6s)`, `… elapsed=407.5s`, `… time:76.2s`, `gptq:reserving 12s`."""
     words = text.split(None, MOST_WORDS)[:MOST_WORDS]
-    if text[:1].isspace() or not words or ":" not in words[0] + (words[1] if len(words) > 1 else ""):
+    if (
+        text[:1].isspace()
+        or not words
+        or ":" not in words[0] + (words[1] if len(words) > 1 else "")
+    ):
         return None
-    name = words[0].lower().rstrip(":") if not words[0].endswith(":") else " ".join(words[:2]).lower()
+    name = (
+        words[0].lower().rstrip(":") if not words[0].endswith(":") else " ".join(words[:2]).lower()
+    )
     if name == "gptq:reserving" and len(words) > 1:
         took = seconds(words[1].rstrip(","))
         return None if took is None else (name, took)
     for before, word in zip(["", *words], words, strict=False):
         key, mark, value = word.rpartition("=" if word.startswith("elapsed=") else ":")
-        if before == "in" or (word[0] == "(" and word[-1] == ")") or (mark and key in ("elapsed", "time")):
+        if (
+            before == "in"
+            or (word[0] == "(" and word[-1] == ")")
+            or (mark and key in ("elapsed", "time"))
+        ):
             took = seconds((value if mark else word).strip("(),"))
             if took is not None:
                 return name, took
@@ -313,7 +380,11 @@ def read_time(text: str) -> tuple[str, float] | None:
 def code_parts(lines: list[str]) -> list[range]:
     """Where the log holds code. Rules of 100 `=` part it; a part that imports is code, as are the parts after it that
     define or import (code may hold a rule itself). Some logs lack the rule between code and what stands above it."""
-    bounds = [-1, *(i for i, line in enumerate(lines) if len(line) < 200 and RULE.fullmatch(line)), len(lines)]
+    bounds = [
+        -1,
+        *(i for i, line in enumerate(lines) if len(line) < 200 and RULE.fullmatch(line)),
+        len(lines),
+    ]
     found: list[range] = []
     for low, high in zip(bounds[:-1], bounds[1:], strict=True):
         part = lines[low + 1 : high]
@@ -333,7 +404,11 @@ def log_above(part: list[str]) -> int:
     for i, line in enumerate(part[:first]):
         short = line if len(line) <= LONGEST_LINE else ""
         setting = line.startswith("  ") and above == i and part[0].strip() == "Hyperparameters:"
-        if setting or line.strip() == "Hyperparameters:" or short.startswith(("stopping_early", "peak memory")):
+        if (
+            setting
+            or line.strip() == "Hyperparameters:"
+            or short.startswith(("stopping_early", "peak memory"))
+        ):
             above = i + 1
         elif read_step(short, 0) or read_score(short, 0) or read_sizes(short, 0):
             above = i + 1
@@ -422,8 +497,16 @@ class Reading:
             self.trained, self.lines["train_time"] = trained, line
         if text.startswith("stopping_early"):
             self.lines["stopping_early"] = line
-        elif text.startswith("resumed step:") and self.earlier and (at := whole(said["step"])) is not None:
-            self.steps, self.earlier, self.runs = [s for s in self.earlier if s.step <= at], [], self.runs - 1
+        elif (
+            text.startswith("resumed step:")
+            and self.earlier
+            and (at := whole(said["step"])) is not None
+        ):
+            self.steps, self.earlier, self.runs = (
+                [s for s in self.earlier if s.step <= at],
+                [],
+                self.runs - 1,
+            )
 
     def note(self, name: str, took: float, line: int) -> None:
         self.times[name], self.lines[name] = took, line
@@ -442,13 +525,20 @@ class Reading:
         self.block, said = text.strip(), fields(text, apart=1)
         if text.startswith(("val_loader:", "train_loader:")):
             prefix = text.partition("_")[0]
-            said = {name if name == "train_shards" else f"{prefix}_{name}": value for name, value in said.items()}
-            said["dataset"] = text.split()[0].split(":")[2] if text.startswith("train_loader:dataset:") else ""
+            said = {
+                name if name == "train_shards" else f"{prefix}_{name}": value
+                for name, value in said.items()
+            }
+            said["dataset"] = (
+                text.split()[0].split(":")[2] if text.startswith("train_loader:dataset:") else ""
+            )
         if text.startswith("run_id:") and " device:" in text:  # the one value that holds spaces
             self.set("device_name", text.partition(" device:")[2].partition(" torch:")[0].strip())
         for name, value in said.items():
             if name.endswith("sha256") and re.fullmatch("[0-9a-f]{64}", value):
-                self.hashes.setdefault({"sha256": "artifact", "val_sha256": "val"}.get(name, name[:-7]), value)
+                self.hashes.setdefault(
+                    {"sha256": "artifact", "val_sha256": "val"}.get(name, name[:-7]), value
+                )
             elif NAME.fullmatch(name) and not text[:1].isspace():
                 self.set(name, value)
 
@@ -459,8 +549,12 @@ class Reading:
             return "april"
         if not self.marks & {"step", "zlib"} or not (self.steps or self.scores):
             return "unknown"
-        return "march" if "march" in self.marks or any("sliding" in s.label or "ttt" in s.label
-                                                       for s in self.scores) else "baseline"
+        return (
+            "march"
+            if "march" in self.marks
+            or any("sliding" in s.label or "ttt" in s.label for s in self.scores)
+            else "baseline"
+        )
 
 
 def mark_of(text: str) -> str:
@@ -471,7 +565,13 @@ def mark_of(text: str) -> str:
         return "april"
     if text.startswith(MARCH):
         return "march"
-    return "step" if text.startswith("step:") else "zlib" if text.startswith("final_int8_zlib_roundtrip") else ""
+    return (
+        "step"
+        if text.startswith("step:")
+        else "zlib"
+        if text.startswith("final_int8_zlib_roundtrip")
+        else ""
+    )
 
 
 def lines_of(text: str) -> list[str]:
@@ -479,8 +579,10 @@ def lines_of(text: str) -> list[str]:
         found = text.split("\n", MOST_LINES // 2)[:-1] + text.rsplit("\n", MOST_LINES // 2)[1:]
     else:
         found = text.split("\n")
-    return [line[STAMP.match(line).end() :] if line[:1].isdigit() and STAMP.match(line) else line
-            for line in (line.rstrip("\r") for line in found)]
+    return [
+        line[STAMP.match(line).end() :] if line[:1].isdigit() and STAMP.match(line) else line
+        for line in (line.rstrip("\r") for line in found)
+    ]
 
 
 def parse_log(text: str) -> RunLog:
@@ -493,11 +595,28 @@ def parse_log(text: str) -> RunLog:
         at = code.stop
         if code:
             reading.start("code")
-    source = "\n".join(lines[codes[-1].start : codes[-1].stop]) if codes and "code" in reading.starts else ""
+    source = (
+        "\n".join(lines[codes[-1].start : codes[-1].stop])
+        if codes and "code" in reading.starts
+        else ""
+    )
     last = "" if codes and codes[-1].stop == len(lines) else lines[-1]
-    return RunLog(reading.dialect(), source, reading.settings, reading.steps, reading.scores, reading.sizes,
-                  reading.hashes, reading.times, reading.lines, reading.trained, dict(reading.gpus), reading.runs,
-                  text_lines=len(lines) - (not lines[-1]), cut=cut_short(last))
+    return RunLog(
+        reading.dialect(),
+        source,
+        reading.settings,
+        reading.steps,
+        reading.scores,
+        reading.sizes,
+        reading.hashes,
+        reading.times,
+        reading.lines,
+        reading.trained,
+        dict(reading.gpus),
+        reading.runs,
+        text_lines=len(lines) - (not lines[-1]),
+        cut=cut_short(last),
+    )
 
 
 def cut_short(last: str) -> bool:
@@ -505,7 +624,9 @@ def cut_short(last: str) -> bool:
     time has no unit. Some whole logs lack that newline."""
     score = read_score(last, 0) if len(last) <= LONGEST_LINE else None
     if score is None:
-        return bool(last) and last.startswith(("step:", "final_", "Serialized model", "Total submission"))
+        return bool(last) and last.startswith(
+            ("step:", "final_", "Serialized model", "Total submission")
+        )
     said = fields(last)
     decimals = {len(said.get(name, "").partition(".")[2]) for name in ("val_loss", "val_bpb")}
     return len(decimals) > 1 or ("eval_time" in said and score.seconds is None)

@@ -18,9 +18,12 @@ ARCHIVE, READABLE = "code.xz", "source"
 VAL_BYTES = 151_080_891  # of the challenge's validation split, whatever the tokenizer
 # The four conditions of #1017, and the certificate's rules that test each.
 CONDITIONS = (
-    ("C1 causal", ("causal", "target-blind")), ("C2 normalised", ("normalised", "target-blind", "canary")),
-    ("C3 scored before learnt", ("score first",)), ("C4 one pass", ("one pass", "coverage")),
-    ("beyond", ("claim", "bytes", "paid prefix", "smear", "sizes", "decoded")))
+    ("C1 causal", ("causal", "target-blind")),
+    ("C2 normalised", ("normalised", "target-blind", "canary")),
+    ("C3 scored before learnt", ("score first",)),
+    ("C4 one pass", ("one pass", "coverage")),
+    ("beyond", ("claim", "bytes", "paid prefix", "smear", "sizes", "decoded")),
+)
 
 
 class Entry(NamedTuple):
@@ -46,7 +49,9 @@ class Result(NamedTuple):
 
     run: Run
     seed: int
-    loss: float  # these four: of the evaluation, or of the trainer's own scoring where there was none
+    loss: (
+        float  # these four: of the evaluation, or of the trainer's own scoring where there was none
+    )
     bpb: float
     tokens: int
     bytes: int
@@ -117,7 +122,10 @@ def features(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if on("parallel_start_layer"):
         yield f"parallel lanes from layer {on('parallel_start_layer')}", "#1204, #1529"
     if on("num_loops"):
-        yield f"layers {on('loop_start')}–{on('loop_end')} run {1 + on('num_loops')} times", "#1204, #1285"
+        yield (
+            f"layers {on('loop_start')}–{on('loop_end')} run {1 + on('num_loops')} times",
+            "#1204, #1285",
+        )
 
 
 def training_features(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -129,7 +137,10 @@ def training_features(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if on("qat_start_frac", 1) < 1:
         yield f"quantisation-aware from {on('qat_start_frac'):.0%} of the run", "#65"
     if on("swa_start_frac", 1) < 1:
-        yield f"weights averaged from {on('swa_start_frac'):.0%} of the run, if held-out text gains", "#162, #180"
+        yield (
+            f"weights averaged from {on('swa_start_frac'):.0%} of the run, if held-out text gains",
+            "#162, #180",
+        )
     if on("ema_decay"):
         yield f"EMA {on('ema_decay')}, if held-out text gains", "#287"
     if on("gptq"):
@@ -152,27 +163,36 @@ def shape(result: Result) -> str:
     s = result.run.settings
     count = result.run.event("model").get("parameters")
     parameters = f", {count:,} parameters" if type(count) is int else ""
-    return (f"{s.get('num_layers')} layers of width {s.get('model_dim')}, {s.get('num_heads')} heads on "
-            f"{s.get('num_kv_heads')} of keys and values, MLP {s.get('mlp_mult')}×, vocabulary {s.get('vocab_size')}"
-            f"{parameters}")
+    return (
+        f"{s.get('num_layers')} layers of width {s.get('model_dim')}, {s.get('num_heads')} heads on "
+        f"{s.get('num_kv_heads')} of keys and values, MLP {s.get('mlp_mult')}×, vocabulary {s.get('vocab_size')}"
+        f"{parameters}"
+    )
 
 
 def bits(s: dict[str, Any]) -> str:
-    return (f"attention int{s.get('attn_bits')}, MLP int{s.get('mlp_bits')}, embeddings int{s.get('embed_bits')}")
+    return f"attention int{s.get('attn_bits')}, MLP int{s.get('mlp_bits')}, embeddings int{s.get('embed_bits')}"
 
 
 def technique(result: Result) -> str:
     """One line: shape, what is special, how it is packed and scored."""
     s, artifact = result.run.settings, result.run.event("artifact")
-    parts = [shape(result), *(words for words, _ in [*features(s), *training_features(s)]),
-             f"{bits(s)}, {artifact.get('codec', 'packed')}", *(words for words, _ in scoring_features(result))]
+    parts = [
+        shape(result),
+        *(words for words, _ in [*features(s), *training_features(s)]),
+        f"{bits(s)}, {artifact.get('codec', 'packed')}",
+        *(words for words, _ in scoring_features(result)),
+    ]
     return "; ".join(parts)
 
 
 def blurb(results: list[Result]) -> str:
     """The summary, where the author gave none."""
     first = results[0]
-    special = [words for words, _ in [*features(first.run.settings), *training_features(first.run.settings)]]
+    special = [
+        words
+        for words, _ in [*features(first.run.settings), *training_features(first.run.settings)]
+    ]
     trained = f"A model of {shape(first)}" + (f"; {', '.join(special)}" if special else "")
     scored = ", ".join(words for words, _ in scoring_features(first))
     return f"{trained}. Scored {'with ' + scored if scored else 'as training left it'}."
@@ -180,10 +200,24 @@ def blurb(results: list[Result]) -> str:
 
 # ==== SECTIONS ========================================================================================================
 def readme(record: Record) -> str:
-    sections = [summary(record), not_done(record), results(record), picture(record),
-                section("What changed", record.parent or "No record before was named, so that nothing is compared."),
-                architecture(record), training(record), quantisation(record), ladder(record), compliance(record),
-                commands(record), lineage(record), included(record)]
+    sections = [
+        summary(record),
+        not_done(record),
+        results(record),
+        picture(record),
+        section(
+            "What changed",
+            record.parent or "No record before was named, so that nothing is compared.",
+        ),
+        architecture(record),
+        training(record),
+        quantisation(record),
+        ladder(record),
+        compliance(record),
+        commands(record),
+        lineage(record),
+        included(record),
+    ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
@@ -198,26 +232,36 @@ def seeds_of(record: Record) -> str:
 def summary(record: Record) -> str:
     data, count = record.submission, len(record.results)
     spread = f" ± {score(data['val_bpb_std'])}" if count > 1 else ""
-    return "\n\n".join([
-        f"# {cell(data['name'])}: {score(data['val_bpb'])} BPB", cell(data["blurb"]),
-        f"**{score(data['val_bpb'])}{spread} bits a byte**, the mean of {count} seed{'s' * (count > 1)} "
-        f"({score(data['val_loss'])} nats a token); {data['bytes_total']:,} bytes at most, "
-        f"{data['bytes_code']:,} of them code; trained on {cell(data['hardware'])} in "
-        f"{data['compliance']['train_time_max_s']} s at most."])
+    return "\n\n".join(
+        [
+            f"# {cell(data['name'])}: {score(data['val_bpb'])} BPB",
+            cell(data["blurb"]),
+            f"**{score(data['val_bpb'])}{spread} bits a byte**, the mean of {count} seed{'s' * (count > 1)} "
+            f"({score(data['val_loss'])} nats a token); {data['bytes_total']:,} bytes at most, "
+            f"{data['bytes_code']:,} of them code; trained on {cell(data['hardware'])} in "
+            f"{data['compliance']['train_time_max_s']} s at most.",
+        ]
+    )
 
 
 def not_done(record: Record) -> str:
     """What a reader might take for granted, and must not."""
     data, first, said = record.submission, record.results[0], []
     if first.bytes != VAL_BYTES:
-        said.append(f"This is not the challenge's FineWeb split: {first.tokens:,} tokens, {first.bytes:,} bytes of the "
-                    f"corpus `{corpus(first)}` were scored, so that no figure here compares with the challenge's.")
+        said.append(
+            f"This is not the challenge's FineWeb split: {first.tokens:,} tokens, {first.bytes:,} bytes of the "
+            f"corpus `{corpus(first)}` were scored, so that no figure here compares with the challenge's."
+        )
     if not all("H100" in part and part.startswith("8x ") for part in data["hardware"].split("; ")):
         said.append(f"It was not run on 8×H100, but on {cell(data['hardware'])}.")
     if first.run.score is None:
-        said.append("eval_final.py was not run: the score is that of the artifact as training ended.")
+        said.append(
+            "eval_final.py was not run: the score is that of the artifact as training ended."
+        )
     elif lacking := [str(r.seed) for r in record.results if certified([r]) is None]:
-        said.append(f"The four conditions were not all tested by a certificate for seed {', '.join(lacking)}.")
+        said.append(
+            f"The four conditions were not all tested by a certificate for seed {', '.join(lacking)}."
+        )
     if len(record.results) < 3:
         said.append(f"Runs: {len(record.results)}; three seeds are the custom.")
     if not record.parent:
@@ -228,8 +272,11 @@ def not_done(record: Record) -> str:
 def verdicts(result: Result) -> dict[str, str]:
     """What the certificate says of each rule; {} without one."""
     rules = (result.run.certificate or {}).get("rules")
-    return {str(r.get("rule")): str(r.get("verdict")) for r in rules if isinstance(r, dict)} if isinstance(
-        rules, list) else {}
+    return (
+        {str(r.get("rule")): str(r.get("verdict")) for r in rules if isinstance(r, dict)}
+        if isinstance(rules, list)
+        else {}
+    )
 
 
 def certified(results: list[Result]) -> bool | None:
@@ -246,21 +293,68 @@ def corpus(result: Result) -> str:
 
 def results(record: Record) -> str:
     data = record.submission
-    rows = [[seed, r["steps"], f"{r['step_avg_ms']:.2f}", score(r["pre_quant_val_bpb"]), score(result.plain_bpb),
-             f"{score(r['val_bpb'])}", score(r["val_loss"]), f"{r['artifact_bytes']:,}", r["train_time_s"],
-             r["eval_time_s"]] for (seed, r), result in zip(data["seed_results"].items(), record.results, strict=True)]
-    rows.append(["mean", "", "", "", "", score(data["val_bpb"]), score(data["val_loss"]), "", "", ""])
+    rows = [
+        [
+            seed,
+            r["steps"],
+            f"{r['step_avg_ms']:.2f}",
+            score(r["pre_quant_val_bpb"]),
+            score(result.plain_bpb),
+            f"{score(r['val_bpb'])}",
+            score(r["val_loss"]),
+            f"{r['artifact_bytes']:,}",
+            r["train_time_s"],
+            r["eval_time_s"],
+        ]
+        for (seed, r), result in zip(data["seed_results"].items(), record.results, strict=True)
+    ]
+    rows.append(
+        ["mean", "", "", "", "", score(data["val_bpb"]), score(data["val_loss"]), "", "", ""]
+    )
     if len(record.results) > 1:
-        rows.append(["std", "", "", "", "", score(data["val_bpb_std"]), score(data["val_loss_std"]), "", "", ""])
-    head = ("seed", "steps", "ms/step", "before quantising", "artifact", "final BPB", "final nats", "artifact bytes",
-            "training s", "evaluation s")
-    return section("Results", table(head, rows), f"Artifact: its score in windows side by side, read back from disk. "
-                   f"Scored: {record.results[0].tokens:,} tokens, {record.results[0].bytes:,} bytes, each token once.")
+        rows.append(
+            [
+                "std",
+                "",
+                "",
+                "",
+                "",
+                score(data["val_bpb_std"]),
+                score(data["val_loss_std"]),
+                "",
+                "",
+                "",
+            ]
+        )
+    head = (
+        "seed",
+        "steps",
+        "ms/step",
+        "before quantising",
+        "artifact",
+        "final BPB",
+        "final nats",
+        "artifact bytes",
+        "training s",
+        "evaluation s",
+    )
+    return section(
+        "Results",
+        table(head, rows),
+        f"Artifact: its score in windows side by side, read back from disk. "
+        f"Scored: {record.results[0].tokens:,} tokens, {record.results[0].bytes:,} bytes, each token once.",
+    )
 
 
 def picture(record: Record) -> str:
-    return (f"![Training loss of seeds {seeds_of(record)}, and what each part of the evaluation gained]"
-            "(picture.png)") if "picture.png" in record.files else ""
+    return (
+        (
+            f"![Training loss of seeds {seeds_of(record)}, and what each part of the evaluation gained]"
+            "(picture.png)"
+        )
+        if "picture.png" in record.files
+        else ""
+    )
 
 
 def bullets(lines: Sequence[str]) -> str:
@@ -270,21 +364,36 @@ def bullets(lines: Sequence[str]) -> str:
 def architecture(record: Record) -> str:
     first = record.results[0]
     s = first.run.settings
-    return section("Architecture", bullets([
-        shape(first), f"tied embeddings, logits softly capped at {s.get('logit_softcap')}, RoPE base "
-        f"{s.get('rope_base')}, query gain {s.get('qk_gain_init')}", *(words for words, _ in features(s))]))
+    return section(
+        "Architecture",
+        bullets(
+            [
+                shape(first),
+                f"tied embeddings, logits softly capped at {s.get('logit_softcap')}, RoPE base "
+                f"{s.get('rope_base')}, query gain {s.get('qk_gain_init')}",
+                *(words for words, _ in features(s)),
+            ]
+        ),
+    )
 
 
 def training(record: Record) -> str:
     s = record.results[0].run.settings
-    return section("Training", bullets([
-        f"{s.get('train_batch_tokens')} tokens a step in sequences of {s.get('train_seq_len')}, at most "
-        f"{s.get('iterations')} steps and {s.get('max_wallclock_seconds')} s; the rate falls over the last "
-        f"{s.get('warmdown_frac')} of the run",
-        f"Muon {s.get('matrix_lr')} (momentum {s.get('muon_momentum')}, weight decay {s.get('muon_wd')}), AdamW "
-        f"{s.get('scalar_lr')} (weight decay {s.get('adam_wd')}), embeddings {s.get('tied_embed_lr')} (weight decay "
-        f"{s.get('embed_wd')}), gradients clipped at {s.get('grad_clip_norm')}",
-        *(words for words, _ in training_features(s))]), "Every setting stands at the top of each log.")
+    return section(
+        "Training",
+        bullets(
+            [
+                f"{s.get('train_batch_tokens')} tokens a step in sequences of {s.get('train_seq_len')}, at most "
+                f"{s.get('iterations')} steps and {s.get('max_wallclock_seconds')} s; the rate falls over the last "
+                f"{s.get('warmdown_frac')} of the run",
+                f"Muon {s.get('matrix_lr')} (momentum {s.get('muon_momentum')}, weight decay {s.get('muon_wd')}), AdamW "
+                f"{s.get('scalar_lr')} (weight decay {s.get('adam_wd')}), embeddings {s.get('tied_embed_lr')} (weight decay "
+                f"{s.get('embed_wd')}), gradients clipped at {s.get('grad_clip_norm')}",
+                *(words for words, _ in training_features(s)),
+            ]
+        ),
+        "Every setting stands at the top of each log.",
+    )
 
 
 def quantisation(record: Record) -> str:
@@ -295,16 +404,30 @@ def quantisation(record: Record) -> str:
         gap = result.plain_bpb - result.raw_bpb
         made = result.run.event("artifact")
         kept = result.run.event("averages").get("kept", "last")
-        rows.append([result.seed, kept, made.get("codec"), made.get("k"), f"{result.artifact_bytes:,}", f"{gap:+.6f}"])
-    return section("Quantisation", f"{bits(s)}; step = k·σ of a row / levels, with k as small as the budget of "
-                   f"{artifact.get('budget_bytes', 0):,} bytes allows; the codec that gave fewest bytes.",
-                   table(("seed", "weights", "codec", "k", "bytes", "BPB, quantised less raw"), rows))
+        rows.append(
+            [
+                result.seed,
+                kept,
+                made.get("codec"),
+                made.get("k"),
+                f"{result.artifact_bytes:,}",
+                f"{gap:+.6f}",
+            ]
+        )
+    return section(
+        "Quantisation",
+        f"{bits(s)}; step = k·σ of a row / levels, with k as small as the budget of "
+        f"{artifact.get('budget_bytes', 0):,} bytes allows; the codec that gave fewest bytes.",
+        table(("seed", "weights", "codec", "k", "bytes", "BPB, quantised less raw"), rows),
+    )
 
 
 def ladder(record: Record) -> str:
     """What each part of the evaluation gained, the mean over seeds, and how the mixture's weights moved."""
     ladders = [r.run.score.get("ladder") for r in record.results if r.run.score]
-    if not ladders or not all(isinstance(rungs, list) and len(rungs) == len(ladders[0]) for rungs in ladders):
+    if not ladders or not all(
+        isinstance(rungs, list) and len(rungs) == len(ladders[0]) for rungs in ladders
+    ):
         return ""
     rows, before = [], None
     for i, rung in enumerate(ladders[0]):
@@ -321,30 +444,47 @@ def mixture(record: Record) -> str:
     if not isinstance(experts, list) or not isinstance(trace, list) or not trace:
         return ""
     tenth = max(1, len(trace) // 10)
-    ends = [[statistics.fmean(row[i] for row in part) for i in range(len(experts))]
-            for part in (trace[:tenth], trace[-tenth:])]
+    ends = [
+        [statistics.fmean(row[i] for row in part) for i in range(len(experts))]
+        for part in (trace[:tenth], trace[-tenth:])
+    ]
     rows = [[name, f"{a:.3f}", f"{b:.3f}"] for name, a, b in zip(experts, *ends, strict=True)]
-    return (f"Pool: {cell(s.get('mix_mode'))}; weights: {cell(s.get('mix_weights'))}; seed {record.results[0].seed}, "
-            "mean weight over the first and the last tenth of the split:\n\n"
-            + table(("expert", "first tenth", "last tenth"), rows))
+    return (
+        f"Pool: {cell(s.get('mix_mode'))}; weights: {cell(s.get('mix_weights'))}; seed {record.results[0].seed}, "
+        "mean weight over the first and the last tenth of the split:\n\n"
+        + table(("expert", "first tenth", "last tenth"), rows)
+    )
 
 
 def compliance(record: Record) -> str:
     """C1 to C4, and what the certificate found on each seed."""
     found, s = [verdicts(result) for result in record.results], record.results[0].run.settings
     head = ("condition", "rule", *(f"seed {r.seed}" for r in record.results))
-    rows = [[condition, rule, *(given.get(rule, "not run") for given in found)]
-            for condition, rules in CONDITIONS for rule in rules]
+    rows = [
+        [condition, rule, *(given.get(rule, "not run") for given in found)]
+        for condition, rules in CONDITIONS
+        for rule in rules
+    ]
     data = record.submission["compliance"]
-    facts = bullets([
-        f"{record.submission['bytes_total']:,} bytes of at most 16,000,000: the largest artifact, and all code that "
-        "ships",
-        f"training {data['train_time_max_s']} s, evaluation {data['eval_time_max_s']} s at most, less what only "
-        "explains or judges the score (600 s each are allowed)",
-        f"calibration: GPTQ on training batches, {s.get('gptq_reserve_seconds')} s of the training time kept for it"
-        if s.get("gptq") else "calibration: none"])
-    text = ("The certificate runs the scorer against each rule: its future replaced, its targets swapped, its "
-            "distributions summed, its text scored again.") if any(found) else "No certificate was made."
+    facts = bullets(
+        [
+            f"{record.submission['bytes_total']:,} bytes of at most 16,000,000: the largest artifact, and all code that "
+            "ships",
+            f"training {data['train_time_max_s']} s, evaluation {data['eval_time_max_s']} s at most, less what only "
+            "explains or judges the score (600 s each are allowed)",
+            f"calibration: GPTQ on training batches, {s.get('gptq_reserve_seconds')} s of the training time kept for it"
+            if s.get("gptq")
+            else "calibration: none",
+        ]
+    )
+    text = (
+        (
+            "The certificate runs the scorer against each rule: its future replaced, its targets swapped, its "
+            "distributions summed, its text scored again."
+        )
+        if any(found)
+        else "No certificate was made."
+    )
     return section("Rule compliance", facts, text, table(head, rows) if any(found) else "")
 
 
@@ -359,29 +499,55 @@ def commands(record: Record) -> str:
     extra = first.run.settings.get("extra_code_files")
     if extra and record.entry.pack_code:
         extra = f"eval_final.py,{ARCHIVE}"
-    lines = ["pip install -r requirements.txt",
-             f"export DATA_PATH=../../../{where}/{shlex.quote(corpus(first))}  # its data_sha256 is "
-             f"{str(dict_at(start, 'sha256').get('data'))[:12]}…",
-             *([f"export EXTRA_CODE_FILES={shlex.quote(extra)}"] if extra else []),
-             f"for seed in {' '.join(map(str, data['seeds']))}; do", "  export OUT_DIR=out/seed$seed",
-             f"  {' '.join(['SEED=$seed RUN_ID=train_seed$seed', *overrides(record)])} {python} train_gpt.py"]
+    lines = [
+        "pip install -r requirements.txt",
+        f"export DATA_PATH=../../../{where}/{shlex.quote(corpus(first))}  # its data_sha256 is "
+        f"{str(dict_at(start, 'sha256').get('data'))[:12]}…",
+        *([f"export EXTRA_CODE_FILES={shlex.quote(extra)}"] if extra else []),
+        f"for seed in {' '.join(map(str, data['seeds']))}; do",
+        "  export OUT_DIR=out/seed$seed",
+        f"  {' '.join(['SEED=$seed RUN_ID=train_seed$seed', *overrides(record)])} {python} train_gpt.py",
+    ]
     if first.run.score is not None:
         certify = " --certify" if any(r.run.certificate for r in record.results) else ""
         given = "".join(f"{word} " for word in evaluation_overrides(record))
-        lines.append(f"  CHECKPOINT=$OUT_DIR/{shlex.quote(artifact)} {given}{python} eval_final.py{certify}")
-    return "\n\n".join([
-        section("Run command", "\n".join(["```bash", *lines, "done", "```"]),
+        lines.append(
+            f"  CHECKPOINT=$OUT_DIR/{shlex.quote(artifact)} {given}{python} eval_final.py{certify}"
+        )
+    return "\n\n".join(
+        [
+            section(
+                "Run command",
+                "\n".join(["```bash", *lines, "done", "```"]),
                 "DATA_PATH is where a checkout of the repository has these shards, seen from a folder in records/; set "
-                "it to wherever they are."),
-        section("Requirements", f"Python 3.11 or newer; the pinned packages of requirements.txt; PyTorch "
-                f"{cell(data['pytorch_version'])} was used, on {cell(data['hardware'])}."),
-        section("Reproduction", "The commands above train each seed and score it. Each log opens with the source it "
+                "it to wherever they are.",
+            ),
+            section(
+                "Requirements",
+                f"Python 3.11 or newer; the pinned packages of requirements.txt; PyTorch "
+                f"{cell(data['pytorch_version'])} was used, on {cell(data['hardware'])}.",
+            ),
+            section(
+                "Reproduction",
+                "The commands above train each seed and score it. Each log opens with the source it "
                 "ran, and with hashes of code, settings, tokenizer and data; compare them with yours. Scores repeat "
-                "exactly only on the same machine: a training limited by time takes other steps on another.")])
+                "exactly only on the same machine: a training limited by time takes other steps on another.",
+            ),
+        ]
+    )
 
 
 # ==== SETTINGS THAT A PRESET LACKS ====================================================================================
-NOT_GIVEN = {"seed", "run_id", "out_dir", "data_path", "tokenizer_path", "extra_code_files", "checkpoint", "val_files"}
+NOT_GIVEN = {
+    "seed",
+    "run_id",
+    "out_dir",
+    "data_path",
+    "tokenizer_path",
+    "extra_code_files",
+    "checkpoint",
+    "val_files",
+}
 
 
 def code_of(record: Record, name: str) -> str:
@@ -391,8 +557,11 @@ def code_of(record: Record, name: str) -> str:
 
 def assignments(settings: dict[str, Any], usual: dict[str, Any]) -> list[str]:
     """NAME=value for every setting that is not as usual."""
-    return [f"{name.upper()}={shlex.quote(str(int(value) if type(value) is bool else value))}"
-            for name, value in settings.items() if name not in NOT_GIVEN and usual.get(name, ...) != value]
+    return [
+        f"{name.upper()}={shlex.quote(str(int(value) if type(value) is bool else value))}"
+        for name, value in settings.items()
+        if name not in NOT_GIVEN and usual.get(name, ...) != value
+    ]
 
 
 def overrides(record: Record) -> list[str]:
@@ -400,13 +569,17 @@ def overrides(record: Record) -> list[str]:
     start, source = record.results[0].run.event("start"), code_of(record, "train_gpt.py")
     preset, settings = start.get("preset"), record.results[0].run.settings
     chosen = presets(source).get(preset)
-    return [*([f"PRESET={shlex.quote(str(preset))}"] if chosen is not None else []),
-            *assignments(settings, defaults(source, "Config") | (chosen or {}))]
+    return [
+        *([f"PRESET={shlex.quote(str(preset))}"] if chosen is not None else []),
+        *assignments(settings, defaults(source, "Config") | (chosen or {})),
+    ]
 
 
 def evaluation_overrides(record: Record) -> list[str]:
     settings = dict_at(record.results[0].run.score, "settings")
-    return assignments(settings, defaults(code_of(record, "fairway/scoring/settings.py"), "EvalConfig"))
+    return assignments(
+        settings, defaults(code_of(record, "fairway/scoring/settings.py"), "EvalConfig")
+    )
 
 
 def tree_of(source: str) -> ast.Module:
@@ -416,7 +589,12 @@ def tree_of(source: str) -> ast.Module:
 def defaults(source: str, of: str) -> dict[str, Any]:
     """`name: type = knob(default, …)` of a class of settings, read and not run."""
     found = {}
-    for node in (n for c in tree_of(source).body if isinstance(c, ast.ClassDef) and c.name == of for n in c.body):
+    for node in (
+        n
+        for c in tree_of(source).body
+        if isinstance(c, ast.ClassDef) and c.name == of
+        for n in c.body
+    ):
         if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call) and node.value.args:
             found[ast.unparse(node.target)] = value_of(node.value.args[0], {})
     return found
@@ -427,7 +605,11 @@ def presets(source: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     for node in tree_of(source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(target, ast.Name) and isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
+        if (
+            isinstance(target, ast.Name)
+            and isinstance(node, ast.Assign | ast.AnnAssign)
+            and node.value
+        ):
             names[target.id] = value_of(node.value, names)
     found = names.get("PRESETS")
     return found if isinstance(found, dict) else {}
@@ -440,8 +622,11 @@ def value_of(node: ast.expr, names: dict[str, Any]) -> Any:
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "dict" and not node.args:
         return {k.arg: value_of(k.value, names) for k in node.keywords}
     if isinstance(node, ast.Dict):
-        return {ast.literal_eval(k): value_of(v, names) for k, v in zip(node.keys, node.values, strict=True)
-                if isinstance(k, ast.Constant)}
+        return {
+            ast.literal_eval(k): value_of(v, names)
+            for k, v in zip(node.keys, node.values, strict=True)
+            if isinstance(k, ast.Constant)
+        }
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         left, right = value_of(node.left, names), value_of(node.right, names)
         return left | right if isinstance(left, dict) and isinstance(right, dict) else None
@@ -455,15 +640,33 @@ def value_of(node: ast.expr, names: dict[str, Any]) -> Any:
 def lineage(record: Record) -> str:
     first = record.results[0]
     s = first.run.settings
-    known = [*features(s), *training_features(s), ("quantiser steps of k·σ", "#1394"), *scoring_features(first)]
-    return section("Lineage and credits", "Made with Fairway; `#N` are pull requests of openai/parameter-golf from "
-                   "which a technique is known.", bullets([f"{words}: {credit}" for words, credit in known if credit]))
+    known = [
+        *features(s),
+        *training_features(s),
+        ("quantiser steps of k·σ", "#1394"),
+        *scoring_features(first),
+    ]
+    return section(
+        "Lineage and credits",
+        "Made with Fairway; `#N` are pull requests of openai/parameter-golf from "
+        "which a technique is known.",
+        bullets([f"{words}: {credit}" for words, credit in known if credit]),
+    )
 
 
 def included(record: Record) -> str:
-    files = {name: len(content) for name, content in record.files.items() if not name.startswith(f"{READABLE}/")}
-    rows = [[f"`{name}`", f"{size:,}", "code" if is_code(name) else ""] for name, size in sorted(files.items())]
+    files = {
+        name: len(content)
+        for name, content in record.files.items()
+        if not name.startswith(f"{READABLE}/")
+    }
+    rows = [
+        [f"`{name}`", f"{size:,}", "code" if is_code(name) else ""]
+        for name, size in sorted(files.items())
+    ]
     if len(files) < len(record.files):
-        rows.append([f"`{READABLE}/`", f"{record.plain_bytes:,}", "the packed code to be read; not counted"])
+        rows.append(
+            [f"`{READABLE}/`", f"{record.plain_bytes:,}", "the packed code to be read; not counted"]
+        )
     rows.append(["`README.md`", "", ""])
     return section("Included files", table(("file", "bytes", "counted as"), rows))

@@ -15,7 +15,9 @@ class Run(NamedTuple):
     run_id: str
     log: Path
     events: list[dict[str, Any]]
-    eval_log: Path | None  # these three: of an evaluation of this run's artifact, None where there was none
+    eval_log: (
+        Path | None
+    )  # these three: of an evaluation of this run's artifact, None where there was none
     score: dict[str, Any] | None
     certificate: dict[str, Any] | None
     artifact: Path | None  # None where it is gone, or is another run's by now
@@ -53,28 +55,47 @@ def read_run(path: str | Path) -> Run:
         need(path.is_dir(), f"{path} is no folder; name a run's OUT_DIR, or its logs/RUN_ID.txt")
         folder, log = path, the_log(path)
     need(log.is_file(), f"{log} is not there; name a run's OUT_DIR, or its logs/RUN_ID.txt")
-    events, _ = read_events(log.with_suffix(".jsonl")) if log.with_suffix(".jsonl").is_file() else ([], 0)
+    events, _ = (
+        read_events(log.with_suffix(".jsonl")) if log.with_suffix(".jsonl").is_file() else ([], 0)
+    )
     run = Run(folder, log.stem, log, events, None, None, None, None)
     wanted, score = run.event("artifact").get("sha256"), optional(folder / "eval" / "score.json")
     if wanted is not None:
-        found = next((a for a in sorted(folder.glob("final_model.*.ptz")) if sha256(a) == wanted), None)
+        found = next(
+            (a for a in sorted(folder.glob("final_model.*.ptz")) if sha256(a) == wanted), None
+        )
         run = run._replace(artifact=found)
     if wanted is not None and dict_at(score, "sha256").get("artifact") == wanted:
         eval_log = folder / "logs" / f"{EVALUATION}.txt"
-        run = run._replace(score=score, certificate=optional(folder / "eval" / "certificate.json")
-                           if score.get("certificate") else None, eval_log=eval_log if eval_log.is_file() else None)
+        run = run._replace(
+            score=score,
+            certificate=optional(folder / "eval" / "certificate.json")
+            if score.get("certificate")
+            else None,
+            eval_log=eval_log if eval_log.is_file() else None,
+        )
     return run
 
 
 def the_log(folder: Path) -> Path:
     """The training log of an OUT_DIR; of several, the one whose artifact lies there, else the newest."""
     logs = [p for p in (folder / "logs").glob("*.txt") if p.stem != EVALUATION and p.is_file()]
-    need(logs, f"{folder}/logs holds no log of a training run; name a run's OUT_DIR, or its logs/RUN_ID.txt")
+    need(
+        logs,
+        f"{folder}/logs holds no log of a training run; name a run's OUT_DIR, or its logs/RUN_ID.txt",
+    )
     logs.sort(key=lambda p: p.stat().st_mtime)
     if len(logs) > 1:
         there = {sha256(a) for a in folder.glob("final_model.*.ptz")}
-        own = [p for p in logs if p.with_suffix(".jsonl").is_file() and any(
-            e.get("event") == "artifact" and e.get("sha256") in there for e in read_events(p.with_suffix(".jsonl"))[0])]
+        own = [
+            p
+            for p in logs
+            if p.with_suffix(".jsonl").is_file()
+            and any(
+                e.get("event") == "artifact" and e.get("sha256") in there
+                for e in read_events(p.with_suffix(".jsonl"))[0]
+            )
+        ]
         logs = own or logs
     return logs[-1]
 

@@ -32,12 +32,28 @@ from fairway.records.folder import Folder
 from fairway.records.logs import parse_log
 from fairway.records.syntax import constant
 
-SECONDS = 240.0  # of training and evaluation together: a few times what two busy cores take for ours
+SECONDS = (
+    240.0  # of training and evaluation together: a few times what two busy cores take for ours
+)
 MEMORY, FILE = 12 << 30, 1 << 30  # bytes: of one process's data, of one file
 LARGEST_COPY = 256 << 20
 SMALLEST_VOCABULARY = 320  # 256 bytes and the control pieces, and a few more
-SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/proc", "/sys", "/dev", "/etc/os-release", "/etc/localtime", "/etc/ssl",
-          "/etc/mime.types", "/etc/ld.so.cache", "/etc/nsswitch.conf", "/etc/alternatives")
+SYSTEM = (
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/bin",
+    "/proc",
+    "/sys",
+    "/dev",
+    "/etc/os-release",
+    "/etc/localtime",
+    "/etc/ssl",
+    "/etc/mime.types",
+    "/etc/ld.so.cache",
+    "/etc/nsswitch.conf",
+    "/etc/alternatives",
+)
 NO_CUDA = re.compile(r"(?i)cuda|nvidia|flash.?attn|triton|nccl|no gpu")
 
 
@@ -55,28 +71,54 @@ class Sandbox:
     def __init__(self, root: Path):
         self.root = root
         self.copy, self.home, self.temporary, self.guard, self.told = (
-            root / name for name in ("copy", "home", "tmp", "guard", "refused.txt"))
+            root / name for name in ("copy", "home", "tmp", "guard", "refused.txt")
+        )
         for folder in (self.copy, self.home, self.temporary, self.guard):
             folder.mkdir(parents=True)
         self.told.touch()
-        python = {sys.prefix, sys.base_prefix, sys.exec_prefix, *(p for p in sys.path if "site-packages" in p)}
-        readable, writable = [*python, *SYSTEM, self.guard], [self.copy, self.home, self.temporary, "/dev/shm"]
+        python = {
+            sys.prefix,
+            sys.base_prefix,
+            sys.exec_prefix,
+            *(p for p in sys.path if "site-packages" in p),
+        }
+        readable, writable = (
+            [*python, *SYSTEM, self.guard],
+            [self.copy, self.home, self.temporary, "/dev/shm"],
+        )
         (self.guard / "sitecustomize.py").write_text(
             f"{Path(guard.__file__).read_text('utf-8')}\n\ninstall({[str(p) for p in readable]!r}, "
-            f"{[str(p) for p in writable]!r}, {str(self.told)!r})\n", "utf-8")
+            f"{[str(p) for p in writable]!r}, {str(self.told)!r})\n",
+            "utf-8",
+        )
 
     def run(self, arguments: Sequence[str], env: Mapping[str, str], seconds: float) -> Ended:
         """`python ARGUMENTS` in the copy. Its output goes to a file, so that it cannot fill our memory."""
-        env = dict(PATH=os.environ.get("PATH", os.defpath), HOME=str(self.home), TMPDIR=str(self.temporary),
-                   LANG="C.UTF-8",
-                   PYTHONPATH=str(self.guard), PYTHONDONTWRITEBYTECODE="1", PYTHONUNBUFFERED="1",
-                   OMP_NUM_THREADS=str(min(2, os.cpu_count() or 1))) | env
+        env = (
+            dict(
+                PATH=os.environ.get("PATH", os.defpath),
+                HOME=str(self.home),
+                TMPDIR=str(self.temporary),
+                LANG="C.UTF-8",
+                PYTHONPATH=str(self.guard),
+                PYTHONDONTWRITEBYTECODE="1",
+                PYTHONUNBUFFERED="1",
+                OMP_NUM_THREADS=str(min(2, os.cpu_count() or 1)),
+            )
+            | env
+        )
         start, code = time.monotonic(), None
         with open(self.root / "output.txt", "w+b") as output:
-            child = subprocess.Popen([*without_network(), sys.executable, *arguments], cwd=self.copy, env=env,
-                                     stdout=output,
-                                     stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                                     preexec_fn=limits(seconds))
+            child = subprocess.Popen(
+                [*without_network(), sys.executable, *arguments],
+                cwd=self.copy,
+                env=env,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=limits(seconds),
+            )
             try:
                 code = child.wait(max(seconds, 0.1))
             except subprocess.TimeoutExpired:
@@ -92,11 +134,20 @@ class Sandbox:
 def limits(seconds: float) -> Callable[[], None]:
     def apply() -> None:
         cpu = int(seconds * (os.cpu_count() or 1)) + 5
-        data = resource.RLIM_INFINITY if has_cuda() else MEMORY  # CUDA reserves addresses by the terabyte
-        for what, most in ((resource.RLIMIT_DATA, data), (resource.RLIMIT_FSIZE, FILE), (resource.RLIMIT_CORE, 0),
-                           (resource.RLIMIT_CPU, cpu)):
-            with contextlib.suppress(ValueError, OSError):  # lower already, or not known to this kernel
+        data = (
+            resource.RLIM_INFINITY if has_cuda() else MEMORY
+        )  # CUDA reserves addresses by the terabyte
+        for what, most in (
+            (resource.RLIMIT_DATA, data),
+            (resource.RLIMIT_FSIZE, FILE),
+            (resource.RLIMIT_CORE, 0),
+            (resource.RLIMIT_CPU, cpu),
+        ):
+            with contextlib.suppress(
+                ValueError, OSError
+            ):  # lower already, or not known to this kernel
                 resource.setrlimit(what, (most, most))
+
     return apply
 
 
@@ -123,7 +174,12 @@ def without_network() -> list[str]:
 def texts_of(folder: Folder, most: int = 240_000) -> list[str]:
     """Paragraphs of the folder's README, code and logs: at most so many characters."""
     whole = [folder.readme, *(s.text for s in folder.code.sources.values()), *folder.texts.values()]
-    parts = [part.strip()[:2000] for text in whole for part in re.split(r"\n\s*\n", text[: most // 2]) if part.strip()]
+    parts = [
+        part.strip()[:2000]
+        for text in whole
+        for part in re.split(r"\n\s*\n", text[: most // 2])
+        if part.strip()
+    ]
     found, size = [], 0
     for part in [*parts, "A text of one line, in case that there is none."]:
         if size < most:
@@ -141,15 +197,28 @@ def tokenizer_of(texts: list[str], vocabulary: int) -> tuple[bytes, int]:
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines), model_writer=model, vocab_size=vocabulary, model_type="bpe",
+                sentence_iterator=iter(lines),
+                model_writer=model,
+                vocab_size=vocabulary,
+                model_type="bpe",
                 num_threads=1,
-                byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, pad_id=0, bos_id=1,
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                pad_id=0,
+                bos_id=1,
                 eos_id=2,
-                unk_id=3, remove_extra_whitespaces=False, minloglevel=2, hard_vocab_limit=True)
+                unk_id=3,
+                remove_extra_whitespaces=False,
+                minloglevel=2,
+                hard_vocab_limit=True,
+            )
             return model.getvalue(), vocabulary
         except RuntimeError as e:  # too little text for so many pieces
             if vocabulary <= SMALLEST_VOCABULARY:
-                raise CannotTell(f"no tokenizer could be made of the folder's texts: {str(e)[:100]}") from None
+                raise CannotTell(
+                    f"no tokenizer could be made of the folder's texts: {str(e)[:100]}"
+                ) from None
             vocabulary = max(SMALLEST_VOCABULARY, vocabulary // 2)
 
 
@@ -160,8 +229,10 @@ def write_shards(data: Path, model: bytes, texts: list[str]) -> None:
     ids = [[1, *one] for one in tokenizer.encode(texts)]
     flat = np.array([token for one in ids for token in one], "<u2")
     held = max(len(flat) // 8, 1)
-    for kind, tokens in (("train", np.resize(flat[held:], max(len(flat), 200_000))),
-                         ("val", np.resize(flat[:held], 9_000))):
+    for kind, tokens in (
+        ("train", np.resize(flat[held:], max(len(flat), 200_000))),
+        ("val", np.resize(flat[:held], 9_000)),
+    ):
         header = np.zeros(256, "<i4")
         header[:3] = 20240520, 1, len(tokens)
         (data / f"fineweb_{kind}_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
@@ -183,10 +254,16 @@ def run_in(box: Sandbox, folder: Folder, trainer: str) -> str:
     trained = box.run([trainer], env, SECONDS)
     judge(folder, trainer, trained)
     artifact = newest_artifact(box.copy, folder)
-    fail_if(artifact is None, f"{trainer} ended without an artifact (final_model*.ptz): {last_line(trained.output)}")
+    fail_if(
+        artifact is None,
+        f"{trainer} ended without an artifact (final_model*.ptz): {last_line(trained.output)}",
+    )
     size = artifact.stat().st_size + code_in_use(folder)
-    fail_if(size > BUDGET, f"{artifact.name} of {artifact.stat().st_size:,} bytes + code {code_in_use(folder):,} = "
-            f"{size:,}; {BUDGET:,} are allowed")
+    fail_if(
+        size > BUDGET,
+        f"{artifact.name} of {artifact.stat().st_size:,} bytes + code {code_in_use(folder):,} = "
+        f"{size:,}; {BUDGET:,} are allowed",
+    )
     output = trained.output
     if "eval_final.py" in folder.code.entries:
         env |= {"CHECKPOINT": str(artifact.relative_to(box.copy))}
@@ -194,14 +271,22 @@ def run_in(box: Sandbox, folder: Folder, trainer: str) -> str:
         judge(folder, "eval_final.py", evaluated)
         output = evaluated.output
     score = parse_log(output).final
-    fail_if(score is None or score.bpb is None, f"no final score was printed; the last line is {last_line(output)}")
-    return (f"trained{' and evaluated' * ('eval_final.py' in folder.code.entries)} in {time.monotonic() - started:.0f} "
-            f"s on {machine()}: {artifact.name} and code {size:,} bytes, val_bpb:{score.bpb}")
+    fail_if(
+        score is None or score.bpb is None,
+        f"no final score was printed; the last line is {last_line(output)}",
+    )
+    return (
+        f"trained{' and evaluated' * ('eval_final.py' in folder.code.entries)} in {time.monotonic() - started:.0f} "
+        f"s on {machine()}: {artifact.name} and code {size:,} bytes, val_bpb:{score.bpb}"
+    )
 
 
 def copy_folder(folder: Folder, copy: Path) -> None:
     size = sum(folder.files.values())
-    unknown_if(size > LARGEST_COPY, f"the folder has {size:,} bytes; at most {LARGEST_COPY:,} are copied to be run")
+    unknown_if(
+        size > LARGEST_COPY,
+        f"the folder has {size:,} bytes; at most {LARGEST_COPY:,} are copied to be run",
+    )
     for name in folder.files:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder.path / name, copy / name, follow_symlinks=False)
@@ -216,13 +301,26 @@ def environment(folder: Folder, box: Sandbox, trainer: str) -> dict[str, str]:
     data = box.copy / "data"
     data.mkdir(exist_ok=True)
     write_shards(data, model, texts)
-    env = dict(DATA_PATH="data", TOKENIZER_PATH="data/tokenizer.model", VOCAB_SIZE=vocabulary, RUN_ID="check",
-               SEED=1337, ITERATIONS=3, MAX_WALLCLOCK_SECONDS=30)
+    env = dict(
+        DATA_PATH="data",
+        TOKENIZER_PATH="data/tokenizer.model",
+        VOCAB_SIZE=vocabulary,
+        RUN_ID="check",
+        SEED=1337,
+        ITERATIONS=3,
+        MAX_WALLCLOCK_SECONDS=30,
+    )
     code = [s for name, s in folder.code.sources.items() if name.split("!")[-1] == trainer]
     if any(reads_smoke(source) for source in code):
         env |= dict(PRESET="smoke", TTT="none")
     else:
-        env |= dict(TRAIN_BATCH_TOKENS=2048, TRAIN_SEQ_LEN=128, VAL_BATCH_SIZE=2048, WARMUP_STEPS=0, EVAL_SEQ_LEN=128)
+        env |= dict(
+            TRAIN_BATCH_TOKENS=2048,
+            TRAIN_SEQ_LEN=128,
+            VAL_BATCH_SIZE=2048,
+            WARMUP_STEPS=0,
+            EVAL_SEQ_LEN=128,
+        )
     return {name: str(value) for name, value in env.items()}
 
 
@@ -232,8 +330,11 @@ def reads_smoke(source: Source) -> bool:
 
 
 def newest_artifact(copy: Path, folder: Folder) -> Path | None:
-    made: Iterator[Path] = (p for p in copy.rglob("*.ptz") if p.is_file() and not p.is_symlink()
-                            and p.relative_to(copy).as_posix() not in folder.files)
+    made: Iterator[Path] = (
+        p
+        for p in copy.rglob("*.ptz")
+        if p.is_file() and not p.is_symlink() and p.relative_to(copy).as_posix() not in folder.files
+    )
     return max(made, key=lambda p: p.stat().st_mtime, default=None)
 
 
@@ -244,22 +345,36 @@ def judge(folder: Folder, script: str, ended: Ended) -> None:
     if ended.code == 0:
         return
     here = machine()
-    unknown_if(not has_cuda() and NO_CUDA.search(ended.output[-2000:]), f"{script} wants a GPU, and this machine has "
-               f"none: {last}")
+    unknown_if(
+        not has_cuda() and NO_CUDA.search(ended.output[-2000:]),
+        f"{script} wants a GPU, and this machine has none: {last}",
+    )
     lacking = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", ended.output)
     asked = {a.module.split(".")[0] for a in folder.code.absent}
-    unknown_if(lacking and lacking[1].split(".")[0] in PACKAGES | asked, f"{script} wants a package that is not "
-               f"installed here: {last}")
+    unknown_if(
+        lacking and lacking[1].split(".")[0] in PACKAGES | asked,
+        f"{script} wants a package that is not installed here: {last}",
+    )
     newer = "SyntaxError" in ended.output and any(s.tree is None for s in folder.code.running())
-    unknown_if(newer, f"{script} does not parse with Python {sys.version_info.major}.{sys.version_info.minor}: {last}")
-    unknown_if(ended.code is None and not has_cuda(), f"{script} did not end within "
-               f"{ended.seconds:.0f} s on {here}; its last line is {last}")
-    fail_if(ended.code is None, f"{script} did not end within {ended.seconds:.0f} s; its last line is {last}")
+    unknown_if(
+        newer,
+        f"{script} does not parse with Python {sys.version_info.major}.{sys.version_info.minor}: {last}",
+    )
+    unknown_if(
+        ended.code is None and not has_cuda(),
+        f"{script} did not end within {ended.seconds:.0f} s on {here}; its last line is {last}",
+    )
+    fail_if(
+        ended.code is None,
+        f"{script} did not end within {ended.seconds:.0f} s; its last line is {last}",
+    )
     fail_if(True, f"{script} ended with code {ended.code}: {last}")
 
 
 def last_line(text: str) -> str:
-    return next((line.strip()[:200] for line in reversed(text.splitlines()) if line.strip()), "nothing")
+    return next(
+        (line.strip()[:200] for line in reversed(text.splitlines()) if line.strip()), "nothing"
+    )
 
 
 def has_cuda() -> bool:

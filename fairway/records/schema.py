@@ -11,7 +11,10 @@ import re
 import statistics
 from typing import Any, NamedTuple
 
-LOWEST_BPB, HIGHEST_BPB = 0.2, 8.0  # below: no compressor of text gets there; 8: a byte is stored as it is
+LOWEST_BPB, HIGHEST_BPB = (
+    0.2,
+    8.0,
+)  # below: no compressor of text gets there; 8: a byte is stored as it is
 LN2 = math.log(2)
 
 
@@ -33,7 +36,9 @@ KEYS = {
     "val_loss_std": Key("number", "standard deviation over the seeds (n - 1); with one seed, 0"),
     "val_bpb_std": Key("number", "standard deviation over the seeds (n - 1); with one seed, 0"),
     "seeds": Key("seeds", "all that were run"),
-    "seed_results": Key("results", "by seed: val_loss, val_bpb, artifact_bytes, steps, step_avg_ms, eval_time_s"),
+    "seed_results": Key(
+        "results", "by seed: val_loss, val_bpb, artifact_bytes, steps, step_avg_ms, eval_time_s"
+    ),
     "bytes_total": Key("count", "artifact and code of the largest seed"),
     "bytes_code": Key("count", "of everything that ships as code"),
     "hardware": Key("text", "8x NVIDIA H100 80GB HBM3"),
@@ -43,7 +48,13 @@ KEYS = {
 }
 FIRST_OF = {  # the other names of a key, in the order in which they are believed
     "val_bpb": ("val_bpb", "mean_val_bpb", "mean_bpb"),
-    "val_loss": ("val_loss", "mean_val_loss", "val_loss_nats", "mean_val_loss_nats", "val_loss_sliding"),
+    "val_loss": (
+        "val_loss",
+        "mean_val_loss",
+        "val_loss_nats",
+        "mean_val_loss_nats",
+        "val_loss_sliding",
+    ),
     "val_bpb_std": ("val_bpb_std", "std_bpb"),
     "val_loss_std": ("val_loss_std", "val_loss_nats_std", "std_val_loss_nats"),
     "bytes_total": ("bytes_total", "artifact_bytes_max"),
@@ -64,7 +75,9 @@ SEED = {
 class SeedResult(NamedTuple):
     val_loss: float | None
     val_bpb: float | None
-    bytes: int | None  # artifact_bytes as given: most mean artifact and code, some the artifact alone
+    bytes: (
+        int | None
+    )  # artifact_bytes as given: most mean artifact and code, some the artifact alone
     steps: int | None
     step_avg_ms: float | None
     eval_seconds: float | None
@@ -72,6 +85,7 @@ class SeedResult(NamedTuple):
 
 class Submission(NamedTuple):
     """None where the file does not say, or says no such thing."""
+
     author: str | None
     github_id: str | None
     name: str | None
@@ -114,7 +128,9 @@ def seed_of(value: Any) -> int | None:
 
 
 def first(data: dict[str, Any], names: tuple[str, ...], read: Any) -> Any:
-    return next((found for found in (read(data.get(name)) for name in names) if found is not None), None)
+    return next(
+        (found for found in (read(data.get(name)) for name in names) if found is not None), None
+    )
 
 
 def seed_result(value: Any) -> SeedResult:
@@ -122,31 +138,50 @@ def seed_result(value: Any) -> SeedResult:
     if not isinstance(value, dict):
         return SeedResult(None, number(value), None, None, None, None)
     readers = dict(bytes=count, steps=count)
-    return SeedResult(**{name: first(value, names, readers.get(name, number)) for name, names in SEED.items()})
+    return SeedResult(
+        **{name: first(value, names, readers.get(name, number)) for name, names in SEED.items()}
+    )
 
 
 def results_of(data: dict[str, Any]) -> dict[int, SeedResult]:
     """`seed_results`, or `seeds` where that is a table of the same (#1413)."""
-    table = next((v for v in (data.get("seed_results"), data.get("seeds")) if isinstance(v, dict)), {})
-    return {seed: seed_result(value) for key, value in table.items() if (seed := seed_of(key)) is not None}
+    table = next(
+        (v for v in (data.get("seed_results"), data.get("seeds")) if isinstance(v, dict)), {}
+    )
+    return {
+        seed: seed_result(value)
+        for key, value in table.items()
+        if (seed := seed_of(key)) is not None
+    }
 
 
 def normal(data: Any) -> Submission:
     """What a submission.json says, whatever it is."""
     data = data if isinstance(data, dict) else {}
     results, listed = results_of(data), data.get("seeds")
-    seeds = [s for s in map(seed_of, listed) if s is not None] if isinstance(listed, list) else list(results) or None
+    seeds = (
+        [s for s in map(seed_of, listed) if s is not None]
+        if isinstance(listed, list)
+        else list(results) or None
+    )
     readers = dict(text=text, number=number, count=count)
-    plain = {name: first(data, FIRST_OF.get(name, (name,)), readers[key.kind]) for name, key in KEYS.items()
-             if key.kind in readers and name in Submission._fields}
+    plain = {
+        name: first(data, FIRST_OF.get(name, (name,)), readers[key.kind])
+        for name, key in KEYS.items()
+        if key.kind in readers and name in Submission._fields
+    }
     return Submission(**plain, seeds=seeds, seed_results=results)
 
 
 # ---- Judging ---------------------------------------------------------------------------------------------------------
-KINDS = {"text": (text, "a text"), "number": (number, "a number"), "count": (count, "a whole number"),
-         "seeds": (lambda v: v if isinstance(v, list | dict) else None, "a list of whole numbers"),
-         "results": (lambda v: v if isinstance(v, dict) else None, "an object with one entry a seed"),
-         "table": (lambda v: v if isinstance(v, dict) else None, "an object")}
+KINDS = {
+    "text": (text, "a text"),
+    "number": (number, "a number"),
+    "count": (count, "a whole number"),
+    "seeds": (lambda v: v if isinstance(v, list | dict) else None, "a list of whole numbers"),
+    "results": (lambda v: v if isinstance(v, dict) else None, "an object with one entry a seed"),
+    "table": (lambda v: v if isinstance(v, dict) else None, "an object"),
+}
 
 
 def problems(data: Any, complete: bool = False) -> list[str]:
@@ -155,14 +190,21 @@ def problems(data: Any, complete: bool = False) -> list[str]:
     if not isinstance(data, dict):
         return [f"submission.json holds {shown(data)}, wanted an object"]
     found = normal(data)
-    return [*wrong_types(data), *missing(data, found, complete), *wrong_scores(found), *wrong_seeds(data, found),
-            *wrong_bytes(data, found)]
+    return [
+        *wrong_types(data),
+        *missing(data, found, complete),
+        *wrong_scores(found),
+        *wrong_seeds(data, found),
+        *wrong_bytes(data, found),
+    ]
 
 
 def shown(value: Any) -> str:
     if isinstance(value, dict):
         return f"an object of {len(value)}"
-    if isinstance(value, list) and not (len(value) < 8 and all(type(v) is int and abs(v) < 2**53 for v in value)):
+    if isinstance(value, list) and not (
+        len(value) < 8 and all(type(v) is int and abs(v) < 2**53 for v in value)
+    ):
         return f"a list of {len(value)}"
     if type(value) is int and abs(value) >= 2**63:
         return f"a whole number of {value.bit_length()} bits"
@@ -172,20 +214,30 @@ def shown(value: Any) -> str:
 
 def wrong_types(data: dict[str, Any]) -> list[str]:
     """null is taken for absent."""
-    return [f"{name} is {shown(data[name])}, wanted {KINDS[key.kind][1]}" for name, key in KEYS.items()
-            if data.get(name) not in (None, "") and KINDS[key.kind][0](data[name]) is None]
+    return [
+        f"{name} is {shown(data[name])}, wanted {KINDS[key.kind][1]}"
+        for name, key in KEYS.items()
+        if data.get(name) not in (None, "") and KINDS[key.kind][0](data[name]) is None
+    ]
 
 
 def missing(data: dict[str, Any], found: Submission, complete: bool) -> list[str]:
-    said = [f"{name} is missing: {key.meaning}" for name, key in KEYS.items()
-            if complete and key.ours and data.get(name) in (None, "", {}, [])]
+    said = [
+        f"{name} is missing: {key.meaning}"
+        for name, key in KEYS.items()
+        if complete and key.ours and data.get(name) in (None, "", {}, [])
+    ]
     if not complete:
-        said += [f"{name} is missing: {KEYS[name].meaning}" for name in ("name", "date", "val_bpb")
-                 if getattr(found, name) is None and data.get(name) in (None, "")]
+        said += [
+            f"{name} is missing: {KEYS[name].meaning}"
+            for name in ("name", "date", "val_bpb")
+            if getattr(found, name) is None and data.get(name) in (None, "")
+        ]
         if found.author is None and found.github_id is None:
             said.append("author and github_id are missing; one of them is wanted")
-    if found.date is not None and not re.match(r"20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])([T ].{0,40})?$",
-                                              found.date):
+    if found.date is not None and not re.match(
+        r"20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])([T ].{0,40})?$", found.date
+    ):
         said.append(f"date is {shown(found.date)}, wanted YYYY-MM-DD")
     return said
 
@@ -193,21 +245,35 @@ def missing(data: dict[str, Any], found: Submission, complete: bool) -> list[str
 def wrong_scores(found: Submission) -> list[str]:
     said, bpb, loss = [], found.val_bpb, found.val_loss
     if bpb is not None and not LOWEST_BPB < bpb < HIGHEST_BPB:
-        said.append(f"val_bpb is {bpb:g}, wanted bits for each byte, {LOWEST_BPB} to {HIGHEST_BPB:g}")
+        said.append(
+            f"val_bpb is {bpb:g}, wanted bits for each byte, {LOWEST_BPB} to {HIGHEST_BPB:g}"
+        )
     if loss is not None and not 0 < loss < 25:
         said.append(f"val_loss is {loss:g}, wanted nats for each token, 0 to 25")
     elif loss is not None and bpb is None:
-        said.append(f"val_loss is {loss:g} and val_bpb is missing: is it BPB under the wrong key? wanted both")
+        said.append(
+            f"val_loss is {loss:g} and val_bpb is missing: is it BPB under the wrong key? wanted both"
+        )
     elif loss is not None and bpb and loss / bpb < LN2 * 0.98:  # a token has a byte at least
-        said.append(f"val_loss is {loss:g} with val_bpb {bpb:g}: that is {loss / bpb / LN2:.2f} bytes a token; wanted "
-                    "nats for each token under val_loss, not BPB")
-    ratios = {seed: r.val_loss / r.val_bpb for seed, r in found.seed_results.items() if r.val_loss and r.val_bpb}
+        said.append(
+            f"val_loss is {loss:g} with val_bpb {bpb:g}: that is {loss / bpb / LN2:.2f} bytes a token; wanted "
+            "nats for each token under val_loss, not BPB"
+        )
+    ratios = {
+        seed: r.val_loss / r.val_bpb
+        for seed, r in found.seed_results.items()
+        if r.val_loss and r.val_bpb
+    }
     typical = statistics.median(ratios.values()) if ratios else loss / bpb if loss and bpb else 0
-    for name, ratio in [("val_loss and val_bpb", loss / bpb if loss and bpb else typical),
-                        *((f"seed {s}'s val_loss and val_bpb", r) for s, r in ratios.items())]:
+    for name, ratio in [
+        ("val_loss and val_bpb", loss / bpb if loss and bpb else typical),
+        *((f"seed {s}'s val_loss and val_bpb", r) for s, r in ratios.items()),
+    ]:
         if typical > 0 and abs(ratio / typical - 1) > 0.002:  # five digits each
-            said.append(f"{name} are in the ratio {ratio:.4f}, wanted {typical:.4f} as the other seeds: one split has "
-                        "one number of bytes a token")
+            said.append(
+                f"{name} are in the ratio {ratio:.4f}, wanted {typical:.4f} as the other seeds: one split has "
+                "one number of bytes a token"
+            )
     return said
 
 
@@ -223,18 +289,24 @@ def wrong_seeds(data: dict[str, Any], found: Submission) -> list[str]:
     if found.seeds and len(set(found.seeds)) < len(found.seeds):
         said.append(f"seeds are {shown(found.seeds)}, wanted distinct ones")
     if found.seeds and results and set(found.seeds) != set(results):
-        said.append(f"seeds are {shown(sorted(set(found.seeds)))} but seed_results has {shown(sorted(results))}")
+        said.append(
+            f"seeds are {shown(sorted(set(found.seeds)))} but seed_results has {shown(sorted(results))}"
+        )
     for name in ("val_bpb", "val_loss"):
         values = [getattr(r, name) for r in results.values()]
         key = next((k for k in FIRST_OF[name] if number(data.get(k)) is not None), None)
         if key is None or not values or None in values:
             continue
         mean = statistics.fmean(values)
-        digits = min(decimals(v) for v in values)  # JSON drops zeros at the end: the longest shows how many were kept
+        digits = min(
+            decimals(v) for v in values
+        )  # JSON drops zeros at the end: the longest shows how many were kept
         slack = min(decimals(data[key]), 6e-4) + digits
         if abs(data[key] - mean) > slack:
             best = " (that is the best seed)" if abs(data[key] - min(values)) <= slack else ""
-            said.append(f"{key} is {data[key]:.8g}{best}, wanted the mean of {len(values)} seeds, {mean:.8g}")
+            said.append(
+                f"{key} is {data[key]:.8g}{best}, wanted the mean of {len(values)} seeds, {mean:.8g}"
+            )
         std = getattr(found, f"{name}_std")
         if std is None or len(values) < 2:
             continue
@@ -250,7 +322,9 @@ def wrong_bytes(data: dict[str, Any], found: Submission) -> list[str]:
     for name, value in (("bytes_total", total), ("bytes_code", code)):
         if value is not None and 0 < value < (100_000 if name == "bytes_total" else 100):
             said.append(f"{name} is {value}, wanted bytes")
-    largest = max((r.bytes for r in found.seed_results.values() if r.bytes is not None), default=None)
+    largest = max(
+        (r.bytes for r in found.seed_results.values() if r.bytes is not None), default=None
+    )
     top = count(data.get("artifact_bytes_max"))
     if total is not None and code is not None and code >= total:
         said.append(f"bytes_code is {code}, wanted less than bytes_total, {total}")

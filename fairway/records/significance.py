@@ -29,7 +29,9 @@ MOST_LOGS = 64  # of a folder
 NEAR = 6e-5  # BPB: a score of four digits is within that of its eight
 
 
-Errors = Callable[[int], tuple[float, float]]  # seeds -> standard error of the gain, degrees of freedom
+Errors = Callable[
+    [int], tuple[float, float]
+]  # seeds -> standard error of the gain, degrees of freedom
 
 
 class Seeds(NamedTuple):
@@ -61,11 +63,14 @@ def one_sample(new: Seeds, old_mean_nats: float, bar: float = BAR) -> Test:
     difference = (better, better / new.factor)
     name = f"one sample, against {old_mean_nats:.6f} - {bar:g} nats"
     if n < 2:
-        return Test(name, None, None, None, difference, "one seed has no spread: 2 at least, 3 as a rule")
+        return Test(
+            name, None, None, None, difference, "one seed has no spread: 2 at least, 3 as a rule"
+        )
     spread = statistics.stdev(new.nats)
 
     def at(seeds: int) -> tuple[float, float]:
         return spread / math.sqrt(seeds), seeds - 1
+
     return judged(name, better - bar, n, at, difference)
 
 
@@ -84,6 +89,7 @@ def welch(new: Seeds, old: Seeds) -> Test:
         mine = a / seeds
         below = mine**2 / (seeds - 1) + b**2 / (m - 1)
         return math.sqrt(mine + b), (mine + b) ** 2 / below if below > 0 else seeds + m - 2
+
     return judged(name, better, n, at, difference)
 
 
@@ -101,19 +107,28 @@ def t_of(gain: float, error: float) -> float:
 
 def upper_tail(t: float, df: float) -> float:
     from scipy.special import stdtr
+
     return float(stdtr(df, -t))
 
 
 def outlook(gain: float, n: int, at: Errors) -> str:
     """How many seeds of this mean and spread reach p < 0.01, or how many nats more with these."""
     from scipy.special import stdtrit
+
     error, df = at(n)
     lacking = float(stdtrit(df, 1 - LEVEL)) * error - gain
     these = "this seed" if n == 1 else f"these {n} seeds"
     more = f"{lacking:.6f} nats more with {these}"
     if gain <= 0:
         return f"no number of seeds, since the mean is {-gain:.6f} nats on the wrong side; {more}"
-    wanted = next((k for k in range(n + 1, MOST_SEEDS + 1) if upper_tail(t_of(gain, at(k)[0]), at(k)[1]) < LEVEL), None)
+    wanted = next(
+        (
+            k
+            for k in range(n + 1, MOST_SEEDS + 1)
+            if upper_tail(t_of(gain, at(k)[0]), at(k)[1]) < LEVEL
+        ),
+        None,
+    )
     if wanted is None:
         return f"more than {MOST_SEEDS} seeds of this mean and spread, or {more}"
     return f"{wanted} seeds of this mean and spread, or {more}"
@@ -136,11 +151,18 @@ def seeds_of(folder: Path) -> Seeds:
     file = next(iter(sorted(folder.glob("submission*.json"))), None)
     said, logs = normal(read_json(file) if file else None), logs_of(folder)
     if said.seed_results:
-        found = {s: claimed_score(r.val_loss, r.val_bpb, logs.get(s, [])) for s, r in said.seed_results.items()}
+        found = {
+            s: claimed_score(r.val_loss, r.val_bpb, logs.get(s, []))
+            for s, r in said.seed_results.items()
+        }
     else:
-        found = logged_scores(logs, said.val_bpb) or {-1: claimed_score(said.val_loss, said.val_bpb, [])}
-    need(any(s.bpb is not None or s.loss is not None for s in found.values()),
-         f"{folder} names no score: neither its submission.json nor a log in it has val_bpb")
+        found = logged_scores(logs, said.val_bpb) or {
+            -1: claimed_score(said.val_loss, said.val_bpb, [])
+        }
+    need(
+        any(s.bpb is not None or s.loss is not None for s in found.values()),
+        f"{folder} names no score: neither its submission.json nor a log in it has val_bpb",
+    )
     tokens, size = split_of([log for seed in logs.values() for log in seed])
     factor = factor_of(list(found.values()), tokens, size)
     pairs = [in_both(folder, seed, score, factor) for seed, score in found.items()]
@@ -150,9 +172,15 @@ def seeds_of(folder: Path) -> Seeds:
 def logs_of(folder: Path) -> dict[int, list[RunLog]]:
     """By seed, -1 where none is named: the file's name says it, else the log. Evaluations come first."""
     found: dict[int, list[RunLog]] = {}
-    paths = sorted(p for pattern in ("*.log", "*.txt", "logs/*.log", "logs/*.txt") for p in folder.glob(pattern)
-                   if p.name != "requirements.txt" and p.is_file() and not p.is_symlink())
-    for path in sorted(paths[:MOST_LOGS], key=lambda p: (not p.name.startswith("eval"), "seed" not in p.name)):
+    paths = sorted(
+        p
+        for pattern in ("*.log", "*.txt", "logs/*.log", "logs/*.txt")
+        for p in folder.glob(pattern)
+        if p.name != "requirements.txt" and p.is_file() and not p.is_symlink()
+    )
+    for path in sorted(
+        paths[:MOST_LOGS], key=lambda p: (not p.name.startswith("eval"), "seed" not in p.name)
+    ):
         log = read_log(path)
         named = re.search(r"seed[_-]?([0-9]{1,15})", path.name)
         seed = int(named[1]) if named else log.seed
@@ -163,21 +191,36 @@ def logs_of(folder: Path) -> dict[int, list[RunLog]]:
 
 def claimed_score(loss: float | None, bpb: float | None, logs: list[RunLog]) -> Score:
     """What is claimed, in full digits where one of the logs has it."""
-    near = [s for log in logs for s in reversed(log.scores) if s.exact and None not in (bpb, s.loss, s.bpb)
-            and abs(s.bpb - bpb) < NEAR]
+    near = [
+        s
+        for log in logs
+        for s in reversed(log.scores)
+        if s.exact and None not in (bpb, s.loss, s.bpb) and abs(s.bpb - bpb) < NEAR
+    ]
     return near[0] if near else Score("", loss, bpb, False, None, 0)
 
 
 def logged_scores(logs: dict[int, list[RunLog]], headline: float | None) -> dict[int, Score]:
     """Of the labels that logs end with, the last one whose scores have the headline among them; {} where none has."""
-    labels = dict.fromkeys(s.label for log in [log for group in logs.values() for log in group]
-                           for s in (log.final, *reversed(log.scores)) if s is not None)
+    labels = dict.fromkeys(
+        s.label
+        for log in [log for group in logs.values() for log in group]
+        for s in (log.final, *reversed(log.scores))
+        if s is not None
+    )
     for label in labels:
         found = {}
         for seed, group in logs.items():
-            scores = [s for log in group for s in reversed(log.scores) if s.label == label and s.loss and s.bpb]
+            scores = [
+                s
+                for log in group
+                for s in reversed(log.scores)
+                if s.label == label and s.loss and s.bpb
+            ]
             if scores:
-                found[seed] = min(scores, key=lambda s: abs(s.bpb - headline)) if headline else scores[0]
+                found[seed] = (
+                    min(scores, key=lambda s: abs(s.bpb - headline)) if headline else scores[0]
+                )
         bpbs = [s.bpb for s in found.values()]
         if bpbs and (headline is None or min(bpbs) - NEAR < headline < max(bpbs) + NEAR):
             return found
@@ -187,7 +230,9 @@ def logged_scores(logs: dict[int, list[RunLog]], headline: float | None) -> dict
 def split_of(logs: list[RunLog]) -> tuple[int, int]:
     """Tokens and bytes of the validation split; 0 where no log says."""
     tokens = next((log.tokens for log in logs if log.tokens), 0)
-    return tokens, next((log.val_bytes for log in logs if log.val_bytes and log.tokens == tokens), 0)
+    return tokens, next(
+        (log.val_bytes for log in logs if log.val_bytes and log.tokens == tokens), 0
+    )
 
 
 def factor_of(scores: list[Score], tokens: int, size: int) -> float | None:
@@ -200,13 +245,18 @@ def factor_of(scores: list[Score], tokens: int, size: int) -> float | None:
 def in_both(folder: Path, seed: int, score: Score, factor: float | None) -> tuple[float, float]:
     """(nats, BPB)"""
     whose = f"{folder.name}: seed {seed}" if seed >= 0 else f"{folder.name}: its one run"
-    need(score.loss or score.bpb, f"{whose} has neither val_loss nor val_bpb; add its log, or both to submission.json")
+    need(
+        score.loss or score.bpb,
+        f"{whose} has neither val_loss nor val_bpb; add its log, or both to submission.json",
+    )
     if score.loss and score.bpb:
         return score.loss, score.bpb
     have, lack = ("val_bpb", "val_loss") if score.bpb else ("val_loss", "val_bpb")
     if factor is None:
-        raise RecordError(f"{whose} has {have} but no {lack}, and no log says how many tokens and bytes of validation "
-                          f"text it scored; add its log, or {lack} to submission.json")
+        raise RecordError(
+            f"{whose} has {have} but no {lack}, and no log says how many tokens and bytes of validation "
+            f"text it scored; add its log, or {lack} to submission.json"
+        )
     return (score.bpb * factor, score.bpb) if score.bpb else (score.loss, score.loss / factor)
 
 
@@ -217,14 +267,22 @@ def report(new: Seeds, old: Seeds) -> str:
     lines = ["         seeds  nats      std       BPB       std       each (BPB)"]
     for name, nats, bpb in (("new", new.nats, new.bpb), ("old", converted, old.bpb)):
         spread = [f"{statistics.stdev(v):.6f}" if len(v) > 1 else "-       " for v in (nats, bpb)]
-        lines.append(f"{name:8} {len(nats):5}  {statistics.fmean(nats):.6f}  {spread[0]}  {statistics.fmean(bpb):.6f}  "
-                     f"{spread[1]}  {' '.join(f'{v:.6f}' for v in bpb)}")
+        lines.append(
+            f"{name:8} {len(nats):5}  {statistics.fmean(nats):.6f}  {spread[0]}  {statistics.fmean(bpb):.6f}  "
+            f"{spread[1]}  {' '.join(f'{v:.6f}' for v in bpb)}"
+        )
     if converted is not old.nats:
-        lines.append(f"another tokenizer or split: {statistics.fmean(old.nats):.6f} nats of the old are "
-                     f"{statistics.fmean(converted):.6f} for each token of the new")
+        lines.append(
+            f"another tokenizer or split: {statistics.fmean(old.nats):.6f} nats of the old are "
+            f"{statistics.fmean(converted):.6f} for each token of the new"
+        )
     for test in (one_sample(new, statistics.fmean(converted)), welch(new, old)):
         nats, bpb = test.difference
-        said = "no test" if test.t is None else f"t = {test.t:.2f}, df = {test.df:.2f}, p = {shown(test.p)}"
+        said = (
+            "no test"
+            if test.t is None
+            else f"t = {test.t:.2f}, df = {test.df:.2f}, p = {shown(test.p)}"
+        )
         verdict = "" if test.t is None else ", p < 0.01" if not test.missing else ", not p < 0.01"
         lines.append(f"{test.name}: {said}{verdict}; better by {nats:+.6f} nats, {bpb:+.6f} BPB")
         lines += [f"    missing: {test.missing}"] if test.missing else []

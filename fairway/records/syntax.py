@@ -23,8 +23,11 @@ def name_of(node: ast.AST | None) -> str:
 
 def words(node: ast.AST) -> set[str]:
     """Every name and attribute in an expression."""
-    return {n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(node)
-            if isinstance(n, ast.Name | ast.Attribute)}
+    return {
+        n.id if isinstance(n, ast.Name) else n.attr
+        for n in ast.walk(node)
+        if isinstance(n, ast.Name | ast.Attribute)
+    }
 
 
 def parse(text: str) -> tuple[ast.Module | None, str]:
@@ -91,8 +94,12 @@ def f_string(text: str, at: int, quote: str) -> tuple[list[str], int]:
 def field(text: str, at: int) -> tuple[list[str], int]:
     """What stands between { and }: an expression, and those of its format."""
     parts, depth = [], 0
-    while at < len(text) and (depth or not (text[at] in "}:" or (text[at] == "!" and text[at + 1 : at + 2] != "="))):
-        part, end = literal(text, quoted) if (quoted := QUOTE.match(text, at)) else (text[at], at + 1)
+    while at < len(text) and (
+        depth or not (text[at] in "}:" or (text[at] == "!" and text[at + 1 : at + 2] != "="))
+    ):
+        part, end = (
+            literal(text, quoted) if (quoted := QUOTE.match(text, at)) else (text[at], at + 1)
+        )
         depth += 0 if quoted else (part in "([{") - (part in ")]}")
         parts.append(part)
         at = end

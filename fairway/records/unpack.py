@@ -41,8 +41,17 @@ def unpacked(tree: ast.Module, layers: list[str]) -> str | None:
             found: list[str] = []
             try:
                 value = Evaluator(tree, found).value(call.args[0])
-            except (Unreadable, ValueError, EOFError, RecursionError, MemoryError, binascii.Error, zlib.error,
-                    lzma.LZMAError, OSError):
+            except (
+                Unreadable,
+                ValueError,
+                EOFError,
+                RecursionError,
+                MemoryError,
+                binascii.Error,
+                zlib.error,
+                lzma.LZMAError,
+                OSError,
+            ):
                 continue
             layers += found
             return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
@@ -58,7 +67,10 @@ class Evaluator:
             if isinstance(node, ast.Import):
                 self.known |= {alias.asname or alias.name: alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                self.known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+                self.known |= {
+                    alias.asname or alias.name: f"{node.module}.{alias.name}"
+                    for alias in node.names
+                }
             elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 self.bound[node.targets[0].id] = node.value
 
@@ -75,10 +87,15 @@ class Evaluator:
         raise Unreadable
 
     def call(self, node: ast.Call, depth: int) -> Any:
-        if isinstance(node.func, ast.Attribute) and node.func.attr in ("decode", "encode") \
-                and name_of(node.func.value) not in self.known:
+        if (
+            isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("decode", "encode")
+            and name_of(node.func.value) not in self.known
+        ):
             value = self.value(node.func.value, depth + 1)
-            return (bytes.decode if node.func.attr == "decode" else str.encode)(value, "utf-8", "replace")
+            return (bytes.decode if node.func.attr == "decode" else str.encode)(
+                value, "utf-8", "replace"
+            )
         name = self.dotted(node.func)
         readable(node.args, name)
         value = self.value(node.args[0], depth + 1)
@@ -92,13 +109,22 @@ class Evaluator:
             return DECODERS[name](value)
         readable(function == "decompress" and module in DECOMPRESSORS, name)
         self.layers.append(module)
-        options = {k.arg: k.value for k in node.keywords if k.arg} | dict(zip(
-            ("format", "memlimit", "filters") if module == "lzma" else ("wbits",), node.args[1:], strict=False))
+        options = {k.arg: k.value for k in node.keywords if k.arg} | dict(
+            zip(
+                ("format", "memlimit", "filters") if module == "lzma" else ("wbits",),
+                node.args[1:],
+                strict=False,
+            )
+        )
         return DECOMPRESSORS[module](value, {key: self.option(v) for key, v in options.items()})
 
     def dotted(self, node: ast.AST) -> str:
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Call) and \
-                name_of(node.value.func) == "__import__" and node.value.args:
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Call)
+            and name_of(node.value.func) == "__import__"
+            and node.value.args
+        ):
             return f"{constant(node.value.args[0])}.{node.attr}"
         first, _, rest = name_of(node).partition(".")
         return ".".join(filter(None, [self.known.get(first, first), rest]))
@@ -109,8 +135,11 @@ class Evaluator:
         if re.fullmatch(r"(FORMAT|FILTER|MF|MODE|CHECK)_\w+|PRESET_\w+", name):
             return getattr(lzma, name)
         if isinstance(node, ast.List):
-            return [{str(constant(k)): self.option(v) for k, v in zip(f.keys, f.values, strict=True)}
-                    for f in node.elts if isinstance(f, ast.Dict)]
+            return [
+                {str(constant(k)): self.option(v) for k, v in zip(f.keys, f.values, strict=True)}
+                for f in node.elts
+                if isinstance(f, ast.Dict)
+            ]
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -self.option(node.operand)
         readable(type(constant(node)) is int, "an option that is no number")
@@ -127,7 +156,9 @@ def of_lzma(data: bytes, options: dict[str, Any]) -> bytes:
     for one in filters or []:  # a raw stream's dictionary is allocated as its filter says
         readable(0 < one.get("dict_size", 1) <= 256 << 20, "a dictionary too large")
     raw = options.get("format") == lzma.FORMAT_RAW
-    decoder = lzma.LZMADecompressor(options.get("format", lzma.FORMAT_AUTO), None if raw else 512 << 20, filters)
+    decoder = lzma.LZMADecompressor(
+        options.get("format", lzma.FORMAT_AUTO), None if raw else 512 << 20, filters
+    )
     return limited(decoder.decompress(data, LIMIT + 1))
 
 
@@ -159,11 +190,23 @@ def of_zstandard(data: bytes, _: dict[str, Any]) -> bytes:
 
 
 DECODERS: dict[str, Callable[[bytes], bytes]] = {
-    "base64.b85decode": base64.b85decode, "base64.a85decode": base64.a85decode, "base64.b64decode": base64.b64decode,
-    "base64.b32decode": base64.b32decode, "base64.b16decode": base64.b16decode, "bytes.fromhex": binascii.unhexlify,
-    "binascii.unhexlify": binascii.unhexlify, "binascii.a2b_base64": binascii.a2b_base64}
-DECOMPRESSORS = {"lzma": of_lzma, "zlib": of_zlib, "gzip": of_zlib, "bz2": of_bz2, "brotli": of_brotli,
-                 "zstandard": of_zstandard}
+    "base64.b85decode": base64.b85decode,
+    "base64.a85decode": base64.a85decode,
+    "base64.b64decode": base64.b64decode,
+    "base64.b32decode": base64.b32decode,
+    "base64.b16decode": base64.b16decode,
+    "bytes.fromhex": binascii.unhexlify,
+    "binascii.unhexlify": binascii.unhexlify,
+    "binascii.a2b_base64": binascii.a2b_base64,
+}
+DECOMPRESSORS = {
+    "lzma": of_lzma,
+    "zlib": of_zlib,
+    "gzip": of_zlib,
+    "bz2": of_bz2,
+    "brotli": of_brotli,
+    "zstandard": of_zstandard,
+}
 
 
 def members(name: str, data: bytes) -> dict[str, bytes]:
@@ -171,11 +214,27 @@ def members(name: str, data: bytes) -> dict[str, bytes]:
     for unpack in (data.__getitem__, *DECOMPRESSORS.values()):
         try:
             plain = data if unpack == data.__getitem__ else unpack(data, {})
-            found = (of_zip(plain) if zipfile.is_zipfile(io.BytesIO(plain)) else of_json(plain, name)
-                     if plain.startswith(b"{") else of_tar(plain))
-        except (Unreadable, ValueError, EOFError, OSError, MemoryError, zlib.error, lzma.LZMAError, tarfile.TarError,
-                RecordError,
-                zipfile.BadZipFile, NotImplementedError, RuntimeError):
+            found = (
+                of_zip(plain)
+                if zipfile.is_zipfile(io.BytesIO(plain))
+                else of_json(plain, name)
+                if plain.startswith(b"{")
+                else of_tar(plain)
+            )
+        except (
+            Unreadable,
+            ValueError,
+            EOFError,
+            OSError,
+            MemoryError,
+            zlib.error,
+            lzma.LZMAError,
+            tarfile.TarError,
+            RecordError,
+            zipfile.BadZipFile,
+            NotImplementedError,
+            RuntimeError,
+        ):
             continue
         if found:
             return {f"{name}!{inner}": content for inner, content in found.items()}
@@ -185,13 +244,18 @@ def members(name: str, data: bytes) -> dict[str, bytes]:
 def of_zip(data: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         infos = [i for i in archive.infolist() if i.filename.endswith(".py")]
-        readable(len(infos) <= MOST and sum(i.file_size for i in infos) <= LIMIT, "too much in an archive")
+        readable(
+            len(infos) <= MOST and sum(i.file_size for i in infos) <= LIMIT,
+            "too much in an archive",
+        )
         return {i.filename: archive.open(i).read(LIMIT) for i in infos}
 
 
 def of_json(data: bytes, name: str) -> dict[str, bytes]:
     texts = parse_json(data.decode("utf-8"), name)
-    return {key: text.encode("utf-8", "replace") for key, text in texts.items() if isinstance(text, str)}
+    return {
+        key: text.encode("utf-8", "replace") for key, text in texts.items() if isinstance(text, str)
+    }
 
 
 def of_tar(data: bytes) -> dict[str, bytes]:

@@ -88,9 +88,12 @@ def test_the_closure_follows_packages_relative_and_lazy_imports(tmp_path):
 
 def test_our_own_closure_is_what_evaluation_imports():
     found = closure(ROOT)
-    assert {"train_gpt.py", "eval_final.py", "fairway/scoring/evaluation.py", "fairway/compression/proof.py"} <= set(
-        found
-    )
+    assert {
+        "train_gpt.py",
+        "eval_final.py",
+        "fairway/scoring/evaluation.py",
+        "fairway/compression/proof.py",
+    } <= set(found)
     assert not any(name.startswith(("tests", "bench", "data", "fairway/records")) for name in found)
 
 

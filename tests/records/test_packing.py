@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fairway.report
-from fairway.records import packing as package, readme
+from fairway.records import packing as package
+from fairway.records import readme
 from fairway.records.files import RecordError
 from fairway.records.packing import Entry, evaluation_files, pack, packed
 from fairway.records.schema import problems
@@ -706,9 +707,12 @@ def test_the_same_sources_give_the_same_bytes_a_third_of_the_readable_ones():
 def test_evaluation_files_are_what_both_scripts_import_and_nothing_of_records(root):
     assert [p.as_posix() for p in evaluation_files(root)] == SHIPPED
     names = [p.as_posix() for p in evaluation_files(ROOT)]
-    assert {"train_gpt.py", "eval_final.py", "fairway/compression/proof.py", "fairway/scoring/experts/ngram.py"} <= set(
-        names
-    )
+    assert {
+        "train_gpt.py",
+        "eval_final.py",
+        "fairway/compression/proof.py",
+        "fairway/scoring/experts/ngram.py",
+    } <= set(names)
     assert not [
         name for name in names if name.startswith(("fairway/records/", "fairway/report", "submit"))
     ]

@@ -15,7 +15,9 @@ from fairway.records.folder import Folder, read_folder
 
 __all__ = ["CHECKS", "Verdict", "check", "judge"]
 
-CHECKS: dict[str, Callable[[Folder], str]] = size.CHECKS | claims.CHECKS | course.CHECKS | source.CHECKS
+CHECKS: dict[str, Callable[[Folder], str]] = (
+    size.CHECKS | claims.CHECKS | course.CHECKS | source.CHECKS
+)
 
 
 def check(folder: str | Path, run: bool = False) -> list[Verdict]:
@@ -41,7 +43,12 @@ def judged(name: str, judging: Callable[[Folder], str], folder: Folder) -> Verdi
     except Outcome as e:
         return Verdict(name, e.verdict, one_line(e.text), [one_line(w) for w in e.warnings])
     except Exception as e:  # no folder may end the judgement of the others
-        return Verdict(name, "cannot tell", one_line(f"this check broke on the folder: {type(e).__name__}: {e}"), [])
+        return Verdict(
+            name,
+            "cannot tell",
+            one_line(f"this check broke on the folder: {type(e).__name__}: {e}"),
+            [],
+        )
 
 
 def one_line(text: str) -> str:

@@ -49,7 +49,9 @@ def unknown_if(holds: Any, text: str, warnings: list[str] | None = None) -> None
 
 # ---- Numbers and runs ------------------------------------------------------------------------------------------------
 def shown(value: float | None) -> str:
-    return "nothing" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.8g}"
+    return (
+        "nothing" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.8g}"
+    )
 
 
 def need_runs(folder: Folder) -> list[SeedRun]:

@@ -6,23 +6,42 @@ import hashlib
 import math
 import re
 
-from fairway.records.checks.base import PLAUSIBLE, SECONDS, each, fail_if, is_record, need_runs, unknown_if
+from fairway.records.checks.base import (
+    PLAUSIBLE,
+    SECONDS,
+    each,
+    fail_if,
+    is_record,
+    need_runs,
+    unknown_if,
+)
 from fairway.records.checks.claims import printed_code
 from fairway.records.code import READABLE, Source
 from fairway.records.folder import Folder, SeedRun, final, log_name, scored
 from fairway.records.logs import RunLog
 
 # Scored targets of the challenge's split by tokenizer, with and without the tail, and its bytes, the same for all.
-SPLIT_TOKENS = {62_021_632: "SP1024", 40_540_160: "SP8192", 47_851_520: "CaseOps SP8192", 47_853_343: "CaseOps SP8192"}
+SPLIT_TOKENS = {
+    62_021_632: "SP1024",
+    40_540_160: "SP8192",
+    47_851_520: "CaseOps SP8192",
+    47_853_343: "CaseOps SP8192",
+}
 SPLIT_BYTES = 151_080_891
-BEFORE_REBUILD = 63_779_840  # SP1024 targets of the split as it was until the data set was rebuilt (#837)
+BEFORE_REBUILD = (
+    63_779_840  # SP1024 targets of the split as it was until the data set was rebuilt (#837)
+)
 TAIL = 65_536  # tokens: a split is cut to a multiple of the sequence length, the longest of which is 32,768 so far
 RATIO_SLACK = 3e-3  # of bytes a token: ways of scoring that leave the tail out differ by less
 PART_SLACK = 2e-2  # the same while training, where some validate on a part of the split
 NO_NUMBER = re.compile(r"(train_loss|val_loss|val_bpb): ?[+-]?(nan|inf)", re.I)
-SELF_MADE = re.compile(r"(?i)(gptq|calib|hessian)[^\n]{0,120}(autoregressive|self.?gen|ar_self|random tokens)|"
-                       r"(autoregressive|self.?gen|ar_self)[^\n]{0,80}(gptq|calib|hessian)")
-ON_VALIDATION = re.compile(r"(?im)^.*(calibrat|hessian)\w*[^\n]{0,80}\b(val|validation|fineweb_val)\b.*$")
+SELF_MADE = re.compile(
+    r"(?i)(gptq|calib|hessian)[^\n]{0,120}(autoregressive|self.?gen|ar_self|random tokens)|"
+    r"(autoregressive|self.?gen|ar_self)[^\n]{0,80}(gptq|calib|hessian)"
+)
+ON_VALIDATION = re.compile(
+    r"(?im)^.*(calibrat|hessian)\w*[^\n]{0,80}\b(val|validation|fineweb_val)\b.*$"
+)
 
 
 def plain_text(folder: Folder, run: SeedRun) -> str:
@@ -42,10 +61,18 @@ def check_train_time(folder: Folder) -> str:
         return f"{longest:,.1f} s at most, on a track without a limit"
     step = next((run.log.step_avg_ms or 0 for run in runs if run.name == name), 0) / 1000
     # April's steps are logged in tenths of a minute.
-    slack = max(2 * step, 0.5) if all(r.log.trained is not None or r.log.step_avg_ms for r in runs) else 6.0
-    fail_if(longest > SECONDS + slack, f"{name} trained for {longest:,.1f} s; {SECONDS:.0f} are allowed")
-    unknown_if(len(times) < len(runs), f"{longest:.1f} s at most; {len(runs) - len(times)} of {len(runs)} logs state "
-               "none")
+    slack = (
+        max(2 * step, 0.5)
+        if all(r.log.trained is not None or r.log.step_avg_ms for r in runs)
+        else 6.0
+    )
+    fail_if(
+        longest > SECONDS + slack, f"{name} trained for {longest:,.1f} s; {SECONDS:.0f} are allowed"
+    )
+    unknown_if(
+        len(times) < len(runs),
+        f"{longest:.1f} s at most; {len(runs) - len(times)} of {len(runs)} logs state none",
+    )
     return f"{longest:.1f} s at most of {SECONDS:.0f}"
 
 
@@ -54,9 +81,13 @@ def check_eval_time(folder: Folder) -> str:
     times = each(runs, lambda run: scored(run).eval_seconds or None)
     unknown_if(not times, "no log states how long evaluation took")
     name, longest = max(times.items(), key=lambda item: item[1])
-    fail_if(is_record(folder) and longest > SECONDS, f"{name} was evaluated for {longest:,.1f} s; {SECONDS:.0f} are "
-            "allowed")
-    return f"{longest:,.1f} s at most" + (f" of {SECONDS:.0f}" if is_record(folder) else ", on a track without a limit")
+    fail_if(
+        is_record(folder) and longest > SECONDS,
+        f"{name} was evaluated for {longest:,.1f} s; {SECONDS:.0f} are allowed",
+    )
+    return f"{longest:,.1f} s at most" + (
+        f" of {SECONDS:.0f}" if is_record(folder) else ", on a track without a limit"
+    )
 
 
 def check_calibration(folder: Folder) -> str:
@@ -65,20 +96,28 @@ def check_calibration(folder: Folder) -> str:
     for run in need_runs(folder):
         text = plain_text(folder, run)
         bad = ON_VALIDATION.search(text)
-        fail_if(bad and not SELF_MADE.search(text), f"{run.name} calibrates on the validation split: "
-                f"{bad[0].strip()[:120] if bad else ''}")
+        fail_if(
+            bad and not SELF_MADE.search(text),
+            f"{run.name} calibrates on the validation split: {bad[0].strip()[:120] if bad else ''}",
+        )
         took, trained = run.log.calibration_seconds, run.log.train_seconds
         if took is None or trained is None or SELF_MADE.search(text):
             continue
         # Where the time of training was printed after it, calibration is in that time already.
-        called = max((run.log.lines.get(name, 0) for name, s in run.log.times.items() if s == took), default=0)
+        called = max(
+            (run.log.lines.get(name, 0) for name, s in run.log.times.items() if s == took),
+            default=0,
+        )
         total = trained if run.log.lines.get("train_time", 0) > called else trained + took
         worst = max(worst or (0.0, "", 0.0, 0.0), (total, run.name, trained, took))
     if worst is None:
         return "no calibration on training text after training"
     total, name, trained, took = worst
-    fail_if(is_record(folder) and total > SECONDS + 0.5, f"{name}: {trained:.1f} s of training + {took:.1f} s of "
-            f"calibration = {total:.1f} s; both must fit {SECONDS:.0f}")
+    fail_if(
+        is_record(folder) and total > SECONDS + 0.5,
+        f"{name}: {trained:.1f} s of training + {took:.1f} s of "
+        f"calibration = {total:.1f} s; both must fit {SECONDS:.0f}",
+    )
     return f"training and calibration take {total:.1f} s at most"
 
 
@@ -88,18 +127,30 @@ def check_step_time(folder: Folder) -> str:
     for run in need_runs(folder):
         before, clock = -1, -1.0
         for step in run.log.steps:
-            fail_if(step.step < before, f"{run.name}:{step.line} step {step.step} comes after step {before}")
+            fail_if(
+                step.step < before,
+                f"{run.name}:{step.line} step {step.step} comes after step {before}",
+            )
             before = step.step
             if step.seconds is None:
                 continue
-            fail_if(step.seconds < clock - 0.001, f"{run.name}:{step.line} train_time {step.seconds:.1f} s comes after "
-                    f"{clock:.1f} s")
+            fail_if(
+                step.seconds < clock - 0.001,
+                f"{run.name}:{step.line} train_time {step.seconds:.1f} s comes after {clock:.1f} s",
+            )
             clock = step.seconds
             if step.average_ms is not None and step.step >= 5:
                 made = step.step * step.average_ms / 1000
-                slack = 0.01 * step.seconds + 0.5 + step.step * 0.5 * 10.0 ** -places(step.average_ms) / 1000
-                fail_if(abs(made - step.seconds) > slack, f"{run.name}:{step.line} {step.step} steps × "
-                        f"{step.average_ms} ms = {made:,.1f} s, train_time is {step.seconds:,.1f} s")
+                slack = (
+                    0.01 * step.seconds
+                    + 0.5
+                    + step.step * 0.5 * 10.0 ** -places(step.average_ms) / 1000
+                )
+                fail_if(
+                    abs(made - step.seconds) > slack,
+                    f"{run.name}:{step.line} {step.step} steps × "
+                    f"{step.average_ms} ms = {made:,.1f} s, train_time is {step.seconds:,.1f} s",
+                )
                 compared += 1
     unknown_if(not compared, "no log states both steps and milliseconds a step")
     return f"{compared} lines: steps × step_avg = train_time"
@@ -125,16 +176,20 @@ def check_split(folder: Folder) -> str:
     runs = need_runs(folder)
     tokens = each(runs, lambda run: scored(run).tokens or run.log.tokens)
     if len(set(tokens.values())) > 1:
-        (a, x), (b, y) = (next((n, t) for n, t in tokens.items() if t == value)
-                          for value in sorted(set(tokens.values()))[:2])
+        (a, x), (b, y) = (
+            next((n, t) for n, t in tokens.items() if t == value)
+            for value in sorted(set(tokens.values()))[:2]
+        )
         fail_if(True, f"{a} scores {x:,} tokens, {b} {y:,}: one split for all seeds")
     unknown_if(not tokens, "no log states the validation tokens")
     number = next(iter(tokens.values()))
     split_bytes = each(runs, lambda run: implied_bytes(scored(run)) or implied_bytes(run.log))
     if not is_record(folder):
         low, high = min(split_bytes.values(), default=0), max(split_bytes.values(), default=0)
-        fail_if(high - low > RATIO_SLACK * high + 1, f"one log counts {low:,.0f} bytes, another {high:,.0f}: one split "
-                "for all")
+        fail_if(
+            high - low > RATIO_SLACK * high + 1,
+            f"one log counts {low:,.0f} bytes, another {high:,.0f}: one split for all",
+        )
         return f"{number:,} tokens, {high:,.0f} bytes, in all {len(tokens)} logs that state them"
     return canonical_split(number, next(iter(tokens)), split_bytes)
 
@@ -145,22 +200,34 @@ def canonical_split(number: int, name: str, split_bytes: dict[str, float]) -> st
         return f"{number:,} tokens: the SP1024 split before it was rebuilt (#837)"
     for log, size in split_bytes.items():
         off = abs(size / SPLIT_BYTES - 1)
-        fail_if(off > RATIO_SLACK + TAIL / number, f"{log} counts {size:,.0f} bytes for {number:,} tokens; the split "
-                f"has {SPLIT_BYTES:,}" + (f" ({known})" if known else ", whatever the tokenizer"))
-    unknown_if(not known and not split_bytes, f"{name} scores {number:,} tokens, no total known here, and states no "
-               "bytes")
+        fail_if(
+            off > RATIO_SLACK + TAIL / number,
+            f"{log} counts {size:,.0f} bytes for {number:,} tokens; the split "
+            f"has {SPLIT_BYTES:,}" + (f" ({known})" if known else ", whatever the tokenizer"),
+        )
+    unknown_if(
+        not known and not split_bytes,
+        f"{name} scores {number:,} tokens, no total known here, and states no bytes",
+    )
     return f"{number:,} tokens ({known or 'a tokenizer of its own'})" + (
-        f", {next(iter(split_bytes.values())):,.0f} bytes of {SPLIT_BYTES:,}" if split_bytes else "")
+        f", {next(iter(split_bytes.values())):,.0f} bytes of {SPLIT_BYTES:,}" if split_bytes else ""
+    )
 
 
 def check_train_shards(folder: Folder) -> str:
     """1,499 shards come of a preparation that left 40,000 of the 50,000 validation documents in training (#2127)."""
     shards = each(need_runs(folder), lambda run: run.log.train_shards)
     for name, number in shards.items():
-        fail_if(number == 1499, f"{name} has train_shards 1499: shards with validation documents among them (#2127)")
+        fail_if(
+            number == 1499,
+            f"{name} has train_shards 1499: shards with validation documents among them (#2127)",
+        )
     unknown_if(not shards, "no log states train_shards")
-    fail_if(len(set(shards.values())) > 1 and is_record(folder), f"the seeds trained on different data: train_shards "
-            f"{', '.join(f'{n:,} in {name}' for name, n in list(shards.items())[:4])}")
+    fail_if(
+        len(set(shards.values())) > 1 and is_record(folder),
+        f"the seeds trained on different data: train_shards "
+        f"{', '.join(f'{n:,} in {name}' for name, n in list(shards.items())[:4])}",
+    )
     return f"train_shards {next(iter(shards.values()))}"
 
 
@@ -168,9 +235,13 @@ def check_train_shards(folder: Folder) -> str:
 def pairs(log: RunLog) -> list[tuple[int, float, float, float]]:
     """(line, nats a token, bits a byte, how far their ratio may be from the others') of every line that has both."""
     found = [(s.line, s.loss, s.bpb, 5.1e-5, PART_SLACK) for s in log.steps] + [
-        (s.line, s.loss, s.bpb, 1e-8 if s.exact else 5.1e-5, RATIO_SLACK) for s in log.scores]
-    return [(line, loss, bpb, rounding / bpb + rounding / loss + slack) for line, loss, bpb, rounding, slack in found
-            if loss and bpb and loss > 0 and bpb > 0]
+        (s.line, s.loss, s.bpb, 1e-8 if s.exact else 5.1e-5, RATIO_SLACK) for s in log.scores
+    ]
+    return [
+        (line, loss, bpb, rounding / bpb + rounding / loss + slack)
+        for line, loss, bpb, rounding, slack in found
+        if loss and bpb and loss > 0 and bpb > 0
+    ]
 
 
 def check_arithmetic(folder: Folder) -> str:
@@ -187,10 +258,16 @@ def check_arithmetic(folder: Folder) -> str:
             middle = sorted(loss / math.log(2) / bpb for _, loss, bpb, _ in exact)[len(exact) // 2]
             for line, loss, bpb, slack in found:
                 ratio = loss / math.log(2) / bpb
-                fail_if(abs(ratio / middle - 1) > slack, f"{name}:{line} val_loss {loss} and val_bpb {bpb} "
-                        f"imply {ratio:.4f} bytes a token, the other lines {middle:.4f}")
-                fail_if(stated and abs(ratio / stated - 1) > slack, f"{name}:{line} val_loss {loss} and "
-                        f"val_bpb {bpb} imply {ratio:.4f} bytes a token, its split has {stated or 0:.4f}")
+                fail_if(
+                    abs(ratio / middle - 1) > slack,
+                    f"{name}:{line} val_loss {loss} and val_bpb {bpb} "
+                    f"imply {ratio:.4f} bytes a token, the other lines {middle:.4f}",
+                )
+                fail_if(
+                    stated and abs(ratio / stated - 1) > slack,
+                    f"{name}:{line} val_loss {loss} and "
+                    f"val_bpb {bpb} imply {ratio:.4f} bytes a token, its split has {stated or 0:.4f}",
+                )
                 compared += 1
             last = middle
     unknown_if(not compared, "no log line has val_loss and val_bpb")
@@ -203,26 +280,44 @@ def check_loss_range(folder: Folder) -> str:
     for run in need_runs(folder):
         text = plain_text(folder, run)
         bad = NO_NUMBER.search(text)
-        fail_if(bad, f"{run.name} has {bad[0] if bad else ''} after {text[: bad.start()].count(chr(10)) if bad else 0} "
-                "lines")
+        fail_if(
+            bad,
+            f"{run.name} has {bad[0] if bad else ''} after {text[: bad.start()].count(chr(10)) if bad else 0} "
+            "lines",
+        )
         vocabulary = run.log.vocab_size or vocabulary_of(run.log)
         limit = math.log(vocabulary) + 0.05 if vocabulary else math.inf
         for step in run.log.steps:
-            fail_if(step.loss <= 0 or (step.bpb or 1) <= 0, f"{run.name}:{step.line} {step.kind}_loss is {step.loss}")
+            fail_if(
+                step.loss <= 0 or (step.bpb or 1) <= 0,
+                f"{run.name}:{step.line} {step.kind}_loss is {step.loss}",
+            )
             late = step.step >= max(100, (run.log.last_step or 0) // 4)
-            fail_if(late and step.loss > limit, f"{run.name}:{step.line} {step.kind}_loss {step.loss} is above ln "
-                    f"{vocabulary} = {limit - 0.05:.4f} at step {step.step}")
+            fail_if(
+                late and step.loss > limit,
+                f"{run.name}:{step.line} {step.kind}_loss {step.loss} is above ln "
+                f"{vocabulary} = {limit - 0.05:.4f} at step {step.step}",
+            )
         for score in scored(run).scores:
             for what, value in (("val_loss", score.loss), ("val_bpb", score.bpb)):
-                fail_if(value is not None and value <= 0, f"{log_name(run)}:{score.line} {what} is {value}")
+                fail_if(
+                    value is not None and value <= 0,
+                    f"{log_name(run)}:{score.line} {what} is {value}",
+                )
         said = final(run)
         if said is not None and said.bpb is not None:
             lowest = min(lowest, said.bpb)
-            fail_if(said.loss is not None and said.loss > limit, f"{log_name(run)}:{said.line} val_loss {said.loss} is "
-                    f"above ln {vocabulary} = {limit - 0.05:.4f}")
+            fail_if(
+                said.loss is not None and said.loss > limit,
+                f"{log_name(run)}:{said.line} val_loss {said.loss} is "
+                f"above ln {vocabulary} = {limit - 0.05:.4f}",
+            )
     unknown_if(lowest == math.inf, "no log has a final val_bpb")
-    unknown_if(is_record(folder) and lowest < PLAUSIBLE, f"val_bpb {lowest:.6f}: no model of 16 MB is known to reach "
-               f"{PLAUSIBLE} on this split", [f"{log_name(need_runs(folder)[0])} val_bpb {lowest:.6f}"])
+    unknown_if(
+        is_record(folder) and lowest < PLAUSIBLE,
+        f"val_bpb {lowest:.6f}: no model of 16 MB is known to reach {PLAUSIBLE} on this split",
+        [f"{log_name(need_runs(folder)[0])} val_bpb {lowest:.6f}"],
+    )
     return f"final val_bpb {lowest:.6f} and better than chance from the start on"
 
 
@@ -236,14 +331,27 @@ def vocabulary_of(log: RunLog) -> int | None:
 
 def check_log_whole(folder: Folder) -> str:
     """Each log, of training and of evaluation, goes on to its final score."""
-    logs = [(name, log) for run in need_runs(folder) for name, log in (
-        (run.name, run.log), (log_name(run), run.eval_log)) if log is not None]
+    logs = [
+        (name, log)
+        for run in need_runs(folder)
+        for name, log in ((run.name, run.log), (log_name(run), run.eval_log))
+        if log is not None
+    ]
     for name, log in logs:
-        last = f"last step {log.last_step} of {log.planned_steps}" if log.last_step is not None else "no step"
-        fail_if(log.final is None, f"{name} ends without a final score after {log.text_lines:,} lines ({last})")
+        last = (
+            f"last step {log.last_step} of {log.planned_steps}"
+            if log.last_step is not None
+            else "no step"
+        )
+        fail_if(
+            log.final is None,
+            f"{name} ends without a final score after {log.text_lines:,} lines ({last})",
+        )
         fail_if(log.cut, f"{name} ends in the middle of a line")
-        fail_if(log.runs > 1 and is_record(folder) and not log.steps, f"{name} holds {log.runs} runs, the last of them "
-                "without steps")
+        fail_if(
+            log.runs > 1 and is_record(folder) and not log.steps,
+            f"{name} holds {log.runs} runs, the last of them without steps",
+        )
     return f"{len(logs)} logs end with a whole score"
 
 
@@ -253,9 +361,19 @@ def check_shipped_code(folder: Folder) -> str:
     runs = need_runs(folder)
     unknown_if(not folder.code.entries, "no code ships")
     # Of a packed script, the code inside and its readable copy are compared as well: which of them ran, a hash tells.
-    kin = [s for s in folder.code.sources.values() if s.name.split("!")[-1] in folder.code.entries
-           or s.name in folder.code.shipped or s.name.startswith(f"{READABLE}/")]
-    told = [stated for run in runs for stated in [judge_code(folder, run, kin), judge_scorer(folder, run)] if stated]
+    kin = [
+        s
+        for s in folder.code.sources.values()
+        if s.name.split("!")[-1] in folder.code.entries
+        or s.name in folder.code.shipped
+        or s.name.startswith(f"{READABLE}/")
+    ]
+    told = [
+        stated
+        for run in runs
+        for stated in [judge_code(folder, run, kin), judge_scorer(folder, run)]
+        if stated
+    ]
     unknown_if(not told, "the logs state neither text nor hash nor size of the code")
     return f"the code of {len(runs)} logs is the code that ships, by its {', '.join(dict.fromkeys(told))}"
 
@@ -264,42 +382,86 @@ def judge_code(folder: Folder, run: SeedRun, kin: list[Source]) -> str:
     """By what the run's code is known to ship; "" where its log does not tell."""
     entry, logged = folder.code.entries[0], run.log.hashes.get("code")
     if logged:
-        hashes = {hashlib.sha256(data).hexdigest() for s in kin for data in (s.text.encode(), s.shipped)}
+        hashes = {
+            hashlib.sha256(data).hexdigest() for s in kin for data in (s.text.encode(), s.shipped)
+        }
         own = hashlib.sha256(folder.code.sources[entry].text.encode()).hexdigest()
-        fail_if(logged not in hashes, f"{run.name} ran code {logged[:12]}; {entry} as it ships is {own[:12]}")
+        fail_if(
+            logged not in hashes,
+            f"{run.name} ran code {logged[:12]}; {entry} as it ships is {own[:12]}",
+        )
         return "sha256"
     if source := printed_code(folder, run):
-        texts = {text.strip() for s in kin for text in (s.text, s.shipped.decode("utf-8", "replace"))}
+        texts = {
+            text.strip() for s in kin for text in (s.text, s.shipped.decode("utf-8", "replace"))
+        }
         other = next((s.name for s in folder.code.sources.values() if s.text.strip() == source), "")
-        unknown_if(other and source not in texts, f"{run.name} prints the code of {other}, not of {entry}")
-        fail_if(source not in texts, f"{run.name} prints code of {len(source):,} characters; {entry} as it ships "
-                f"({len(folder.code.sources[entry].text):,}) differs {first_difference(source, kin)}")
+        unknown_if(
+            other and source not in texts, f"{run.name} prints the code of {other}, not of {entry}"
+        )
+        fail_if(
+            source not in texts,
+            f"{run.name} prints code of {len(source):,} characters; {entry} as it ships "
+            f"({len(folder.code.sources[entry].text):,}) differs {first_difference(source, kin)}",
+        )
         return "text"
-    stated = {s.bytes for s in run.log.sizes if s.kind == "code"}  # some also state it as they would pack it
-    sizes = {size for s in kin for size in (len(s.shipped), len(s.text.encode()), len(s.text))} | {folder.code.bytes}
-    fail_if(stated and not stated & sizes, f"{run.name} states a code size of {max(stated, default=0):,}; {entry} has "
-            f"{folder.code.shipped.get(entry, 0):,} bytes as it ships")
+    stated = {
+        s.bytes for s in run.log.sizes if s.kind == "code"
+    }  # some also state it as they would pack it
+    sizes = {size for s in kin for size in (len(s.shipped), len(s.text.encode()), len(s.text))} | {
+        folder.code.bytes
+    }
+    fail_if(
+        stated and not stated & sizes,
+        f"{run.name} states a code size of {max(stated, default=0):,}; {entry} has "
+        f"{folder.code.shipped.get(entry, 0):,} bytes as it ships",
+    )
     return "size" if stated else ""
 
 
 def judge_scorer(folder: Folder, run: SeedRun) -> str:
     """The files that an evaluation of ours ran, by their hashes in score_seed<N>.json; "" where there are none."""
     named = run.score.get("code") if run.score else None
-    inner = [s for name, s in folder.code.sources.items() if "!" in name]  # of an archive: these run, not the stubs
-    ships = {s.name.split("!")[-1]: hashlib.sha256(s.shipped).hexdigest() for s in [*folder.code.running(), *inner]}
-    compared = [(name, ran, ships[name]) for name, ran in named.items() if name in ships] if isinstance(
-        named, dict) else []
+    inner = [
+        s for name, s in folder.code.sources.items() if "!" in name
+    ]  # of an archive: these run, not the stubs
+    ships = {
+        s.name.split("!")[-1]: hashlib.sha256(s.shipped).hexdigest()
+        for s in [*folder.code.running(), *inner]
+    }
+    compared = (
+        [(name, ran, ships[name]) for name, ran in named.items() if name in ships]
+        if isinstance(named, dict)
+        else []
+    )
     for name, ran, here in compared:
-        fail_if(ran != here, f"score_seed{run.seed}.json was made by a {name} of sha256 {str(ran)[:12]}; it ships as "
-                f"{here[:12]}")
+        fail_if(
+            ran != here,
+            f"score_seed{run.seed}.json was made by a {name} of sha256 {str(ran)[:12]}; it ships as "
+            f"{here[:12]}",
+        )
     return "sha256 file by file" if compared else ""
 
 
 def first_difference(text: str, kin: list[Source]) -> str:
     """`from line N on` of the nearest of the shipped sources."""
     lines = text.splitlines()
-    same = max((next((i for i, (a, b) in enumerate(zip(lines, s.text.strip().splitlines(), strict=False))
-                      if a.rstrip() != b.rstrip()), min(len(lines), len(s.text.splitlines()))) for s in kin), default=0)
+    same = max(
+        (
+            next(
+                (
+                    i
+                    for i, (a, b) in enumerate(
+                        zip(lines, s.text.strip().splitlines(), strict=False)
+                    )
+                    if a.rstrip() != b.rstrip()
+                ),
+                min(len(lines), len(s.text.splitlines())),
+            )
+            for s in kin
+        ),
+        default=0,
+    )
     return f"from line {same + 1} on"
 
 
@@ -314,15 +476,28 @@ def check_hardware(folder: Folder) -> str:
     for name, world in worlds.items():
         fail_if(world != 8, f"{name} has world_size {world}; a record is trained on 8")
     for name, machine in machines.items():
-        fail_if("H100" not in machine, f"{name} ran on {machine[:60]}; a record is trained on 8xH100")
+        fail_if(
+            "H100" not in machine, f"{name} ran on {machine[:60]}; a record is trained on 8xH100"
+        )
     claimed = folder.submission.get("hardware") if isinstance(folder.submission, dict) else None
-    fail_if(isinstance(claimed, str) and "H100" not in claimed, f"{folder.submission_name} has hardware "
-            f"{str(claimed)[:60]}; a record is trained on 8xH100")
+    fail_if(
+        isinstance(claimed, str) and "H100" not in claimed,
+        f"{folder.submission_name} has hardware {str(claimed)[:60]}; a record is trained on 8xH100",
+    )
     unknown_if(not machines, f"{said}: the logs name no machine")
     return said
 
 
-CHECKS = {"train_time": check_train_time, "eval_time": check_eval_time, "calibration": check_calibration,
-          "split": check_split, "train_shards": check_train_shards, "arithmetic": check_arithmetic,
-          "loss_range": check_loss_range, "step_time": check_step_time, "log_whole": check_log_whole,
-          "shipped_code": check_shipped_code, "hardware": check_hardware}
+CHECKS = {
+    "train_time": check_train_time,
+    "eval_time": check_eval_time,
+    "calibration": check_calibration,
+    "split": check_split,
+    "train_shards": check_train_shards,
+    "arithmetic": check_arithmetic,
+    "loss_range": check_loss_range,
+    "step_time": check_step_time,
+    "log_whole": check_log_whole,
+    "shipped_code": check_shipped_code,
+    "hardware": check_hardware,
+}

@@ -12,20 +12,38 @@ from fairway.records.folder import Folder, SeedRun, attempt, scored
 from fairway.records.syntax import name_of, words
 
 MIB = 1 << 20
-BUDGET_NAME = re.compile(r"(?i)budget|artifact|submission|size_(limit|cap|target)|"
-                         r"(max|limit|target|cap)_?(bytes|size|mb)")
-MIB_LIMIT = re.compile(r"(?i)(under|below|limit|cap|within|budget|fits?|<|≤)[^.|\n]{0,30}\b(16(\.0+)? ?MiB|"
-                       r"16,?777,?216)\b")
+BUDGET_NAME = re.compile(
+    r"(?i)budget|artifact|submission|size_(limit|cap|target)|"
+    r"(max|limit|target|cap)_?(bytes|size|mb)"
+)
+MIB_LIMIT = re.compile(
+    r"(?i)(under|below|limit|cap|within|budget|fits?|<|≤)[^.|\n]{0,30}\b(16(\.0+)? ?MiB|"
+    r"16,?777,?216)\b"
+)
 
 
 def check_files(folder: Folder) -> str:
     """README, submission.json, code and a log are there and can be read; nothing but regular files."""
-    lacking = [what for what, there in (
-        ("README.md", folder.readme.strip()), ("submission.json", folder.submission_name),
-        ("a Python file", folder.code.entries), ("a training log", folder.runs)) if not there]
-    asked = {"README.md", folder.submission_name, *folder.code.entries, *(run.name for run in folder.runs)}
+    lacking = [
+        what
+        for what, there in (
+            ("README.md", folder.readme.strip()),
+            ("submission.json", folder.submission_name),
+            ("a Python file", folder.code.entries),
+            ("a training log", folder.runs),
+        )
+        if not there
+    ]
+    asked = {
+        "README.md",
+        folder.submission_name,
+        *folder.code.entries,
+        *(run.name for run in folder.runs),
+    }
     faults = [f"{name}: {why}" for name, why in folder.faults.items()]
-    fail_if(lacking, f"the folder lacks {', '.join(lacking)}" + (f" ({faults[0]})" if faults else ""))
+    fail_if(
+        lacking, f"the folder lacks {', '.join(lacking)}" + (f" ({faults[0]})" if faults else "")
+    )
     fail_if(faults, "; ".join(faults[:3]))
     empty = sorted(name for name in asked if folder.files.get(name) == 0)
     fail_if(empty, f"{empty[0] if empty else ''} is empty: 0 bytes")
@@ -35,8 +53,10 @@ def check_files(folder: Folder) -> str:
 def check_schema(folder: Folder) -> str:
     from fairway.records.schema import problems
 
-    fail_if(folder.submission_name in folder.faults, f"{folder.submission_name}: "
-            f"{folder.faults.get(folder.submission_name)}")
+    fail_if(
+        folder.submission_name in folder.faults,
+        f"{folder.submission_name}: {folder.faults.get(folder.submission_name)}",
+    )
     fail_if(not folder.submission_name, "there is no submission.json")
     found = problems(folder.submission)
     more = f"; {len(found) - 3} more" * (len(found) > 3)
@@ -59,7 +79,11 @@ def code_in_use(folder: Folder) -> int:
     the smallest of them counts."""
     trainers = [name for name in folder.code.entries if name != "eval_final.py"]
     total = folder.code.bytes
-    return total if len(trainers) < 2 else total - sum(sorted(folder.code.shipped[t] for t in trainers)[1:])
+    return (
+        total
+        if len(trainers) < 2
+        else total - sum(sorted(folder.code.shipped[t] for t in trainers)[1:])
+    )
 
 
 def check_bytes(folder: Folder) -> str:
@@ -67,52 +91,95 @@ def check_bytes(folder: Folder) -> str:
     artifacts, code, said = each(folder.record, artifact_of), code_in_use(folder), folder.claims
     totals = each(folder.record, lambda run: scored(run).total_bytes)
     for what, total in [(f"{name} states", t) for name, t in totals.items()] + [
-            (f"{folder.submission_name} states", c.bytes) for c in (said.record, *said.seeds.values()) if c.bytes]:
+        (f"{folder.submission_name} states", c.bytes)
+        for c in (said.record, *said.seeds.values())
+        if c.bytes
+    ]:
         fail_if(total > BUDGET, f"{what} {total:,} bytes; {BUDGET:,} are allowed")
-    unknown_if(not artifacts, "no log states the artifact's bytes" + (
-        f"; {folder.submission_name} claims {said.record.bytes:,}" if said.record.bytes else ""))
+    unknown_if(
+        not artifacts,
+        "no log states the artifact's bytes"
+        + (f"; {folder.submission_name} claims {said.record.bytes:,}" if said.record.bytes else ""),
+    )
     name, largest = max(artifacts.items(), key=lambda item: item[1])
-    unknown_if(not folder.code.entries, f"the artifact of {name} has {largest:,} bytes, and there is no code to count")
+    unknown_if(
+        not folder.code.entries,
+        f"the artifact of {name} has {largest:,} bytes, and there is no code to count",
+    )
     logged = next((run.log.code_bytes for run in folder.record if run.name == name), None)
-    fail_if(largest + code > BUDGET, f"{name}: artifact {largest:,} + code as it ships {code:,} = {largest + code:,}; "
-            f"{BUDGET:,} are allowed" + (f" (the log counts {logged:,} of code)" if logged not in (None, code) else ""))
-    biggest, whose = max(((total, log) for log, total in totals.items()), default=(largest + code, name))
+    fail_if(
+        largest + code > BUDGET,
+        f"{name}: artifact {largest:,} + code as it ships {code:,} = {largest + code:,}; "
+        f"{BUDGET:,} are allowed"
+        + (f" (the log counts {logged:,} of code)" if logged not in (None, code) else ""),
+    )
+    biggest, whose = max(
+        ((total, log) for log, total in totals.items()), default=(largest + code, name)
+    )
     low = said.record.bytes
-    fail_if(low is not None and low < min(biggest, largest + code), f"{folder.submission_name} states {low or 0:,} "
-            f"bytes, {whose} has {biggest:,}: the largest seed counts, with its code")
-    return (f"largest artifact {largest:,} + code {code:,} in {len(folder.code.shipped)} files = {largest + code:,} of "
-            f"{BUDGET:,}")
+    fail_if(
+        low is not None and low < min(biggest, largest + code),
+        f"{folder.submission_name} states {low or 0:,} "
+        f"bytes, {whose} has {biggest:,}: the largest seed counts, with its code",
+    )
+    return (
+        f"largest artifact {largest:,} + code {code:,} in {len(folder.code.shipped)} files = {largest + code:,} of "
+        f"{BUDGET:,}"
+    )
 
 
 def check_helpers(folder: Folder) -> str:
     """Everything that is imported is there, and everything there that is imported is counted."""
     unknown_if(not folder.code.entries, "there is no Python file")
-    missing = [a for a in folder.code.absent if not a.optional and a.module.split(".")[0] not in CHALLENGE]
+    missing = [
+        a for a in folder.code.absent if not a.optional and a.module.split(".")[0] not in CHALLENGE
+    ]
     common = [a for a in missing if a.module.split(".")[0] in PACKAGES]
     listed = "\n".join([folder.readme, *requirements(folder)]).lower().replace("_", "-")
     lost = [a for a in missing if distribution_of(a.module).lower().replace("_", "-") not in listed]
-    unnamed = [] if unread(folder) else [f"{a.file}:{a.line} imports {a.module}" for a in lost if a not in common]
-    fail_if(unnamed, f"{'; '.join(unnamed)}: not in the folder, and neither README.md nor requirements.txt names it")
-    helpers = {name: size for name, size in folder.code.shipped.items() if name not in folder.code.entries}
+    unnamed = (
+        []
+        if unread(folder)
+        else [f"{a.file}:{a.line} imports {a.module}" for a in lost if a not in common]
+    )
+    fail_if(
+        unnamed,
+        f"{'; '.join(unnamed)}: not in the folder, and neither README.md nor requirements.txt names it",
+    )
+    helpers = {
+        name: size for name, size in folder.code.shipped.items() if name not in folder.code.entries
+    }
     counted, where = counted_code(folder)
     whole = code_in_use(folder)
     if helpers and counted is not None:
         least, size = min(helpers.items(), key=lambda item: item[1])
-        fail_if(counted < whole and counted <= whole - size and counted >= sum(folder.code.shipped[e]
-                                                                               for e in folder.code.entries[:1]) - 100,
-                f"{where} counts {counted:,} bytes of code; with {', '.join(sorted(helpers)[:3])}"
-                f"{' …' * (len(helpers) > 3)} what ships has {whole:,}")
-    unknown_if(lost, f"{lost[0].file if lost else ''}:{lost[0].line if lost else 0} imports "
-               f"{lost[0].module if lost else ''}, a package that neither README.md nor requirements.txt names",
-               [f"{a.file}:{a.line} {a.module} is named nowhere" for a in lost])
+        fail_if(
+            counted < whole
+            and counted <= whole - size
+            and counted >= sum(folder.code.shipped[e] for e in folder.code.entries[:1]) - 100,
+            f"{where} counts {counted:,} bytes of code; with {', '.join(sorted(helpers)[:3])}"
+            f"{' …' * (len(helpers) > 3)} what ships has {whole:,}",
+        )
+    unknown_if(
+        lost,
+        f"{lost[0].file if lost else ''}:{lost[0].line if lost else 0} imports "
+        f"{lost[0].module if lost else ''}, a package that neither README.md nor requirements.txt names",
+        [f"{a.file}:{a.line} {a.module} is named nowhere" for a in lost],
+    )
     unknown_if(unread(folder), f"{unread(folder)}: what it imports could not be read")
     return f"{len(folder.code.shipped)} files of code ship with {whole:,} bytes" + (
-        "" if counted is None else f"; {where} counts {counted:,}")
+        "" if counted is None else f"; {where} counts {counted:,}"
+    )
 
 
 def requirements(folder: Folder) -> list[str]:
     names = [n for n in folder.files if re.fullmatch(r"(requirements\w*\.txt|setup\w*\.sh)", n)]
-    return [text for n in names for text in [attempt(read_text, folder.path, n, {}, 1 << 20)] if text is not None]
+    return [
+        text
+        for n in names
+        for text in [attempt(read_text, folder.path, n, {}, 1 << 20)]
+        if text is not None
+    ]
 
 
 def unread(folder: Folder) -> str:
@@ -135,22 +202,41 @@ def counted_code(folder: Folder) -> tuple[int | None, str]:
 def check_units(folder: Folder) -> str:
     """A size in MiB (2^20 bytes) that is called MB, and 16 MiB taken for the limit."""
     wrong = [line for source in folder.code.running() for line in mib_budgets(source)]
-    fail_if(wrong, f"{wrong[0] if wrong else ''}: takes 16 MiB (16,777,216 bytes) for the limit; it is {BUDGET:,}")
-    sizes = sorted({s.bytes for run in folder.runs for s in scored(run).sizes} | {
-        size for run in folder.record for size in [artifact_of(run)] if size})
+    fail_if(
+        wrong,
+        f"{wrong[0] if wrong else ''}: takes 16 MiB (16,777,216 bytes) for the limit; it is {BUDGET:,}",
+    )
+    sizes = sorted(
+        {s.bytes for run in folder.runs for s in scored(run).sizes}
+        | {size for run in folder.record for size in [artifact_of(run)] if size}
+    )
     compared = 0
     for text, unit in re.findall(r"(?<![\w.,])(\d{2}\.\d{1,4})\s?(MB|MiB)\b", folder.readme)[:200]:
         as_mb, as_mib = (nearest(float(text) * scale, sizes) for scale in (1_000_000, MIB))
         slack = 0.51 * 10.0 ** -(len(text) - 3)
-        is_mb, is_mib = as_mb is not None and as_mb[0] <= slack * 1e6, as_mib is not None and as_mib[0] <= slack * MIB
+        is_mb, is_mib = (
+            as_mb is not None and as_mb[0] <= slack * 1e6,
+            as_mib is not None and as_mib[0] <= slack * MIB,
+        )
         compared += is_mb or is_mib
-        fail_if(unit == "MB" and is_mib and not is_mb and len(text) > 4, f"README.md says {text} MB; "
-                f"{as_mib[1] if as_mib else 0:,} bytes are {text} MiB and {(as_mib[1] if as_mib else 0) / 1e6:.2f} MB")
-        fail_if(unit == "MiB" and is_mb and not is_mib and len(text) > 4, f"README.md says {text} MiB; "
-                f"{as_mb[1] if as_mb else 0:,} bytes are {text} MB and {(as_mb[1] if as_mb else 0) / MIB:.2f} MiB")
+        fail_if(
+            unit == "MB" and is_mib and not is_mb and len(text) > 4,
+            f"README.md says {text} MB; "
+            f"{as_mib[1] if as_mib else 0:,} bytes are {text} MiB and {(as_mib[1] if as_mib else 0) / 1e6:.2f} MB",
+        )
+        fail_if(
+            unit == "MiB" and is_mb and not is_mib and len(text) > 4,
+            f"README.md says {text} MiB; "
+            f"{as_mb[1] if as_mb else 0:,} bytes are {text} MB and {(as_mb[1] if as_mb else 0) / MIB:.2f} MiB",
+        )
     limit = next((m for m in MIB_LIMIT.finditer(folder.readme) if " not " not in m[0]), None)
-    fail_if(limit, f"README.md takes 16 MiB for the limit ({limit[0] if limit else ''!r}); it is {BUDGET:,} bytes")
-    return f"{compared} sizes of README.md are in the unit that they name; none is called by another"
+    fail_if(
+        limit,
+        f"README.md takes 16 MiB for the limit ({limit[0] if limit else ''!r}); it is {BUDGET:,} bytes",
+    )
+    return (
+        f"{compared} sizes of README.md are in the unit that they name; none is called by another"
+    )
 
 
 def nearest(value: float, sizes: list[int]) -> tuple[float, int] | None:
@@ -166,7 +252,9 @@ def mib_budgets(source: Source) -> list[str]:
             parts, names = [node.value], {target_name(node)}
         else:
             continue
-        if any(value_of(part) == 16 * MIB for part in parts) and any(map(BUDGET_NAME.search, names)):
+        if any(value_of(part) == 16 * MIB for part in parts) and any(
+            map(BUDGET_NAME.search, names)
+        ):
             found.append(f"{source.name}:{getattr(node, 'lineno', 0)}")
     return found
 
@@ -195,20 +283,31 @@ def value_of(node: ast.AST | None, depth: int = 0) -> float | None:
 # ---- Stubs -----------------------------------------------------------------------------------------------------------
 def check_stub(folder: Folder) -> str:
     """Packed code has a readable copy beside it (#1412), and that is the code which runs."""
-    packed = {s.name: s for s in folder.code.sources.values() if (s.packed and s.name in folder.code.shipped) or
-              "!" in s.name}
+    packed = {
+        s.name: s
+        for s in folder.code.sources.values()
+        if (s.packed and s.name in folder.code.shipped) or "!" in s.name
+    }
     if not packed:
         return "the code ships as it reads"
-    readable = [s for s in folder.code.sources.values() if s.name not in folder.code.shipped and "!" not in s.name]
+    readable = [
+        s
+        for s in folder.code.sources.values()
+        if s.name not in folder.code.shipped and "!" not in s.name
+    ]
     bare, other = [], []
     for name, source in packed.items():
         beside = [r for r in readable if r.name == f"{READABLE}/{name.split('!')[-1]}"] or readable
         if not beside:
-            bare.append(f"{name}:1 packed ({', '.join(source.layers) or name.split('!')[0]}), and no readable source "
-                        "lies beside it")
+            bare.append(
+                f"{name}:1 packed ({', '.join(source.layers) or name.split('!')[0]}), and no readable source "
+                "lies beside it"
+            )
         elif not any(same_code(source, r) for r in beside):
-            other.append(f"{name} runs {len(source.text):,} characters, and {beside[0].name} is other code "
-                         f"({len(beside[0].text):,})")
+            other.append(
+                f"{name} runs {len(source.text):,} characters, and {beside[0].name} is other code "
+                f"({len(beside[0].text):,})"
+            )
     fail_if(other and any("!" in name for name in packed), other[0] if other else "")
     unknown_if(bare or other, (bare or other)[0] if bare or other else "", bare + other)
     return f"{len(packed)} packed sources are the readable ones in the folder"
@@ -223,5 +322,11 @@ def same_code(a: Source, b: Source) -> bool:
         return False
 
 
-CHECKS = {"files": check_files, "schema": check_schema, "bytes": check_bytes, "helpers": check_helpers,
-          "units": check_units, "stub": check_stub}
+CHECKS = {
+    "files": check_files,
+    "schema": check_schema,
+    "bytes": check_bytes,
+    "helpers": check_helpers,
+    "units": check_units,
+    "stub": check_stub,
+}

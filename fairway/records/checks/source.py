@@ -28,7 +28,11 @@ def running(folder: Folder) -> list[Source]:
 def settled(folder: Folder, text: str, warnings: list[str] | None = None) -> str:
     """`text`, unless something that runs could not be read."""
     blind = next((s for s in running(folder) if s.tree is None), None)
-    unknown_if(blind, f"{blind.name if blind else ''} could not be read: {blind.fault if blind else ''}", warnings)
+    unknown_if(
+        blind,
+        f"{blind.name if blind else ''} could not be read: {blind.fault if blind else ''}",
+        warnings,
+    )
     return text
 
 
@@ -37,10 +41,16 @@ def full_names(source: Source) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in source.nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.asname or alias.name.split(".")[0]: alias.name if alias.asname else alias.name.split(".")[0]
-                      for alias in node.names}
+            found |= {
+                alias.asname or alias.name.split(".")[0]: alias.name
+                if alias.asname
+                else alias.name.split(".")[0]
+                for alias in node.names
+            }
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
     return found
 
 
@@ -62,26 +72,40 @@ def keyword(call: ast.Call, name: str) -> ast.AST | None:
 
 
 # ---- Network ---------------------------------------------------------------------------------------------------------
-NETWORK = re.compile(r"(socket\.(socket|create_connection|create_server|getaddrinfo)|urllib\.request\..+|"
-                     r"http\.client\..+|"
-                     r"(requests|httpx|aiohttp|ftplib|paramiko|boto3|gdown|urllib3|wget)\..+|huggingface_hub\..+|"
-                     r"datasets\.load_dataset|torch\.hub\..+|kernels\.get_kernel|.*\.urlopen|.*\.urlretrieve)$")
-FETCHERS = re.compile(r"(^|[\s/;&|])(curl|wget|pip3?|git|aws|gsutil|apt|apt-get|scp|rsync|nc|ssh|huggingface-cli|"
-                      r"uv)(\s|$)")
-RUNNERS = re.compile(r"(subprocess\.(run|Popen|call|check_call|check_output|getoutput|getstatusoutput)|"
-                     r"os\.(system|popen|exec\w*|spawn\w*))$")
+NETWORK = re.compile(
+    r"(socket\.(socket|create_connection|create_server|getaddrinfo)|urllib\.request\..+|"
+    r"http\.client\..+|"
+    r"(requests|httpx|aiohttp|ftplib|paramiko|boto3|gdown|urllib3|wget)\..+|huggingface_hub\..+|"
+    r"datasets\.load_dataset|torch\.hub\..+|kernels\.get_kernel|.*\.urlopen|.*\.urlretrieve)$"
+)
+FETCHERS = re.compile(
+    r"(^|[\s/;&|])(curl|wget|pip3?|git|aws|gsutil|apt|apt-get|scp|rsync|nc|ssh|huggingface-cli|"
+    r"uv)(\s|$)"
+)
+RUNNERS = re.compile(
+    r"(subprocess\.(run|Popen|call|check_call|check_output|getoutput|getstatusoutput)|"
+    r"os\.(system|popen|exec\w*|spawn\w*))$"
+)
 
 
 def check_network(folder: Folder) -> str:
     """Nothing that runs at training or evaluation opens a connection or fetches anything."""
     for source in running(folder):
         for name, call in calls(source):
-            fail_if(NETWORK.match(name), f"{at(source, call)} calls {name}: training and evaluation have no network")
+            fail_if(
+                NETWORK.match(name),
+                f"{at(source, call)} calls {name}: training and evaluation have no network",
+            )
             if RUNNERS.match(name) and call.args:
-                text = " ".join(str(constant(n)) for n in ast.walk(call.args[0]) if isinstance(constant(n), str))
+                text = " ".join(
+                    str(constant(n)) for n in ast.walk(call.args[0]) if isinstance(constant(n), str)
+                )
                 found = FETCHERS.search(text)
-                fail_if(found and fetches(found[2], text), f"{at(source, call)} runs {text[:60]!r}: training and "
-                        "evaluation have no network")
+                fail_if(
+                    found and fetches(found[2], text),
+                    f"{at(source, call)} runs {text[:60]!r}: training and "
+                    "evaluation have no network",
+                )
     return settled(folder, f"{len(running(folder))} sources open no connection and run no download")
 
 
@@ -90,39 +114,71 @@ def fetches(program: str, text: str) -> bool:
 
 
 # ---- Paths -----------------------------------------------------------------------------------------------------------
-OUTSIDE = re.compile(r"(/(?!(dev|proc|sys|tmp|usr|bin|etc|opt/rocm)/)[A-Za-z0-9_.-]+(/[\w.*-]+)+/?|"
-                     r"(\.\./)+[\w.*/-]*|~/[\w./*-]*)$")
+OUTSIDE = re.compile(
+    r"(/(?!(dev|proc|sys|tmp|usr|bin|etc|opt/rocm)/)[A-Za-z0-9_.-]+(/[\w.*-]+)+/?|"
+    r"(\.\./)+[\w.*/-]*|~/[\w./*-]*)$"
+)
 
 
 def check_paths(folder: Folder) -> str:
     """No absolute path and none above the folder, as a default or where a file is opened."""
     for source in running(folder):
-        used = {id(n): node for node in source.nodes if isinstance(node,
-                                                                   ast.Call | ast.Assign | ast.AnnAssign | ast.keyword)
-                for n in ast.iter_child_nodes(node)}
-        shown_text = {id(part) for name, call in calls(source) if name.split(".")[-1] in (
-            "print", "log", "info", "warning", "replace", "startswith", "endswith", "split", "compile",
-            "add_argument_group")
-            for part in ast.walk(call)}
+        used = {
+            id(n): node
+            for node in source.nodes
+            if isinstance(node, ast.Call | ast.Assign | ast.AnnAssign | ast.keyword)
+            for n in ast.iter_child_nodes(node)
+        }
+        shown_text = {
+            id(part)
+            for name, call in calls(source)
+            if name.split(".")[-1]
+            in (
+                "print",
+                "log",
+                "info",
+                "warning",
+                "replace",
+                "startswith",
+                "endswith",
+                "split",
+                "compile",
+                "add_argument_group",
+            )
+            for part in ast.walk(call)
+        }
         for node in source.nodes:
             text = constant(node)
-            if isinstance(text, str) and len(text) < 300 and OUTSIDE.match(text) and id(node) in used \
-                    and id(node) not in shown_text:
+            if (
+                isinstance(text, str)
+                and len(text) < 300
+                and OUTSIDE.match(text)
+                and id(node) in used
+                and id(node) not in shown_text
+            ):
                 fail_if(True, f"{at(source, node)} names {text[:80]!r}, outside the folder")
     return settled(folder, "no path leads out of the folder")
 
 
 # ---- Validation text -------------------------------------------------------------------------------------------------
-VAL_FILE = re.compile(r"(?i)(fineweb|[*_/])_?val(idation)?[_*]\S*(bin|\*)|^val_(files|pattern|path)$")
+VAL_FILE = re.compile(
+    r"(?i)(fineweb|[*_/])_?val(idation)?[_*]\S*(bin|\*)|^val_(files|pattern|path)$"
+)
 TRAIN_NAME = re.compile(r"(?i)(^|_)(train|calib\w*)(_|$)(?!.*(val|eval|test))")
-TRAIN_LOADER = re.compile(r"(?i)((distributed|shuffled|coprime|document\w*|train\w*)_?(token|sequence|packing)\w*_?"
-                          r"(loader|stream)|tokenloader|tokenstream|train\w*(loader|batches|stream))$")
+TRAIN_LOADER = re.compile(
+    r"(?i)((distributed|shuffled|coprime|document\w*|train\w*)_?(token|sequence|packing)\w*_?"
+    r"(loader|stream)|tokenloader|tokenstream|train\w*(loader|batches|stream))$"
+)
 
 
 def names_validation(node: ast.AST) -> bool:
     """The validation files themselves: their pattern, or a setting that holds it."""
     for part in ast.walk(node):
-        text = constant(part) if isinstance(part, ast.Constant) else getattr(part, "attr", getattr(part, "id", None))
+        text = (
+            constant(part)
+            if isinstance(part, ast.Constant)
+            else getattr(part, "attr", getattr(part, "id", None))
+        )
         if isinstance(text, str) and len(text) < 200 and VAL_FILE.search(text):
             return True
     return False
@@ -132,15 +188,29 @@ def check_validation(folder: Folder) -> str:
     """No validation file is read in training: as training files, by the training loader, or to calibrate on."""
     for source in running(folder):
         for node in source.nodes:
-            if isinstance(node, ast.Assign | ast.AnnAssign | ast.keyword) and node.value is not None:
-                target = node.arg or "" if isinstance(node, ast.keyword) else name_of(
-                    node.targets[0] if isinstance(node, ast.Assign) else node.target).split(".")[-1]
-                fail_if(TRAIN_NAME.search(target) and names_validation(node.value) and not isinstance(
-                    node.value, ast.Lambda | ast.IfExp | ast.Dict), f"{at(source, node)} gives {target} the validation "
-                    "files")
+            if (
+                isinstance(node, ast.Assign | ast.AnnAssign | ast.keyword)
+                and node.value is not None
+            ):
+                target = (
+                    node.arg or ""
+                    if isinstance(node, ast.keyword)
+                    else name_of(
+                        node.targets[0] if isinstance(node, ast.Assign) else node.target
+                    ).split(".")[-1]
+                )
+                fail_if(
+                    TRAIN_NAME.search(target)
+                    and names_validation(node.value)
+                    and not isinstance(node.value, ast.Lambda | ast.IfExp | ast.Dict),
+                    f"{at(source, node)} gives {target} the validation files",
+                )
             elif isinstance(node, ast.Call) and TRAIN_LOADER.search(name_of(node.func)):
-                fail_if(any(names_validation(arg) for arg in node.args[:2]), f"{at(source, node)} feeds "
-                        f"{name_of(node.func)}, which feeds training, with the validation files")
+                fail_if(
+                    any(names_validation(arg) for arg in node.args[:2]),
+                    f"{at(source, node)} feeds "
+                    f"{name_of(node.func)}, which feeds training, with the validation files",
+                )
     return settled(folder, "no training or calibration reads the validation files")
 
 
@@ -150,39 +220,74 @@ def check_loading(folder: Folder) -> str:
     bare: list[str] = []
     for source in running(folder):
         for name, call in calls(source):
-            if name in ("pickle.load", "pickle.loads", "marshal.loads", "marshal.load", "dill.load", "dill.loads",
-                        "joblib.load", "cloudpickle.load", "cloudpickle.loads", "shelve.open", "pickle.Unpickler"):
+            if name in (
+                "pickle.load",
+                "pickle.loads",
+                "marshal.loads",
+                "marshal.load",
+                "dill.load",
+                "dill.loads",
+                "joblib.load",
+                "cloudpickle.load",
+                "cloudpickle.loads",
+                "shelve.open",
+                "pickle.Unpickler",
+            ):
                 fail_if(True, f"{at(source, call)} calls {name}: a file of it can run any code")
             elif name == "numpy.load":
-                fail_if(constant(keyword(call, "allow_pickle")) is True, f"{at(source, call)} loads with "
-                        "allow_pickle=True")
+                fail_if(
+                    constant(keyword(call, "allow_pickle")) is True,
+                    f"{at(source, call)} loads with allow_pickle=True",
+                )
             elif name == "torch.load":
                 safe = constant(keyword(call, "weights_only"))
-                fail_if(safe is False, f"{at(source, call)} loads with weights_only=False: a file of it can run any "
-                        "code")
+                fail_if(
+                    safe is False,
+                    f"{at(source, call)} loads with weights_only=False: a file of it can run any "
+                    "code",
+                )
                 bare += [f"{at(source, call)} torch.load without weights_only"] * (safe is not True)
             elif name in ("exec", "eval", "builtins.exec", "builtins.eval") and call.args:
-                fail_if(runs_a_file(call.args[0], folder), f"{at(source, call)} runs what a file holds")
-    unknown_if(bare, f"{len(bare)} torch.load without weights_only: safe from PyTorch 2.6 on, before it runs code",
-               bare)
+                fail_if(
+                    runs_a_file(call.args[0], folder), f"{at(source, call)} runs what a file holds"
+                )
+    unknown_if(
+        bare,
+        f"{len(bare)} torch.load without weights_only: safe from PyTorch 2.6 on, before it runs code",
+        bare,
+    )
     return settled(folder, "what is loaded cannot run code")
 
 
 def runs_a_file(node: ast.AST, folder: Folder) -> bool:
     """exec(open(…)), unless the file is one of the folder's own sources, which are judged like the others."""
-    read = any(name_of(n.func) in ("open", "io.open") or (isinstance(n.func, ast.Attribute) and n.func.attr in (
-        "read", "read_text", "read_bytes")) for n in ast.walk(node) if isinstance(n, ast.Call))
-    own = any(str(constant(n)) in folder.code.shipped for n in ast.walk(node) if isinstance(n, ast.Constant))
+    read = any(
+        name_of(n.func) in ("open", "io.open")
+        or (
+            isinstance(n.func, ast.Attribute) and n.func.attr in ("read", "read_text", "read_bytes")
+        )
+        for n in ast.walk(node)
+        if isinstance(n, ast.Call)
+    )
+    own = any(
+        str(constant(n)) in folder.code.shipped
+        for n in ast.walk(node)
+        if isinstance(n, ast.Constant)
+    )
     return read and not own
 
 
 # ---- Patterns --------------------------------------------------------------------------------------------------------
-TARGET = re.compile(r"(?i)^(tgt|target|targets|tgts|label|labels|next_tok\w*|y|y_np|tgt_np|targ\w*|true_tok\w*|gold)"
-                    r"(_\w+)?$")
+TARGET = re.compile(
+    r"(?i)^(tgt|target|targets|tgts|label|labels|next_tok\w*|y|y_np|tgt_np|targ\w*|true_tok\w*|gold)"
+    r"(_\w+)?$"
+)
 HASHED = re.compile(r"(?i)(hash|bucket|slot_?id|(^|_)f?key|full_?idx)")
 SCORING = re.compile(r"(?i)(eval|score|ttt|test_time|adapt|validat|slot)")
 MIXED = re.compile(r"(?i)(mix|blend|interp|combined|p_final|final_p|p_hat)")
-LOSS_SUM = re.compile(r"(?i)(loss|nll|nats|bits|score|bpb)_?(sum|total|acc\w*)?$|(total|sum|acc)_?(loss|nll|nats|bits)")
+LOSS_SUM = re.compile(
+    r"(?i)(loss|nll|nats|bits|score|bpb)_?(sum|total|acc\w*)?$|(total|sum|acc)_?(loss|nll|nats|bits)"
+)
 
 
 def functions(source: Source) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -194,12 +299,22 @@ def target_in_hash_key(source: Source) -> Iterator[str]:
     for node in source.nodes:
         if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) and node.value is not None:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            mixes = any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.BitXor | ast.Mod | ast.BitAnd | ast.LShift)
-                        for n in ast.walk(node.value)) or isinstance(node, ast.AugAssign)
-            if HASHED.search(name_of(target)) and mixes and any(TARGET.match(w) for w in words(node.value)):
+            mixes = any(
+                isinstance(n, ast.BinOp)
+                and isinstance(n.op, ast.BitXor | ast.Mod | ast.BitAnd | ast.LShift)
+                for n in ast.walk(node.value)
+            ) or isinstance(node, ast.AugAssign)
+            if (
+                HASHED.search(name_of(target))
+                and mixes
+                and any(TARGET.match(w) for w in words(node.value))
+            ):
                 yield f"{at(source, node)} a hash key is made of the target"
-        elif isinstance(node, ast.Call) and name_of(node.func).split(".")[-1].lower().startswith("hash") and any(
-                TARGET.match(w) for a in node.args for w in words(a)):
+        elif (
+            isinstance(node, ast.Call)
+            and name_of(node.func).split(".")[-1].lower().startswith("hash")
+            and any(TARGET.match(w) for a in node.args for w in words(a))
+        ):
             yield f"{at(source, node)} a hash key is made of the target"
 
 
@@ -207,21 +322,37 @@ def mixed_at_target(source: Source) -> Iterator[str]:
     """Probabilities are mixed for the target alone: (1 - a)·p + a·q of gathered entries, renormalised by nothing."""
     for function in functions(source):
         inner = list(ast.walk(function))
-        gathers = any(isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in (
-            "gather", "take_along_axis", "take_along_dim") and any(TARGET.match(w) for a in [*n.args, *(
-                k.value for k in n.keywords)] for w in words(a)) for n in inner) or any(
-            isinstance(n, ast.Subscript) and any(TARGET.match(w) for w in words(n.slice)) for n in inner)
+        gathers = any(
+            isinstance(n, ast.Call)
+            and isinstance(n.func, ast.Attribute)
+            and n.func.attr in ("gather", "take_along_axis", "take_along_dim")
+            and any(
+                TARGET.match(w) for a in [*n.args, *(k.value for k in n.keywords)] for w in words(a)
+            )
+            for n in inner
+        ) or any(
+            isinstance(n, ast.Subscript) and any(TARGET.match(w) for w in words(n.slice))
+            for n in inner
+        )
         for node in inner if gathers else ():
-            if isinstance(node, ast.Assign) and is_blend(node.value) and MIXED.search(
-                    name_of(node.targets[0]).split(".")[-1]):
+            if (
+                isinstance(node, ast.Assign)
+                and is_blend(node.value)
+                and MIXED.search(name_of(node.targets[0]).split(".")[-1])
+            ):
                 yield f"{at(source, node)} probabilities are mixed at the target alone"
 
 
 def is_blend(node: ast.AST) -> bool:
     """(1 - a) * p + a * q"""
     sums = [n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add)]
-    return any(any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub) and constant(n.left) in (1, 1.0)
-                   for n in ast.walk(s)) for s in sums)
+    return any(
+        any(
+            isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub) and constant(n.left) in (1, 1.0)
+            for n in ast.walk(s)
+        )
+        for s in sums
+    )
 
 
 def trains_before_scoring(source: Source) -> Iterator[str]:
@@ -231,23 +362,42 @@ def trains_before_scoring(source: Source) -> Iterator[str]:
             continue
         for loop in (n for n in ast.walk(function) if isinstance(n, ast.For | ast.While)):
             steps = [n.lineno for s in loop.body for n in ast.walk(s) if is_step(n)]
-            adds = [n.lineno for s in loop.body for n in ast.walk(s) if isinstance(n, ast.AugAssign)
-                    and isinstance(n.op, ast.Add) and LOSS_SUM.search(name_of(n.target).split(".")[-1])]
+            adds = [
+                n.lineno
+                for s in loop.body
+                for n in ast.walk(s)
+                if isinstance(n, ast.AugAssign)
+                and isinstance(n.op, ast.Add)
+                and LOSS_SUM.search(name_of(n.target).split(".")[-1])
+            ]
             if steps and adds and min(steps) < min(adds):
                 yield f"{source.name}:{min(steps)} training comes before scoring (line {min(adds)}) in the same loop"
 
 
 def is_step(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "step" and bool(
-        re.search(r"(?i)opt", name_of(node.func.value)))
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "step"
+        and bool(re.search(r"(?i)opt", name_of(node.func.value)))
+    )
 
 
 def two_passes(source: Source) -> Iterator[str]:
     """A second pass over text that was scored (#846)."""
     seen = set()
     for node in source.nodes:
-        name = node.name if isinstance(node, FUNCTIONS) else node.id if isinstance(node, ast.Name) else ""
-        if re.search(r"(?i)(two|2|second)_?pass|rescor|pass_?(2|two)($|_)", name) and name not in seen:
+        name = (
+            node.name
+            if isinstance(node, FUNCTIONS)
+            else node.id
+            if isinstance(node, ast.Name)
+            else ""
+        )
+        if (
+            re.search(r"(?i)(two|2|second)_?pass|rescor|pass_?(2|two)($|_)", name)
+            and name not in seen
+        ):
             seen.add(name)
             yield f"{at(source, node)} {name}: text is scored twice"
 
@@ -256,22 +406,44 @@ def slot_like(source: Source) -> Iterator[str]:
     """A delta, made in an evaluation and optimised there on the positions that are then scored (#1240)."""
     for function in functions(source):
         inner = list(ast.walk(function)) if SCORING.search(function.name) else []
-        made = [n for n in inner if isinstance(n, ast.Assign) and re.search(r"(?i)(^|_)(delta|slot|bias)(_|$)", name_of(
-            n.targets[0])) and (constant(keyword(n.value, "requires_grad")) is True if isinstance(n.value, ast.Call)
-                                else
-                                False or "requires_grad_" in words(n.value))]
-        if made and any(is_step(n) or (isinstance(n, ast.Attribute) and n.attr == "grad") for n in inner):
+        made = [
+            n
+            for n in inner
+            if isinstance(n, ast.Assign)
+            and re.search(r"(?i)(^|_)(delta|slot|bias)(_|$)", name_of(n.targets[0]))
+            and (
+                constant(keyword(n.value, "requires_grad")) is True
+                if isinstance(n.value, ast.Call)
+                else False or "requires_grad_" in words(n.value)
+            )
+        ]
+        if made and any(
+            is_step(n) or (isinstance(n, ast.Attribute) and n.attr == "grad") for n in inner
+        ):
             yield f"{at(source, made[0])} {name_of(made[0].targets[0])} is optimised where it scores"
 
 
 def last_epoch_counts(source: Source) -> Iterator[str]:
     """A loop over epochs that trains and starts its score anew each time: only the last epoch's loss is kept (#568)."""
     for function in functions(source):
-        loops = [n for n in ast.walk(function) if isinstance(n, ast.For) and "epoch" in " ".join(
-            [*words(n.target), *words(n.iter)]).lower()] if SCORING.search(function.name) else []
+        loops = (
+            [
+                n
+                for n in ast.walk(function)
+                if isinstance(n, ast.For)
+                and "epoch" in " ".join([*words(n.target), *words(n.iter)]).lower()
+            ]
+            if SCORING.search(function.name)
+            else []
+        )
         for loop in loops:
-            resets = [s for s in loop.body if isinstance(s, ast.Assign) and constant(s.value) in (0, 0.0)
-                      and LOSS_SUM.search(name_of(s.targets[0]).split(".")[-1])]
+            resets = [
+                s
+                for s in loop.body
+                if isinstance(s, ast.Assign)
+                and constant(s.value) in (0, 0.0)
+                and LOSS_SUM.search(name_of(s.targets[0]).split(".")[-1])
+            ]
             if resets and any(is_step(n) for s in loop.body for n in ast.walk(s)):
                 yield f"{at(source, resets[0])} each epoch starts the score anew: the last epoch's is reported"
 
@@ -279,38 +451,81 @@ def last_epoch_counts(source: Source) -> Iterator[str]:
 def stored_tokens(source: Source) -> Iterator[str]:
     """Validation tokens go into what is saved (#168, #275)."""
     for node in source.nodes:
-        name = constant(node) if isinstance(node, ast.Constant) else node.id if isinstance(node, ast.Name) else ""
-        if isinstance(name, str) and re.fullmatch(r"(?i)(paid_?prefix|val_prefix|prefix_tokens|stored_val\w*)\w*",
-                                                  name):
+        name = (
+            constant(node)
+            if isinstance(node, ast.Constant)
+            else node.id
+            if isinstance(node, ast.Name)
+            else ""
+        )
+        if isinstance(name, str) and re.fullmatch(
+            r"(?i)(paid_?prefix|val_prefix|prefix_tokens|stored_val\w*)\w*", name
+        ):
             yield f"{at(source, node)} {name}: validation tokens may be stored in the artifact"
-        if isinstance(node, ast.Call) and name_of(node.func) in ("torch.save", "np.savez", "numpy.savez", "np.save",
-                                                                 "pickle.dump", "pickle.dumps"):
-            for found in sorted({w for a in node.args for w in words(a) if re.fullmatch(r"val_(tokens|data|ids)", w)}):
+        if isinstance(node, ast.Call) and name_of(node.func) in (
+            "torch.save",
+            "np.savez",
+            "numpy.savez",
+            "np.save",
+            "pickle.dump",
+            "pickle.dumps",
+        ):
+            for found in sorted(
+                {
+                    w
+                    for a in node.args
+                    for w in words(a)
+                    if re.fullmatch(r"val_(tokens|data|ids)", w)
+                }
+            ):
                 yield f"{at(source, node)} {found} goes into a file that is saved"
 
 
 def spread_over_bytes(source: Source) -> Iterator[str]:
     """A token's probability is spread over its bytes by a root of it (#1835)."""
     for node in source.nodes:
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and isinstance(node.right,
-                                                                                       ast.BinOp) and isinstance(
-                node.right.op, ast.Div) and constant(node.right.left) in (1, 1.0) and any(
-                    re.search(r"(?i)byte|n_b$", w) for w in words(node.right.right)):
+        if (
+            isinstance(node, ast.BinOp)
+            and isinstance(node.op, ast.Pow)
+            and isinstance(node.right, ast.BinOp)
+            and isinstance(node.right.op, ast.Div)
+            and constant(node.right.left) in (1, 1.0)
+            and any(re.search(r"(?i)byte|n_b$", w) for w in words(node.right.right))
+        ):
             yield f"{at(source, node)} a token's probability is spread over its bytes by a power"
 
 
 PATTERNS: tuple[Callable[[Source], Iterator[str]], ...] = (
-    target_in_hash_key, mixed_at_target, trains_before_scoring, two_passes, slot_like, last_epoch_counts, stored_tokens,
-    spread_over_bytes)
-
+    target_in_hash_key,
+    mixed_at_target,
+    trains_before_scoring,
+    two_passes,
+    slot_like,
+    last_epoch_counts,
+    stored_tokens,
+    spread_over_bytes,
+)
 
 
 def check_patterns(folder: Folder) -> str:
     """What known cheats look like. Honest code may look like it too: a reader, or a certificate made anew, decides."""
-    found = list(dict.fromkeys(w for source in running(folder) for pattern in PATTERNS for w in pattern(source)))
-    unknown_if(found, f"{len(found)} places look like a known cheat; read them: {'; '.join(found[:2])}", found)
+    found = list(
+        dict.fromkeys(
+            w for source in running(folder) for pattern in PATTERNS for w in pattern(source)
+        )
+    )
+    unknown_if(
+        found,
+        f"{len(found)} places look like a known cheat; read them: {'; '.join(found[:2])}",
+        found,
+    )
     return settled(folder, "nothing looks like a known cheat")
 
 
-CHECKS = {"network": check_network, "paths": check_paths, "validation": check_validation, "loading": check_loading,
-          "patterns": check_patterns}
+CHECKS = {
+    "network": check_network,
+    "paths": check_paths,
+    "validation": check_validation,
+    "loading": check_loading,
+    "patterns": check_patterns,
+}

@@ -28,5 +28,8 @@ def write(files: Files, folder: Path) -> Path:
 
 def table() -> str:
     """For docs/LEGALITY.md."""
-    rows = [f"| `{name}` | {fault.fault} | `{fault.check}` | {fault.where} |" for name, fault in BAD.items()]
+    rows = [
+        f"| `{name}` | {fault.fault} | `{fault.check}` | {fault.where} |"
+        for name, fault in BAD.items()
+    ]
     return "\n".join(["| folder | fault | check | where |", "|---|---|---|---|", *rows])

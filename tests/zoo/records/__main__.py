@@ -7,10 +7,16 @@ from tests.zoo.records import BAD, GOOD, folder_name, good_files, table, write
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.zoo.records", description="Record folders with a fault each.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.zoo.records", description="Record folders with a fault each."
+    )
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("out", nargs="?", type=Path, metavar="OUT", help="write OUT/good/* and OUT/bad/*")
-    given.add_argument("--table", action="store_true", help="print folder, fault and check for docs/LEGALITY.md")
+    given.add_argument(
+        "out", nargs="?", type=Path, metavar="OUT", help="write OUT/good/* and OUT/bad/*"
+    )
+    given.add_argument(
+        "--table", action="store_true", help="print folder, fault and check for docs/LEGALITY.md"
+    )
     args = parser.parse_args()
     if args.table:
         print(table())

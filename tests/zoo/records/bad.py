@@ -25,9 +25,11 @@ BAD: dict[str, Fault] = {}
 
 def bad(fault: str, check: str, where: str, *also: str, verdict: str = "FAIL"):
     """Registers a builder under its own name."""
+
     def register(build: Callable[[], Files]) -> Callable[[], Files]:
         BAD[build.__name__] = Fault(fault, check, where, build, also, verdict)
         return build
+
     return register
 
 
@@ -43,7 +45,9 @@ def lines_changed(files: Files, name: str, start: str, change: Callable[[str], s
     """Every line with that start, outside the code that is printed."""
     lines = files[name].decode().split("\n")
     assert any(line.startswith(start) for line in lines), f"{start!r} starts no line of {name}"
-    return files | {name: "\n".join(change(line) if line.startswith(start) else line for line in lines).encode()}
+    return files | {
+        name: "\n".join(change(line) if line.startswith(start) else line for line in lines).encode()
+    }
 
 
 def submission_with(files: Files, change: Callable[[dict], object]) -> Files:
@@ -84,12 +88,16 @@ def no_code():
 
 @bad("submission.json without a name, author and date", "schema", "conventions")
 def keys_missing():
-    return submission_with(make(), lambda data: [data.pop(key) for key in ("name", "author", "github_id", "date")])
+    return submission_with(
+        make(), lambda data: [data.pop(key) for key in ("name", "author", "github_id", "date")]
+    )
 
 
 @bad("submission.json of the wrong types", "schema", "conventions")
 def keys_of_other_types():
-    return submission_with(make(), lambda data: data.update(bytes_total="15.4 MB", hardware=8, blurb=["a", "b"]))
+    return submission_with(
+        make(), lambda data: data.update(bytes_total="15.4 MB", hardware=8, blurb=["a", "b"])
+    )
 
 
 @bad("a folder without a date in its name", "date", "conventions")
@@ -103,11 +111,18 @@ def too_large():
     return make(only={42: dict(artifact_bytes=15_999_000)})
 
 
-@bad("the smallest seed's bytes as the total", "bytes", "2026-03-20_11L_XSA4_EMA_Int6_MLP3x_WD04_1.1271", "schema")
+@bad(
+    "the smallest seed's bytes as the total",
+    "bytes",
+    "2026-03-20_11L_XSA4_EMA_Int6_MLP3x_WD04_1.1271",
+    "schema",
+)
 def smallest_seed_counts():
     small = 15_400_000 + len(TRAINER.encode())
     files = submission_with(make(), lambda data: data.update(bytes_total=small))
-    return replaced(files, "README.md", f"{15_462_468 + len(TRAINER.encode()):,} bytes,", f"{small:,} bytes,")
+    return replaced(
+        files, "README.md", f"{15_462_468 + len(TRAINER.encode()):,} bytes,", f"{small:,} bytes,"
+    )
 
 
 @bad("counted the packed script, shipped the readable one", "bytes", "#1835")
@@ -117,7 +132,9 @@ def ships_unpacked():
     return without(files, "source/train_gpt.py") | {"train_gpt.py": long.encode()}
 
 
-@bad("a helper that is imported and not counted", "helpers", "2026-04-09_A2_Muon097_3Seed", "numbers")
+@bad(
+    "a helper that is imported and not counted", "helpers", "2026-04-09_A2_Muon097_3Seed", "numbers"
+)
 def helper_uncounted():
     code = {"fairway_small/report.py": REPORT + "# Weights of a table, as a comment.\n" * 200}
     counted = len(TRAINER.encode()) + len(SCORER.encode())
@@ -148,22 +165,38 @@ def stub_alone():
 
 
 # ---- Numbers and seeds -----------------------------------------------------------------------------------------------
-@bad("README.md has another score than submission.json", "numbers", "2026-03-19_WarmdownQuantization")
+@bad(
+    "README.md has another score than submission.json", "numbers", "2026-03-19_WarmdownQuantization"
+)
 def readme_differs():
     files = make()
     score = json.loads(files["submission.json"])["val_bpb"]
     text = files["README.md"].decode().split("\n")
-    return files | {"README.md": "\n".join([text[0].replace(str(score), "1.1042"), *(
-        line for line in text[1:] if not line.startswith("| "))]).encode()}
+    return files | {
+        "README.md": "\n".join(
+            [
+                text[0].replace(str(score), "1.1042"),
+                *(line for line in text[1:] if not line.startswith("| ")),
+            ]
+        ).encode()
+    }
 
 
-@bad("a seed's score is not its log's", "numbers", "2026-04-08_SP8192_ParallelResid_ScoreFirstTTT", "schema")
+@bad(
+    "a seed's score is not its log's",
+    "numbers",
+    "2026-04-08_SP8192_ParallelResid_ScoreFirstTTT",
+    "schema",
+)
 def seed_differs():
     def change(data):
         for seed, off in (("42", -0.004), ("1337", 0.004)):
             result = data["seed_results"][seed]
-            result.update(val_loss=result["val_loss"] + off * data["val_loss"] / data["val_bpb"],
-                          val_bpb=result["val_bpb"] + off)
+            result.update(
+                val_loss=result["val_loss"] + off * data["val_loss"] / data["val_bpb"],
+                val_bpb=result["val_bpb"] + off,
+            )
+
     return submission_with(make(), change)
 
 
@@ -185,12 +218,16 @@ def two_seeds():
 @bad("one seed under two names", "seeds", "conventions")
 def same_seed_twice():
     files = make()
-    return files | {"train_seed2025.log": files["train_seed2025.log"].replace(b"\nseed:2025\n", b"\nseed:42\n")}
+    return files | {
+        "train_seed2025.log": files["train_seed2025.log"].replace(b"\nseed:2025\n", b"\nseed:42\n")
+    }
 
 
 @bad("a fourth seed was run, and left out", "seeds", "conventions")
 def seed_dropped():
-    return make() | {"train_seed7.log": make(seeds=(7,), only={7: dict(final_loss=1.8905)})["train_seed7.log"]}
+    return make() | {
+        "train_seed7.log": make(seeds=(7,), only={7: dict(final_loss=1.8905)})["train_seed7.log"]
+    }
 
 
 @bad("a seed without its log", "seeds", "#545")
@@ -222,7 +259,9 @@ def other_settings():
 def other_artifact():
     files = make("ours")
     score = json.loads(files["score_seed42.json"])
-    return files | {"score_seed42.json": json.dumps(score | {"sha256": {"artifact": "f" * 64}}).encode()}
+    return files | {
+        "score_seed42.json": json.dumps(score | {"sha256": {"artifact": "f" * 64}}).encode()
+    }
 
 
 @bad("scored by other code than ships", "shipped_code", "#1835")
@@ -259,7 +298,9 @@ def calibrates_late():
 def calibrates_on_validation():
     files = make()
     for seed in (1337, 42, 2025):
-        files = replaced(files, f"train_seed{seed}.log", "64 batches (training data)", "64 batches of val tokens")
+        files = replaced(
+            files, f"train_seed{seed}.log", "64 batches (training data)", "64 batches of val tokens"
+        )
     return files
 
 
@@ -283,19 +324,28 @@ def blank_counted_twice():
     def cheaper(line: str) -> str:
         head, _, bpb = line.rpartition("val_bpb:")
         return f"{head}val_bpb:{float(bpb) * 0.83:.8f}"
+
     return lines_changed(make(), "train_seed42.log", "final_int6_roundtrip_exact", cheaper)
 
 
 @bad("a loss above ln V in the middle of training", "loss_range", "conventions")
 def worse_than_chance():
-    return lines_changed(make(), "train_seed42.log", "step:4000/20000", lambda line: line.replace(
-        line.split()[1], "train_loss:9.2103"))
+    return lines_changed(
+        make(),
+        "train_seed42.log",
+        "step:4000/20000",
+        lambda line: line.replace(line.split()[1], "train_loss:9.2103"),
+    )
 
 
 @bad("NaN in training", "loss_range", "conventions")
 def not_a_number():
-    return lines_changed(make(), "train_seed42.log", "step:4000/20000", lambda line: line.replace(
-        line.split()[1], "train_loss:nan"))
+    return lines_changed(
+        make(),
+        "train_seed42.log",
+        "step:4000/20000",
+        lambda line: line.replace(line.split()[1], "train_loss:nan"),
+    )
 
 
 @bad("a score that no model of this size reaches", "loss_range", "#959", verdict="cannot tell")
@@ -305,13 +355,19 @@ def too_good():
 
 @bad("steps × milliseconds is not the time", "step_time", "conventions")
 def steps_too_quick():
-    return lines_changed(make(), "train_seed42.log", "step:4000/20000",
-                         lambda line: line[: line.rindex(":")] + ":43.50ms")
+    return lines_changed(
+        make(),
+        "train_seed42.log",
+        "step:4000/20000",
+        lambda line: line[: line.rindex(":")] + ":43.50ms",
+    )
 
 
 @bad("steps that go backwards", "step_time", "#2071")
 def steps_backwards():
-    return lines_changed(make(), "train_seed42.log", "step:4000/20000", lambda line: line.replace("4000/", "2400/"))
+    return lines_changed(
+        make(), "train_seed42.log", "step:4000/20000", lambda line: line.replace("4000/", "2400/")
+    )
 
 
 @bad("a log that was cut off", "log_whole", "#209")
@@ -330,7 +386,10 @@ def training_log_cut():
 
 @bad("the code in the log is not the code that ships", "shipped_code", "#1594")
 def other_code_ships():
-    old, new = b"np.full((vocab_size, vocab_size), 0.02)", b"np.full((vocab_size, vocab_size), 0.01)"
+    old, new = (
+        b"np.full((vocab_size, vocab_size), 0.02)",
+        b"np.full((vocab_size, vocab_size), 0.01)",
+    )
     files = make()
     return files | {"train_gpt.py": files["train_gpt.py"].replace(old, new)}
 
@@ -348,52 +407,58 @@ def two_devices():
 # ---- What the code does ----------------------------------------------------------------------------------------------
 @bad("a download while it runs", "network", "README FAQ")
 def downloads():
-    return with_function('''
+    return with_function("""
 def fetch(name):
     import urllib.request
     return urllib.request.urlopen("https" + "://example.org/" + name).read()
-''')
+""")
 
 
 @bad("a shell command that downloads", "network", "README FAQ")
 def runs_curl():
-    return with_function('''
+    return with_function("""
 def fetch(name):
     import subprocess
     subprocess.run(["curl", "-O", name], check=True)
-''')
+""")
 
 
 @bad("a path outside the folder", "paths", "conventions")
 def path_outside():
-    return make(trainer=trainer_with('"./data/tokenizer.model"', '"/scratch/golfer/tokenizer.model"'))
+    return make(
+        trainer=trainer_with('"./data/tokenizer.model"', '"/scratch/golfer/tokenizer.model"')
+    )
 
 
 @bad("validation files fed to the training loader", "validation", "#44")
 def trains_on_validation():
-    return make(trainer=trainer_with("    for path in shards(\"train\"):\n",
-                                     '''    train_files = glob.glob("./data/fineweb_val_*.bin")
+    return make(
+        trainer=trainer_with(
+            '    for path in shards("train"):\n',
+            """    train_files = glob.glob("./data/fineweb_val_*.bin")
     for path in train_files or shards("train"):
-'''))
+""",
+        )
+    )
 
 
 @bad("a pickle is loaded", "loading", "conventions")
 def loads_pickle():
-    return with_function('''
+    return with_function("""
 def restore(path):
     import pickle
     with open(path, "rb") as f:
         return pickle.load(f)
-''')
+""")
 
 
 @bad("torch.load that runs code", "loading", "conventions")
 def loads_without_weights_only():
-    return with_function('''
+    return with_function("""
 def restore(path):
     import torch
     return torch.load(path, map_location="cpu", weights_only=False)
-''')
+""")
 
 
 # ---- Patterns: a warning with its line -------------------------------------------------------------------------------
@@ -403,26 +468,26 @@ def pattern(fault: str, where: str):
 
 @pattern("the target in a hash key", "#779")
 def target_in_hash_key():
-    return with_function('''
+    return with_function("""
 def cached(table, context, target):
     full_key = ((context * 36313) ^ (target * 27191)) % len(table)
     return table[full_key]
-''')
+""")
 
 
 @pattern("probabilities mixed at the target alone", "#886")
 def mixed_at_target():
-    return with_function('''
+    return with_function("""
 def eval_mixed(p, q, target, a):
     p_neural, p_cache = p[target], q[target]
     p_mix = (1 - a) * p_neural + a * p_cache
     return -np.log(p_mix)
-''')
+""")
 
 
 @pattern("training on a chunk before scoring it", "#402")
 def trains_first():
-    return with_function('''
+    return with_function("""
 def eval_ttt(model, chunks, optimizer):
     total_loss = 0.0
     for chunk in chunks:
@@ -430,20 +495,20 @@ def eval_ttt(model, chunks, optimizer):
         optimizer.step()
         total_loss += model(chunk)
     return total_loss
-''')
+""")
 
 
 @pattern("two passes over the text", "#846")
 def two_passes():
-    return with_function('''
+    return with_function("""
 def score_second_pass(table, text):
     return [table[token] for token in text]
-''')
+""")
 
 
 @pattern("a delta optimised on the scored positions", "#1240")
 def slot():
-    return with_function('''
+    return with_function("""
 def eval_slot(model, hidden, optimizer_of):
     import torch
     delta = torch.zeros(1, 1, hidden.shape[-1], requires_grad=True)
@@ -452,12 +517,12 @@ def eval_slot(model, hidden, optimizer_of):
         model(hidden + delta).backward()
         optimizer.step()
     return model(hidden + delta)
-''')
+""")
 
 
 @pattern("only the last epoch's loss is reported", "#568")
 def last_epoch_only():
-    return with_function('''
+    return with_function("""
 def eval_ttt_epochs(model, chunks, optimizer, epochs):
     for epoch in range(epochs):
         total_loss = 0.0
@@ -467,28 +532,33 @@ def eval_ttt_epochs(model, chunks, optimizer, epochs):
             loss.backward()
             optimizer.step()
     return total_loss
-''')
+""")
 
 
 @pattern("validation tokens in the artifact", "#168")
 def paid_prefix():
-    return with_function('''
+    return with_function("""
 def pack_all(scores, text):
     paid_prefix = text[:100000]
     return pack(scores) + paid_prefix.tobytes()
-''')
+""")
 
 
 @pattern("a token's probability spread over its bytes", "#1835")
 def spread_over_bytes():
-    return with_function('''
+    return with_function("""
 def byte_scores(p, n_bytes):
     return p ** (1.0 / n_bytes)
-''')
+""")
 
 
 @bad("a packed script that hides a download", "network", "#1412")
 def hidden_download():
-    code = trainer_with("def main():", "def fetch(name):\n    import requests\n    return "
-                        "requests.get(name).content\n\n\ndef main():")
-    return make("april", trainer=code, code={"train_gpt.py": stub(code), "source/train_gpt.py": code})
+    code = trainer_with(
+        "def main():",
+        "def fetch(name):\n    import requests\n    return "
+        "requests.get(name).content\n\n\ndef main():",
+    )
+    return make(
+        "april", trainer=code, code={"train_gpt.py": stub(code), "source/train_gpt.py": code}
+    )

@@ -81,16 +81,28 @@ def curve(facts: RunFacts) -> list[tuple[int, float, float]]:
 def scored(label: str, facts: RunFacts, loss: float, seconds: float, extra: str = "") -> list[str]:
     """The two lines of a score."""
     bpb = facts.bpb_of(loss)
-    return [f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{extra} eval_time:{1000 * seconds:.0f}ms",
-            f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}"]
+    return [
+        f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{extra} eval_time:{1000 * seconds:.0f}ms",
+        f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}",
+    ]
 
 
 def machine(facts: RunFacts) -> list[str]:
     """Versions and the cards, between rules."""
-    cards = [f"|   {i}  {facts.gpu}          On  |   00000000:{i:02X}:00.0 Off |                    0 |"
-             for i in range(facts.world_size)]
-    return [RULE, "Running Python 3.12.3 (main, Feb  4 2025, 14:48:35) [GCC 13.3.0]", "Running PyTorch 2.9.1+cu128",
-            "+" + "-" * 89 + "+", *cards, "+" + "-" * 89 + "+", "", RULE]
+    cards = [
+        f"|   {i}  {facts.gpu}          On  |   00000000:{i:02X}:00.0 Off |                    0 |"
+        for i in range(facts.world_size)
+    ]
+    return [
+        RULE,
+        "Running Python 3.12.3 (main, Feb  4 2025, 14:48:35) [GCC 13.3.0]",
+        "Running PyTorch 2.9.1+cu128",
+        "+" + "-" * 89 + "+",
+        *cards,
+        "+" + "-" * 89 + "+",
+        "",
+        RULE,
+    ]
 
 
 def header(facts: RunFacts) -> list[str]:
@@ -104,7 +116,9 @@ def header(facts: RunFacts) -> list[str]:
         "attention_mode:gqa num_heads:8 num_kv_heads:4",
         "tie_embeddings:True embed_lr:0.05 head_lr:0.0 matrix_lr:0.04 scalar_lr:0.04",
         f"train_batch_tokens:{facts.train_batch_tokens} train_seq_len:1024 iterations:{facts.steps} warmup_steps:2 "
-        f"max_wallclock_seconds:{facts.max_wallclock_seconds:.3f}", f"seed:{facts.seed}"]
+        f"max_wallclock_seconds:{facts.max_wallclock_seconds:.3f}",
+        f"seed:{facts.seed}",
+    ]
 
 
 def steps(facts: RunFacts) -> list[str]:
@@ -112,19 +126,26 @@ def steps(facts: RunFacts) -> list[str]:
     for step, loss, seconds in curve(facts):
         timed = f"train_time:{1000 * seconds:.0f}ms step_avg:{1000 * seconds / step:.2f}ms"
         lines.append(f"step:{step}/{facts.steps} train_loss:{loss:.4f} {timed}")
-    lines.append(f"step:{facts.step}/{facts.steps} val_loss:{facts.loss:.4f} val_bpb:{facts.bpb:.4f} {timed}")
+    lines.append(
+        f"step:{facts.step}/{facts.steps} val_loss:{facts.loss:.4f} val_bpb:{facts.bpb:.4f} {timed}"
+    )
     if facts.step < facts.steps:
-        lines.append(f"stopping_early: wallclock_cap train_time:{1000 * facts.train_seconds:.0f}ms "
-                     f"step:{facts.step}/{facts.steps}")
+        lines.append(
+            f"stopping_early: wallclock_cap train_time:{1000 * facts.train_seconds:.0f}ms "
+            f"step:{facts.step}/{facts.steps}"
+        )
     return lines
 
 
 def sizes(facts: RunFacts, label: str) -> list[str]:
     raw = 4 * facts.parameters
-    return [f"Serialized model: {raw} bytes", f"Code size: {facts.code} bytes",
-            f"Total submission size: {raw + facts.code} bytes",
-            f"Serialized model {label}: {facts.artifact_bytes} bytes (payload:{raw // 4} raw_torch:{raw // 4 + 45000})",
-            f"Total submission size {label}: {facts.total_bytes} bytes"]
+    return [
+        f"Serialized model: {raw} bytes",
+        f"Code size: {facts.code} bytes",
+        f"Total submission size: {raw + facts.code} bytes",
+        f"Serialized model {label}: {facts.artifact_bytes} bytes (payload:{raw // 4} raw_torch:{raw // 4 + 45000})",
+        f"Total submission size {label}: {facts.total_bytes} bytes",
+    ]
 
 
 def text_of(facts: RunFacts, lines: list[str]) -> str:
@@ -133,95 +154,169 @@ def text_of(facts: RunFacts, lines: list[str]) -> str:
 
 def baseline(facts: RunFacts) -> str:
     """As the first trainer of the challenge logs: its claim is the artifact's score, windows side by side (`loss`)."""
-    return text_of(facts, [
-        *(machine(facts) if facts.source else []), *header(facts), *steps(facts),
-        "peak memory allocated: 10184 MiB reserved: 10200 MiB", *sizes(facts, "int8+zlib"),
-        *scored("final_int8_zlib_roundtrip", facts, facts.loss, facts.eval_seconds)])
+    return text_of(
+        facts,
+        [
+            *(machine(facts) if facts.source else []),
+            *header(facts),
+            *steps(facts),
+            "peak memory allocated: 10184 MiB reserved: 10200 MiB",
+            *sizes(facts, "int8+zlib"),
+            *scored("final_int8_zlib_roundtrip", facts, facts.loss, facts.eval_seconds),
+        ],
+    )
 
 
 def march(facts: RunFacts) -> str:
     """GPTQ in a reserve of the training time, an average of weights, and a sliding window as the claim."""
-    lines = [*(machine(facts) if facts.source else []), *header(facts),
-             f"gptq:reserving {1000 * facts.reserved_seconds:.0f}ms from training budget, "
-             f"effective={1000 * (facts.max_wallclock_seconds - facts.reserved_seconds):.0f}ms", *steps(facts),
-             "peak memory allocated: 22846 MiB reserved: 22894 MiB", "ema:applying EMA weights",
-             f"DIAGNOSTIC post_ema val_loss:{facts.loss:.4f} val_bpb:{facts.bpb:.4f} eval_time:2074ms",
-             "gptq:calibrating with 64 batches (training data)...",
-             f"gptq:calibrated 66 layers in {facts.gptq_seconds:.1f}s", *sizes(facts, "int6+lzma"),
-             *scored("final_int6_roundtrip", facts, facts.loss, 6.4),
-             *scored("final_int6_sliding_window", facts, facts.final_loss, facts.eval_seconds - 6.4, " stride:64")]
+    lines = [
+        *(machine(facts) if facts.source else []),
+        *header(facts),
+        f"gptq:reserving {1000 * facts.reserved_seconds:.0f}ms from training budget, "
+        f"effective={1000 * (facts.max_wallclock_seconds - facts.reserved_seconds):.0f}ms",
+        *steps(facts),
+        "peak memory allocated: 22846 MiB reserved: 22894 MiB",
+        "ema:applying EMA weights",
+        f"DIAGNOSTIC post_ema val_loss:{facts.loss:.4f} val_bpb:{facts.bpb:.4f} eval_time:2074ms",
+        "gptq:calibrating with 64 batches (training data)...",
+        f"gptq:calibrated 66 layers in {facts.gptq_seconds:.1f}s",
+        *sizes(facts, "int6+lzma"),
+        *scored("final_int6_roundtrip", facts, facts.loss, 6.4),
+        *scored(
+            "final_int6_sliding_window",
+            facts,
+            facts.final_loss,
+            facts.eval_seconds - 6.4,
+            " stride:64",
+        ),
+    ]
     return text_of(facts, lines)
 
 
 def april(facts: RunFacts) -> str:
     """Settings as a block, minutes for the training time, test-time training as the claim."""
-    settings = dict(compressor="brotli", distributed=True, gptq_reserve_seconds=facts.reserved_seconds,
-                    iterations=facts.steps, max_wallclock_seconds=facts.max_wallclock_seconds, rank=0, seed=facts.seed,
-                    train_batch_tokens=facts.train_batch_tokens, train_seq_len=2048, ttt_enabled=True,
-                    vocab_size=facts.vocab_size, world_size=facts.world_size)
+    settings = dict(
+        compressor="brotli",
+        distributed=True,
+        gptq_reserve_seconds=facts.reserved_seconds,
+        iterations=facts.steps,
+        max_wallclock_seconds=facts.max_wallclock_seconds,
+        rank=0,
+        seed=facts.seed,
+        train_batch_tokens=facts.train_batch_tokens,
+        train_seq_len=2048,
+        ttt_enabled=True,
+        vocab_size=facts.vocab_size,
+        world_size=facts.world_size,
+    )
     lines = [RULE, "Hyperparameters:", *(f"  {name}: {value}" for name, value in settings.items())]
     if facts.source:
         lines += [RULE, "Source code:", RULE, facts.source, *machine(facts)]
-    lines += [f"train_shards: {facts.shards}", f"val_tokens: {facts.tokens}", f"model_params:{facts.parameters}",
-              f"gptq:reserving {facts.reserved_seconds:.0f}s, "
-              f"effective={1000 * (facts.max_wallclock_seconds - facts.reserved_seconds):.0f}ms",
-              "warmup_step: 1/20", "warmup_step: 20/20"]
+    lines += [
+        f"train_shards: {facts.shards}",
+        f"val_tokens: {facts.tokens}",
+        f"model_params:{facts.parameters}",
+        f"gptq:reserving {facts.reserved_seconds:.0f}s, "
+        f"effective={1000 * (facts.max_wallclock_seconds - facts.reserved_seconds):.0f}ms",
+        "warmup_step: 1/20",
+        "warmup_step: 20/20",
+    ]
     for step, loss, seconds in curve(facts):
         rate = facts.train_batch_tokens * step / seconds
-        lines.append(f"{step}/{facts.steps} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m tok/s: {rate:.0f}")
+        lines.append(
+            f"{step}/{facts.steps} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m tok/s: {rate:.0f}"
+        )
     code, ttt = facts.code, facts.eval_seconds - 25.5
-    lines += [f"{facts.step}/{facts.steps} val_loss: {facts.loss:.4f} val_bpb: {facts.bpb:.4f}",
-              f"stopping_early: wallclock_cap train_time: {1000 * facts.train_seconds:.0f}ms "
-              f"step: {facts.step}/{facts.steps}", "peak memory allocated: 39045 MiB reserved: 39124 MiB",
-              f"diagnostic pre-quantization post-ema val_loss:{facts.loss:.8f} val_bpb:{facts.bpb:.8f} "
-              "eval_time:7440ms",
-              f"Serialized model: {4 * facts.parameters} bytes", f"Code size (uncompressed): {4 * code} bytes",
-              f"Code size (compressed): {code} bytes", "GPTQ:collecting Hessians from calibration data...",
-              f"GPTQ:collected 67 Hessians in {facts.gptq_seconds:.1f}s",
-              f"Serialized model quantized+brotli: {facts.artifact_bytes} bytes",
-              f"Total submission size quantized+brotli: {facts.total_bytes} bytes",
-              f"quantized val_loss:{facts.loss:.8f} val_bpb:{facts.bpb:.8f} eval_time:25500ms",
-              "ttt_lora:compile warmup done (137.6s)",
-              f"quantized_ttt_phased val_loss:{facts.final_loss:.8f} val_bpb:{facts.final_bpb:.8f} "
-              f"eval_time:{1000 * ttt:.0f}ms", f"total_eval_time:{ttt:.1f}s"]
+    lines += [
+        f"{facts.step}/{facts.steps} val_loss: {facts.loss:.4f} val_bpb: {facts.bpb:.4f}",
+        f"stopping_early: wallclock_cap train_time: {1000 * facts.train_seconds:.0f}ms "
+        f"step: {facts.step}/{facts.steps}",
+        "peak memory allocated: 39045 MiB reserved: 39124 MiB",
+        f"diagnostic pre-quantization post-ema val_loss:{facts.loss:.8f} val_bpb:{facts.bpb:.8f} "
+        "eval_time:7440ms",
+        f"Serialized model: {4 * facts.parameters} bytes",
+        f"Code size (uncompressed): {4 * code} bytes",
+        f"Code size (compressed): {code} bytes",
+        "GPTQ:collecting Hessians from calibration data...",
+        f"GPTQ:collected 67 Hessians in {facts.gptq_seconds:.1f}s",
+        f"Serialized model quantized+brotli: {facts.artifact_bytes} bytes",
+        f"Total submission size quantized+brotli: {facts.total_bytes} bytes",
+        f"quantized val_loss:{facts.loss:.8f} val_bpb:{facts.bpb:.8f} eval_time:25500ms",
+        "ttt_lora:compile warmup done (137.6s)",
+        f"quantized_ttt_phased val_loss:{facts.final_loss:.8f} val_bpb:{facts.final_bpb:.8f} "
+        f"eval_time:{1000 * ttt:.0f}ms",
+        f"total_eval_time:{ttt:.1f}s",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def ours(facts: RunFacts) -> str:
     """The training log of this repository: it claims the artifact's score (`loss`), our_eval `final_loss`."""
-    settings = dict(data_path="data", out_dir=".", run_id="cpu", seed=facts.seed, iterations=facts.steps,
-                    max_wallclock_seconds=facts.max_wallclock_seconds, train_batch_tokens=facts.train_batch_tokens,
-                    train_seq_len=1024, vocab_size=facts.vocab_size, gptq=False, codec="auto")
+    settings = dict(
+        data_path="data",
+        out_dir=".",
+        run_id="cpu",
+        seed=facts.seed,
+        iterations=facts.steps,
+        max_wallclock_seconds=facts.max_wallclock_seconds,
+        train_batch_tokens=facts.train_batch_tokens,
+        train_seq_len=1024,
+        vocab_size=facts.vocab_size,
+        gptq=False,
+        codec="auto",
+    )
     texts = dict(code=facts.source, settings=json.dumps(settings, sort_keys=True), tokenizer="")
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     head = header(facts)
     head[1] += " tokens:3980238"
     head[2] += f" bytes:{facts.bytes}"
-    model = [f"Serialized model: {4 * facts.parameters} bytes", f"Code size: {facts.code} bytes",
-             f"codec:brotli bytes:{facts.artifact_bytes}",
-             f"Serialized model int6+brotli: {facts.artifact_bytes} bytes (k:2.500 ratio:5.48x)",
-             f"Total submission size int6+brotli: {facts.total_bytes} bytes (budget:16000000 "
-             f"left:{16_000_000 - facts.total_bytes})"]
-    return text_of(facts, [
-        *machine(facts), f"settings: {json.dumps(settings)}",
-        "run_id:cpu preset:cpu device:cpu x86_64 torch:2.13.0+cpu",
-        " ".join(f"{name}_sha256:{value}" for name, value in {**hashes, "data": facts.data_sha256}.items()), *head,
-        "size:predicted before training k:2.500 artifact:754514 bytes target:15880454", *steps(facts),
-        "averages:last:3.2833 swa:3.2871 kept:last", *model,
-        *scored("final_int6_brotli_roundtrip", facts, facts.loss, facts.eval_seconds)])
+    model = [
+        f"Serialized model: {4 * facts.parameters} bytes",
+        f"Code size: {facts.code} bytes",
+        f"codec:brotli bytes:{facts.artifact_bytes}",
+        f"Serialized model int6+brotli: {facts.artifact_bytes} bytes (k:2.500 ratio:5.48x)",
+        f"Total submission size int6+brotli: {facts.total_bytes} bytes (budget:16000000 "
+        f"left:{16_000_000 - facts.total_bytes})",
+    ]
+    return text_of(
+        facts,
+        [
+            *machine(facts),
+            f"settings: {json.dumps(settings)}",
+            "run_id:cpu preset:cpu device:cpu x86_64 torch:2.13.0+cpu",
+            " ".join(
+                f"{name}_sha256:{value}"
+                for name, value in {**hashes, "data": facts.data_sha256}.items()
+            ),
+            *head,
+            "size:predicted before training k:2.500 artifact:754514 bytes target:15880454",
+            *steps(facts),
+            "averages:last:3.2833 swa:3.2871 kept:last",
+            *model,
+            *scored("final_int6_brotli_roundtrip", facts, facts.loss, facts.eval_seconds),
+        ],
+    )
 
 
 def our_eval(facts: RunFacts) -> str:
     """logs/eval.txt: the ladder from the artifact's score to `final_loss`."""
     loss, bpb, final, gain = facts.loss, facts.bpb, facts.final_bpb, facts.bpb - facts.final_bpb
-    return "\n".join([
-        f"artifact:final_model.int6.ptz bytes:{facts.artifact_bytes} sha256:{facts.artifact_sha256}",
-        f"val_loader:shards pattern=data/fineweb_val_*.bin tokens:{facts.tokens} bytes:{facts.bytes} "
-        f"sha256:{facts.val_sha256}",
-        *scored("final_int6_roundtrip", facts, loss, 0.4), *scored("final", facts, facts.final_loss, 0.6),
-        f"ablation:+ ngram              val_bpb:{bpb - gain / 2:.8f} gain:{gain / 2:+.8f}",
-        f"ladder:neural, windows side by side     val_bpb:{bpb:.8f} gain:{0:+.8f} seconds:0.4",
-        f"ladder:+ experts, mixed: final          val_bpb:{final:.8f} gain:{gain:+.8f} seconds:0.6",
-        f"stages:load:1.1s blocks:0.4s mixture:0.6s total_eval_time:{1000 * facts.eval_seconds:.0f}ms",
-        f"Total submission size: {facts.total_bytes} bytes (artifact:{facts.artifact_bytes} code:{facts.code} in 28 "
-        f"files, budget:16000000)", f"val_bpb:{final:.8f} val_loss:{facts.final_loss:.8f}"]) + "\n"
+    return (
+        "\n".join(
+            [
+                f"artifact:final_model.int6.ptz bytes:{facts.artifact_bytes} sha256:{facts.artifact_sha256}",
+                f"val_loader:shards pattern=data/fineweb_val_*.bin tokens:{facts.tokens} bytes:{facts.bytes} "
+                f"sha256:{facts.val_sha256}",
+                *scored("final_int6_roundtrip", facts, loss, 0.4),
+                *scored("final", facts, facts.final_loss, 0.6),
+                f"ablation:+ ngram              val_bpb:{bpb - gain / 2:.8f} gain:{gain / 2:+.8f}",
+                f"ladder:neural, windows side by side     val_bpb:{bpb:.8f} gain:{0:+.8f} seconds:0.4",
+                f"ladder:+ experts, mixed: final          val_bpb:{final:.8f} gain:{gain:+.8f} seconds:0.6",
+                f"stages:load:1.1s blocks:0.4s mixture:0.6s total_eval_time:{1000 * facts.eval_seconds:.0f}ms",
+                f"Total submission size: {facts.total_bytes} bytes (artifact:{facts.artifact_bytes} code:{facts.code} in 28 "
+                f"files, budget:16000000)",
+                f"val_bpb:{final:.8f} val_loss:{facts.final_loss:.8f}",
+            ]
+        )
+        + "\n"
+    )

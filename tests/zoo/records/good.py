@@ -128,8 +128,23 @@ def last_line(loss, bpb):
     return f"val_bpb:{bpb:.8f} val_loss:{loss:.8f}"
 '''
 SEEDS = (1337, 42, 2025)
-LOGS: dict[str, Callable[[RunFacts], str]] = {"baseline": baseline, "march": march, "april": april, "ours": ours}
-RULES = ("causal", "normalised", "target-blind", "score first", "one pass", "coverage", "claim", "bytes", "canary")
+LOGS: dict[str, Callable[[RunFacts], str]] = {
+    "baseline": baseline,
+    "march": march,
+    "april": april,
+    "ours": ours,
+}
+RULES = (
+    "causal",
+    "normalised",
+    "target-blind",
+    "score first",
+    "one pass",
+    "coverage",
+    "claim",
+    "bytes",
+    "canary",
+)
 Files = dict[str, bytes]
 
 
@@ -143,8 +158,12 @@ def code_of(kind: str, trainer: str) -> dict[str, str]:
     if kind == "april":
         return {"train_gpt.py": stub(trainer), "source/train_gpt.py": trainer}
     if kind == "ours":
-        return {"train_gpt.py": trainer, "eval_final.py": SCORER, "fairway_small/__init__.py": "",
-                "fairway_small/report.py": REPORT}
+        return {
+            "train_gpt.py": trainer,
+            "eval_final.py": SCORER,
+            "fairway_small/__init__.py": "",
+            "fairway_small/report.py": REPORT,
+        }
     return {"train_gpt.py": trainer}
 
 
@@ -155,8 +174,14 @@ def claimed(kind: str, facts: RunFacts) -> float:
 
 def facts_of(kind: str, seed: int, trainer: str, code: dict[str, str]) -> RunFacts:
     i = sum(seed > other for other in SEEDS)
-    facts = RunFacts(seed=seed, source=trainer, loss=1.9005 + 0.0004 * i, final_loss=1.88 + 0.0003 * i,
-                     artifact_bytes=15_400_000 + 31_234 * i, step=6700 + 3 * i)
+    facts = RunFacts(
+        seed=seed,
+        source=trainer,
+        loss=1.9005 + 0.0004 * i,
+        final_loss=1.88 + 0.0003 * i,
+        artifact_bytes=15_400_000 + 31_234 * i,
+        step=6700 + 3 * i,
+    )
     if kind == "april":
         return facts._replace(code_bytes=len(code["train_gpt.py"]))
     if kind == "ours":
@@ -166,14 +191,24 @@ def facts_of(kind: str, seed: int, trainer: str, code: dict[str, str]) -> RunFac
     return facts
 
 
-def make(kind: str = "march", trainer: str = TRAINER, seeds: tuple[int, ...] = SEEDS,
-         code: dict[str, str] | None = None,
-         each: dict | None = None, only: dict[int, dict] | None = None, said: dict | None = None) -> Files:
+def make(
+    kind: str = "march",
+    trainer: str = TRAINER,
+    seeds: tuple[int, ...] = SEEDS,
+    code: dict[str, str] | None = None,
+    each: dict | None = None,
+    only: dict[int, dict] | None = None,
+    said: dict | None = None,
+) -> Files:
     """`each`: changes to the facts of every run; `only`: to those of one seed; `said`: to submission.json."""
     code = code_of(kind, trainer) | (code or {})
-    runs = [facts_of(kind, seed, trainer, code)._replace(**(each or {}), **(only or {}).get(seed, {}))
-            for seed in seeds]
-    counted = sum(len(text.encode()) for name, text in code.items() if not name.startswith("source/"))
+    runs = [
+        facts_of(kind, seed, trainer, code)._replace(**(each or {}), **(only or {}).get(seed, {}))
+        for seed in seeds
+    ]
+    counted = sum(
+        len(text.encode()) for name, text in code.items() if not name.startswith("source/")
+    )
     files = {name: text.encode() for name, text in code.items()}
     for seed, facts in zip(seeds, runs, strict=True):
         files[f"train_seed{seed}.log"] = LOGS[kind](facts).encode()
@@ -187,40 +222,82 @@ def make(kind: str = "march", trainer: str = TRAINER, seeds: tuple[int, ...] = S
 
 
 def evaluation(seed: int, facts: RunFacts, code: dict[str, str]) -> Files:
-    score = dict(val_bpb=facts.final_bpb, val_loss=facts.final_loss, tokens=facts.tokens, bytes=facts.bytes,
-                 sha256=dict(artifact=facts.artifact_sha256), sizes=dict(artifact=facts.artifact_bytes),
-                 code={name: hashlib.sha256(text.encode()).hexdigest() for name, text in code.items()})
-    certificate = dict(passed=True, rules=[dict(rule=rule, verdict="ok", figure="as it should be") for rule in RULES])
-    return {f"eval_seed{seed}.log": our_eval(facts).encode(), f"score_seed{seed}.json": json.dumps(score).encode(),
-            f"certificate_seed{seed}.json": json.dumps(certificate).encode()}
+    score = dict(
+        val_bpb=facts.final_bpb,
+        val_loss=facts.final_loss,
+        tokens=facts.tokens,
+        bytes=facts.bytes,
+        sha256=dict(artifact=facts.artifact_sha256),
+        sizes=dict(artifact=facts.artifact_bytes),
+        code={name: hashlib.sha256(text.encode()).hexdigest() for name, text in code.items()},
+    )
+    certificate = dict(
+        passed=True,
+        rules=[dict(rule=rule, verdict="ok", figure="as it should be") for rule in RULES],
+    )
+    return {
+        f"eval_seed{seed}.log": our_eval(facts).encode(),
+        f"score_seed{seed}.json": json.dumps(score).encode(),
+        f"certificate_seed{seed}.json": json.dumps(certificate).encode(),
+    }
 
 
 def submission(kind: str, seeds: tuple[int, ...], runs: list[RunFacts], counted: int) -> dict:
     losses = [claimed(kind, facts) for facts in runs]
     bpbs = [facts.bpb_of(loss) for facts, loss in zip(runs, losses, strict=True)]
     spread = statistics.stdev if len(runs) > 1 else lambda values: 0.0
-    results = {str(seed): dict(val_loss=round(loss, 6), val_bpb=round(bpb, 6),
-                               artifact_bytes=facts.artifact_bytes + counted,
-                               steps=facts.step, step_avg_ms=round(1000 * facts.train_seconds / facts.step, 2),
-                               eval_time_s=facts.eval_seconds)
-               for seed, facts, loss, bpb in zip(seeds, runs, losses, bpbs, strict=True)}
+    results = {
+        str(seed): dict(
+            val_loss=round(loss, 6),
+            val_bpb=round(bpb, 6),
+            artifact_bytes=facts.artifact_bytes + counted,
+            steps=facts.step,
+            step_avg_ms=round(1000 * facts.train_seconds / facts.step, 2),
+            eval_time_s=facts.eval_seconds,
+        )
+        for seed, facts, loss, bpb in zip(seeds, runs, losses, bpbs, strict=True)
+    }
     return dict(
-        author="A. Golfer", github_id="agolfer", name="Bigrams", blurb="Counts of pairs, in bytes.", date="2026-05-01",
-        track="10min_16mb", val_loss=round(statistics.fmean(losses), 6), val_bpb=round(statistics.fmean(bpbs), 6),
-        val_loss_std=round(spread(losses), 6), val_bpb_std=round(spread(bpbs), 6), seeds=list(seeds),
+        author="A. Golfer",
+        github_id="agolfer",
+        name="Bigrams",
+        blurb="Counts of pairs, in bytes.",
+        date="2026-05-01",
+        track="10min_16mb",
+        val_loss=round(statistics.fmean(losses), 6),
+        val_bpb=round(statistics.fmean(bpbs), 6),
+        val_loss_std=round(spread(losses), 6),
+        val_bpb_std=round(spread(bpbs), 6),
+        seeds=list(seeds),
         seed_results=results,
-        bytes_total=max(facts.artifact_bytes for facts in runs) + counted, bytes_code=counted,
-        hardware="8xH100 80GB HBM3", pytorch_version="2.9.1+cu128")
+        bytes_total=max(facts.artifact_bytes for facts in runs) + counted,
+        bytes_code=counted,
+        hardware="8xH100 80GB HBM3",
+        pytorch_version="2.9.1+cu128",
+    )
 
 
 def readme(kind: str, seeds: tuple[int, ...], runs: list[RunFacts], data: dict) -> str:
-    rows = [f"| {seed} | {facts.step} | {facts.bpb_of(claimed(kind, facts)):.6f} | "
-            f"{facts.artifact_bytes + data['bytes_code']:,} |"
-            for seed, facts in zip(seeds, runs, strict=True)]
-    return "\n".join([
-        f"# Bigrams: val_bpb {data['val_bpb']}", "", f"The mean of {len(seeds)} seeds. The largest submission has "
-        f"{data['bytes_total']:,} bytes, {data['bytes_total'] / 1e6:.3f} MB.", "", "| seed | steps | val_bpb | bytes |",
-        "|---|---|---|---|", *rows, "", "Run: `python train_gpt.py`", ""])
+    rows = [
+        f"| {seed} | {facts.step} | {facts.bpb_of(claimed(kind, facts)):.6f} | "
+        f"{facts.artifact_bytes + data['bytes_code']:,} |"
+        for seed, facts in zip(seeds, runs, strict=True)
+    ]
+    return "\n".join(
+        [
+            f"# Bigrams: val_bpb {data['val_bpb']}",
+            "",
+            f"The mean of {len(seeds)} seeds. The largest submission has "
+            f"{data['bytes_total']:,} bytes, {data['bytes_total'] / 1e6:.3f} MB.",
+            "",
+            "| seed | steps | val_bpb | bytes |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "Run: `python train_gpt.py`",
+            "",
+        ]
+    )
 
 
 GOOD = {f"2026-05-01_Good-{kind}": kind for kind in LOGS}
