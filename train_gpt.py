@@ -19,6 +19,7 @@ import functools
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
 import platform
@@ -31,7 +32,7 @@ import time
 import uuid
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -61,132 +62,199 @@ def need(holds: Any, message: str, kind: type[Exception] = UserError) -> None:
 # Upper-case names in the environment override the preset, which overrides these defaults (the challenge's). A name that
 # only resembles a setting is an error: elsewhere it is ignored, and people train the wrong model for $20 an hour.
 def knob(
-    default, help: str, low: float | None = None, high: float | None = None, choices: tuple = ()
-):
-    """A setting: its default, what it does, and the values that it may take."""
+    default: Any,
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    *,
+    role: str = "",
+) -> Any:
+    """Declare a setting: its default, what it does, the values that it may take, and its role.
+
+    Roles of `Config`: place (where files lie), runtime (free to change on resume), seed, schedule, model (what a
+    reader needs to rebuild the model), optimiser, rounding, size.
+    """
     return field(
-        default=default, metadata={"help": help, "low": low, "high": high, "choices": choices}
+        default=default,
+        metadata={"help": help, "low": low, "high": high, "choices": choices, "role": role},
     )
+
+
+def names_with_role(config_class: type, *roles: str) -> list[str]:
+    """Return the names of the settings that have one of these roles, in the order of declaration."""
+    return [f.name for f in fields(config_class) if f.metadata["role"] in roles]
 
 
 @dataclass(frozen=True)
 class Config:
     # Where
     data_path: str = knob(
-        "", "folder of *_train_*.bin and *_val_*.bin; unset: FineWeb if there, else embedded corpus"
+        "",
+        "folder of *_train_*.bin and *_val_*.bin; unset: FineWeb if there, else embedded corpus",
+        role="place",
     )
-    tokenizer_path: str = knob("", "SentencePiece model; unset: the one beside the shards")
-    out_dir: str = knob(".", "where artifact, checkpoint and logs/ are written")
-    run_id: str = knob("", "names the log; unset: random")
-    seed: int = knob(1337, "seed of the initial weights", 0, 2**63 - 1)
-    resume: bool = knob(False, "1 continues from OUT_DIR/checkpoint.pt")
-    device: str = knob("", "unset: the best there is", choices=("", "cpu", "cuda", "mps"))
-    compile: bool = knob(False, "torch.compile: pays on CUDA, costs a minute")
+    tokenizer_path: str = knob(
+        "", "SentencePiece model; unset: the one beside the shards", role="place"
+    )
+    out_dir: str = knob(".", "where artifact, checkpoint and logs/ are written", role="place")
+    run_id: str = knob("", "names the log; unset: random", role="place")
+    seed: int = knob(1337, "seed of the initial weights", 0, 2**63 - 1, role="seed")
+    resume: bool = knob(False, "1 continues from OUT_DIR/checkpoint.pt", role="runtime")
+    device: str = knob(
+        "", "unset: the best there is", choices=("", "cpu", "cuda", "mps"), role="runtime"
+    )
+    compile: bool = knob(False, "torch.compile: pays on CUDA, costs a minute", role="runtime")
     wandb_mode: str = knob(
-        "", "Weights & Biases, when asked for", choices=("", "online", "offline", "disabled")
+        "",
+        "Weights & Biases, when asked for",
+        choices=("", "online", "offline", "disabled"),
+        role="runtime",
     )
     # Length and schedule
-    iterations: int = knob(20_000, "steps at most", 1)
+    iterations: int = knob(20_000, "steps at most", 1, role="schedule")
     max_wallclock_seconds: float = knob(
-        600.0, "training time at most, GPTQ included; 0 = no cap", 0
+        600.0, "training time at most, GPTQ included; 0 = no cap", 0, role="schedule"
     )
-    warmup_steps: int = knob(20, "steps that compile and are then undone", 0)
+    warmup_steps: int = knob(20, "steps that compile and are then undone", 0, role="runtime")
     warmdown_frac: float = knob(
-        0.09, "last part of the run, in which the learning rate falls", 0, 1
+        0.09, "last part of the run, in which the learning rate falls", 0, 1, role="schedule"
     )
-    min_lr: float = knob(0.0, "learning rate at the end, as a part of the peak", 0, 1)
-    train_batch_tokens: int = knob(524_288, "tokens a step, on any number of devices", 8)
+    min_lr: float = knob(
+        0.0, "learning rate at the end, as a part of the peak", 0, 1, role="schedule"
+    )
+    train_batch_tokens: int = knob(
+        524_288, "tokens a step, on any number of devices", 8, role="schedule"
+    )
     micro_batch_tokens: int = knob(
-        0, "tokens a forward pass at most; 0 = an eighth of the batch", 0
+        0, "tokens a forward pass at most; 0 = an eighth of the batch", 0, role="runtime"
     )
-    train_seq_len: int = knob(1024, "tokens a sequence", 2, 65_536)
+    train_seq_len: int = knob(1024, "tokens a sequence", 2, 65_536, role="model")
     byte_loss_alpha: float = knob(
-        0.0, "training loss weighted by a token's bytes: 0 plain, 1 fully", 0, 1
+        0.0, "training loss weighted by a token's bytes: 0 plain, 1 fully", 0, 1, role="schedule"
     )
     # Reporting
-    val_batch_size: int = knob(524_288, "tokens of eight validation passes", 1)
-    val_loss_every: int = knob(1000, "steps between validations; 0 = only at the end", 0)
-    train_log_every: int = knob(200, "steps between log lines", 1)
+    val_batch_size: int = knob(524_288, "tokens of eight validation passes", 1, role="runtime")
+    val_loss_every: int = knob(
+        1000, "steps between validations; 0 = only at the end", 0, role="runtime"
+    )
+    train_log_every: int = knob(200, "steps between log lines", 1, role="runtime")
     checkpoint_seconds: float = knob(
-        300.0, "seconds between checkpoints; 0 = only at the end, or when interrupted", 0
+        300.0,
+        "seconds between checkpoints; 0 = only at the end, or when interrupted",
+        0,
+        role="runtime",
     )
     holdout_tokens: int = knob(
-        262_144, "last training tokens, kept apart to judge averages and GPTQ", 1
+        262_144, "last training tokens, kept apart to judge averages and GPTQ", 1, role="schedule"
     )
     # Model
-    vocab_size: int = knob(1024, "pieces of the tokenizer", 4, 65_536)
-    num_layers: int = knob(9, "transformer blocks", 1, 256)
-    model_dim: int = knob(512, "width", 8, 16_384)
-    num_heads: int = knob(8, "query heads", 1, 256)
-    num_kv_heads: int = knob(4, "key and value heads", 1, 256)
-    mlp_mult: float = knob(2.0, "MLP width, in model widths", 0.25, 16)
-    leaky_slope: float = knob(0.0, "squared LeakyReLU of this slope; 0 = squared ReLU", 0, 1)
-    logit_softcap: float = knob(30.0, "logits stay within plus and minus this", 1, 1e4)
-    tied_embed_init_std: float = knob(0.005, "initial spread of the tied embedding", 0, 1e3)
-    rope_base: float = knob(10_000.0, "RoPE: how much slower the slowest dimension turns", 1, 1e9)
-    rope_dims: int = knob(0, "dimensions of a head that rotate; 0 = all", 0, 16_384)
-    qk_gain_init: float = knob(1.5, "initial gain of normalised queries", 0, 1e3)
-    ortho_init: bool = knob(False, "orthogonal initial matrices")
-    smear_gate: bool = knob(False, "mix each embedding with the one before it, never across BOS")
-    bigram_vocab_size: int = knob(0, "buckets of the hashed bigram embedding; 0 = none", 0, 1 << 20)
-    bigram_dim: int = knob(128, "its width", 1, 16_384)
+    vocab_size: int = knob(1024, "pieces of the tokenizer", 4, 65_536, role="model")
+    num_layers: int = knob(9, "transformer blocks", 1, 256, role="model")
+    model_dim: int = knob(512, "width", 8, 16_384, role="model")
+    num_heads: int = knob(8, "query heads", 1, 256, role="model")
+    num_kv_heads: int = knob(4, "key and value heads", 1, 256, role="model")
+    mlp_mult: float = knob(2.0, "MLP width, in model widths", 0.25, 16, role="model")
+    leaky_slope: float = knob(
+        0.0, "squared LeakyReLU of this slope; 0 = squared ReLU", 0, 1, role="model"
+    )
+    logit_softcap: float = knob(
+        30.0, "logits stay within plus and minus this", 1, 1e4, role="model"
+    )
+    tied_embed_init_std: float = knob(
+        0.005, "initial spread of the tied embedding", 0, 1e3, role="model"
+    )
+    rope_base: float = knob(
+        10_000.0, "RoPE: how much slower the slowest dimension turns", 1, 1e9, role="model"
+    )
+    rope_dims: int = knob(0, "dimensions of a head that rotate; 0 = all", 0, 16_384, role="model")
+    qk_gain_init: float = knob(1.5, "initial gain of normalised queries", 0, 1e3, role="model")
+    ortho_init: bool = knob(False, "orthogonal initial matrices", role="model")
+    smear_gate: bool = knob(
+        False, "mix each embedding with the one before it, never across BOS", role="model"
+    )
+    bigram_vocab_size: int = knob(
+        0, "buckets of the hashed bigram embedding; 0 = none", 0, 1 << 20, role="model"
+    )
+    bigram_dim: int = knob(128, "its width", 1, 16_384, role="model")
     xsa_last_n: int = knob(
-        0, "last layers whose attention output drops its own value's direction", 0, 256
+        0,
+        "last layers whose attention output drops its own value's direction",
+        0,
+        256,
+        role="model",
     )
-    ln_scale: bool = knob(False, "scale layer i's input by 1/sqrt(i+1)")
-    attn_gate: bool = knob(False, "gate each head's output by the first 12 inputs")
+    ln_scale: bool = knob(False, "scale layer i's input by 1/sqrt(i+1)", role="model")
+    attn_gate: bool = knob(False, "gate each head's output by the first 12 inputs", role="model")
     parallel_start_layer: int = knob(
-        0, "from this layer attention and MLP have a lane each; 0 = none", 0, 255
+        0, "from this layer attention and MLP have a lane each; 0 = none", 0, 255, role="model"
     )
-    loop_start: int = knob(0, "first layer of depth recurrence", 0, 255)
-    loop_end: int = knob(0, "last layer of depth recurrence", 0, 255)
-    num_loops: int = knob(0, "extra passes over those layers; 0 = none", 0, 16)
-    loop_at_frac: float = knob(0.35, "part of the run after which they loop", 0, 1)
-    loop_adaln: bool = knob(False, "scale, shift and gate of its own for each extra pass")
+    loop_start: int = knob(0, "first layer of depth recurrence", 0, 255, role="model")
+    loop_end: int = knob(0, "last layer of depth recurrence", 0, 255, role="model")
+    num_loops: int = knob(0, "extra passes over those layers; 0 = none", 0, 16, role="model")
+    loop_at_frac: float = knob(0.35, "part of the run after which they loop", 0, 1, role="model")
+    loop_adaln: bool = knob(
+        False, "scale, shift and gate of its own for each extra pass", role="model"
+    )
     # Optimisers
-    matrix_lr: float = knob(0.04, "Muon, for the matrices", 0)
-    scalar_lr: float = knob(0.04, "AdamW, for vectors and gates", 0)
-    tied_embed_lr: float = knob(0.05, "AdamW, for embeddings", 0)
-    muon_momentum: float = knob(0.95, "Muon's momentum", 0, 1)
-    muon_momentum_warmup_start: float = knob(0.85, "its first value", 0, 1)
-    muon_momentum_warmup_steps: int = knob(500, "steps until it is reached", 0)
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 20)
+    matrix_lr: float = knob(0.04, "Muon, for the matrices", 0, role="optimiser")
+    scalar_lr: float = knob(0.04, "AdamW, for vectors and gates", 0, role="optimiser")
+    tied_embed_lr: float = knob(0.05, "AdamW, for embeddings", 0, role="optimiser")
+    muon_momentum: float = knob(0.95, "Muon's momentum", 0, 1, role="optimiser")
+    muon_momentum_warmup_start: float = knob(0.85, "its first value", 0, 1, role="optimiser")
+    muon_momentum_warmup_steps: int = knob(500, "steps until it is reached", 0, role="optimiser")
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 20, role="optimiser")
     muon_polar_express: bool = knob(
-        False, "Polar Express coefficients in place of a fixed polynomial"
+        False, "Polar Express coefficients in place of a fixed polynomial", role="optimiser"
     )
-    muon_row_normalize: bool = knob(False, "normalise rows before orthogonalising")
-    muon_wd: float = knob(0.0, "decoupled weight decay of matrices", 0)
-    adam_wd: float = knob(0.0, "of vectors and gates", 0)
-    embed_wd: float = knob(0.0, "of embeddings", 0)
-    beta1: float = knob(0.9, "AdamW", 0, 1)
-    beta2: float = knob(0.95, "AdamW", 0, 1)
-    adam_eps: float = knob(1e-8, "AdamW", 0)
-    grad_clip_norm: float = knob(0.0, "largest gradient norm; 0 = none", 0)
+    muon_row_normalize: bool = knob(
+        False, "normalise rows before orthogonalising", role="optimiser"
+    )
+    muon_wd: float = knob(0.0, "decoupled weight decay of matrices", 0, role="optimiser")
+    adam_wd: float = knob(0.0, "of vectors and gates", 0, role="optimiser")
+    embed_wd: float = knob(0.0, "of embeddings", 0, role="optimiser")
+    beta1: float = knob(0.9, "AdamW", 0, 1, role="optimiser")
+    beta2: float = knob(0.95, "AdamW", 0, 1, role="optimiser")
+    adam_eps: float = knob(1e-8, "AdamW", 0, role="optimiser")
+    grad_clip_norm: float = knob(0.0, "largest gradient norm; 0 = none", 0, role="optimiser")
     # Rounding while training, and averaging
     qat_start_frac: float = knob(
-        1.0, "part of the run after which passes see rounded weights; 1 = never", 0, 1
+        1.0,
+        "part of the run after which passes see rounded weights; 1 = never",
+        0,
+        1,
+        role="schedule",
     )
     swa_start_frac: float = knob(
-        1.0, "part of the run after which weights are averaged; 1 = never", 0, 1
+        1.0, "part of the run after which weights are averaged; 1 = never", 0, 1, role="schedule"
     )
-    swa_every: int = knob(50, "steps between the weights that are averaged", 1)
-    ema_decay: float = knob(0.0, "moving average, as the decay of a 7,000-step run; 0 = none", 0, 1)
+    swa_every: int = knob(50, "steps between the weights that are averaged", 1, role="schedule")
+    ema_decay: float = knob(
+        0.0, "moving average, as the decay of a 7,000-step run; 0 = none", 0, 1, role="schedule"
+    )
     # Artifact
-    attn_bits: int = knob(8, "bits of attention matrices", 4, 8)
-    mlp_bits: int = knob(8, "bits of MLP matrices", 4, 8)
-    embed_bits: int = knob(8, "bits of embeddings", 4, 8)
+    attn_bits: int = knob(8, "bits of attention matrices", 4, 8, role="model")
+    mlp_bits: int = knob(8, "bits of MLP matrices", 4, 8, role="model")
+    embed_bits: int = knob(8, "bits of embeddings", 4, 8, role="model")
     codec: str = knob(
         "auto",
         "coder of the artifact; auto = the smallest",
         choices=("auto", "zstd", "brotli", "ans"),
+        role="runtime",
     )
-    size_budget_bytes: int = knob(16_000_000, "artifact and counted code together", 1)
-    size_margin_bytes: int = knob(20_000, "left free below the budget", 0)
-    extra_code_files: str = knob("", "files counted beside this one, separated by commas")
-    embed_tokenizer: bool = knob(True, "carry the tokenizer inside the artifact")
-    gptq: bool = knob(False, "round with Hessians of training batches")
-    gptq_batches: int = knob(16, "batches of 8 sequences that make the Hessians", 1)
-    gptq_reserve_seconds: float = knob(10.0, "kept for GPTQ inside MAX_WALLCLOCK_SECONDS", 0)
+    size_budget_bytes: int = knob(16_000_000, "artifact and counted code together", 1, role="size")
+    size_margin_bytes: int = knob(20_000, "left free below the budget", 0, role="size")
+    extra_code_files: str = knob(
+        "", "files counted beside this one, separated by commas", role="size"
+    )
+    embed_tokenizer: bool = knob(True, "carry the tokenizer inside the artifact", role="size")
+    gptq: bool = knob(False, "round with Hessians of training batches", role="rounding")
+    gptq_batches: int = knob(
+        16, "batches of 8 sequences that make the Hessians", 1, role="rounding"
+    )
+    gptq_reserve_seconds: float = knob(
+        10.0, "kept for GPTQ inside MAX_WALLCLOCK_SECONDS", 0, role="rounding"
+    )
 
     def __post_init__(self):
         for f in fields(self):
@@ -998,10 +1066,7 @@ MOST_FILE_BYTES, MOST_HEADER_BYTES, MOST_WEIGHTS, MOST_TOKENIZER_BYTES = (
     48_000_000,
     1 << 23,
 )
-# What a reader needs in order to build the model again: the settings under "Model", context and widths.
-NAMES = [f.name for f in fields(Config)]
-WIDTHS = ["train_seq_len", "attn_bits", "mlp_bits", "embed_bits"]
-MODEL_FIELDS = NAMES[NAMES.index("vocab_size") : NAMES.index("matrix_lr")] + WIDTHS
+MODEL_FIELDS = names_with_role(Config, "model")
 HEADER_KINDS = {
     "model": dict,
     "looping": bool,
@@ -2006,14 +2071,22 @@ def set_up(cfg: Config, rt: Runtime, data: Data, log: Log) -> Run:
     return run
 
 
+CODE_STUB_BYTES = 4096  # two loader stubs of 1,450 bytes, and about 20 bytes a file for its name
+
+
+def packed_code_bytes(files: Iterable[str | Path]) -> int:
+    """Return the bytes that these source files count in a record, which ships them packed with LZMA."""
+    sources = b"".join(Path(f).read_bytes() for f in files)
+    return len(lzma.compress(sources, preset=9 | lzma.PRESET_EXTREME)) + CODE_STUB_BYTES
+
+
+@functools.cache  # packing takes up to half a second, which the training clock must not pay
 def code_bytes(cfg: Config) -> int:
-    files = [
-        Path(__file__),
-        *(Path(name.strip()) for name in cfg.extra_code_files.split(",") if name.strip()),
-    ]
-    for f in files:
-        need(f.is_file(), f"EXTRA_CODE_FILES names {f}, which is no file")
-    return sum(f.stat().st_size for f in files)
+    """Return the bytes of code that count against SIZE_BUDGET_BYTES: this file and EXTRA_CODE_FILES, packed."""
+    named = [name.strip() for name in cfg.extra_code_files.split(",") if name.strip()]
+    for name in named:
+        need(Path(name).is_file(), f"EXTRA_CODE_FILES names {name}, which is no file")
+    return packed_code_bytes([__file__, *named])
 
 
 def size_target(cfg: Config) -> int:
@@ -2266,10 +2339,7 @@ def log_rounding(run: Run) -> None:
 
 # ==== CHECKPOINTS =====================================================================================================
 # Settings that a resumed run may change: they touch neither weights nor the order of the data.
-FREE_ON_RESUME = set(
-    "resume run_id out_dir data_path wandb_mode train_log_every val_loss_every checkpoint_seconds "
-    "val_batch_size compile device codec warmup_steps micro_batch_tokens".split()
-)
+FREE_ON_RESUME = set(names_with_role(Config, "place", "runtime"))
 
 
 def checkpoint_path(cfg: Config) -> Path:
@@ -2491,7 +2561,7 @@ def export(run: Run) -> Path:
     hessians, path = choose_rounding(run), Path(cfg.out_dir) / f"final_model.int{bits}.ptz"
     if run.rt.rank == 0:
         raw = save(Path(cfg.out_dir) / "final_model.pt", run.model.state_dict())
-        log(f"Serialized model: {raw} bytes\nCode size: {code} bytes")
+        log(f"Serialized model: {raw} bytes\nCode size: {code} bytes packed")
         blob, rounded, codec = fit_artifact(run, hessians)
         with replacing(path) as f:
             f.write(blob)

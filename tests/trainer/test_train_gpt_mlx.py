@@ -428,8 +428,8 @@ def test_equal_weights_give_equal_bytes(codec, data, tmp_path):
     wanted, _, chosen = train_gpt.fit_artifact(theirs, {})
     got, _, own = train_gpt.fit_artifact(sized, {})
     assert got == wanted and own == chosen and len(said) == 6 * (codec == "auto")
-    assert train_gpt.code_bytes(sized.cfg) == sum(
-        Path(m.__file__).stat().st_size for m in (train_gpt, ours)
+    assert train_gpt.code_bytes(sized.cfg) == train_gpt.packed_code_bytes(
+        [train_gpt.__file__, ours.__file__]
     )
 
 
