@@ -20,8 +20,9 @@ from tqdm import tqdm
 from fairway.correction.oracle import build_table, default_budget, viewer
 from fairway.correction.table import CODECS, NOTICE, attach, charge, table_bytes, write_table
 from fairway.scoring.columns import columns_in_memory
-from fairway.scoring.mixed import code_sizes, load_text
 from fairway.scoring.settings import EvalConfig
+from fairway.scoring.shipped import code_sizes
+from fairway.scoring.text import load_text
 from train_gpt import Runtime, UserError, best_device, build_model, file_sha256, need, read_artifact
 
 

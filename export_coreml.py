@@ -45,8 +45,8 @@ from fairway.coreml.parity import LONG, check, table_of, variants
 from fairway.decoding.strategies import Strategy
 from fairway.decoding.writing import Writer
 from fairway.options import Parser, need_place, save_json
-from fairway.scoring.mixed import Text, load_text
 from fairway.scoring.settings import EvalConfig
+from fairway.scoring.text import Text, load_text
 from train_gpt import UserError, need, read_shard
 
 HERE = Path(__file__).resolve().parent

@@ -35,8 +35,8 @@ from fairway.decoding.search import Reader, plain  # noqa: E402
 from fairway.decoding.speculative import Speculation  # noqa: E402
 from fairway.decoding.strategies import Strategy  # noqa: E402
 from fairway.scoring.memory import Memory  # noqa: E402
-from fairway.scoring.mixed import load_text  # noqa: E402
 from fairway.scoring.settings import EvalConfig  # noqa: E402
+from fairway.scoring.text import load_text  # noqa: E402
 from train_gpt import GPT, PRESETS, Artifact, Config, initialise, read_shard  # noqa: E402
 
 PROMPT, WRITTEN, PLACES = 64, 128, 5  # tokens, and how many prompts

@@ -32,8 +32,8 @@ from fairway.correction import table  # noqa: E402
 from fairway.correction.entries import Entries, View, scatter_bits  # noqa: E402
 from fairway.correction.oracle import model_view, viewer  # noqa: E402
 from fairway.scoring.columns import columns_in_memory  # noqa: E402
-from fairway.scoring.mixed import load_text  # noqa: E402
 from fairway.scoring.settings import EvalConfig  # noqa: E402
+from fairway.scoring.text import load_text  # noqa: E402
 
 ENTRIES, ROWS = (
     907_927,

@@ -26,8 +26,8 @@ from fairway.decoding.search import Reader  # noqa: E402
 from fairway.decoding.strategies import Strategy  # noqa: E402
 from fairway.decoding.writing import Writer  # noqa: E402
 from fairway.scoring.memory import Memory, bytes_a_token, rotations  # noqa: E402
-from fairway.scoring.mixed import load_text  # noqa: E402
 from fairway.scoring.settings import EvalConfig  # noqa: E402
+from fairway.scoring.text import load_text  # noqa: E402
 from train_gpt import document_bounds  # noqa: E402
 
 ROUNDS = 160  # of the cache's timing, for each repeat

@@ -42,7 +42,8 @@ import reference_mixing  # noqa: E402
 
 from fairway.scoring.commits import CHAIN_START, chained  # noqa: E402
 from fairway.scoring.experts import match, ngram  # noqa: E402
-from fairway.scoring.experts.mixing import TEMPERATURES, Inputs, Mixture  # noqa: E402
+from fairway.scoring.experts.mixing import Inputs, Mixture  # noqa: E402
+from fairway.scoring.experts.temperature import TEMPERATURES, tempered  # noqa: E402
 from fairway.scoring.mixed import COMMIT_ROWS, DEFAULT_EXPERTS, make_match, make_ngram  # noqa: E402
 from fairway.scoring.settings import EvalConfig  # noqa: E402
 from train_gpt import BOS_ID, UserError, need, read_shard  # noqa: E402
@@ -86,8 +87,7 @@ class Text:
         self.p /= self.p.sum(1, keepdims=True)
         tables, follower = {"logp": np.log(self.p)}, np.roll(self.base, -1)
         for name, t in TEMPERATURES.items():
-            again = tables["logp"] / t
-            tables[name] = again - np.log(np.exp(again).sum(1, keepdims=True))
+            tables[name] = tempered(tables["logp"], t)
         self.logp = tables["logp"]
         self.columns = {name: table[self.base, follower] for name, table in tables.items()}
         self.columns["entropy"] = -(self.p * self.logp).sum(1)[self.base]

@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from fairway.scoring.columns import columns_in_memory  # noqa: E402
-from fairway.scoring.mixed import load_text  # noqa: E402
 from fairway.scoring.neural import Neural  # noqa: E402
 from fairway.scoring.settings import EvalConfig  # noqa: E402
+from fairway.scoring.text import load_text  # noqa: E402
 from train_gpt import Runtime, build_model, read_artifact  # noqa: E402
 
 

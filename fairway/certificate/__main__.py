@@ -19,7 +19,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from fairway.certificate import certify
-from fairway.certificate.rules import ROOT, imported_code
+from fairway.scoring.shipped import ROOT, imported_code
 from train_gpt import BOS_ID, UserError, need, read_shard, replacing
 
 SYNTHETIC_TOKENS = 20_000

@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import train_gpt
 from fairway.certificate.trial import SHORTEST, CannotTell, Failed, Trial, gap
 from fairway.scoring.commits import verify_chain
+from fairway.scoring.shipped import ROOT, imported_code
 from train_gpt import BOS_ID, ByteTable, ShardError, audit_bytes, document_bounds
 
-ROOT = Path(train_gpt.__file__).resolve().parent
 EXACT = 1e-9  # of a sum of probabilities, and of a log-probability against its distribution
 TOLERANCE_LIMIT = 1e-4
 CHANCE = math.log(
@@ -452,20 +449,6 @@ def smear(trial: Trial) -> tuple[str, dict]:
                 position=at,
             )
     return f"{len(places)} BOS read the same after any document", {"places": len(places)}
-
-
-def imported_code() -> dict[str, int]:
-    """This repository's modules that are imported now: path from its root → bytes. Tests and benchmarks are not."""
-    found = {}
-    for module in list(sys.modules.values()):
-        path = Path(getattr(module, "__file__", None) or os.devnull).resolve()
-        parts = path.relative_to(ROOT).parts if path.is_relative_to(ROOT) else (".",)
-        ours = parts[0] not in ("tests", "bench") and not any(
-            p[0] == "." or p == "site-packages" for p in parts
-        )
-        if ours and path.is_file():  # torch names files that there are not
-            found["/".join(parts)] = path.stat().st_size
-    return found
 
 
 def code_and_artifact(sizes: dict | None, budget_bytes: int) -> tuple[str, dict]:

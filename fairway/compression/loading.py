@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fairway.compression.spelling import Speller
-from fairway.scoring.mixed import load_tokenizer
+from fairway.scoring.text import load_tokenizer
 from train_gpt import GPT, Artifact, Runtime, best_device, build_model, need, read_artifact
 
 SMALL = 1 << 22  # weights

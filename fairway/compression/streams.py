@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fairway.scoring.experts.match import Matches
-from fairway.scoring.experts.mixing import TEMPERATURES, TINY, Inputs, Mixture
+from fairway.scoring.experts.mixing import TINY, Inputs, Mixture
 from fairway.scoring.experts.ngram import Evidence
+from fairway.scoring.experts.temperature import TEMPERATURES, tempered
 from fairway.scoring.memory import Memory
 from fairway.scoring.mixed import DEFAULT_EXPERTS, empty_ngram, make_match
 from fairway.scoring.neural import Neural, in_float64
@@ -138,10 +139,7 @@ class Mixed:
     def inputs(self, tokens: np.ndarray, grams: Evidence, matches: Matches) -> Inputs:
         """What a mixture reads about the tokens that came, one in each stream."""
         logp, rows = np.log(np.maximum(self.held, TINY)), np.arange(self.streams)
-        again = {
-            name: logp / t - np.log(np.exp(logp / t).sum(axis=1, keepdims=True))
-            for name, t in TEMPERATURES.items()
-        }
+        again = {name: tempered(logp, t) for name, t in TEMPERATURES.items()}
         sizes = self.table.base[tokens] + (
             self.table.space[tokens] & ~self.table.boundary[self.last]
         )

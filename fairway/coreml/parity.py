@@ -19,7 +19,7 @@ from fairway.coreml.engine import Chain, Runner, Used
 from fairway.coreml.export import QUANTISATIONS, Choice, Source, export, folder_bytes
 from fairway.coreml.layout import SHAPES
 from fairway.scoring.memory import Memory
-from fairway.scoring.mixed import Text
+from fairway.scoring.text import Text
 from train_gpt import need
 
 STREAM = 64  # tokens of a comparison

@@ -18,23 +18,16 @@ import torch
 from tqdm import tqdm
 
 from fairway.certificate import LEAST_TOKENS, Certificate, Verdict, certify
+from fairway.scoring.ablation import ablation, as_rows, delayed
 from fairway.scoring.adaptation import adapting
 from fairway.scoring.columns import Columns, open_columns
 from fairway.scoring.experts.match import Matches
 from fairway.scoring.experts.mixing import EXPERTS
-from fairway.scoring.mixed import (
-    MixedScorer,
-    Text,
-    ablation,
-    as_rows,
-    code_hashes,
-    code_sizes,
-    delayed,
-    find_matches,
-    load_text,
-)
+from fairway.scoring.mixed import MixedScorer, find_matches
 from fairway.scoring.neural import KINDS, Neural
 from fairway.scoring.settings import EvalConfig
+from fairway.scoring.shipped import code_hashes, code_sizes
+from fairway.scoring.text import Text, load_text
 from train_gpt import Log, Runtime, build_model, file_sha256, need, read_artifact, replacing
 
 DELAY = 1024  # tokens: what is left of the experts' gain when they may use older text only

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fairway.scoring.columns import Columns
-from fairway.scoring.experts.mixing import TEMPERATURES
+from fairway.scoring.experts.temperature import TEMPERATURES, tempered_at
 from fairway.scoring.memory import Memory, rotations
 from fairway.scoring.settings import EvalConfig
 from train_gpt import GPT, Runtime, document_bounds, need
@@ -88,7 +88,7 @@ def measure(
         "entropy": lambda: total - ((z - total[:, None]).exp() * z).sum(dim=1),
         "hint": lambda: pick(z, np.maximum(hints, 0)) - total,
         **{
-            name: lambda t=t: pick(z, targets) / t - (z / t).logsumexp(dim=1)
+            name: lambda t=t: tempered_at(z, pick(z, targets), t)
             for name, t in TEMPERATURES.items()
         },
     }

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fairway.certificate import CHAIN_START, Commit, certify, chained, verify_chain
 from fairway.certificate.__main__ import main, synthetic_tokens
-from fairway.certificate.rules import imported_code
+from fairway.scoring.shipped import imported_code
 from tests.zoo import CHEATS, HONEST, UNSEEN, verdicts_on, zoo_table
 from tests.zoo.honest import TABLE, TEXT, TOKENIZER, Bigram, Smeared, Uniform, V
 from train_gpt import BOS_ID, ByteTable, UserError, write_shard

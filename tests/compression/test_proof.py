@@ -13,8 +13,9 @@ from fairway.compression.bitstream import read_bitstream, unpacked
 from fairway.compression.compressor import Coder
 from fairway.scoring.adaptation import adapting
 from fairway.scoring.evaluation import Evaluation
-from fairway.scoring.mixed import MixedScorer, load_text
+from fairway.scoring.mixed import MixedScorer
 from fairway.scoring.settings import EvalConfig
+from fairway.scoring.text import load_text
 from train_gpt import Config, Log, Runtime, UserError, build_model, read_artifact, read_shard
 
 COUNT = 600

@@ -21,8 +21,8 @@ from fairway.coreml.parity import (
     table_of,
     variants,
 )
-from fairway.scoring.mixed import load_text
 from fairway.scoring.settings import EvalConfig
+from fairway.scoring.text import load_text
 from train_gpt import UserError
 
 apple = pytest.mark.apple

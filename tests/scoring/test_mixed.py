@@ -9,25 +9,22 @@ import torch
 from conftest import ROOT, english_like, train_tokenizer
 
 from fairway.certificate import certify, verify_chain
+from fairway.scoring.ablation import VARIANTS, ablation, as_rows, delayed
 from fairway.scoring.adaptation import adapting
 from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.experts.mixing import Mixture
 from fairway.scoring.mixed import (
     COMMIT_ROWS,
     DEFAULT_EXPERTS,
-    VARIANTS,
     MixedScorer,
-    ablation,
-    as_rows,
     chunks,
-    code_sizes,
-    delayed,
     find_matches,
-    load_text,
     make_ngram,
 )
 from fairway.scoring.neural import KINDS
 from fairway.scoring.settings import EvalConfig
+from fairway.scoring.shipped import code_sizes
+from fairway.scoring.text import load_text
 from train_gpt import BOS_ID, Runtime, UserError, build_model, read_artifact, write_shard
 
 ALONE = Runtime(0, 1, torch.device("cpu"), "test")

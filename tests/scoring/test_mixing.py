@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from reference_mixing import ReferenceMixture, rows_of
 
 from fairway.scoring.experts.match import Match, Matches
-from fairway.scoring.experts.mixing import EXPERTS, TEMPERATURES, WEIGHTS, Inputs, Mixture
+from fairway.scoring.experts.mixing import EXPERTS, WEIGHTS, Inputs, Mixture
 from fairway.scoring.experts.ngram import Evidence, NGram
+from fairway.scoring.experts.temperature import TEMPERATURES
 from fairway.scoring.settings import EvalConfig
 from train_gpt import UserError
 

@@ -13,7 +13,7 @@ from test_model import trained
 
 from fairway.scoring import neural as scoring
 from fairway.scoring.columns import columns_in_memory
-from fairway.scoring.experts.mixing import TEMPERATURES
+from fairway.scoring.experts.temperature import TEMPERATURES
 from fairway.scoring.neural import KINDS, Neural, Windows, coverage, measure, plan
 from fairway.scoring.settings import EvalConfig
 from train_gpt import BOS_ID, GPT, Runtime, UserError, mean_nats

@@ -9,7 +9,7 @@ from tests.zoo.honest import HONEST, TEXT, TOKENIZER
 __all__ = ["CHEATS", "HONEST", "UNSEEN", "verdicts_on", "zoo_table"]
 
 from fairway.certificate import Certificate, certify
-from fairway.certificate.rules import imported_code
+from fairway.scoring.shipped import imported_code
 
 CHEATS = [*ahead.CHEATS, *targets.CHEATS, *books.CHEATS]
 UNSEEN = books.UNSEEN  # what no run of a scorer can tell from an honest one

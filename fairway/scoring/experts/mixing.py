@@ -19,14 +19,11 @@ from fairway.scoring.experts import match, ngram
 from fairway.scoring.experts.match import Matches
 from fairway.scoring.experts.ngram import Evidence
 from fairway.scoring.experts.state import reading_state, same_shape, write_state
+from fairway.scoring.experts.temperature import TEMPERATURES, tempered
 from fairway.scoring.settings import EvalConfig
 
 EXPERTS = ("neural", "sharp", "flat", "ngram", "bigram", "match", "chain", "tilt")
 NEURAL, SHARP, FLAT, NGRAM, BIGRAM, MATCH, CHAIN, TILT = range(len(EXPERTS))
-TEMPERATURES = {
-    "sharp": 0.85,
-    "flat": 1.2,
-}  # the neural model again, so that a mixture can correct how sure it is
 COUNT = len(EXPERTS)
 WEIGHTS = ("exponential", "share", "em", "sets", "gate")
 EXPONENTIAL, SHARE, EM, SETS, GATE = range(len(WEIGHTS))
@@ -416,9 +413,7 @@ class Mixture:
         """float64[V] for the next place, given the neural distribution p, the n-gram's evidence about every candidate,
         and the match expert's (hint, length, rate)."""
         size, logp = self.vocab_size, np.log(np.maximum(p, TINY))
-        again = {
-            name: logp / t - np.log(np.exp(logp / t).sum()) for name, t in TEMPERATURES.items()
-        }
+        again = {name: tempered(logp, t) for name, t in TEMPERATURES.items()}
         token, length, rate = hint
         matches = Matches(
             np.full(size, token, np.int32), np.full(size, length, np.uint16), np.full(size, rate)
