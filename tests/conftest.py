@@ -194,7 +194,7 @@ def read_events(out_dir: Path, run_id: str = "test") -> list[dict]:
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory, corpus):
     """`exported(**choice)`: a folder of CoreML shards of a small random model, made once for all processes of a run."""
-    from test_writing import make_artifact
+    from artifacts import make_artifact
 
     from fairway.coreml.export import Choice, Source, export
 

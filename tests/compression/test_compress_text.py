@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from artifacts import TINY, encoded, trained
 from conftest import english_like
-from test_artifact import TINY, encoded, trained
 
 import compress_text
 from fairway.compression.bitstream import DEVICES, BitstreamError, packed, unpacked

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_artifact import TINY, encoded, trained, write
+from artifacts import TINY, encoded, trained, write
 
 from fairway.compression import loading
 from fairway.compression.loading import load

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_artifact import TINY, encoded, trained, write
+from artifacts import TINY, encoded, trained, write
 
 from fairway.compression import proof
 from fairway.compression.bitstream import read_bitstream, unpacked

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import trained
+from models import trained
 
 from fairway.compression.streams import Mixed, Rolling, Windowed
 from fairway.scoring.adaptation import adapting

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import FEATURES, trained
+from models import FEATURES, trained
 
 from fairway.compression.loading import load
 from fairway.coreml import graph, layout

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import trained
+from models import trained
 
 from fairway.coreml import export as module
 from fairway.coreml.engine import Chain, interpreted

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_model import FEATURES, some_tokens, trained
+from models import FEATURES, some_tokens, trained
 
 from fairway.coreml import graph, layout
 from fairway.coreml.graph import EXACT, Precision, host_tables

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import FEATURES, some_tokens, trained
+from models import FEATURES, some_tokens, trained
 
 from fairway.coreml.graph import host_tables
 from fairway.coreml.host import Embedding, mask_of, rotations

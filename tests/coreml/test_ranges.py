@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_model import FEATURES, trained
+from models import FEATURES, trained
 
 from fairway.coreml.graph import Norm, Precision, host_tables
 from fairway.coreml.ranges import (

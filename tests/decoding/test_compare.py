@@ -4,8 +4,8 @@ import io
 import json
 
 import pytest
+from artifacts import make_artifact
 from rich.console import Console
-from test_writing import make_artifact
 
 from fairway.decoding.compare import Task, compare, of_texts, tables
 from fairway.decoding.strategies import FILTERS, Strategy

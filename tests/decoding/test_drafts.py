@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import FEATURES, trained
+from models import FEATURES, trained
 from test_search import Fixed, table
 
 from fairway.decoding.drafts import Gate, Guess, Model, NGram, Suffix

@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 import pytest
+from artifacts import make_artifact
 from conftest import ROOT, train_tokenizer
-from test_writing import make_artifact
 
 import generate
 

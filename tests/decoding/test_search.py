@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import FEATURES, trained
+from models import FEATURES, trained
 
 from fairway.decoding.search import Reader, beam, plain
 from fairway.decoding.strategies import Strategy, log_softmax

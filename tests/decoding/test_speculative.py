@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import english_like
+from models import FEATURES, initial, trained
 from scipy.stats import chisquare
-from test_model import FEATURES, initial, trained
 from test_search import Fixed, begun, logp_of, table
 
 import fairway.decoding.speculative as speculative

@@ -1,16 +1,14 @@
 """From an artifact to text: characters are whole, stop strings never seen, and wrong files are named in one line."""
 
-import dataclasses
 import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Corpus, train_tokenizer
+from artifacts import make_artifact
+from conftest import train_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_artifact import encoded, write
-from test_model import trained
 
 from fairway.decoding.drafts import Model, NGram, Suffix
 from fairway.decoding.search import Step
@@ -20,23 +18,6 @@ from fairway.decoding.writing import write as write_text
 from train_gpt import BOS_ID, Config, UserError
 
 PROMPT = "The people of"
-
-
-def make_artifact(
-    folder: Path,
-    corpus: Corpus,
-    name: str = "model.ptz",
-    tokenizer: bytes = b"",
-    inside: bool = True,
-    **settings,
-) -> Path:
-    """An artifact of a small random model that speaks the corpus's tokens."""
-    model = trained(
-        **dict(vocab_size=corpus.vocab_size, train_seq_len=32, train_batch_tokens=256) | settings
-    )
-    model.cfg = dataclasses.replace(model.cfg, embed_tokenizer=inside)
-    own = (corpus.folder / "tokenizer.model").read_bytes()
-    return write(folder / name, encoded(model, tokenizer=tokenizer or own))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import FEATURES, some_tokens, trained
+from models import FEATURES, some_tokens, trained
 
 from fairway.scoring.memory import KEPT, REWIND, Memory, bytes_a_token, first_layers, rotations
 from train_gpt import GPT, UserError, rope_tables

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_model import trained
+from models import trained
 
 from fairway.scoring import neural as scoring
 from fairway.scoring.columns import columns_in_memory

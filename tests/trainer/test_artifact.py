@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import dataclasses
 import hashlib
 import inspect
 import json
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import zstandard
+from artifacts import TINY, K, encoded, trained, write
 
 import train_gpt
 from train_gpt import (
@@ -26,27 +26,20 @@ from train_gpt import (
     GPT,
     MOST_HEADER_BYTES,
     MOST_WEIGHTS,
-    PRESETS,
     ArtifactError,
     Config,
     ShardError,
     build_model,
     encode_artifact,
-    initialise,
     quantised,
     read_artifact,
     read_shard,
-    replacing,
     rounded_parameters,
     tensor_bits,
     weights_replaced,
 )
 
 PRELUDE_BYTES = 48  # magic, version, header's length, header's SHA-256
-TINY = PRESETS["smoke"] | dict(
-    vocab_size=96, model_dim=32, num_heads=2, num_kv_heads=1, train_seq_len=32
-)
-K = 5.0
 CONFIGS = {
     "8 bits": Config(**TINY | dict(attn_bits=8, mlp_bits=8)),
     "6 bits": Config(**TINY),
@@ -75,31 +68,6 @@ CONFIGS = {
         )
     ),
 }
-
-
-def trained(cfg: Config, looping: bool = False) -> GPT:
-    """A model with no parameter at its initial value, as if it had been trained."""
-    model, noise = GPT(cfg), torch.Generator().manual_seed(3)
-    initialise(model, cfg)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=noise) * 0.1)
-    model.looping = looping
-    return model
-
-
-def encoded(
-    model: GPT, codec: str = "brotli", tokenizer: bytes = b"a tokenizer", k: float = K, **settings
-) -> bytes:
-    cfg = dataclasses.replace(model.cfg, **settings)
-    rounded = quantised(dict(model.named_parameters()), k, cfg, {})
-    return encode_artifact(rounded, k, cfg, model.looping, codec, tokenizer)
-
-
-def write(path: Path, data: bytes) -> Path:
-    with replacing(path) as f:
-        f.write(data)
-    return path
 
 
 # ---- Exact -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import FEATURES, config, some_tokens, trained
+from models import FEATURES, config, some_tokens, trained
 from test_training import Finished
 
 import train_gpt

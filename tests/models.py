@@ -1,0 +1,81 @@
+"""Small models with every feature of the trainer, and tokens for them, shared by the tests."""
+
+import torch
+
+from train_gpt import BOS_ID, GPT, Config, initialise
+
+SMALL = dict(
+    vocab_size=97,
+    num_layers=3,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    train_seq_len=16,
+    train_batch_tokens=128,
+    mlp_mult=2.0,
+)
+ALL_ON = dict(
+    num_layers=7,
+    smear_gate=True,
+    bigram_vocab_size=32,
+    bigram_dim=8,
+    xsa_last_n=7,
+    rope_dims=4,
+    ln_scale=True,
+    attn_gate=True,
+    leaky_slope=0.5,
+    parallel_start_layer=5,
+    loop_start=2,
+    loop_end=4,
+    num_loops=2,
+    loop_adaln=True,
+    ortho_init=True,
+)
+LOOPS = dict(num_layers=7, loop_start=2, loop_end=4, num_loops=2)
+FEATURES = {
+    "plain": {},
+    "smear": dict(smear_gate=True),
+    "bigram": dict(bigram_vocab_size=32, bigram_dim=8),
+    "xsa": dict(xsa_last_n=2),
+    "partial_rope": dict(rope_dims=4),
+    "ln_scale": dict(ln_scale=True),
+    "gate": dict(attn_gate=True),
+    "lanes": dict(parallel_start_layer=1),
+    "leaky": dict(leaky_slope=0.5),
+    "loops_off": LOOPS,
+    "loops": LOOPS,
+    "loops_adaln": LOOPS | dict(loop_adaln=True),
+    "all": ALL_ON,
+    "all_but_lanes": ALL_ON | dict(parallel_start_layer=0),
+    "all_plain_loops": ALL_ON | dict(loop_adaln=False),
+}
+
+
+def config(**changed) -> Config:
+    """Return the settings of the small model, with some of them changed."""
+    return Config(**(SMALL | changed))
+
+
+def initial(looping: bool = False, **changed) -> GPT:
+    """Return a small model as a run starts it."""
+    model = GPT(config(**changed))
+    initialise(model, model.cfg)
+    model.looping = looping
+    return model
+
+
+def trained(looping: bool = False, **changed) -> GPT:
+    """Return a small model with noise on every parameter, so that none stays at zero or one."""
+    model = initial(looping, **changed)
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += (0.2 if p.ndim == 2 else 0.3) * torch.randn(p.shape, generator=noise)
+    return model
+
+
+def some_tokens(rows: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:
+    """Return random tokens, int64[rows, length]; each row starts a document, the first row two."""
+    tokens = torch.randint(2, 97, (rows, length), generator=torch.Generator().manual_seed(seed))
+    tokens[:, 0] = tokens[0, 7] = BOS_ID
+    return tokens
