@@ -28,7 +28,16 @@ from fairway.scoring.neural import KINDS, Neural
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.shipped import code_hashes, code_sizes
 from fairway.scoring.text import Text, load_text
-from train_gpt import Log, Runtime, build_model, file_sha256, need, read_artifact, replacing
+from train_gpt import (
+    Log,
+    Runtime,
+    build_model,
+    file_sha256,
+    names_with_role,
+    need,
+    read_artifact,
+    replacing,
+)
 
 DELAY = 1024  # tokens: what is left of the experts' gain when they may use older text only
 BESIDE = (
@@ -39,20 +48,8 @@ BESIDE = (
     "proof",
 )  # stages that the score does not need
 TRACE_POINTS = 256  # of the weights over the split, in score.json
-# Settings that decide the neural columns; with other values they are made anew.
-NEURAL_SETTINGS = (
-    "eval_mode",
-    "eval_seq_len",
-    "eval_stride",
-    "eval_documents",
-    "ntk_rope",
-    "ttt",
-    "ttt_chunk",
-    "ttt_lr",
-    "ttt_epochs",
-    "ttt_rank",
-    "ttt_seconds",
-)
+# Settings that decide the neural columns; other values need other columns.
+NEURAL_SETTINGS = names_with_role(EvalConfig, "neural", "ttt")
 
 
 class Evaluation:

@@ -53,6 +53,23 @@ def test_settings_are_frozen_explained_and_bounded():
         )
 
 
+ROLES = {
+    "place",
+    "runtime",
+    "neural",
+    "experts",
+    "mixture",
+    "ttt",
+    "correction",
+    "certificate",
+    "size",
+}
+
+
+def test_every_setting_has_a_role_and_every_role_a_setting():
+    assert {f.metadata["role"] for f in fields(EvalConfig)} == ROLES
+
+
 def test_help_has_a_line_for_each_setting():
     lines = settings_help().splitlines()
     assert [line.split()[0] for line in lines] == [name.upper() for name in NAMES]
