@@ -36,7 +36,7 @@ $(OUT)/logs/eval.done: $(OUT)/logs/$(PRESET).done eval_final.py $(shell find fai
 	@touch $@
 
 report: $(OUT)/logs/eval.done
-	$(BIN)/python submit.py report $(OUT) --out $(OUT)/report
+	$(BIN)/fairway report $(OUT) --out $(OUT)/report
 
 data: $(CORPUS)
 

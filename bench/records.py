@@ -1,4 +1,4 @@
-"""What `submit.py check` says of record folders, and how long it takes: seconds of processor time a folder.
+"""Run every check of `fairway check` on record folders; print the results and the processor seconds of each folder.
 
     python bench/records.py [FOLDER…]
 
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fairway.records.checks import check  # noqa: E402
+from fairway.records.checks import check_record  # noqa: E402
 
 
 def zoo(out: str) -> list[Path]:
@@ -32,7 +32,7 @@ def zoo(out: str) -> list[Path]:
 
 def judged(folder: Path) -> dict:
     began = time.process_time()
-    verdicts = check(folder)
+    verdicts = check_record(folder)
     seconds = time.process_time() - began
     return dict(
         folder=f"{folder.parent.name}/{folder.name}",

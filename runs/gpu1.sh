@@ -8,7 +8,7 @@ folder=${1:?usage: runs/gpu1.sh FOLDER [TEXT…]}; shift
 python=${PYTHON:-.venv/bin/python}
 [ $# -eq 0 ] || "$python" data/prepare.py --docs "$@" --tokenizer "${TOKENIZER:-train:1024}" --out "$folder"
 export EXTRA_CODE_FILES
-EXTRA_CODE_FILES=$("$python" submit.py code)
+EXTRA_CODE_FILES=$("$python" -m fairway code)
 export -n PRESETS  # the trainer would take it for a misspelt PRESET
 for preset in ${PRESETS:-baseline consensus}; do
   # An eighth of the batch is 98,304 tokens a pass: set MICRO_BATCH_TOKENS=16384 on a card of 24 GB.

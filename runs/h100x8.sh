@@ -7,7 +7,7 @@ python=${PYTHON:-.venv/bin/python}
 "$python" data/download_fineweb.py --variant sp1024 --train-shards 80
 torchrun=("$python" -m torch.distributed.run --standalone --nproc_per_node="${GPUS:-8}")
 export EXTRA_CODE_FILES
-EXTRA_CODE_FILES=$("$python" submit.py code)  # so that artifact and shipped code meet the budget together
+EXTRA_CODE_FILES=$("$python" -m fairway code)  # so that artifact and shipped code meet the budget together
 export -n SEEDS  # the trainer would take it for a misspelt SEED
 runs=()
 for seed in ${SEEDS:-1337 42 2025}; do
@@ -16,6 +16,6 @@ for seed in ${SEEDS:-1337 42 2025}; do
   CHECKPOINT=$(ls "$OUT_DIR"/final_model.*.ptz) "${torchrun[@]}" eval_final.py --certify
   runs+=("$OUT_DIR")
 done
-"$python" submit.py pack "${runs[@]}" --track 10min_16mb --slug "${SLUG:-Fairway}" --author "${AUTHOR:-unnamed}" \
+"$python" -m fairway pack "${runs[@]}" --track 10min_16mb --slug "${SLUG:-Fairway}" --author "${AUTHOR:-unnamed}" \
   --github-id "${GITHUB_ID:-unnamed}" ${AGAINST:+--against "$AGAINST"}
-"$python" submit.py report "${runs[@]}"
+"$python" -m fairway report "${runs[@]}"

@@ -7,7 +7,7 @@ make data
 export -n SEEDS  # the trainer would take it for a misspelt SEED
 python=.venv/bin/python
 export DATA_PATH=data/embedded EXTRA_CODE_FILES
-EXTRA_CODE_FILES=$("$python" submit.py code)
+EXTRA_CODE_FILES=$("$python" -m fairway code)
 runs=()
 for seed in ${SEEDS:-1337 42 2025}; do
   export OUT_DIR=out/cpu_seed$seed
@@ -15,6 +15,6 @@ for seed in ${SEEDS:-1337 42 2025}; do
   CHECKPOINT=$OUT_DIR/final_model.int6.ptz "$python" eval_final.py --certify
   runs+=("$OUT_DIR")
 done
-"$python" submit.py pack "${runs[@]}" --track non_record_16mb --slug "${SLUG:-CPU_Consensus}" \
+"$python" -m fairway pack "${runs[@]}" --track non_record_16mb --slug "${SLUG:-CPU_Consensus}" \
   --author "${AUTHOR:-unnamed}" --github-id "${GITHUB_ID:-unnamed}" --out "${RECORDS:-out/records}" --replace
-"$python" submit.py check --run "${RECORDS:-out/records}"/track_non_record_16mb/*_"${SLUG:-CPU_Consensus}"
+"$python" -m fairway check --run "${RECORDS:-out/records}"/track_non_record_16mb/*_"${SLUG:-CPU_Consensus}"

@@ -109,7 +109,10 @@ def test_json_keeps_words_and_replaces_broken_ones():
     [
         ([], "fairway: error: a verb is missing; see fairway --help"),
         (["compres"], "fairway: error: 'compres' is no verb; did you mean compress?; see"),
-        (["check", "--jsn", "x"], "fairway check: error: unknown option --jsn; did you mean --json"),
+        (
+            ["check", "--jsn", "x"],
+            "fairway check: error: unknown option --jsn; did you mean --json",
+        ),
     ],
 )
 def test_a_misspelt_verb_or_option_names_the_right_one(words, message, capsys):

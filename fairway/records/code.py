@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fairway.records.files import RecordError, read_bytes
-from fairway.records.syntax import constant, name_of, parse
-from fairway.records.unpack import LIMIT, MOST, members, unpacked
+from fairway.records.syntax import constant_value, dotted_name, parse_python
+from fairway.records.unpack import LIMIT, MOST, archive_members, unpack_stub
 
 ENTRIES = ("train_gpt.py", "eval_final.py")
 CODE_SUFFIXES = (
@@ -91,7 +91,7 @@ NAMED_OTHERWISE = {
 }
 
 
-class Source(NamedTuple):
+class CodeFile(NamedTuple):
     """One Python file. `tree` and `nodes` are of the code that runs: of a stub, what it unpacks to."""
 
     name: str
@@ -118,8 +118,8 @@ class Absent(NamedTuple):
     optional: bool  # stands in a `try` with an `except`
 
 
-class Code(NamedTuple):
-    sources: dict[str, Source]  # every Python file of the folder, readable copies included
+class ShippedCode(NamedTuple):
+    sources: dict[str, CodeFile]  # every Python file of the folder, readable copies included
     entries: tuple[str, ...]
     shipped: dict[str, int]  # what the entries reach: relative name → bytes
     absent: tuple[Absent, ...]  # of what ships
@@ -128,40 +128,41 @@ class Code(NamedTuple):
     def bytes(self) -> int:
         return sum(self.shipped.values())
 
-    def running(self) -> list[Source]:
+    def running(self) -> list[CodeFile]:
         """The sources that ship, in the order of their names."""
         return [self.sources[name] for name in sorted(self.shipped) if name in self.sources]
 
 
-def read_source(name: str, shipped: bytes) -> Source:
+def read_code_file(name: str, shipped: bytes) -> CodeFile:
     text = shipped.decode("utf-8", "replace").removeprefix("\ufeff")
-    tree, fault = parse(text)
+    tree, fault = parse_python(text)
     layers: list[str] = []
     for _ in range(DEEPEST):
-        inner = unpacked(tree, layers) if tree is not None else None
+        inner = unpack_stub(tree, layers) if tree is not None else None
         if inner is None:
             break
         text = inner
-        tree, fault = parse(text)
-    return Source(
+        tree, fault = parse_python(text)
+    return CodeFile(
         name, shipped, text, tuple(layers), tree, tuple(ast.walk(tree)) if tree else (), fault
     )
 
 
-# ---- What is reached -------------------------------------------------------------------------------------------------
+# ==== What is reached =============================================================================
 class Import(NamedTuple):
     module: str  # absolute, dotted
     names: tuple[str, ...]  # of `from module import names`
     line: int
-    optional: bool
+    optional: bool  # inside a `try` with an `except`
+    lazy: bool  # inside a function: it loads nothing until that is called
 
 
-def imports(source: Source) -> Iterator[Import]:
+def imports_in(source: CodeFile) -> Iterator[Import]:
     """All of them, at any depth: lazily in functions too, by importlib and `python -m` where the name is a constant."""
     if source.tree is None:  # a newer Python's syntax, or none: what lines seem to import
         for number, line in enumerate(source.text.splitlines(), 1):
             if found := re.match(r"\s*(?:import|from)\s+([A-Za-z_][\w.]*)", line):
-                yield Import(found[1], (), number, True)
+                yield Import(found[1], (), number, True, False)
     package = Path(source.name).parent.parts
     guarded = {
         id(inner)
@@ -170,16 +171,24 @@ def imports(source: Source) -> Iterator[Import]:
         for statement in node.body
         for inner in ast.walk(statement)
     }
+    lazy_nodes = {
+        id(inner)
+        for node in source.nodes
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
     for node in source.nodes:
-        optional = id(node) in guarded
+        optional, lazy = id(node) in guarded, id(node) in lazy_nodes
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, (), node.lineno, optional)
+                yield Import(alias.name, (), node.lineno, optional, lazy)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*base, *filter(None, [node.module])])
-            yield Import(module, tuple(alias.name for alias in node.names), node.lineno, optional)
-        elif isinstance(node, ast.Call) and name_of(node.func) in (
+            names = tuple(alias.name for alias in node.names)
+            yield Import(module, names, node.lineno, optional, lazy)
+        elif isinstance(node, ast.Call) and dotted_name(node.func) in (
             "importlib.import_module",
             "import_module",
             "__import__",
@@ -189,16 +198,23 @@ def imports(source: Source) -> Iterator[Import]:
                 and isinstance(node.args[0], ast.Constant)
                 and type(node.args[0].value) is str
             ):
-                yield Import(node.args[0].value, (), node.lineno, optional)
+                yield Import(node.args[0].value, (), node.lineno, optional, lazy)
         elif isinstance(node, ast.List | ast.Tuple):
             for flag, module in zip(node.elts, node.elts[1:], strict=False):
-                if constant(flag) == "-m" and re.fullmatch(
-                    r"[A-Za-z_][\w.]*", str(constant(module) or "")
+                if constant_value(flag) == "-m" and re.fullmatch(
+                    r"[A-Za-z_][\w.]*", str(constant_value(module) or "")
                 ):
-                    yield Import(str(constant(module)), (), node.lineno, True)
+                    yield Import(str(constant_value(module)), (), node.lineno, True, lazy)
 
 
-def answers(found: Import, script_folder: str, have: Sequence[str] | set[str]) -> list[str]:
+def is_type_checking(node: ast.AST) -> bool:
+    """Tell `if TYPE_CHECKING:`, whose body never runs."""
+    return isinstance(node, ast.If) and dotted_name(node.test).endswith("TYPE_CHECKING")
+
+
+def files_for_import(
+    found: Import, script_folder: str, have: Sequence[str] | set[str]
+) -> list[str]:
     """The files of the folder that an import loads: packages on the way, modules, names that are modules."""
     reached = []
     for home in dict.fromkeys((script_folder, "")):
@@ -219,7 +235,7 @@ def answers(found: Import, script_folder: str, have: Sequence[str] | set[str]) -
     return reached
 
 
-def named_files(source: Source, have: Iterable[str]) -> list[str]:
+def named_files(source: CodeFile, have: Iterable[str]) -> list[str]:
     """Files of code that a constant of the source names: run by exec(open(…)), compiled, or loaded as an archive."""
     code = {
         name
@@ -252,15 +268,21 @@ def named_files(source: Source, have: Iterable[str]) -> list[str]:
     return found
 
 
-def closure(root: str | Path, entries: Sequence[str] = ENTRIES) -> list[str]:
-    """Relative names of the Python files that these scripts reach, themselves included, sorted."""
+def import_closure(
+    root: str | Path, entries: Sequence[str] = ENTRIES, *, lazy: bool = True
+) -> list[str]:
+    """Return the relative names of the Python files that these scripts import, themselves included, sorted.
+
+    With lazy=False, only what they import when they start: imports inside functions are left out.
+    """
     root = Path(root)
     have = Present(root)
     return sorted(
-        reach(
+        reached_files(
             [e for e in entries if e in have],
             have,
-            lambda name: read_source(name, read_bytes(root / name, LIMIT)),
+            lambda name: read_code_file(name, read_bytes(root / name, LIMIT)),
+            lazy,
         )
     )
 
@@ -277,18 +299,22 @@ class Present:
         return self.known[name]
 
 
-def reach(
-    entries: Iterable[str], have: Any, source_of: Callable[[str], Source | None]
-) -> dict[str, Source]:
-    """Which of the files in `have` these scripts load, by imports alone."""
+def reached_files(
+    entries: Iterable[str],
+    have: Any,
+    source_of: Callable[[str], CodeFile | None],
+    lazy: bool = True,
+) -> dict[str, CodeFile]:
+    """Return the files among `have` that these scripts import, at any depth."""
     todo, found = list(entries), {}
     while todo:
         name = todo.pop()
         source = source_of(name) if name not in found else None
         if source is not None:
             found[name] = source
-            for wanted in imports(source):
-                todo += answers(wanted, script_folder(name), have)
+            for wanted in imports_in(source):
+                if lazy or not wanted.lazy:
+                    todo += files_for_import(wanted, script_folder(name), have)
     return found
 
 
@@ -296,21 +322,21 @@ def script_folder(name: str) -> str:
     return "/".join(name.split("/")[:-1])
 
 
-# ---- The code of a record folder -------------------------------------------------------------------------------------
-def read_code(root: Path, files: dict[str, int]) -> Code:
+# ==== The code of a record folder =================================================================
+def read_code(root: Path, files: dict[str, int]) -> ShippedCode:
     """`files`: relative name → bytes of all regular files of the folder."""
-    sources: dict[str, Source] = {}
+    sources: dict[str, CodeFile] = {}
     for name in sorted((n for n in files if n.endswith(".py")), key=lambda n: (n.count("/"), n))[
         :MOST
     ]:
         left = MOST_CODE - sum(len(s.text) for s in sources.values())
         try:
-            sources[name] = read_source(name, read_bytes(root / name, max(left, 0)))
+            sources[name] = read_code_file(name, read_bytes(root / name, max(left, 0)))
         except RecordError as e:
-            sources[name] = Source(
+            sources[name] = CodeFile(
                 name, b"", "", (), None, (), str(e).removeprefix(f"{root / name} ")
             )
-    entries = entries_of(files)
+    entries = entry_scripts(files)
     have = {
         name
         for name in files
@@ -318,7 +344,7 @@ def read_code(root: Path, files: dict[str, int]) -> Code:
     }
     todo, reached = list(entries), {}
     while todo:
-        reached |= reach(todo, have, sources.get)
+        reached |= reached_files(todo, have, sources.get)
         todo = [
             name
             for source in list(reached.values())
@@ -328,17 +354,17 @@ def read_code(root: Path, files: dict[str, int]) -> Code:
     archives = {n for s in reached.values() for n in named_files(s, have) if n not in sources}
     for name in sorted(archives):
         try:
-            inner = members(name, read_bytes(root / name, LIMIT))
+            inner = archive_members(name, read_bytes(root / name, LIMIT))
         except RecordError:
             inner = {}
         for key, content in inner.items() if sum(map(len, inner.values())) <= MOST_CODE else ():
-            sources[key] = read_source(key, content)
+            sources[key] = read_code_file(key, content)
     shipped = {name: files[name] for name in sorted({*reached, *archives})}
     running = [*reached.values(), *(s for key, s in sources.items() if "!" in key)]
-    return Code(sources, entries, shipped, absent_from(running, have))
+    return ShippedCode(sources, entries, shipped, absent_from(running, have))
 
 
-def entries_of(files: Iterable[str]) -> tuple[str, ...]:
+def entry_scripts(files: Iterable[str]) -> tuple[str, ...]:
     """train_gpt.py and eval_final.py; without the former, every train*.py beside submission.json."""
     names = {name for name in files if "/" not in name and name.endswith(".py")}
     if "train_gpt.py" in names:
@@ -348,22 +374,30 @@ def entries_of(files: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def absent_from(sources: Iterable[Source], have: set[str]) -> tuple[Absent, ...]:
-    found, inner = [], {key.split("!")[1] for key in (s.name for s in sources) if "!" in key}
+def absent_from(sources: Iterable[CodeFile], have: set[str]) -> tuple[Absent, ...]:
+    """Return the imports that nothing answers.
+
+    A part of the folder's own package that only a function imports is optional: the record ships what its run used.
+    """
+    sources = list(sources)
+    inner = {source.name.split("!")[1] for source in sources if "!" in source.name}
+    packages = {name.split("/")[0] for name in have | inner if "/" in name}
+    found = []
     for source in sources:
         home = script_folder(source.name.split("!")[-1])
-        for wanted in imports(source):
+        for wanted in imports_in(source):
             first = wanted.module.split(".")[0]
             if (
                 first
                 and first not in sys.stdlib_module_names
-                and not whole(wanted.module, home, have | inner)
+                and not folder_holds(wanted.module, home, have | inner)
             ):
-                found.append(Absent(wanted.module, source.name, wanted.line, wanted.optional))
+                optional = wanted.optional or (wanted.lazy and first in packages)
+                found.append(Absent(wanted.module, source.name, wanted.line, optional))
     return tuple(found)
 
 
-def whole(module: str, home: str, have: set[str]) -> bool:
+def folder_holds(module: str, home: str, have: set[str]) -> bool:
     """Whether the folder holds all of `a.b.c`: that file, that package, or that folder of files."""
     stems = ["/".join([*filter(None, [at]), *module.split(".")]) for at in {home, ""}]
     return any(

@@ -1,4 +1,4 @@
-"""Files that may be anyone's: read within limits, written whole or not at all, errors of one line."""
+"""Files that may come from anyone: read within limits, written complete or not at all, errors of one line."""
 
 from __future__ import annotations
 
@@ -11,56 +11,53 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-TEXT_LIMIT = 64 << 20  # bytes: the longest log of a record has under 1 MB
+TEXT_LIMIT = 64 << 20  # bytes; the longest log of a record has under 1 MB
 JSON_LIMIT = 8 << 20
 
 
 class RecordError(Exception):
-    """What a user can mend, in one line: the file or option, both values, the next step."""
-
-
-def need(holds: Any, message: str) -> None:
-    if not holds:
-        raise RecordError(message)
+    """An error that the user can repair, in one line: the file or option, both values, the next step."""
 
 
 def read_bytes(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
-    """The content of a regular file; pipes, devices and what is longer than the limit are refused unread."""
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Pipes and devices are refused unread: opening a pipe without O_NONBLOCK would wait for ever.
+    """
+    flags = getattr(os, "O_NONBLOCK", 0)
     try:
-        with open(
-            path,
-            "rb",
-            opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)),
-        ) as f:
-            found = os.fstat(f.fileno())
-            need(stat.S_ISREG(found.st_mode), f"{path} is no regular file")
-            need(
-                found.st_size <= limit,
-                f"{path} has {found.st_size} bytes; at most {limit} are read",
-            )
+        with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as f:
+            status = os.fstat(f.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise RecordError(f"{path} is no regular file")
+            if status.st_size > limit:
+                raise RecordError(f"{path} has {status.st_size} bytes; at most {limit} are read")
             return f.read(limit)
-    except (OSError, ValueError) as e:  # ValueError: a name with a zero byte
+    except (OSError, ValueError) as e:  # ValueError: the name holds a zero byte
         raise RecordError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def read_text(path: str | Path, limit: int = TEXT_LIMIT) -> str:
-    """UTF-8; what is none becomes U+FFFD, so that a damaged log still says what it can."""
+    """Return a file as UTF-8 text; damaged bytes become U+FFFD, so that the rest can still be read."""
     return read_bytes(path, limit).decode("utf-8", "replace")
 
 
 def parse_json(text: str, name: str | Path) -> Any:
-    """JSON as its standard has it: no NaN or Infinity, and no nesting beyond what a reader can follow."""
+    """Return the value of JSON text; `name` is for the error line.
 
-    def refused(constant: str) -> None:
+    NaN, Infinity and numbers that overflow a float are refused: the standard has none of them.
+    """
+
+    def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON number")
 
-    def finite(digits: str) -> float:
+    def parse_float(digits: str) -> float:
         value = float(digits)
-        return refused(digits[:20]) if value in (float("inf"), float("-inf")) else value
+        return refuse(digits[:20]) if value in (float("inf"), float("-inf")) else value
 
     try:
-        return json.loads(text, parse_constant=refused, parse_float=finite)
-    except (ValueError, RecursionError) as e:  # ValueError: also integers of more than 4,300 digits
+        return json.loads(text, parse_constant=refuse, parse_float=parse_float)
+    except (ValueError, RecursionError) as e:  # ValueError: also integers of over 4,300 digits
         raise RecordError(f"{name} is no JSON: {str(e).splitlines()[0]}") from None
 
 
@@ -69,8 +66,11 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
 
 
 def read_events(path: str | Path, limit: int = TEXT_LIMIT) -> tuple[list[dict[str, Any]], int]:
-    """One JSON object a line, and how many lines are none: a run may have been killed while it wrote one."""
-    events, bad = [], 0
+    """Return the JSON objects of a file, one a line, and the number of damaged lines.
+
+    A run that was killed while it wrote leaves half a line.
+    """
+    events, damaged = [], 0
     for line in read_text(path, limit).splitlines():
         try:
             event = parse_json(line, path)
@@ -79,8 +79,8 @@ def read_events(path: str | Path, limit: int = TEXT_LIMIT) -> tuple[list[dict[st
         if isinstance(event, dict):
             events.append(event)
         elif line.strip():
-            bad += 1
-    return events, bad
+            damaged += 1
+    return events, damaged
 
 
 def sha256(path: str | Path) -> str:
@@ -90,17 +90,20 @@ def sha256(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file that takes its name once it is whole and on disk; until then, what bore that name stays."""
+    """Write a file next to `path`, then rename it: readers see the old file or the new one, never half of one."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if path.exists() and not path.is_file():
+        raise RecordError(f"{path} is no regular file, so it cannot be replaced; name another")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
     try:
-        with open(beside, "wb") as f:
+        with open(part, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(beside, path)
+        os.replace(part, path)
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fairway.records.code import READABLE, Code, read_code
+from fairway.records.code import READABLE, ShippedCode, read_code
 from fairway.records.files import RecordError, read_json, read_text
-from fairway.records.logs import RunLog, Score, parse_log
-from fairway.records.schema import count, normal
+from fairway.records.logs import LoggedScore, RunLog, parse_log
+from fairway.records.schema import json_count, read_submission
 
 MOST_FILES, DEEPEST, MOST_LOGS, MOST_SEEDS, LOG_LIMIT = 5000, 12, 40, 100, 32 << 20
 TRACKS = ("10min_16mb", "non_record_16mb")
@@ -46,14 +46,14 @@ class Claims(NamedTuple):
     data: dict[str, Any]
 
 
-class Folder(NamedTuple):
+class RecordFolder(NamedTuple):
     path: Path
     track: str  # one of TRACKS
     files: dict[str, int]  # regular files: relative name → bytes
     submission: Any  # None where there is none
     readme: str
     runs: list[SeedRun]
-    code: Code
+    code: ShippedCode
     faults: dict[str, str]  # relative name → why it could not be read, or should not be there
     submission_name: str
     texts: dict[str, str]  # of the logs: relative name → text
@@ -61,19 +61,19 @@ class Folder(NamedTuple):
     record: list[SeedRun]  # the runs that the claim is about
 
 
-def read_folder(path: str | Path) -> Folder:
+def read_record_folder(path: str | Path) -> RecordFolder:
     """Never raises for what lies in the folder."""
     path = Path(path)
     faults: dict[str, str] = {}
     files = dict(regular_files(path, faults))
     name = submission_name(files)
-    submission = attempt(read_json, path, name, faults) if name else None
+    submission = read_or_fault(read_json, path, name, faults) if name else None
     readme = next((n for n in files if n.lower() == "readme.md"), "")
-    text = attempt(read_text, path, readme, faults, 4 << 20) if readme else ""
+    text = read_or_fault(read_text, path, readme, faults, 4 << 20) if readme else ""
     texts: dict[str, str] = {}
-    runs = read_runs(path, files, faults, texts)
-    said = claims_of(submission)
-    return Folder(
+    runs = read_seed_runs(path, files, faults, texts)
+    said = read_claims(submission)
+    return RecordFolder(
         path,
         track_of(path, submission),
         files,
@@ -89,7 +89,7 @@ def read_folder(path: str | Path) -> Folder:
     )
 
 
-def attempt(read: Any, root: Path, name: str, faults: dict[str, str], *limit: int) -> Any:
+def read_or_fault(read: Any, root: Path, name: str, faults: dict[str, str], *limit: int) -> Any:
     """None where it cannot be read; why is noted in `faults`."""
     try:
         return read(root / name, *limit)
@@ -143,13 +143,13 @@ def track_of(path: Path, submission: Any) -> str:
     return TRACKS[1] if "non" in name and "record" in name else TRACKS[0]
 
 
-# ---- Logs ------------------------------------------------------------------------------------------------------------
+# ==== Logs ========================================================================================
 def seed_in(name: str) -> int | None:
     found = re.search(r"seed[_-]?(\d{1,18})(?!\d)", name) or re.search(r"_s?(\d{1,18})\.\w+$", name)
     return int(found[1]) if found else None
 
 
-def read_runs(
+def read_seed_runs(
     root: Path, files: dict[str, int], faults: dict[str, str], texts: dict[str, str]
 ) -> list[SeedRun]:
     names = [
@@ -188,7 +188,7 @@ def read_log_in(
     root: Path, name: str, faults: dict[str, str], texts: dict[str, str]
 ) -> RunLog | None:
     left = LOG_LIMIT - sum(map(len, texts.values()))
-    text = attempt(read_text, root, name, faults, left)
+    text = read_or_fault(read_text, root, name, faults, left)
     if text is None:
         return None
     texts[name] = text
@@ -200,27 +200,29 @@ def read_log_in(
 def json_object(
     root: Path, name: str, files: dict[str, int], faults: dict[str, str]
 ) -> dict[str, Any] | None:
-    data = attempt(read_json, root, name, faults) if name in files else None
+    data = read_or_fault(read_json, root, name, faults) if name in files else None
     if data is not None and not isinstance(data, dict):
         faults[name] = f"a JSON {type(data).__name__}, no object"
     return data if isinstance(data, dict) else None
 
 
-# ---- What is claimed, and of which runs ------------------------------------------------------------------------------
-def decimals(text: str) -> int:
+# ==== What is claimed, and of which runs ==========================================================
+def decimals_in(text: str) -> int:
     return len(text.partition(".")[2]) if "e" not in text else 8
 
 
-def agree(said: float, real: float, said_text: str = "") -> bool:
+def equals_rounded(said: float, real: float, said_text: str = "") -> bool:
     """Whether `said` is `real`, rounded or cut to the decimals that it is written with."""
-    return abs(said - real) <= 1.01 * 10.0 ** -min(max(decimals(said_text or repr(said)), 2), 8)
+    return abs(said - real) <= 1.01 * 10.0 ** -min(max(decimals_in(said_text or repr(said)), 2), 8)
 
 
-def claims_of(submission: Any) -> Claims:
+def read_claims(submission: Any) -> Claims:
     data = submission if isinstance(submission, dict) else {}
-    said = normal(data)
+    said = read_submission(data)
     alone = (
-        [count(data.get("seed"))] if count(data.get("seed")) is not None and not said.seeds else []
+        [json_count(data.get("seed"))]
+        if json_count(data.get("seed")) is not None and not said.seeds
+        else []
     )
     record = Claim(said.val_bpb, said.val_loss, said.bytes_total)
     seeds = {
@@ -230,19 +232,19 @@ def claims_of(submission: Any) -> Claims:
     return Claims(record, said.bytes_code, dict(list(seeds.items())[:MOST_SEEDS]), data)
 
 
-def scored(run: SeedRun) -> RunLog:
+def scoring_log(run: SeedRun) -> RunLog:
     """The log that holds the run's score."""
     return run.eval_log if run.eval_log is not None and run.eval_log.final is not None else run.log
 
 
-def final(run: SeedRun) -> Score | None:
-    return scored(run).final
+def final_score(run: SeedRun) -> LoggedScore | None:
+    return scoring_log(run).final
 
 
-def log_name(run: SeedRun) -> str:
+def scoring_log_name(run: SeedRun) -> str:
     return (
         run.name
-        if scored(run) is run.log
+        if scoring_log(run) is run.log
         else f"{'/'.join([*run.name.split('/')[:-1], ''])}eval_seed{run.seed}.log"
     )
 
@@ -253,43 +255,42 @@ def runs_claimed(runs: list[SeedRun], said: Claims) -> list[SeedRun]:
     left = list(runs)
     if not said.seeds:
         return [
-            nearest(left, seed, said.record.bpb) for seed in dict.fromkeys(map(seed_called, left))
+            nearest_run(left, seed, said.record.bpb)
+            for seed in dict.fromkeys(map(named_seed, left))
         ]
     chosen = []
     for seed, claim in said.seeds.items():
         claimed = said.record.bpb if claim.bpb is None else claim.bpb
-        same = [run for run in left if seed_called(run) == seed]
-        run = nearest(same, seed, claimed) if same else None
+        same = [run for run in left if named_seed(run) == seed]
+        run = nearest_run(same, seed, claimed) if same else None
         if claim.bpb is not None and (run is None or not has_score(run, claim.bpb)):
             run = next((other for other in left if has_score(other, claim.bpb)), run)
         if run is not None:
             chosen.append(run)
             left.remove(run)
     return chosen or [
-        nearest(left, seed, said.record.bpb) for seed in dict.fromkeys(map(seed_called, left))
+        nearest_run(left, seed, said.record.bpb) for seed in dict.fromkeys(map(named_seed, left))
     ]
 
 
-def seed_called(run: SeedRun) -> int | None:
+def named_seed(run: SeedRun) -> int | None:
     """By the name of its log, since that is what people compare; where the log says otherwise, `seeds` fails."""
     called = seed_in(run.name) if "seed" in run.name else None
     return run.seed if called is None else called
 
 
 def has_score(run: SeedRun, bpb: float) -> bool:
-    said = final(run)
-    return said is not None and said.bpb is not None and agree(bpb, said.bpb)
+    said = final_score(run)
+    return said is not None and said.bpb is not None and equals_rounded(bpb, said.bpb)
 
 
-def nearest(runs: list[SeedRun], seed: int | None, bpb: float | None) -> SeedRun:
-    return min(
-        (run for run in runs if seed_called(run) == seed), key=lambda run: distance(run, bpb)
-    )
+def nearest_run(runs: list[SeedRun], seed: int | None, bpb: float | None) -> SeedRun:
+    return min((run for run in runs if named_seed(run) == seed), key=lambda run: distance(run, bpb))
 
 
 def distance(run: SeedRun, bpb: float | None) -> tuple[bool, float, bool, str]:
     """For sorting: runs with a score first, then by how far it is from `bpb`, then those that a seed names."""
-    said = final(run)
+    said = final_score(run)
     known = said is not None and said.bpb is not None
     far = round(abs(said.bpb - bpb), 6) if known and bpb is not None else 0.0
     return not known, far, "seed" not in run.name, run.name

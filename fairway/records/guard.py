@@ -32,7 +32,7 @@ CONNECTIONS = (
     "socket.getaddrinfo",
     "socket.gethostbyname",
 )
-RUNS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
+PROCESS_EVENTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 # What torch, numba and trainers start: compilers, and what tells about the machine.
 PROGRAMS = {
     "python",
@@ -134,7 +134,7 @@ class Guard:
             self.file(args[1], True)
         elif event in CONNECTIONS:
             self.connection(event, args)
-        elif event in RUNS:
+        elif event in PROCESS_EVENTS:
             self.program(event, args)
 
 

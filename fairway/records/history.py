@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fairway.records.files import RecordError, need, parse_json, read_text
+from fairway.records.files import RecordError, parse_json, read_text
 from fairway.records.run import dict_at, read_run
 
-NAME = "runs.jsonl"
+HISTORY_FILE = "runs.jsonl"
 SHOWN_LINES = 2000  # of a difference of code
 
 
-class Row(NamedTuple):
+class RunRow(NamedTuple):
     """A training with one evaluation of its artifact, or with none; or an evaluation whose training is not here."""
 
     columns: dict[str, Any]  # COLUMNS, None where unknown
@@ -29,10 +29,10 @@ class Row(NamedTuple):
 
     def get(self, key: str) -> Any:
         """A column, a setting of the training, or one of the evaluation (`eval.device`, where both have that name)."""
-        for values in (self.columns, settings_of(self.training)):
+        for values in (self.columns, line_settings(self.training)):
             if key in values:
                 return values[key]
-        return settings_of(self.evaluation).get(key.removeprefix("eval."))
+        return line_settings(self.evaluation).get(key.removeprefix("eval."))
 
 
 # Column: its heading, and how its value is shown.
@@ -54,17 +54,17 @@ COLUMNS = {
 
 
 class History(NamedTuple):
-    rows: list[Row]  # oldest first
+    rows: list[RunRow]  # oldest first
     damaged: list[str]  # `file:line` of what is no run
 
 
-# ==== READING =========================================================================================================
+# ==== READING =====================================================================================
 def find_files(root: Path) -> list[Path]:
     """runs.jsonl in a folder, and anywhere below its out/; links are not followed."""
-    found = [root / NAME] + [
-        Path(folder) / NAME
+    found = [root / HISTORY_FILE] + [
+        Path(folder) / HISTORY_FILE
         for folder, folders, names in os.walk(root / "out")
-        if NAME in names and folders.sort() is None
+        if HISTORY_FILE in names and folders.sort() is None
     ]
     return [path for path in found if path.is_file()]
 
@@ -74,7 +74,7 @@ def read_history(files: Sequence[Path]) -> History:
     for path in dict.fromkeys(path.resolve() for path in files):
         for number, text in enumerate(read_text(path).splitlines(), 1):
             try:
-                line = plain(parse_json(text, path))
+                line = limit_line(parse_json(text, path))
             except RecordError:
                 line = None
             hashes = dict_at(line, "start", "sha256")
@@ -86,26 +86,37 @@ def read_history(files: Sequence[Path]) -> History:
                     damaged.append(f"{path}:{number}")
             else:
                 (evaluations if "artifact" in hashes else trainings).append((line, path.parent))
-    return History(joined(trainings, evaluations), damaged)
+    return History(join_rows(trainings, evaluations), damaged)
 
 
-def plain(data: Any, depth: int = 3) -> Any:
+def damage_text(history: History) -> str:
+    """`damage_text(history)` is "2 damaged lines left out: runs.jsonl:3, runs.jsonl:9"."""
+    more = " …" if len(history.damaged) > 5 else ""
+    return f"{len(history.damaged)} damaged lines left out: {', '.join(history.damaged[:5])}{more}"
+
+
+def limit_line(data: Any, depth: int = 3) -> Any:
     """As much of a line as a run writes: {"start": {"settings": {name: value}}}; numbers that can be computed with."""
     if isinstance(data, dict):
         return (
-            {name: plain(value, depth - 1) for name, value in data.items()} if depth >= 0 else None
+            {name: limit_line(value, depth - 1) for name, value in data.items()}
+            if depth >= 0
+            else None
         )
     if type(data) in (int, float):
         return data if abs(data) < 1e18 else None
     return data if type(data) in (str, bool) else None
 
 
-def joined(trainings: list[tuple[dict, Path]], evaluations: list[tuple[dict, Path]]) -> list[Row]:
+def join_rows(
+    trainings: list[tuple[dict, Path]], evaluations: list[tuple[dict, Path]]
+) -> list[RunRow]:
     """Evaluations beside the trainings whose artifact they scored; of one made twice with equal settings, the last."""
     last: dict[tuple[str, str], tuple[dict, Path]] = {}
     for line, folder in sorted(evaluations, key=lambda e: e[0]["time"]):
         last[
-            str(line["start"]["sha256"]["artifact"]), json.dumps(settings_of(line), sort_keys=True)
+            str(line["start"]["sha256"]["artifact"]),
+            json.dumps(line_settings(line), sort_keys=True),
         ] = line, folder
     rows, known = [], set()
     for line, folder in trainings:
@@ -122,7 +133,7 @@ def joined(trainings: list[tuple[dict, Path]], evaluations: list[tuple[dict, Pat
 
 def make_row(
     number: int | None, training: dict[str, Any], evaluation: dict[str, Any], folder: Path
-) -> Row:
+) -> RunRow:
     start, final = dict_at(training or evaluation, "start"), dict_at(evaluation, "final")
     artifact, val = dict_at(training, "artifact"), dict_at(training, "val")
     when = max(training.get("time", 0), evaluation.get("time", 0))
@@ -130,12 +141,12 @@ def make_row(
     size = artifact.get("bytes", final.get("artifact_bytes"))
     columns = dict(
         number=number,
-        time=at(when),
+        time=local_time(when),
         run_id=start.get("run_id"),
         preset=start.get("preset"),
         device=start.get("device"),
         world_size=start.get("world_size"),
-        seed=settings_of(training).get("seed"),
+        seed=line_settings(training).get("seed"),
         steps=val.get("step"),
         seconds=val.get("seconds"),
         bpb=dict_at(training, "final").get("bpb"),
@@ -143,7 +154,7 @@ def make_row(
         bytes=size + code if type(size) is type(code) is int else None,
         certified=final.get("certified"),
     )
-    return Row(
+    return RunRow(
         {name: None if isinstance(value, dict) else value for name, value in columns.items()},
         training,
         evaluation,
@@ -151,7 +162,7 @@ def make_row(
     )
 
 
-def at(seconds: float) -> str:
+def local_time(seconds: float) -> str:
     """Local time, which sorts as text; an absurd one is shown as it is."""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
@@ -159,42 +170,42 @@ def at(seconds: float) -> str:
         return str(seconds)
 
 
-def settings_of(line: dict[str, Any]) -> dict[str, Any]:
+def line_settings(line: dict[str, Any]) -> dict[str, Any]:
     return dict_at(line, "start", "settings")
 
 
-# ==== FILTERS =========================================================================================================
+# ==== FILTERS =====================================================================================
 class Filter(NamedTuple):
     key: str
     sign: str
     value: str
 
 
-def parse_filter(text: str, rows: Sequence[Row]) -> Filter:
+def parse_filter(text: str, rows: Sequence[RunRow]) -> Filter:
     match = re.fullmatch(r"([A-Za-z_][\w.]*)(!=|=|<|>)(.*)", text, re.DOTALL)
-    need(
-        match,
-        f"{text!r} is no filter; write key=value, key!=value, key<value or key>value, in quotes",
-    )
+    if not match:
+        raise RecordError(
+            f"{text!r} is no filter; write key=value, key!=value, key<value or key>value, in quotes"
+        )
     key = match[1].lower()
     known = set(COLUMNS)
     for row in rows:
-        mine, others = settings_of(row.training), settings_of(row.evaluation)
+        mine, others = line_settings(row.training), line_settings(row.evaluation)
         known |= {*mine, *others, *(f"eval.{name}" for name in others)}
     near = difflib.get_close_matches(key, sorted(known), 3, 0.5)
-    need(
-        key in known,
-        f"{match[1]} is neither a column nor a setting of these runs"
-        + (
-            f"; did you mean {' or '.join(near)}?"
-            if near
-            else f"; columns are {', '.join(COLUMNS)}"
-        ),
-    )
+    if key not in known:
+        raise RecordError(
+            f"{match[1]} is neither a column nor a setting of these runs"
+            + (
+                f"; did you mean {' or '.join(near)}?"
+                if near
+                else f"; columns are {', '.join(COLUMNS)}"
+            )
+        )
     return Filter(key, match[2], match[3])
 
 
-def passes(row: Row, wanted: Filter) -> bool:
+def passes(row: RunRow, wanted: Filter) -> bool:
     """Numbers compare as numbers, all else as text; what a run does not have differs from every value."""
     there, value = row.get(wanted.key), wanted.value
     if there is None:
@@ -213,18 +224,18 @@ def passes(row: Row, wanted: Filter) -> bool:
     }[wanted.sign]
 
 
-def chosen(rows: list[Row], filters: Sequence[str]) -> list[Row]:
+def filter_rows(rows: list[RunRow], filters: Sequence[str]) -> list[RunRow]:
     parsed = [parse_filter(text, rows) for text in filters]
     return [row for row in rows if all(passes(row, wanted) for wanted in parsed)]
 
 
-def listing(rows: Sequence[Row]) -> str:
+def listing(rows: Sequence[RunRow]) -> str:
     """A table for a terminal, newest last."""
     if not rows:
         return "no such run: each that ends adds a line to OUT_DIR/runs.jsonl, looked for here and below out/"
     lines = [
         list(COLUMNS),
-        *([shown(form, row.columns[name]) for name, form in COLUMNS.items()] for row in rows),
+        *([cell_text(form, row.columns[name]) for name, form in COLUMNS.items()] for row in rows),
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
     return "\n".join(
@@ -233,7 +244,7 @@ def listing(rows: Sequence[Row]) -> str:
     )
 
 
-def shown(form: str, value: Any) -> str:
+def cell_text(form: str, value: Any) -> str:
     if value is None:
         return "-"
     if type(value) in (str, bool):
@@ -246,7 +257,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def as_json(rows: Sequence[Row]) -> str:
+def rows_json(rows: Sequence[RunRow]) -> str:
     return json.dumps(
         [
             {
@@ -261,8 +272,8 @@ def as_json(rows: Sequence[Row]) -> str:
     )
 
 
-# ==== TWO RUNS ========================================================================================================
-def find_row(name: str, history: History) -> Row:
+# ==== TWO RUNS ====================================================================================
+def find_row(name: str, history: History) -> RunRow:
     """By number of the list, by OUT_DIR or log, or by run id; of several the newest."""
     path = Path(name)
     if re.fullmatch(r"[0-9]{1,9}", name) and 1 <= int(name) <= len(history.rows):
@@ -273,22 +284,18 @@ def find_row(name: str, history: History) -> Row:
     near = difflib.get_close_matches(
         name, sorted({str(row.columns["run_id"]) for row in history.rows}), 3, 0.5
     )
-    need(
-        found,
-        f"{name} is no number of the list, no run id in it, and no folder or log"
-        + (
-            f"; did you mean {' or '.join(near)}?"
-            if near
-            else "; `python submit.py runs` lists them"
-        ),
-    )
+    if not found:
+        raise RecordError(
+            f"{name} is no number of the list, no run id in it, and no folder or log"
+            + (f"; did you mean {' or '.join(near)}?" if near else "; `fairway runs` lists them")
+        )
     return found[-1]
 
 
-def row_at(path: Path, history: History) -> Row:
+def row_at(path: Path, history: History) -> RunRow:
     """The newest of a folder, or that of a log; a run of before there was a runs.jsonl is read from its own log."""
     run = read_run(path)
-    beside = [run.folder / NAME] if (run.folder / NAME).is_file() else []
+    beside = [run.folder / HISTORY_FILE] if (run.folder / HISTORY_FILE).is_file() else []
     known = history.rows + read_history(beside).rows
     found = [
         row
@@ -298,22 +305,22 @@ def row_at(path: Path, history: History) -> Row:
     if found:
         return max(found, key=lambda row: (row.columns["time"], bool(row.evaluation)))
     names = ("start", "val", "artifact", "final")
-    line = plain({name: run.event(name) for name in names})
-    need(
-        settings_of(line),
-        f"{run.log.with_suffix('.jsonl')} names no settings; name a run's OUT_DIR or log",
-    )
+    line = limit_line({name: run.event(name) for name in names})
+    if not line_settings(line):
+        raise RecordError(
+            f"{run.log.with_suffix('.jsonl')} names no settings; name a run's OUT_DIR or log"
+        )
     when = dict_at(line, "final").get("time")
     return make_row(
         None, line | {"time": when if type(when) in (int, float) else 0}, {}, run.folder.resolve()
     )
 
 
-def compare(a: Row, b: Row) -> str:
+def compare_runs(a: RunRow, b: RunRow) -> str:
     """What differs between two runs, and what it did to score, bytes and time."""
     parts = [
-        f"A  {title(a)}",
-        f"B  {title(b)}",
+        f"A  {row_title(a)}",
+        f"B  {row_title(b)}",
         "",
         *settings_between(a, b),
         *hashes_between(a, b),
@@ -325,17 +332,15 @@ def compare(a: Row, b: Row) -> str:
     return "\n".join(parts)
 
 
-def title(row: Row) -> str:
-    return (
-        f"{shown('{}', row.columns['run_id'])}  {row.columns['time']}  {printable(str(row.folder))}"
-    )
+def row_title(row: RunRow) -> str:
+    return f"{cell_text('{}', row.columns['run_id'])}  {row.columns['time']}  {printable(str(row.folder))}"
 
 
-def settings_between(a: Row, b: Row) -> list[str]:
+def settings_between(a: RunRow, b: RunRow) -> list[str]:
     """A line a setting with another value; of the evaluation too, if both have one."""
     lines = []
     for label, one, other in (("", a.training, b.training), ("eval.", a.evaluation, b.evaluation)):
-        first, second = settings_of(one), settings_of(other)
+        first, second = line_settings(one), line_settings(other)
         if first and second:
             lines += [
                 (f"{label}{name}", first.get(name), second.get(name))
@@ -352,7 +357,7 @@ def value(of: Any) -> str:
     return "(none)" if of is None else json.dumps(of)[:80]
 
 
-def hashes_between(a: Row, b: Row) -> list[str]:
+def hashes_between(a: RunRow, b: RunRow) -> list[str]:
     first, second = (
         dict_at(row.training, "start", "sha256")
         | {
@@ -368,7 +373,7 @@ def hashes_between(a: Row, b: Row) -> list[str]:
     ]
 
 
-def outcome(a: Row, b: Row) -> list[str]:
+def outcome(a: RunRow, b: RunRow) -> list[str]:
     """Scores, bytes and times of both, and the difference with its sign."""
     lines, pair = [], (a, b)
     rows = [
@@ -404,7 +409,7 @@ def outcome(a: Row, b: Row) -> list[str]:
     return lines or ["neither score, bytes nor time is known of both"]
 
 
-def code_between(a: Row, b: Row) -> list[str]:
+def code_between(a: RunRow, b: RunRow) -> list[str]:
     """A unified difference of the code that the logs show, or why there is none."""
     hashes = [dict_at(row.training, "start", "sha256").get("code") for row in (a, b)]
     if None in hashes:
@@ -416,7 +421,7 @@ def code_between(a: Row, b: Row) -> list[str]:
         source = source_of(row)
         if hashlib.sha256(source.encode()).hexdigest() != wanted:
             return [
-                f"the code of {shown('{}', row.columns['run_id'])} ({str(wanted)[:12]}) is gone: "
+                f"the code of {cell_text('{}', row.columns['run_id'])} ({str(wanted)[:12]}) is gone: "
                 f"{log_of(row)} is missing, or another run's by now"
             ]
         sources.append(source.splitlines())
@@ -425,11 +430,11 @@ def code_between(a: Row, b: Row) -> list[str]:
     return [printable(line.replace("\t", "    ")) for line in lines[:SHOWN_LINES]] + more
 
 
-def log_of(row: Row) -> Path:
+def log_of(row: RunRow) -> Path:
     return row.folder / "logs" / f"{row.columns['run_id']}.txt"
 
 
-def source_of(row: Row) -> str:
+def source_of(row: RunRow) -> str:
     from fairway.records.logs import read_log
 
     try:

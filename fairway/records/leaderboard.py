@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from fairway.records.files import need, read_json, read_text, write_text
-from fairway.records.readme import cell, table
-from fairway.records.schema import normal
+from fairway.records.files import RecordError, read_json, read_text, write_text
+from fairway.records.markdown import markdown_cell, markdown_table
+from fairway.records.schema import read_submission
 
 TITLES = {
     "track_10min_16mb": "10 minutes on 8×H100, 16 MB",
@@ -17,7 +17,7 @@ TITLES = {
 HEAD = ("rank", "BPB", "record", "date", "author", "hardware", "bytes")
 
 
-class Line(NamedTuple):
+class LeaderboardLine(NamedTuple):
     bpb: float
     date: str
     link: str  # relative to records/
@@ -27,13 +27,15 @@ class Line(NamedTuple):
     bytes: int | None
 
 
-def read_line(folder: Path, records: Path) -> Line:
+def read_line(folder: Path, records: Path) -> LeaderboardLine:
     """One record, or which one cannot be read and why."""
     path = folder / "submission.json"
-    need(path.is_file(), f"{folder} has no submission.json; pack it again, or remove it")
-    data = normal(read_json(path))
-    need(data.val_bpb is not None, f"{path} has no val_bpb; mend it, or remove {folder}")
-    return Line(
+    if not path.is_file():
+        raise RecordError(f"{folder} has no submission.json; pack it again, or remove it")
+    data = read_submission(read_json(path))
+    if data.val_bpb is None:
+        raise RecordError(f"{path} has no val_bpb; mend it, or remove {folder}")
+    return LeaderboardLine(
         data.val_bpb,
         data.date or "",
         quote(folder.relative_to(records).as_posix()),
@@ -44,11 +46,11 @@ def read_line(folder: Path, records: Path) -> Line:
     )
 
 
-def page(records: Path) -> str:
+def leaderboard_text(records: Path) -> str:
     """The text of records/README.md: the same folders give the same bytes."""
     parts = [
         "# Records",
-        "Made by `python submit.py table` from each record's submission.json, not typed by hand. "
+        "Made by `fairway table` from each record's submission.json, not typed by hand. "
         "BPB: bits a byte, the mean over seeds; lower is better.",
     ]
     tracks = sorted(path for path in records.glob("track_*") if path.is_dir())
@@ -59,36 +61,36 @@ def page(records: Path) -> str:
         lines = sorted(read_line(folder, records) for folder in folders)
         if lines:
             parts += [
-                f"## {cell(TITLES.get(track.name, track.name))}",
-                table(HEAD, [])
-                + "".join(f"\n{row(rank, line)}" for rank, line in enumerate(lines, 1)),
+                f"## {markdown_cell(TITLES.get(track.name, track.name))}",
+                markdown_table(HEAD, [])
+                + "".join(f"\n{leaderboard_row(rank, line)}" for rank, line in enumerate(lines, 1)),
             ]
     if len(parts) == 2:
-        parts.append("There are no records yet. `python submit.py pack` makes the first.")
+        parts.append("There are no records yet. `fairway pack` makes the first.")
     return "\n\n".join(parts) + "\n"
 
 
-def row(rank: int, line: Line) -> str:
+def leaderboard_row(rank: int, line: LeaderboardLine) -> str:
     size = "" if line.bytes is None else f"{line.bytes:,}"
     cells = [
         str(rank),
         f"{line.bpb:.6f}",
-        f"[{cell(line.name)}]({line.link})",
-        cell(line.date),
-        cell(line.author),
-        cell(line.hardware),
+        f"[{markdown_cell(line.name)}]({line.link})",
+        markdown_cell(line.date),
+        markdown_cell(line.author),
+        markdown_cell(line.hardware),
         size,
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def stale(records: Path) -> bool:
+def is_stale(records: Path) -> bool:
     """Whether the file on disk is another than the folders give."""
     path = records / "README.md"
-    return not path.is_file() or read_text(path) != page(records)
+    return not path.is_file() or read_text(path) != leaderboard_text(records)
 
 
-def write_table(records: Path) -> Path:
+def write_leaderboard(records: Path) -> Path:
     records.mkdir(parents=True, exist_ok=True)
-    write_text(records / "README.md", page(records))
+    write_text(records / "README.md", leaderboard_text(records))
     return records / "README.md"

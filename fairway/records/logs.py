@@ -27,13 +27,13 @@ MOST_LINES = 100_000  # of more, those in the middle are left out
 RULE = re.compile(r"={100}\s*")
 NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.[0-9]{0,18})?([eE][+-]?[0-9]{1,3})?")
 DURATION = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,9})?)(ms|s|m)")
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 GPU = re.compile(r"\|\s{1,9}[0-9]{1,3}\s{1,9}((?:NVIDIA|AMD|Tesla|GeForce)[^|]{1,60}?)\s{2,40}")
 STAMP = re.compile(
     r"[0-9]{10}\.[0-9]{1,6} "
 )  # unix time, put before each line by one record's launcher (#1610)
 CALIBRATION = re.compile(r"(gptq|calib\w*):(calibrat|collect|generat|hessian)")
-UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0}
+SECONDS_PER_UNIT = {"ms": 0.001, "s": 1.0, "m": 60.0}
 IMPORT = re.compile(r"import [\w.]{1,80}(\s*$|\s?[,;]| as )|from [\w.]{1,80} import ")
 TOP = re.compile(r"\w{0,2}(\"\"\"|''')|#|import |from ")  # of a file of code
 PYTHON = re.compile(r"(def |class |async def |@\w|if __name__|exec\()")
@@ -60,7 +60,7 @@ MARCH = (
 )
 
 
-class Step(NamedTuple):
+class LoggedStep(NamedTuple):
     kind: str  # "train" or "val"
     step: int
     of: int | None
@@ -71,7 +71,7 @@ class Step(NamedTuple):
     line: int  # from 1
 
 
-class Score(NamedTuple):
+class LoggedScore(NamedTuple):
     label: str
     loss: float | None
     bpb: float | None
@@ -84,7 +84,7 @@ class Score(NamedTuple):
         return self.label.lower().startswith(DIAGNOSTIC)
 
 
-class Size(NamedTuple):
+class LoggedSize(NamedTuple):
     kind: str  # "code", "model" (raw), "artifact" (compressed) or "total"
     label: str
     bytes: int
@@ -97,9 +97,9 @@ class RunLog(NamedTuple):
     settings: dict[
         str, str
     ]  # lower-case name -> value as written; the validation split's are val_tokens, val_bytes
-    steps: list[Step]
-    scores: list[Score]
-    sizes: list[Size]
+    steps: list[LoggedStep]
+    scores: list[LoggedScore]
+    sizes: list[LoggedSize]
     hashes: dict[str, str]  # code, settings, tokenizer, data; artifact and val in an evaluation's
     times: dict[
         str, float
@@ -117,32 +117,32 @@ class RunLog(NamedTuple):
 
     @property
     def seed(self) -> int | None:
-        return whole(self.settings.get("seed", ""))
+        return parse_whole(self.settings.get("seed", ""))
 
     @property
     def world_size(self) -> int | None:
-        return whole(self.settings.get("world_size", self.settings.get("ws", "")))
+        return parse_whole(self.settings.get("world_size", self.settings.get("ws", "")))
 
     @property
     def tokens(self) -> int | None:
         """Scored targets of the validation split."""
-        return whole(self.settings.get("val_tokens", ""))
+        return parse_whole(self.settings.get("val_tokens", ""))
 
     @property
     def val_bytes(self) -> int | None:
-        return whole(self.settings.get("val_bytes", ""))
+        return parse_whole(self.settings.get("val_bytes", ""))
 
     @property
     def train_shards(self) -> int | None:
-        return whole(self.settings.get("train_shards", ""))
+        return parse_whole(self.settings.get("train_shards", ""))
 
     @property
     def parameters(self) -> int | None:
-        return whole(self.settings.get("model_params", self.settings.get("params", "")))
+        return parse_whole(self.settings.get("model_params", self.settings.get("params", "")))
 
     @property
     def vocab_size(self) -> int | None:
-        return whole(self.settings.get("vocab_size", ""))
+        return parse_whole(self.settings.get("vocab_size", ""))
 
     @property
     def hardware(self) -> str | None:
@@ -157,7 +157,7 @@ class RunLog(NamedTuple):
     @property
     def planned_steps(self) -> int | None:
         said = next((s.of for s in reversed(self.steps) if s.of is not None), None)
-        return whole(self.settings.get("iterations", "")) if said is None else said
+        return parse_whole(self.settings.get("iterations", "")) if said is None else said
 
     @property
     def train_seconds(self) -> float | None:
@@ -207,7 +207,7 @@ class RunLog(NamedTuple):
         return found
 
     @property
-    def final(self) -> Score | None:
+    def final(self) -> LoggedScore | None:
         """What the run claims: the last score, in its exact form where the log has that beside it."""
         claimed = [s for s in self.scores if not s.diagnostic]
         if not claimed:
@@ -224,8 +224,8 @@ class RunLog(NamedTuple):
         return self.cut or self.final is None
 
 
-# ---- Numbers ---------------------------------------------------------------------------------------------------------
-def number(text: str) -> float | None:
+# ==== Numbers =====================================================================================
+def parse_number(text: str) -> float | None:
     """`1.1465`, `-2e-5`; None for NaN, infinities, and what is longer than any log's numbers."""
     if not NUMBER.fullmatch(text):
         return None
@@ -233,17 +233,17 @@ def number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def whole(text: str) -> int | None:
+def parse_whole(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
-def seconds(text: str) -> float | None:
+def parse_seconds(text: str) -> float | None:
     """`1401ms`, `12.7s`, `10.0m`; None without a unit."""
     found = DURATION.fullmatch(text)
-    return round(float(found[1]) * UNITS[found[2]], 6) if found else None
+    return round(float(found[1]) * SECONDS_PER_UNIT[found[2]], 6) if found else None
 
 
-def fields(line: str, apart: int = MOST_WORDS) -> dict[str, str]:
+def parse_fields(line: str, apart: int = MOST_WORDS) -> dict[str, str]:
     """`a:1 b: 2 c` -> {"a": "1", "b": "2"}; of a name said twice, the first. Only of the first `apart` words may the
     value be a word of its own."""
     found: dict[str, str] = {}
@@ -257,37 +257,37 @@ def fields(line: str, apart: int = MOST_WORDS) -> dict[str, str]:
     return found
 
 
-# ---- Lines -----------------------------------------------------------------------------------------------------------
-def read_step(text: str, line: int) -> Step | None:
+# ==== Lines =======================================================================================
+def read_step(text: str, line: int) -> LoggedStep | None:
     named = text.startswith("step:")
     head = text[5:].split(None, 1) if named else text.split(None, 1)
     if not head or not head[0][:1].isdigit():
         return None
     at, slash, of = head[0].partition("/")
-    if whole(at) is None or (whole(of) is None if slash else not named):
+    if parse_whole(at) is None or (parse_whole(of) is None if slash else not named):
         return None
-    said = fields(text[5:] if named else text)
+    said = parse_fields(text[5:] if named else text)
     for kind, name in (("val", "val_loss"), ("train", "train_loss"), ("train", "loss")):
-        loss = number(said.get(name, ""))
+        loss = parse_number(said.get(name, ""))
         if loss is not None:
-            return Step(
+            return LoggedStep(
                 kind,
                 int(at),
-                whole(of),
+                parse_whole(of),
                 loss,
-                number(said.get("val_bpb", "")) if kind == "val" else None,
-                seconds(said.get("train_time", said.get("t", ""))),
-                milliseconds(said.get("step_avg", said.get("avg", ""))),
+                parse_number(said.get("val_bpb", "")) if kind == "val" else None,
+                parse_seconds(said.get("train_time", said.get("t", ""))),
+                parse_milliseconds(said.get("step_avg", said.get("avg", ""))),
                 line,
             )
     return None
 
 
-def milliseconds(text: str) -> float | None:
-    return number(text[:-2]) if text.endswith("ms") else None
+def parse_milliseconds(text: str) -> float | None:
+    return parse_number(text[:-2]) if text.endswith("ms") else None
 
 
-def read_score(text: str, line: int) -> Score | None:
+def read_score(text: str, line: int) -> LoggedScore | None:
     """A line that starts with a label, or with the score itself as the last of an evaluation's does."""
     if (
         text[:1].isspace()
@@ -295,26 +295,28 @@ def read_score(text: str, line: int) -> Score | None:
         or ("val_loss:" not in text and "val_bpb:" not in text)
     ):
         return None
-    said = fields(text)
+    said = parse_fields(text)
     loss, bpb = said.get("val_loss", ""), said.get("val_bpb", "")
     words = text[
         : min(at for at in (text.find("val_loss:"), text.find("val_bpb:")) if at >= 0)
     ].split()
-    known = (number(loss) is not None) + (number(bpb) is not None)
+    known = (parse_number(loss) is not None) + (parse_number(bpb) is not None)
     if known < (1 if words else 2):
         return None
-    decimals = [len(value.partition(".")[2]) for value in (loss, bpb) if number(value) is not None]
-    return Score(
+    decimals = [
+        len(value.partition(".")[2]) for value in (loss, bpb) if parse_number(value) is not None
+    ]
+    return LoggedScore(
         " ".join(w for w in words if ":" not in w or w.endswith(":")),
-        number(loss),
-        number(bpb),
+        parse_number(loss),
+        parse_number(bpb),
         min(decimals) >= 6,
-        seconds(said.get("eval_time", said.get("time", ""))),
+        parse_seconds(said.get("eval_time", said.get("time", ""))),
         line,
     )
 
 
-def read_sizes(text: str, line: int) -> list[Size]:
+def read_sizes(text: str, line: int) -> list[LoggedSize]:
     for start, kind in (
         ("Serialized model", "artifact"),
         ("Code size", "code"),
@@ -326,26 +328,29 @@ def read_sizes(text: str, line: int) -> list[Size]:
             if (
                 not colon
                 or len(words) < 2
-                or whole(words[0]) is None
+                or parse_whole(words[0]) is None
                 or not words[1].startswith("bytes")
             ):
                 return []
             kind = "model" if kind == "artifact" and not label else kind
-            return [*parts_of_total(fields(rest), line), Size(kind, label, int(words[0]), line)]
-    said = fields(text) if text.startswith(("artifact:", "budget:")) else {}
+            return [
+                *parts_of_total(parse_fields(rest), line),
+                LoggedSize(kind, label, int(words[0]), line),
+            ]
+    said = parse_fields(text) if text.startswith(("artifact:", "budget:")) else {}
     if "bytes" in said and "sha256" in said:
         said["artifact"] = said["bytes"]
-    total = whole(said.get("budget", "").partition("/")[0])
+    total = parse_whole(said.get("budget", "").partition("/")[0])
     return [
         *parts_of_total(said, line),
-        *([Size("total", "", total, line)] if total is not None else []),
+        *([LoggedSize("total", "", total, line)] if total is not None else []),
     ]
 
 
-def parts_of_total(said: dict[str, str], line: int) -> list[Size]:
+def parts_of_total(said: dict[str, str], line: int) -> list[LoggedSize]:
     """`(artifact:734192 code:329127 …)`"""
-    found = ((kind, whole(said.get(kind, ""))) for kind in ("artifact", "code"))
-    return [Size(kind, "", size, line) for kind, size in found if size is not None]
+    found = ((kind, parse_whole(said.get(kind, ""))) for kind in ("artifact", "code"))
+    return [LoggedSize(kind, "", size, line) for kind, size in found if size is not None]
 
 
 def read_time(text: str) -> tuple[str, float] | None:
@@ -361,7 +366,7 @@ def read_time(text: str) -> tuple[str, float] | None:
         words[0].lower().rstrip(":") if not words[0].endswith(":") else " ".join(words[:2]).lower()
     )
     if name == "gptq:reserving" and len(words) > 1:
-        took = seconds(words[1].rstrip(","))
+        took = parse_seconds(words[1].rstrip(","))
         return None if took is None else (name, took)
     for before, word in zip(["", *words], words, strict=False):
         key, mark, value = word.rpartition("=" if word.startswith("elapsed=") else ":")
@@ -370,13 +375,13 @@ def read_time(text: str) -> tuple[str, float] | None:
             or (word[0] == "(" and word[-1] == ")")
             or (mark and key in ("elapsed", "time"))
         ):
-            took = seconds((value if mark else word).strip("(),"))
+            took = parse_seconds((value if mark else word).strip("(),"))
             if took is not None:
                 return name, took
     return None
 
 
-# ---- The whole -------------------------------------------------------------------------------------------------------
+# ==== The whole ===================================================================================
 def code_parts(lines: list[str]) -> list[range]:
     """Where the log holds code. Rules of 100 `=` part it; a part that imports is code, as are the parts after it that
     define or import (code may hold a rule itself). Some logs lack the rule between code and what stands above it."""
@@ -415,12 +420,12 @@ def log_above(part: list[str]) -> int:
     return above
 
 
-class Reading:
+class LogReader:
     """The log so far, of the last run in it: one that starts anew in the same file leaves nothing of the one before."""
 
     def __init__(self) -> None:
         self.runs = 0
-        self.steps: list[Step] = []
+        self.steps: list[LoggedStep] = []
         self.begin()
 
     def begin(self) -> None:
@@ -429,9 +434,9 @@ class Reading:
         self.starts: set[str] = set()
         self.marks: set[str] = set()  # of the dialect
         self.settings: dict[str, str] = {}
-        self.steps: list[Step] = []
-        self.scores: list[Score] = []
-        self.sizes: list[Size] = []
+        self.steps: list[LoggedStep] = []
+        self.scores: list[LoggedScore] = []
+        self.sizes: list[LoggedSize] = []
         self.hashes: dict[str, str] = {}
         self.times: dict[str, float] = {}
         self.lines: dict[str, int] = {}
@@ -453,7 +458,7 @@ class Reading:
             self.marks.add("fairway")
             self.flatten("", text.removeprefix("settings: "))
         elif len(text) <= LONGEST_LINE and text:
-            self.marks.add(mark_of(text))
+            self.marks.add(dialect_mark(text))
             if step := read_step(text, line):
                 self.steps.append(step)
                 self.trained = None
@@ -488,19 +493,19 @@ class Reading:
             self.read_header(text)
         if sizes:
             return
-        said = fields(text)
-        if (total := seconds(said.get("total_eval_time", ""))) is not None:
+        said = parse_fields(text)
+        if (total := parse_seconds(said.get("total_eval_time", ""))) is not None:
             self.note("total_eval_time", total, line)
         elif (took := read_time(text)) and len(self.times) < MOST_TIMES:
             self.note(*took, line)
-        if (trained := seconds(said.get("train_time", ""))) is not None:
+        if (trained := parse_seconds(said.get("train_time", ""))) is not None:
             self.trained, self.lines["train_time"] = trained, line
         if text.startswith("stopping_early"):
             self.lines["stopping_early"] = line
         elif (
             text.startswith("resumed step:")
             and self.earlier
-            and (at := whole(said["step"])) is not None
+            and (at := parse_whole(said["step"])) is not None
         ):
             self.steps, self.earlier, self.runs = (
                 [s for s in self.earlier if s.step <= at],
@@ -515,14 +520,14 @@ class Reading:
         """Settings above the first step: `  name: value` in a block, `name=value …` below a heading, `name:value …`."""
         if text.startswith("  ") and self.block == "Hyperparameters:":
             name, _, value = text.strip().partition(":")
-            if NAME.fullmatch(name):
+            if SETTING_NAME.fullmatch(name):
                 self.set(name, value.strip())
             return
         if self.block.startswith("--- Hyperparameters"):
             for name, _, value in (word.partition("=") for word in text.split()):
-                if NAME.fullmatch(name):
+                if SETTING_NAME.fullmatch(name):
                     self.set(name, value)
-        self.block, said = text.strip(), fields(text, apart=1)
+        self.block, said = text.strip(), parse_fields(text, apart=1)
         if text.startswith(("val_loader:", "train_loader:")):
             prefix = text.partition("_")[0]
             said = {
@@ -539,7 +544,7 @@ class Reading:
                 self.hashes.setdefault(
                     {"sha256": "artifact", "val_sha256": "val"}.get(name, name[:-7]), value
                 )
-            elif NAME.fullmatch(name) and not text[:1].isspace():
+            elif SETTING_NAME.fullmatch(name) and not text[:1].isspace():
                 self.set(name, value)
 
     def dialect(self) -> str:
@@ -557,7 +562,7 @@ class Reading:
         )
 
 
-def mark_of(text: str) -> str:
+def dialect_mark(text: str) -> str:
     """What a line says of its dialect; "" if nothing."""
     if text.startswith("code_sha256:") or (text.startswith("artifact:") and " sha256:" in text):
         return "fairway"
@@ -574,7 +579,7 @@ def mark_of(text: str) -> str:
     )
 
 
-def lines_of(text: str) -> list[str]:
+def log_lines(text: str) -> list[str]:
     if text.count("\n") > MOST_LINES:
         found = text.split("\n", MOST_LINES // 2)[:-1] + text.rsplit("\n", MOST_LINES // 2)[1:]
     else:
@@ -587,8 +592,8 @@ def lines_of(text: str) -> list[str]:
 
 def parse_log(text: str) -> RunLog:
     """Any text gives a RunLog. Line numbers are those of the text, unless it has more than MOST_LINES."""
-    lines = lines_of(text)
-    codes, reading, at = code_parts(lines), Reading(), 0
+    lines = log_lines(text)
+    codes, reading, at = code_parts(lines), LogReader(), 0
     for code in [*codes, range(len(lines), len(lines))]:
         for i in range(at, code.start):
             reading.read(lines[i], i + 1)
@@ -615,11 +620,11 @@ def parse_log(text: str) -> RunLog:
         dict(reading.gpus),
         reading.runs,
         text_lines=len(lines) - (not lines[-1]),
-        cut=cut_short(last),
+        cut=is_cut_short(last),
     )
 
 
-def cut_short(last: str) -> bool:
+def is_cut_short(last: str) -> bool:
     """Of a last line that no newline ends: a score of which one number has fewer decimals than the other, or whose
     time has no unit. Some whole logs lack that newline."""
     score = read_score(last, 0) if len(last) <= LONGEST_LINE else None
@@ -627,7 +632,7 @@ def cut_short(last: str) -> bool:
         return bool(last) and last.startswith(
             ("step:", "final_", "Serialized model", "Total submission")
         )
-    said = fields(last)
+    said = parse_fields(last)
     decimals = {len(said.get(name, "").partition(".")[2]) for name in ("val_loss", "val_bpb")}
     return len(decimals) > 1 or ("eval_time" in said and score.seconds is None)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fairway.records.files import RecordError, need, read_events, read_json, sha256
+from fairway.records.files import RecordError, read_events, read_json, sha256
 
 EVALUATION = "eval"  # the run id under which eval_final.py logs
 
 
-class Run(NamedTuple):
+class RunFiles(NamedTuple):
     folder: Path  # OUT_DIR
     run_id: str
     log: Path
@@ -36,7 +36,7 @@ class Run(NamedTuple):
     @property
     def seed(self) -> int | None:
         seed = self.settings.get("seed")
-        return seed if type(seed) is int else None
+        return seed if type(seed) is int and 0 <= seed < 1 << 63 else None
 
 
 def dict_at(data: Any, *keys: str) -> dict[str, Any]:
@@ -46,20 +46,25 @@ def dict_at(data: Any, *keys: str) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def read_run(path: str | Path) -> Run:
+def read_run(path: str | Path) -> RunFiles:
     """The run of an OUT_DIR, or of a log in its logs/."""
     path = Path(path)
     if path.suffix in (".txt", ".jsonl") and path.parent.name == "logs":
         folder, log = path.parent.parent, path.with_suffix(".txt")
     else:
-        need(path.is_dir(), f"{path} is no folder; name a run's OUT_DIR, or its logs/RUN_ID.txt")
-        folder, log = path, the_log(path)
-    need(log.is_file(), f"{log} is not there; name a run's OUT_DIR, or its logs/RUN_ID.txt")
+        if not path.is_dir():
+            raise RecordError(f"{path} is no folder; name a run's OUT_DIR, or its logs/RUN_ID.txt")
+        folder, log = path, training_log(path)
+    if not log.is_file():
+        raise RecordError(f"{log} is not there; name a run's OUT_DIR, or its logs/RUN_ID.txt")
     events, _ = (
         read_events(log.with_suffix(".jsonl")) if log.with_suffix(".jsonl").is_file() else ([], 0)
     )
-    run = Run(folder, log.stem, log, events, None, None, None, None)
-    wanted, score = run.event("artifact").get("sha256"), optional(folder / "eval" / "score.json")
+    run = RunFiles(folder, log.stem, log, events, None, None, None, None)
+    wanted, score = (
+        run.event("artifact").get("sha256"),
+        object_or_none(folder / "eval" / "score.json"),
+    )
     if wanted is not None:
         found = next(
             (a for a in sorted(folder.glob("final_model.*.ptz")) if sha256(a) == wanted), None
@@ -69,7 +74,7 @@ def read_run(path: str | Path) -> Run:
         eval_log = folder / "logs" / f"{EVALUATION}.txt"
         run = run._replace(
             score=score,
-            certificate=optional(folder / "eval" / "certificate.json")
+            certificate=object_or_none(folder / "eval" / "certificate.json")
             if score.get("certificate")
             else None,
             eval_log=eval_log if eval_log.is_file() else None,
@@ -77,13 +82,13 @@ def read_run(path: str | Path) -> Run:
     return run
 
 
-def the_log(folder: Path) -> Path:
+def training_log(folder: Path) -> Path:
     """The training log of an OUT_DIR; of several, the one whose artifact lies there, else the newest."""
     logs = [p for p in (folder / "logs").glob("*.txt") if p.stem != EVALUATION and p.is_file()]
-    need(
-        logs,
-        f"{folder}/logs holds no log of a training run; name a run's OUT_DIR, or its logs/RUN_ID.txt",
-    )
+    if not logs:
+        raise RecordError(
+            f"{folder}/logs holds no log of a training run; name a run's OUT_DIR, or its logs/RUN_ID.txt"
+        )
     logs.sort(key=lambda p: p.stat().st_mtime)
     if len(logs) > 1:
         there = {sha256(a) for a in folder.glob("final_model.*.ptz")}
@@ -100,7 +105,7 @@ def the_log(folder: Path) -> Path:
     return logs[-1]
 
 
-def optional(path: Path) -> dict[str, Any] | None:
+def object_or_none(path: Path) -> dict[str, Any] | None:
     """A JSON object, None where there is none or it is damaged."""
     try:
         data = read_json(path) if path.is_file() else None

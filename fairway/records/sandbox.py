@@ -24,18 +24,22 @@ from typing import NamedTuple
 import numpy as np
 
 from fairway.records import guard
-from fairway.records.checks.base import BUDGET, CannotTell, fail_if, unknown_if
-from fairway.records.checks.course import vocabulary_of
-from fairway.records.checks.size import code_in_use
-from fairway.records.code import PACKAGES, Source
-from fairway.records.folder import Folder
+from fairway.records.checks.base import (
+    BUDGET,
+    CheckFailed,
+    CheckUndecided,
+    code_bytes_in_use,
+    vocabulary_of,
+)
+from fairway.records.code import PACKAGES, CodeFile
+from fairway.records.folder import RecordFolder
 from fairway.records.logs import parse_log
-from fairway.records.syntax import constant
+from fairway.records.syntax import constant_value
 
-SECONDS = (
+RUN_SECONDS = (
     240.0  # of training and evaluation together: a few times what two busy cores take for ours
 )
-MEMORY, FILE = 12 << 30, 1 << 30  # bytes: of one process's data, of one file
+MEMORY_BYTES, FILE_BYTES = 12 << 30, 1 << 30  # bytes: of one process's data, of one file
 LARGEST_COPY = 256 << 20
 SMALLEST_VOCABULARY = 320  # 256 bytes and the control pieces, and a few more
 SYSTEM = (
@@ -57,14 +61,14 @@ SYSTEM = (
 NO_CUDA = re.compile(r"(?i)cuda|nvidia|flash.?attn|triton|nccl|no gpu")
 
 
-class Ended(NamedTuple):
+class Ending(NamedTuple):
     code: int | None  # None: it was stopped at the limit
     output: str  # the last of what it printed
     seconds: float
     refused: list[str]  # what it tried and was refused
 
 
-# ---- One process within limits ---------------------------------------------------------------------------------------
+# ==== One process within limits ===================================================================
 class Sandbox:
     """A folder of which `copy` may be changed; `run` starts Python there."""
 
@@ -92,7 +96,7 @@ class Sandbox:
             "utf-8",
         )
 
-    def run(self, arguments: Sequence[str], env: Mapping[str, str], seconds: float) -> Ended:
+    def run(self, arguments: Sequence[str], env: Mapping[str, str], seconds: float) -> Ending:
         """`python ARGUMENTS` in the copy. Its output goes to a file, so that it cannot fill our memory."""
         env = (
             dict(
@@ -128,18 +132,18 @@ class Sandbox:
             output.seek(max(0, output.seek(0, io.SEEK_END) - (64 << 10)))
             text = output.read().decode("utf-8", "replace")
         refused = list(dict.fromkeys(self.told.read_text("utf-8", "replace").splitlines()))
-        return Ended(code, text, time.monotonic() - start, refused)
+        return Ending(code, text, time.monotonic() - start, refused)
 
 
 def limits(seconds: float) -> Callable[[], None]:
     def apply() -> None:
         cpu = int(seconds * (os.cpu_count() or 1)) + 5
         data = (
-            resource.RLIM_INFINITY if has_cuda() else MEMORY
+            resource.RLIM_INFINITY if has_cuda() else MEMORY_BYTES
         )  # CUDA reserves addresses by the terabyte
         for what, most in (
             (resource.RLIMIT_DATA, data),
-            (resource.RLIMIT_FSIZE, FILE),
+            (resource.RLIMIT_FSIZE, FILE_BYTES),
             (resource.RLIMIT_CORE, 0),
             (resource.RLIMIT_CPU, cpu),
         ):
@@ -170,8 +174,8 @@ def without_network() -> list[str]:
     return command if works else []
 
 
-# ---- Text to train on ------------------------------------------------------------------------------------------------
-def texts_of(folder: Folder, most: int = 240_000) -> list[str]:
+# ==== Text to train on ============================================================================
+def training_texts(folder: RecordFolder, most: int = 240_000) -> list[str]:
     """Paragraphs of the folder's README, code and logs: at most so many characters."""
     whole = [folder.readme, *(s.text for s in folder.code.sources.values()), *folder.texts.values()]
     parts = [
@@ -216,7 +220,7 @@ def tokenizer_of(texts: list[str], vocabulary: int) -> tuple[bytes, int]:
             return model.getvalue(), vocabulary
         except RuntimeError as e:  # too little text for so many pieces
             if vocabulary <= SMALLEST_VOCABULARY:
-                raise CannotTell(
+                raise CheckUndecided(
                     f"no tokenizer could be made of the folder's texts: {str(e)[:100]}"
                 ) from None
             vocabulary = max(SMALLEST_VOCABULARY, vocabulary // 2)
@@ -239,64 +243,63 @@ def write_shards(data: Path, model: bytes, texts: list[str]) -> None:
     (data / "tokenizer.model").write_bytes(model)
 
 
-# ---- The record ------------------------------------------------------------------------------------------------------
-def check_run(folder: Folder) -> str:
+# ==== The record ==================================================================================
+def check_run(folder: RecordFolder) -> str:
     """Trains a few steps and evaluates, from inside a copy; the artifact fits, and there is a score."""
     trainer = next((name for name in folder.code.entries if name != "eval_final.py"), None)
-    unknown_if(trainer is None, "there is no trainer to run")
+    if trainer is None:
+        raise CheckUndecided("there is no trainer to run")
     with tempfile.TemporaryDirectory(prefix="record-", ignore_cleanup_errors=True) as root:
         return run_in(Sandbox(Path(root)), folder, str(trainer))
 
 
-def run_in(box: Sandbox, folder: Folder, trainer: str) -> str:
+def run_in(box: Sandbox, folder: RecordFolder, trainer: str) -> str:
     copy_folder(folder, box.copy)
     env, started = environment(folder, box, trainer), time.monotonic()
-    trained = box.run([trainer], env, SECONDS)
-    judge(folder, trainer, trained)
+    trained = box.run([trainer], env, RUN_SECONDS)
+    judge_ending(folder, trainer, trained)
     artifact = newest_artifact(box.copy, folder)
-    fail_if(
-        artifact is None,
-        f"{trainer} ended without an artifact (final_model*.ptz): {last_line(trained.output)}",
-    )
-    size = artifact.stat().st_size + code_in_use(folder)
-    fail_if(
-        size > BUDGET,
-        f"{artifact.name} of {artifact.stat().st_size:,} bytes + code {code_in_use(folder):,} = "
-        f"{size:,}; {BUDGET:,} are allowed",
-    )
+    if artifact is None:
+        raise CheckFailed(
+            f"{trainer} ended without an artifact (final_model*.ptz): {last_line(trained.output)}"
+        )
+    size = artifact.stat().st_size + code_bytes_in_use(folder)
+    if size > BUDGET:
+        raise CheckFailed(
+            f"{artifact.name} of {artifact.stat().st_size:,} bytes + code {code_bytes_in_use(folder):,} = "
+            f"{size:,}; {BUDGET:,} are allowed"
+        )
     output = trained.output
     if "eval_final.py" in folder.code.entries:
         env |= {"CHECKPOINT": str(artifact.relative_to(box.copy))}
-        evaluated = box.run(["eval_final.py"], env, SECONDS - (time.monotonic() - started))
-        judge(folder, "eval_final.py", evaluated)
+        evaluated = box.run(["eval_final.py"], env, RUN_SECONDS - (time.monotonic() - started))
+        judge_ending(folder, "eval_final.py", evaluated)
         output = evaluated.output
     score = parse_log(output).final
-    fail_if(
-        score is None or score.bpb is None,
-        f"no final score was printed; the last line is {last_line(output)}",
-    )
+    if score is None or score.bpb is None:
+        raise CheckFailed(f"no final score was printed; the last line is {last_line(output)}")
     return (
         f"trained{' and evaluated' * ('eval_final.py' in folder.code.entries)} in {time.monotonic() - started:.0f} "
         f"s on {machine()}: {artifact.name} and code {size:,} bytes, val_bpb:{score.bpb}"
     )
 
 
-def copy_folder(folder: Folder, copy: Path) -> None:
+def copy_folder(folder: RecordFolder, copy: Path) -> None:
     size = sum(folder.files.values())
-    unknown_if(
-        size > LARGEST_COPY,
-        f"the folder has {size:,} bytes; at most {LARGEST_COPY:,} are copied to be run",
-    )
+    if size > LARGEST_COPY:
+        raise CheckUndecided(
+            f"the folder has {size:,} bytes; at most {LARGEST_COPY:,} are copied to be run"
+        )
     for name in folder.files:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder.path / name, copy / name, follow_symlinks=False)
 
 
-def environment(folder: Folder, box: Sandbox, trainer: str) -> dict[str, str]:
+def environment(folder: RecordFolder, box: Sandbox, trainer: str) -> dict[str, str]:
     """The challenge's names; where the trainer has a preset for tests, that and the data alone."""
     log = folder.runs[0].log if folder.runs else None
     wanted = min((log.vocab_size or vocabulary_of(log)) if log else 1024, 8192) or 1024
-    texts = texts_of(folder)
+    texts = training_texts(folder)
     model, vocabulary = tokenizer_of(texts, max(wanted, SMALLEST_VOCABULARY))
     data = box.copy / "data"
     data.mkdir(exist_ok=True)
@@ -324,12 +327,12 @@ def environment(folder: Folder, box: Sandbox, trainer: str) -> dict[str, str]:
     return {name: str(value) for name, value in env.items()}
 
 
-def reads_smoke(source: Source) -> bool:
-    strings = {constant(node) for node in source.nodes if type(constant(node)) is str}
+def reads_smoke(source: CodeFile) -> bool:
+    strings = {constant_value(node) for node in source.nodes if type(constant_value(node)) is str}
     return {"PRESET", "smoke"} <= strings
 
 
-def newest_artifact(copy: Path, folder: Folder) -> Path | None:
+def newest_artifact(copy: Path, folder: RecordFolder) -> Path | None:
     made: Iterator[Path] = (
         p
         for p in copy.rglob("*.ptz")
@@ -338,37 +341,34 @@ def newest_artifact(copy: Path, folder: Folder) -> Path | None:
     return max(made, key=lambda p: p.stat().st_mtime, default=None)
 
 
-def judge(folder: Folder, script: str, ended: Ended) -> None:
+def judge_ending(folder: RecordFolder, script: str, ended: Ending) -> None:
     """Nothing if it ended well; else why not, and whether the folder is to blame."""
-    fail_if(ended.refused, f"{script} {'; '.join(ended.refused[:3])}")
+    if ended.refused:
+        raise CheckFailed(f"{script} {'; '.join(ended.refused[:3])}")
     last = last_line(ended.output)
     if ended.code == 0:
         return
     here = machine()
-    unknown_if(
-        not has_cuda() and NO_CUDA.search(ended.output[-2000:]),
-        f"{script} wants a GPU, and this machine has none: {last}",
-    )
+    if not has_cuda() and NO_CUDA.search(ended.output[-2000:]):
+        raise CheckUndecided(f"{script} wants a GPU, and this machine has none: {last}")
     lacking = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", ended.output)
     asked = {a.module.split(".")[0] for a in folder.code.absent}
-    unknown_if(
-        lacking and lacking[1].split(".")[0] in PACKAGES | asked,
-        f"{script} wants a package that is not installed here: {last}",
-    )
+    if lacking and lacking[1].split(".")[0] in PACKAGES | asked:
+        raise CheckUndecided(f"{script} wants a package that is not installed here: {last}")
     newer = "SyntaxError" in ended.output and any(s.tree is None for s in folder.code.running())
-    unknown_if(
-        newer,
-        f"{script} does not parse with Python {sys.version_info.major}.{sys.version_info.minor}: {last}",
-    )
-    unknown_if(
-        ended.code is None and not has_cuda(),
-        f"{script} did not end within {ended.seconds:.0f} s on {here}; its last line is {last}",
-    )
-    fail_if(
-        ended.code is None,
-        f"{script} did not end within {ended.seconds:.0f} s; its last line is {last}",
-    )
-    fail_if(True, f"{script} ended with code {ended.code}: {last}")
+    if newer:
+        raise CheckUndecided(
+            f"{script} does not parse with Python {sys.version_info.major}.{sys.version_info.minor}: {last}"
+        )
+    if ended.code is None and not has_cuda():
+        raise CheckUndecided(
+            f"{script} did not end within {ended.seconds:.0f} s on {here}; its last line is {last}"
+        )
+    if ended.code is None:
+        raise CheckFailed(
+            f"{script} did not end within {ended.seconds:.0f} s; its last line is {last}"
+        )
+    raise CheckFailed(f"{script} ended with code {ended.code}: {last}")
 
 
 def last_line(text: str) -> str:

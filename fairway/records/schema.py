@@ -104,30 +104,30 @@ class Submission(NamedTuple):
     pytorch_version: str | None
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
-def number(value: Any) -> float | None:
+# ==== Reading =====================================================================================
+def json_number(value: Any) -> float | None:
     """Of a JSON number that a float can hold; true is none."""
     if type(value) not in (int, float) or (type(value) is int and abs(value) > 2**53):
         return None
     return float(value) if math.isfinite(value) else None
 
 
-def count(value: Any) -> int | None:
-    value = number(value)
+def json_count(value: Any) -> int | None:
+    value = json_number(value)
     return int(value) if value is not None and value >= 0 and value == int(value) else None
 
 
-def text(value: Any) -> str | None:
+def json_text(value: Any) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
-def seed_of(value: Any) -> int | None:
+def json_seed(value: Any) -> int | None:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 15:
         return int(value)
-    return count(value)
+    return json_count(value)
 
 
-def first(data: dict[str, Any], names: tuple[str, ...], read: Any) -> Any:
+def first_known(data: dict[str, Any], names: tuple[str, ...], read: Any) -> Any:
     return next(
         (found for found in (read(data.get(name)) for name in names) if found is not None), None
     )
@@ -136,10 +136,13 @@ def first(data: dict[str, Any], names: tuple[str, ...], read: Any) -> Any:
 def seed_result(value: Any) -> SeedResult:
     """Of an object, or of a bare BPB."""
     if not isinstance(value, dict):
-        return SeedResult(None, number(value), None, None, None, None)
-    readers = dict(bytes=count, steps=count)
+        return SeedResult(None, json_number(value), None, None, None, None)
+    readers = dict(bytes=json_count, steps=json_count)
     return SeedResult(
-        **{name: first(value, names, readers.get(name, number)) for name, names in SEED.items()}
+        **{
+            name: first_known(value, names, readers.get(name, json_number))
+            for name, names in SEED.items()
+        }
     )
 
 
@@ -151,33 +154,33 @@ def results_of(data: dict[str, Any]) -> dict[int, SeedResult]:
     return {
         seed: seed_result(value)
         for key, value in table.items()
-        if (seed := seed_of(key)) is not None
+        if (seed := json_seed(key)) is not None
     }
 
 
-def normal(data: Any) -> Submission:
+def read_submission(data: Any) -> Submission:
     """What a submission.json says, whatever it is."""
     data = data if isinstance(data, dict) else {}
     results, listed = results_of(data), data.get("seeds")
     seeds = (
-        [s for s in map(seed_of, listed) if s is not None]
+        [s for s in map(json_seed, listed) if s is not None]
         if isinstance(listed, list)
         else list(results) or None
     )
-    readers = dict(text=text, number=number, count=count)
+    readers = dict(text=json_text, number=json_number, count=json_count)
     plain = {
-        name: first(data, FIRST_OF.get(name, (name,)), readers[key.kind])
+        name: first_known(data, FIRST_OF.get(name, (name,)), readers[key.kind])
         for name, key in KEYS.items()
         if key.kind in readers and name in Submission._fields
     }
     return Submission(**plain, seeds=seeds, seed_results=results)
 
 
-# ---- Judging ---------------------------------------------------------------------------------------------------------
-KINDS = {
-    "text": (text, "a text"),
-    "number": (number, "a number"),
-    "count": (count, "a whole number"),
+# ==== Judging =====================================================================================
+VALUE_KINDS = {
+    "text": (json_text, "a text"),
+    "number": (json_number, "a number"),
+    "count": (json_count, "a whole number"),
     "seeds": (lambda v: v if isinstance(v, list | dict) else None, "a list of whole numbers"),
     "results": (lambda v: v if isinstance(v, dict) else None, "an object with one entry a seed"),
     "table": (lambda v: v if isinstance(v, dict) else None, "an object"),
@@ -188,18 +191,18 @@ def problems(data: Any, complete: bool = False) -> list[str]:
     """What is wrong, a sentence each: the key, the value found, the value wanted. `complete` asks for all that our own
     files have; without it, for what a table of records needs."""
     if not isinstance(data, dict):
-        return [f"submission.json holds {shown(data)}, wanted an object"]
-    found = normal(data)
+        return [f"submission.json holds {describe(data)}, wanted an object"]
+    found = read_submission(data)
     return [
         *wrong_types(data),
-        *missing(data, found, complete),
+        *missing_keys(data, found, complete),
         *wrong_scores(found),
         *wrong_seeds(data, found),
         *wrong_bytes(data, found),
     ]
 
 
-def shown(value: Any) -> str:
+def describe(value: Any) -> str:
     if isinstance(value, dict):
         return f"an object of {len(value)}"
     if isinstance(value, list) and not (
@@ -215,13 +218,13 @@ def shown(value: Any) -> str:
 def wrong_types(data: dict[str, Any]) -> list[str]:
     """null is taken for absent."""
     return [
-        f"{name} is {shown(data[name])}, wanted {KINDS[key.kind][1]}"
+        f"{name} is {describe(data[name])}, wanted {VALUE_KINDS[key.kind][1]}"
         for name, key in KEYS.items()
-        if data.get(name) not in (None, "") and KINDS[key.kind][0](data[name]) is None
+        if data.get(name) not in (None, "") and VALUE_KINDS[key.kind][0](data[name]) is None
     ]
 
 
-def missing(data: dict[str, Any], found: Submission, complete: bool) -> list[str]:
+def missing_keys(data: dict[str, Any], found: Submission, complete: bool) -> list[str]:
     said = [
         f"{name} is missing: {key.meaning}"
         for name, key in KEYS.items()
@@ -238,7 +241,7 @@ def missing(data: dict[str, Any], found: Submission, complete: bool) -> list[str
     if found.date is not None and not re.match(
         r"20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])([T ].{0,40})?$", found.date
     ):
-        said.append(f"date is {shown(found.date)}, wanted YYYY-MM-DD")
+        said.append(f"date is {describe(found.date)}, wanted YYYY-MM-DD")
     return said
 
 
@@ -277,7 +280,7 @@ def wrong_scores(found: Submission) -> list[str]:
     return said
 
 
-def decimals(value: Any) -> float:
+def rounding_of(value: Any) -> float:
     """Half a unit of the last digit that a number was written with, and a little."""
     digits = repr(value).partition(".")[2] if type(value) is float else ""
     return 0.51 * 10.0 ** -(len(digits) if digits.isdigit() else 0 if type(value) is int else 9)
@@ -287,21 +290,21 @@ def wrong_seeds(data: dict[str, Any], found: Submission) -> list[str]:
     """Headline = mean over the seeds; standard deviation with n - 1, or with n."""
     said, results = [], found.seed_results
     if found.seeds and len(set(found.seeds)) < len(found.seeds):
-        said.append(f"seeds are {shown(found.seeds)}, wanted distinct ones")
+        said.append(f"seeds are {describe(found.seeds)}, wanted distinct ones")
     if found.seeds and results and set(found.seeds) != set(results):
         said.append(
-            f"seeds are {shown(sorted(set(found.seeds)))} but seed_results has {shown(sorted(results))}"
+            f"seeds are {describe(sorted(set(found.seeds)))} but seed_results has {describe(sorted(results))}"
         )
     for name in ("val_bpb", "val_loss"):
         values = [getattr(r, name) for r in results.values()]
-        key = next((k for k in FIRST_OF[name] if number(data.get(k)) is not None), None)
+        key = next((k for k in FIRST_OF[name] if json_number(data.get(k)) is not None), None)
         if key is None or not values or None in values:
             continue
         mean = statistics.fmean(values)
         digits = min(
-            decimals(v) for v in values
+            rounding_of(v) for v in values
         )  # JSON drops zeros at the end: the longest shows how many were kept
-        slack = min(decimals(data[key]), 6e-4) + digits
+        slack = min(rounding_of(data[key]), 6e-4) + digits
         if abs(data[key] - mean) > slack:
             best = " (that is the best seed)" if abs(data[key] - min(values)) <= slack else ""
             said.append(
@@ -311,7 +314,7 @@ def wrong_seeds(data: dict[str, Any], found: Submission) -> list[str]:
         if std is None or len(values) < 2:
             continue
         wanted, other = statistics.stdev(values), statistics.pstdev(values)
-        slack = max(0.05 * wanted, min(decimals(std), 6e-4)) + digits
+        slack = max(0.05 * wanted, min(rounding_of(std), 6e-4)) + digits
         if min(abs(std - wanted), abs(std - other)) > slack:
             said.append(f"{name}_std is {std:.4g}, wanted {wanted:.4g} from {len(values)} seeds")
     return said
@@ -325,7 +328,7 @@ def wrong_bytes(data: dict[str, Any], found: Submission) -> list[str]:
     largest = max(
         (r.bytes for r in found.seed_results.values() if r.bytes is not None), default=None
     )
-    top = count(data.get("artifact_bytes_max"))
+    top = json_count(data.get("artifact_bytes_max"))
     if total is not None and code is not None and code >= total:
         said.append(f"bytes_code is {code}, wanted less than bytes_total, {total}")
     if total is not None and largest is not None and total < largest:

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fairway.records.files import RecordError, need, read_json
-from fairway.records.logs import RunLog, Score, read_log
-from fairway.records.schema import normal
+from fairway.records.files import RecordError, read_json
+from fairway.records.logs import LoggedScore, RunLog, read_log
+from fairway.records.schema import read_submission
 
 BAR = 0.005  # nats a token
 LEVEL = 0.01
@@ -34,7 +34,7 @@ Errors = Callable[
 ]  # seeds -> standard error of the gain, degrees of freedom
 
 
-class Seeds(NamedTuple):
+class SeedScores(NamedTuple):
     nats: list[float]  # a token, by seed
     bpb: list[float]
     tokens: int  # that were scored, and their bytes: as logged; 0 where no log says
@@ -46,7 +46,7 @@ class Seeds(NamedTuple):
         return sum(self.nats) / sum(self.bpb)
 
 
-class Test(NamedTuple):
+class TTest(NamedTuple):
     name: str
     t: float | None  # None: no such test with so few seeds, which `missing` says
     df: float | None
@@ -55,15 +55,15 @@ class Test(NamedTuple):
     missing: str  # until p < 0.01; "" if reached
 
 
-# ---- The tests -------------------------------------------------------------------------------------------------------
-def one_sample(new: Seeds, old_mean_nats: float, bar: float = BAR) -> Test:
+# ==== The tests ===================================================================================
+def one_sample(new: SeedScores, old_mean_nats: float, bar: float = BAR) -> TTest:
     """The new seeds against (old mean - bar)."""
     n, mean = len(new.nats), statistics.fmean(new.nats)
     better = old_mean_nats - mean
     difference = (better, better / new.factor)
     name = f"one sample, against {old_mean_nats:.6f} - {bar:g} nats"
     if n < 2:
-        return Test(
+        return TTest(
             name, None, None, None, difference, "one seed has no spread: 2 at least, 3 as a rule"
         )
     spread = statistics.stdev(new.nats)
@@ -71,10 +71,10 @@ def one_sample(new: Seeds, old_mean_nats: float, bar: float = BAR) -> Test:
     def at(seeds: int) -> tuple[float, float]:
         return spread / math.sqrt(seeds), seeds - 1
 
-    return judged(name, better - bar, n, at, difference)
+    return make_test(name, better - bar, n, at, difference)
 
 
-def welch(new: Seeds, old: Seeds) -> Test:
+def welch(new: SeedScores, old: SeedScores) -> TTest:
     """The new seeds against the old ones, which may differ in number and in spread."""
     old_nats = in_tokens_of(new, old)
     n, m = len(new.nats), len(old_nats)
@@ -82,7 +82,7 @@ def welch(new: Seeds, old: Seeds) -> Test:
     difference, name = (better, better / new.factor), "Welch, two samples"
     if min(n, m) < 2:
         which = "the new record has" if n < 2 else "the old record has"
-        return Test(name, None, None, None, difference, f"{which} one seed: 2 of each at least")
+        return TTest(name, None, None, None, difference, f"{which} one seed: 2 of each at least")
     a, b = statistics.variance(new.nats), statistics.variance(old_nats) / m
 
     def at(seeds: int) -> tuple[float, float]:
@@ -90,14 +90,14 @@ def welch(new: Seeds, old: Seeds) -> Test:
         below = mine**2 / (seeds - 1) + b**2 / (m - 1)
         return math.sqrt(mine + b), (mine + b) ** 2 / below if below > 0 else seeds + m - 2
 
-    return judged(name, better, n, at, difference)
+    return make_test(name, better, n, at, difference)
 
 
-def judged(name: str, gain: float, n: int, at: Errors, difference: tuple[float, float]) -> Test:
+def make_test(name: str, gain: float, n: int, at: Errors, difference: tuple[float, float]) -> TTest:
     error, df = at(n)
     t = t_of(gain, error)
     p = upper_tail(t, df)
-    return Test(name, t, df, p, difference, "" if p < LEVEL else outlook(gain, n, at))
+    return TTest(name, t, df, p, difference, "" if p < LEVEL else outlook(gain, n, at))
 
 
 def t_of(gain: float, error: float) -> float:
@@ -134,22 +134,23 @@ def outlook(gain: float, n: int, at: Errors) -> str:
     return f"{wanted} seeds of this mean and spread, or {more}"
 
 
-def in_tokens_of(new: Seeds, old: Seeds) -> list[float]:
+def in_tokens_of(new: SeedScores, old: SeedScores) -> list[float]:
     """The old scores in nats a token of the new tokenizer, through BPB; as they are where the two are one."""
     if abs(old.factor / new.factor - 1) < 0.001:  # scores of four digits are that far off
         return old.nats
     return [bpb * new.factor for bpb in old.bpb]
 
 
-# ---- Seeds of a record folder ----------------------------------------------------------------------------------------
-def seeds_of(folder: Path) -> Seeds:
+# ==== Seeds of a record folder ====================================================================
+def read_seeds(folder: Path) -> SeedScores:
     """The seeds that submission.json names, with the digits of their logs where these show the same score. Of a file
     that lists no scores of seeds: the logs' scores of one label that have its headline among them, by seed; failing
     that, its headline as one seed. RecordError names what is missing to have all of them in nats."""
     folder = Path(folder)
-    need(folder.is_dir(), f"{folder} is no folder; name one with a submission.json and logs in it")
+    if not folder.is_dir():
+        raise RecordError(f"{folder} is no folder; name one with a submission.json and logs in it")
     file = next(iter(sorted(folder.glob("submission*.json"))), None)
-    said, logs = normal(read_json(file) if file else None), logs_of(folder)
+    said, logs = read_submission(read_json(file) if file else None), logs_by_seed(folder)
     if said.seed_results:
         found = {
             s: claimed_score(r.val_loss, r.val_bpb, logs.get(s, []))
@@ -159,17 +160,17 @@ def seeds_of(folder: Path) -> Seeds:
         found = logged_scores(logs, said.val_bpb) or {
             -1: claimed_score(said.val_loss, said.val_bpb, [])
         }
-    need(
-        any(s.bpb is not None or s.loss is not None for s in found.values()),
-        f"{folder} names no score: neither its submission.json nor a log in it has val_bpb",
-    )
-    tokens, size = split_of([log for seed in logs.values() for log in seed])
-    factor = factor_of(list(found.values()), tokens, size)
-    pairs = [in_both(folder, seed, score, factor) for seed, score in found.items()]
-    return Seeds([nats for nats, _ in pairs], [bpb for _, bpb in pairs], tokens, size)
+    if not any(s.bpb is not None or s.loss is not None for s in found.values()):
+        raise RecordError(
+            f"{folder} names no score: neither its submission.json nor a log in it has val_bpb"
+        )
+    tokens, size = split_size([log for seed in logs.values() for log in seed])
+    factor = nats_per_bit(list(found.values()), tokens, size)
+    pairs = [nats_and_bpb(folder, seed, score, factor) for seed, score in found.items()]
+    return SeedScores([nats for nats, _ in pairs], [bpb for _, bpb in pairs], tokens, size)
 
 
-def logs_of(folder: Path) -> dict[int, list[RunLog]]:
+def logs_by_seed(folder: Path) -> dict[int, list[RunLog]]:
     """By seed, -1 where none is named: the file's name says it, else the log. Evaluations come first."""
     found: dict[int, list[RunLog]] = {}
     paths = sorted(
@@ -189,7 +190,7 @@ def logs_of(folder: Path) -> dict[int, list[RunLog]]:
     return found
 
 
-def claimed_score(loss: float | None, bpb: float | None, logs: list[RunLog]) -> Score:
+def claimed_score(loss: float | None, bpb: float | None, logs: list[RunLog]) -> LoggedScore:
     """What is claimed, in full digits where one of the logs has it."""
     near = [
         s
@@ -197,10 +198,10 @@ def claimed_score(loss: float | None, bpb: float | None, logs: list[RunLog]) -> 
         for s in reversed(log.scores)
         if s.exact and None not in (bpb, s.loss, s.bpb) and abs(s.bpb - bpb) < NEAR
     ]
-    return near[0] if near else Score("", loss, bpb, False, None, 0)
+    return near[0] if near else LoggedScore("", loss, bpb, False, None, 0)
 
 
-def logged_scores(logs: dict[int, list[RunLog]], headline: float | None) -> dict[int, Score]:
+def logged_scores(logs: dict[int, list[RunLog]], headline: float | None) -> dict[int, LoggedScore]:
     """Of the labels that logs end with, the last one whose scores have the headline among them; {} where none has."""
     labels = dict.fromkeys(
         s.label
@@ -227,7 +228,7 @@ def logged_scores(logs: dict[int, list[RunLog]], headline: float | None) -> dict
     return {}
 
 
-def split_of(logs: list[RunLog]) -> tuple[int, int]:
+def split_size(logs: list[RunLog]) -> tuple[int, int]:
     """Tokens and bytes of the validation split; 0 where no log says."""
     tokens = next((log.tokens for log in logs if log.tokens), 0)
     return tokens, next(
@@ -235,20 +236,22 @@ def split_of(logs: list[RunLog]) -> tuple[int, int]:
     )
 
 
-def factor_of(scores: list[Score], tokens: int, size: int) -> float | None:
+def nats_per_bit(scores: list[LoggedScore], tokens: int, size: int) -> float | None:
     if tokens and size:
         return math.log(2) * size / tokens
     pairs = [s.loss / s.bpb for s in scores if s.loss and s.bpb]
     return statistics.median(pairs) if pairs else None
 
 
-def in_both(folder: Path, seed: int, score: Score, factor: float | None) -> tuple[float, float]:
+def nats_and_bpb(
+    folder: Path, seed: int, score: LoggedScore, factor: float | None
+) -> tuple[float, float]:
     """(nats, BPB)"""
     whose = f"{folder.name}: seed {seed}" if seed >= 0 else f"{folder.name}: its one run"
-    need(
-        score.loss or score.bpb,
-        f"{whose} has neither val_loss nor val_bpb; add its log, or both to submission.json",
-    )
+    if not score.loss and (not score.bpb):
+        raise RecordError(
+            f"{whose} has neither val_loss nor val_bpb; add its log, or both to submission.json"
+        )
     if score.loss and score.bpb:
         return score.loss, score.bpb
     have, lack = ("val_bpb", "val_loss") if score.bpb else ("val_loss", "val_bpb")
@@ -260,8 +263,8 @@ def in_both(folder: Path, seed: int, score: Score, factor: float | None) -> tupl
     return (score.bpb * factor, score.bpb) if score.bpb else (score.loss, score.loss / factor)
 
 
-# ---- The table -------------------------------------------------------------------------------------------------------
-def report(new: Seeds, old: Seeds) -> str:
+# ==== The table ===================================================================================
+def significance_text(new: SeedScores, old: SeedScores) -> str:
     """Both records and both tests, for a terminal or a README."""
     converted = in_tokens_of(new, old)
     lines = ["         seeds  nats      std       BPB       std       each (BPB)"]
@@ -281,7 +284,7 @@ def report(new: Seeds, old: Seeds) -> str:
         said = (
             "no test"
             if test.t is None
-            else f"t = {test.t:.2f}, df = {test.df:.2f}, p = {shown(test.p)}"
+            else f"t = {test.t:.2f}, df = {test.df:.2f}, p = {p_value_text(test.p)}"
         )
         verdict = "" if test.t is None else ", p < 0.01" if not test.missing else ", not p < 0.01"
         lines.append(f"{test.name}: {said}{verdict}; better by {nats:+.6f} nats, {bpb:+.6f} BPB")
@@ -289,5 +292,5 @@ def report(new: Seeds, old: Seeds) -> str:
     return "\n".join(lines)
 
 
-def shown(p: float) -> str:
+def p_value_text(p: float) -> str:
     return f"{p:.4f}" if p >= 0.001 else f"{p:.1e}"

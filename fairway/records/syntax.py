@@ -8,11 +8,11 @@ import warnings
 from typing import Any
 
 
-def constant(node: ast.AST | None) -> Any:
+def constant_value(node: ast.AST | None) -> Any:
     return node.value if isinstance(node, ast.Constant) else None
 
 
-def name_of(node: ast.AST | None) -> str:
+def dotted_name(node: ast.AST | None) -> str:
     """`a.b.c` of a name or an attribute of names; "" of anything else."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
@@ -21,7 +21,7 @@ def name_of(node: ast.AST | None) -> str:
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
 
 
-def words(node: ast.AST) -> set[str]:
+def names_in(node: ast.AST) -> set[str]:
     """Every name and attribute in an expression."""
     return {
         n.id if isinstance(n, ast.Name) else n.attr
@@ -30,24 +30,24 @@ def words(node: ast.AST) -> set[str]:
     }
 
 
-def parse(text: str) -> tuple[ast.Module | None, str]:
+def parse_python(text: str) -> tuple[ast.Module | None, str]:
     """The tree, or None and why. Python 3.11 cannot read f-strings within f-strings as 3.12 writes them, and minified
     records have them: then it reads their expressions as tuples."""
     try:
-        return quietly(text), ""
+        return parse_quietly(text), ""
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
         why = f"line {getattr(e, 'lineno', None) or '?'}: {getattr(e, 'msg', None) or e or type(e).__name__}"
         if not isinstance(e, SyntaxError):
             return None, why
     if re.search(r"[fF][rR]?[\"']", text):
         try:
-            return quietly(without_f_strings(text)), ""
+            return parse_quietly(without_f_strings(text)), ""
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             pass
     return None, why
 
 
-def quietly(text: str) -> ast.Module:
+def parse_quietly(text: str) -> ast.Module:
     """Without Python's warnings about other people's escape sequences."""
     with warnings.catch_warnings(action="ignore"):
         return ast.parse(text)
@@ -61,12 +61,12 @@ def without_f_strings(text: str) -> str:
     parts, at = [], 0
     while found := QUOTE.search(text, at):
         parts.append(text[at : found.start()])
-        part, at = literal(text, found)
+        part, at = string_literal(text, found)
         parts.append(part)
     return "".join([*parts, text[at:]])
 
 
-def literal(text: str, found: re.Match[str]) -> tuple[str, int]:
+def string_literal(text: str, found: re.Match[str]) -> tuple[str, int]:
     """A comment, a string or an f-string as it is to be read, and where it ends."""
     at, quote = found.end(), found[2]
     if quote and "f" in found[1].lower():
@@ -84,27 +84,29 @@ def f_string(text: str, at: int, quote: str) -> tuple[list[str], int]:
         if text.startswith(("{{", "}}", "\\"), at):
             at += 2
         elif text[at] == "{":
-            inner, at = field(text, at + 1)
+            inner, at = replacement_field(text, at + 1)
             found += inner
         else:
             at += 1
     return found, at + len(quote)
 
 
-def field(text: str, at: int) -> tuple[list[str], int]:
+def replacement_field(text: str, at: int) -> tuple[list[str], int]:
     """What stands between { and }: an expression, and those of its format."""
     parts, depth = [], 0
     while at < len(text) and (
         depth or not (text[at] in "}:" or (text[at] == "!" and text[at + 1 : at + 2] != "="))
     ):
         part, end = (
-            literal(text, quoted) if (quoted := QUOTE.match(text, at)) else (text[at], at + 1)
+            string_literal(text, quoted)
+            if (quoted := QUOTE.match(text, at))
+            else (text[at], at + 1)
         )
         depth += 0 if quoted else (part in "([{") - (part in ")]}")
         parts.append(part)
         at = end
     found = ["".join(parts).strip().removesuffix("=")]
     while at < len(text) and text[at] != "}":
-        inner, at = field(text, at + 1) if text[at] == "{" else ([], at + 1)
+        inner, at = replacement_field(text, at + 1) if text[at] == "{" else ([], at + 1)
         found += inner
     return found, at + 1

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fairway.records.files import RecordError, parse_json
-from fairway.records.syntax import constant, name_of
+from fairway.records.syntax import constant_value, dotted_name
 
 LIMIT, MOST = 16 << 20, 2000  # bytes that anything unpacks to, files of one archive
 
@@ -33,11 +33,11 @@ def readable(holds: Any, why: str) -> None:
         raise Unreadable(why)
 
 
-def unpacked(tree: ast.Module, layers: list[str]) -> str | None:
+def unpack_stub(tree: ast.Module, layers: list[str]) -> str | None:
     """The text that a stub's `exec(decompress(decode("…")))` would run; None if the module is no such stub."""
     for statement in tree.body:
         call = statement.value if isinstance(statement, ast.Expr) else None
-        if isinstance(call, ast.Call) and name_of(call.func) == "exec" and call.args:
+        if isinstance(call, ast.Call) and dotted_name(call.func) == "exec" and call.args:
             found: list[str] = []
             try:
                 value = Evaluator(tree, found).value(call.args[0])
@@ -75,7 +75,8 @@ class Evaluator:
                 self.bound[node.targets[0].id] = node.value
 
     def value(self, node: ast.AST | None, depth: int = 0) -> Any:
-        readable(depth < 40, "packed too deep")
+        if depth >= 40:
+            raise Unreadable("packed too deep")
         if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
             return node.value
         if isinstance(node, ast.Name) and node.id in self.bound:
@@ -90,14 +91,15 @@ class Evaluator:
         if (
             isinstance(node.func, ast.Attribute)
             and node.func.attr in ("decode", "encode")
-            and name_of(node.func.value) not in self.known
+            and dotted_name(node.func.value) not in self.known
         ):
             value = self.value(node.func.value, depth + 1)
             return (bytes.decode if node.func.attr == "decode" else str.encode)(
                 value, "utf-8", "replace"
             )
         name = self.dotted(node.func)
-        readable(node.args, name)
+        if not node.args:
+            raise Unreadable(name)
         value = self.value(node.args[0], depth + 1)
         if name == "compile":
             return value
@@ -107,7 +109,8 @@ class Evaluator:
         if name in DECODERS:
             self.layers.append(function.removesuffix("decode"))
             return DECODERS[name](value)
-        readable(function == "decompress" and module in DECOMPRESSORS, name)
+        if function != "decompress" or module not in DECOMPRESSORS:
+            raise Unreadable(name)
         self.layers.append(module)
         options = {k.arg: k.value for k in node.keywords if k.arg} | dict(
             zip(
@@ -122,11 +125,11 @@ class Evaluator:
         if (
             isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Call)
-            and name_of(node.value.func) == "__import__"
+            and dotted_name(node.value.func) == "__import__"
             and node.value.args
         ):
-            return f"{constant(node.value.args[0])}.{node.attr}"
-        first, _, rest = name_of(node).partition(".")
+            return f"{constant_value(node.value.args[0])}.{node.attr}"
+        first, _, rest = dotted_name(node).partition(".")
         return ".".join(filter(None, [self.known.get(first, first), rest]))
 
     def option(self, node: ast.AST) -> Any:
@@ -136,25 +139,31 @@ class Evaluator:
             return getattr(lzma, name)
         if isinstance(node, ast.List):
             return [
-                {str(constant(k)): self.option(v) for k, v in zip(f.keys, f.values, strict=True)}
+                {
+                    str(constant_value(k)): self.option(v)
+                    for k, v in zip(f.keys, f.values, strict=True)
+                }
                 for f in node.elts
                 if isinstance(f, ast.Dict)
             ]
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -self.option(node.operand)
-        readable(type(constant(node)) is int, "an option that is no number")
-        return constant(node)
+        if type(constant_value(node)) is not int:
+            raise Unreadable("an option that is no number")
+        return constant_value(node)
 
 
 def limited(data: bytes) -> bytes:
-    readable(len(data) <= LIMIT, f"unpacks to more than {LIMIT} bytes")
+    if len(data) > LIMIT:
+        raise Unreadable(f"unpacks to more than {LIMIT} bytes")
     return data
 
 
-def of_lzma(data: bytes, options: dict[str, Any]) -> bytes:
+def unpack_lzma(data: bytes, options: dict[str, Any]) -> bytes:
     filters = options.get("filters")
     for one in filters or []:  # a raw stream's dictionary is allocated as its filter says
-        readable(0 < one.get("dict_size", 1) <= 256 << 20, "a dictionary too large")
+        if not 0 < one.get("dict_size", 1) <= 256 << 20:
+            raise Unreadable("a dictionary too large")
     raw = options.get("format") == lzma.FORMAT_RAW
     decoder = lzma.LZMADecompressor(
         options.get("format", lzma.FORMAT_AUTO), None if raw else 512 << 20, filters
@@ -162,15 +171,15 @@ def of_lzma(data: bytes, options: dict[str, Any]) -> bytes:
     return limited(decoder.decompress(data, LIMIT + 1))
 
 
-def of_zlib(data: bytes, options: dict[str, Any]) -> bytes:
+def unpack_zlib(data: bytes, options: dict[str, Any]) -> bytes:
     return limited(zlib.decompressobj(options.get("wbits", 47)).decompress(data, LIMIT + 1))
 
 
-def of_bz2(data: bytes, _: dict[str, Any]) -> bytes:
+def unpack_bz2(data: bytes, _: dict[str, Any]) -> bytes:
     return limited(bz2.BZ2Decompressor().decompress(data, LIMIT + 1))
 
 
-def of_brotli(data: bytes, _: dict[str, Any]) -> bytes:
+def unpack_brotli(data: bytes, _: dict[str, Any]) -> bytes:
     import brotli
 
     try:
@@ -179,7 +188,7 @@ def of_brotli(data: bytes, _: dict[str, Any]) -> bytes:
         raise Unreadable from None
 
 
-def of_zstandard(data: bytes, _: dict[str, Any]) -> bytes:
+def unpack_zstandard(data: bytes, _: dict[str, Any]) -> bytes:
     import zstandard
 
     try:
@@ -200,26 +209,26 @@ DECODERS: dict[str, Callable[[bytes], bytes]] = {
     "binascii.a2b_base64": binascii.a2b_base64,
 }
 DECOMPRESSORS = {
-    "lzma": of_lzma,
-    "zlib": of_zlib,
-    "gzip": of_zlib,
-    "bz2": of_bz2,
-    "brotli": of_brotli,
-    "zstandard": of_zstandard,
+    "lzma": unpack_lzma,
+    "zlib": unpack_zlib,
+    "gzip": unpack_zlib,
+    "bz2": unpack_bz2,
+    "brotli": unpack_brotli,
+    "zstandard": unpack_zstandard,
 }
 
 
-def members(name: str, data: bytes) -> dict[str, bytes]:
+def archive_members(name: str, data: bytes) -> dict[str, bytes]:
     """The Python files in an archive of code: zip, tar, or JSON of names and texts. {} where it is none of them."""
     for unpack in (data.__getitem__, *DECOMPRESSORS.values()):
         try:
             plain = data if unpack == data.__getitem__ else unpack(data, {})
             found = (
-                of_zip(plain)
+                zip_members(plain)
                 if zipfile.is_zipfile(io.BytesIO(plain))
-                else of_json(plain, name)
+                else json_members(plain, name)
                 if plain.startswith(b"{")
-                else of_tar(plain)
+                else tar_members(plain)
             )
         except (
             Unreadable,
@@ -241,24 +250,22 @@ def members(name: str, data: bytes) -> dict[str, bytes]:
     return {}
 
 
-def of_zip(data: bytes) -> dict[str, bytes]:
+def zip_members(data: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         infos = [i for i in archive.infolist() if i.filename.endswith(".py")]
-        readable(
-            len(infos) <= MOST and sum(i.file_size for i in infos) <= LIMIT,
-            "too much in an archive",
-        )
+        if len(infos) > MOST or sum(i.file_size for i in infos) > LIMIT:
+            raise Unreadable("too much in an archive")
         return {i.filename: archive.open(i).read(LIMIT) for i in infos}
 
 
-def of_json(data: bytes, name: str) -> dict[str, bytes]:
+def json_members(data: bytes, name: str) -> dict[str, bytes]:
     texts = parse_json(data.decode("utf-8"), name)
     return {
         key: text.encode("utf-8", "replace") for key, text in texts.items() if isinstance(text, str)
     }
 
 
-def of_tar(data: bytes) -> dict[str, bytes]:
+def tar_members(data: bytes) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
         while (info := archive.next()) is not None and len(found) < MOST:

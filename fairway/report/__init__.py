@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fairway.records.files import RecordError, need, replacing, write_text
-from fairway.records.run import Run, read_run
+from fairway.records.files import RecordError, replacing, write_text
+from fairway.records.run import RunFiles, read_run
 from fairway.report import data, page, split, style
 from fairway.report.data import Missing
 from fairway.report.figures import (
@@ -24,7 +24,7 @@ from fairway.report.figures import (
     ladder_rows,
     loss_curves,
 )
-from fairway.report.split import Source
+from fairway.report.split import ScoredSplit
 
 MOST_RUNS = 8  # that a figure can tell apart
 PASSAGES = 10
@@ -33,8 +33,8 @@ PNG_PREFIX = "report_"
 
 def write_report(runs: list[Path], out: Path) -> Path:
     """out/report.html on these OUT_DIRs (or logs in them), and out/report_<figure>.png; the page's path."""
-    found, out = read_runs(runs), Path(out)
-    names = data.names(found)
+    found, out = read_all_runs(runs), Path(out)
+    names = data.run_names(found)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (
@@ -43,17 +43,17 @@ def write_report(runs: list[Path], out: Path) -> Path:
         ):
             taken = []
             for run in found:
-                taken.append(take(run, max(1, PASSAGES // len(found))))
+                taken.append(take_figures(run, max(1, PASSAGES // len(found))))
                 bar.update()
             sections = []
             for figure in FIGURES:
-                sections.append(section(figure, names, [t[figure.key] for t in taken], out))
+                sections.append(draw_section(figure, names, [t[figure.key] for t in taken], out))
                 bar.update()
-        html = page.page(
-            title(names),
-            lead(found),
+        html = page.page_html(
+            page_title(names),
+            page_lead(found),
             sections,
-            tables(found, names, [t["passages"] for t in taken]),
+            page_tables(found, names, [t["passages"] for t in taken]),
         )
         write_text(out / "report.html", html)
     except OSError as e:
@@ -63,21 +63,22 @@ def write_report(runs: list[Path], out: Path) -> Path:
     return out / "report.html"
 
 
-def picture(runs: list[Path], path: Path) -> None:
+def draw_picture(runs: list[Path], path: Path) -> None:
     """One PNG: loss against tokens, and the ladder of the score."""
-    found = read_runs(runs)
-    names, sources = data.names(found), [Source(run) for run in found]
+    found = read_all_runs(runs)
+    names, sources = data.run_names(found), [ScoredSplit(run) for run in found]
     by_key = {figure.key: figure for figure in FIGURES}
     with style.drawing():
         figure, (left, right) = style.new_figure(style.WIDE, 6.5, 1, 2)
         for axes, key in ((left, "loss_tokens"), (right, "ladder")):
-            taken = [attempt(by_key[key], source) for source in sources]
+            taken = [take_or_missing(by_key[key], source) for source in sources]
             held = [
                 (n, t, i)
                 for i, (n, t) in enumerate(zip(names, taken, strict=True))
                 if not isinstance(t, Missing)
             ]
-            need(held or key != "loss_tokens", f"{found[0].folder}: {taken[0]}")
+            if not held and key == "loss_tokens":
+                raise RecordError(f"{found[0].folder}: {taken[0]}")
             axes.set_title(by_key[key].title)
             draw_half(axes, key, held)
         style.settle(figure)
@@ -112,17 +113,16 @@ def draw_half(axes: Any, key: str, held: list[tuple[str, Any, int]]) -> None:
         )
 
 
-# ==== PARTS ===========================================================================================================
-def read_runs(runs: list[Path]) -> list[Run]:
-    need(runs, "no run is named; name the OUT_DIR of one or more")
-    need(
-        len(runs) <= MOST_RUNS,
-        f"{len(runs)} runs are named; a figure tells at most {MOST_RUNS} apart",
-    )
+# ==== PARTS =======================================================================================
+def read_all_runs(runs: list[Path]) -> list[RunFiles]:
+    if not runs:
+        raise RecordError("no run is named; name the OUT_DIR of one or more")
+    if len(runs) > MOST_RUNS:
+        raise RecordError(f"{len(runs)} runs are named; a figure tells at most {MOST_RUNS} apart")
     return [read_run(path) for path in runs]
 
 
-def attempt(figure: Figure, source: Source) -> Any:
+def take_or_missing(figure: Figure, source: ScoredSplit) -> Any:
     """What a figure takes of a run, or the Missing that says why there is nothing to take."""
     try:
         return figure.take(source)
@@ -130,10 +130,10 @@ def attempt(figure: Figure, source: Source) -> Any:
         return lacking
 
 
-def take(run: Run, count: int) -> dict[str, Any]:
+def take_figures(run: RunFiles, count: int) -> dict[str, Any]:
     """All that the page shows of a run, so that its split need not stay in memory."""
-    source = Source(run)
-    taken = {figure.key: attempt(figure, source) for figure in FIGURES}
+    source = ScoredSplit(run)
+    taken = {figure.key: take_or_missing(figure, source) for figure in FIGURES}
     try:
         taken["passages"] = (split.worst_passages(source, count), source.rows)
     except Missing as lacking:
@@ -141,7 +141,7 @@ def take(run: Run, count: int) -> dict[str, Any]:
     return taken
 
 
-def section(figure: Figure, names: list[str], taken: list[Any], out: Path) -> page.Section:
+def draw_section(figure: Figure, names: list[str], taken: list[Any], out: Path) -> page.Section:
     held = [(name, t) for name, t in zip(names, taken, strict=True) if not isinstance(t, Missing)]
     styles = [i for i, t in enumerate(taken) if not isinstance(t, Missing)]
     lacking = [
@@ -174,25 +174,27 @@ def section(figure: Figure, names: list[str], taken: list[Any], out: Path) -> pa
     )
 
 
-def tables(runs: list[Run], names: list[str], taken: list[Any]) -> list[tuple[str, str, str]]:
+def page_tables(
+    runs: list[RunFiles], names: list[str], taken: list[Any]
+) -> list[tuple[str, str, str]]:
     found = [(name, *t) for name, t in zip(names, taken, strict=True) if not isinstance(t, Missing)]
     lacking = [
         (name, str(t)) for name, t in zip(names, taken, strict=True) if isinstance(t, Missing)
     ]
     return [
-        ("summary", "Summary", page.summary(runs, names)),
-        ("passages", "The worst predicted passages", page.passages(found, lacking)),
-        ("certificate", "The certificate", page.certificates(runs, names)),
+        ("summary", "Summary", page.summary_html(runs, names)),
+        ("passages", "The worst predicted passages", page.passages_html(found, lacking)),
+        ("certificate", "The certificate", page.certificates_html(runs, names)),
     ]
 
 
-def title(names: list[str]) -> str:
+def page_title(names: list[str]) -> str:
     return f"Report on {', '.join(names[:3])}" + (
         f" and {len(names) - 3} more" if len(names) > 3 else ""
     )
 
 
-def lead(runs: list[Run]) -> str:
+def page_lead(runs: list[RunFiles]) -> str:
     scored = sum(run.score is not None for run in runs)
     return (
         f"{len(runs)} run{'s' * (len(runs) > 1)}, {scored} of them scored. Bits a byte and nats a token: lower is "

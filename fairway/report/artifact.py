@@ -9,13 +9,21 @@ import re
 from typing import Any, NamedTuple
 
 from fairway.records.files import RecordError, parse_json
-from fairway.records.run import Run, dict_at
-from fairway.report.data import BUDGET, Missing, code_files, no_export, number, whole, words
+from fairway.records.run import RunFiles, dict_at
+from fairway.report.data import (
+    DEFAULT_BUDGET,
+    Missing,
+    clean_text,
+    code_files,
+    finite_number,
+    no_export,
+    whole_number,
+)
 
 MAGIC, PREFIX_BYTES, MOST_HEADER, MOST_TOKENIZER = b"FAIRWAY\0", 48, 1 << 20, 1 << 23
 
 
-class Artifact(NamedTuple):
+class ArtifactFile(NamedTuple):
     header_bytes: int
     payload_bytes: int
     tokenizer_bytes: int
@@ -24,11 +32,11 @@ class Artifact(NamedTuple):
     tokenizer: bytes  # as stored: one Brotli stream, b"" if absent
 
 
-def read_artifact(run: Run) -> Artifact:
+def read_artifact_file(run: RunFiles) -> ArtifactFile:
     """The header of an artifact and its tokenizer, every size checked; docs/ARTIFACT.md."""
     if run.artifact is None:
         raise Missing("the artifact of this run is gone")
-    name = words(run.artifact.name)
+    name = clean_text(run.artifact.name)
     try:
         size = os.path.getsize(run.artifact)
         with open(run.artifact, "rb") as f:
@@ -39,7 +47,7 @@ def read_artifact(run: Run) -> Artifact:
                 raise Missing(f"{name} has no header of an artifact")
             header = parse_json(text.decode("utf-8", "replace"), name)
             payload, tokenizer = (
-                whole(dict_at(header).get(k)) for k in ("payload_bytes", "tokenizer_bytes")
+                whole_number(dict_at(header).get(k)) for k in ("payload_bytes", "tokenizer_bytes")
             )
             if (
                 payload is None
@@ -50,18 +58,18 @@ def read_artifact(run: Run) -> Artifact:
             f.seek(PREFIX_BYTES + length + payload)
             stream = f.read(tokenizer) if tokenizer <= MOST_TOKENIZER else b""
     except (OSError, RecordError) as e:
-        raise Missing(f"{name}: {words(str(e), 120)}") from None
-    return Artifact(
+        raise Missing(f"{name}: {clean_text(str(e), 120)}") from None
+    return ArtifactFile(
         PREFIX_BYTES + length,
         payload,
         tokenizer,
         dict_at(header, "tensors"),
-        words(header.get("tokenizer_sha256")),
+        clean_text(header.get("tokenizer_sha256")),
         stream,
     )
 
 
-def unpacked(stream: bytes) -> bytes:
+def decompress_brotli(stream: bytes) -> bytes:
     """A Brotli stream of at most MOST_TOKENIZER bytes; b"" where it is longer or damaged."""
     import brotli
 
@@ -73,16 +81,16 @@ def unpacked(stream: bytes) -> bytes:
     return data if decoder.is_finished() and len(data) <= MOST_TOKENIZER else b""
 
 
-# ==== WHERE THE BYTES GO ==============================================================================================
-class Part(NamedTuple):
+# ==== WHERE THE BYTES GO ==========================================================================
+class BytePart(NamedTuple):
     name: str
     kind: str  # "weights", "file" or "code"
     bytes: float
     exact: bool
 
 
-class Weighed(NamedTuple):
-    parts: list[Part]  # largest first
+class ByteBreakdown(NamedTuple):
+    parts: list[BytePart]  # largest first
     budget: int
 
     @property
@@ -102,32 +110,32 @@ def tensor_class(name: str) -> str:
     return "gates, scales"
 
 
-def shares(run: Run, tensors: dict[str, Any], skip: int) -> dict[str, float]:
+def bits_by_class(run: RunFiles, tensors: dict[str, Any], skip: int) -> dict[str, float]:
     """class → bits that its tensors take, by what the quantiser said of each. `skip`: where shapes begin."""
     said, found = dict_at(run.event("quantised"), "tensors"), {}
     for name, shape in list(tensors.items())[:4096]:
         if (
             not isinstance(shape, list)
             or not skip <= len(shape) <= 8
-            or any(whole(n) is None for n in shape)
+            or any(whole_number(n) is None for n in shape)
         ):
             continue
         told = said.get(name)
         bits = (
-            number(told[1])
+            finite_number(told[1])
             if isinstance(told, list) and len(told) > 1
-            else number(shape[0])
+            else finite_number(shape[0])
             if skip
             else 16.0
         )
         size = min(math.prod(shape[skip:]), 1 << 40)
         if 0 <= bits <= 32:
-            kind = tensor_class(words(name))
+            kind = tensor_class(clean_text(name))
             found[kind] = found.get(kind, 0.0) + bits * size
     return {kind: bits for kind, bits in found.items() if bits > 0}
 
 
-def code_groups(run: Run) -> dict[str, int]:
+def code_groups(run: RunFiles) -> dict[str, int]:
     """Files at the root by name, others by folder; the smallest together."""
     groups: dict[str, int] = {}
     for name, size in code_files(run).items():
@@ -139,34 +147,34 @@ def code_groups(run: Run) -> dict[str, int]:
     return dict(ordered[:7]) | ({"other code": rest} if rest else {})
 
 
-def weigh(run: Run) -> Weighed:
+def byte_breakdown(run: RunFiles) -> ByteBreakdown:
     """Where the bytes go: sizes of files are exact, the classes of tensors share the payload by estimate."""
-    total = whole(run.event("artifact").get("bytes")) or whole(
+    total = whole_number(run.event("artifact").get("bytes")) or whole_number(
         dict_at(run.score, "sizes").get("artifact")
     )
     if not total:
         raise no_export(run, "artifact")
     parts, tensors, skip = [], dict_at(run.event("model"), "tensors"), 0
     try:
-        made = read_artifact(run)
+        made = read_artifact_file(run)
     except Missing:
         payload = total
     else:
         payload, tensors, skip = made.payload_bytes, made.tensors, 1
         parts = [
-            Part("tokenizer", "file", made.tokenizer_bytes, True),
-            Part("header", "file", made.header_bytes, True),
+            BytePart("tokenizer", "file", made.tokenizer_bytes, True),
+            BytePart("header", "file", made.header_bytes, True),
         ]
-    bits = shares(run, tensors, skip) or {"weights": 1.0}
+    bits = bits_by_class(run, tensors, skip) or {"weights": 1.0}
     parts += [
-        Part(kind, "weights", payload * b / sum(bits.values()), len(bits) == 1)
+        BytePart(kind, "weights", payload * b / sum(bits.values()), len(bits) == 1)
         for kind, b in bits.items()
     ]
-    parts += [Part(name, "code", size, True) for name, size in code_groups(run).items()]
+    parts += [BytePart(name, "code", size, True) for name, size in code_groups(run).items()]
     parts = sorted((p for p in parts if p.bytes > 0), key=lambda p: (-p.bytes, p.name))
     budget = (
-        whole(dict_at(run.score, "settings").get("size_budget_bytes"))
-        or whole(run.settings.get("size_budget_bytes"))
-        or BUDGET
+        whole_number(dict_at(run.score, "settings").get("size_budget_bytes"))
+        or whole_number(run.settings.get("size_budget_bytes"))
+        or DEFAULT_BUDGET
     )
-    return Weighed(parts, budget)
+    return ByteBreakdown(parts, budget)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairway.records.run import Run, dict_at
+from fairway.records.run import RunFiles, dict_at
 
-BUDGET = 16_000_000  # bytes, where no setting says otherwise
+DEFAULT_BUDGET = 16_000_000  # bytes, where no setting says otherwise
 MOST_POINTS = 200_000  # of training, that are looked at
 MOST_ROWS = 64  # of any list that comes from a file
 
@@ -20,20 +20,20 @@ class Missing(Exception):
     """In one line: what a figure lacks, and the command that makes it."""
 
 
-# ==== VALUES ==========================================================================================================
-def number(value: Any) -> float:
+# ==== VALUES ======================================================================================
+def finite_number(value: Any) -> float:
     """A finite number; NaN for anything else that JSON may hold."""
     if type(value) not in (int, float) or abs(value) > 1e18:
         return math.nan
     return float(value)
 
 
-def whole(value: Any) -> int | None:
+def whole_number(value: Any) -> int | None:
     """A count or a size; None for anything else."""
     return value if type(value) is int and 0 <= value < 1 << 53 else None
 
 
-def words(value: Any, limit: int = 80) -> str:
+def clean_text(value: Any, limit: int = 80) -> str:
     """One line of printable text, cut at a limit; lists and objects are none."""
     if type(value) not in (str, int, float, bool):
         return ""
@@ -41,23 +41,24 @@ def words(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def items(value: Any, limit: int = MOST_ROWS) -> list[dict[str, Any]]:
+def objects_in(value: Any, limit: int = MOST_ROWS) -> list[dict[str, Any]]:
     """The objects of a list."""
     return [v for v in value[:limit] if isinstance(v, dict)] if isinstance(value, list) else []
 
 
-def names(runs: list[Run]) -> list[str]:
+def run_names(runs: list[RunFiles]) -> list[str]:
     """What each run is called in legends and tables: its run id; of several alike, with folder or seed."""
-    ids = [words(run.run_id, 24) or "run" for run in runs]
+    ids = [clean_text(run.run_id, 24) or "run" for run in runs]
     folders = [
-        words(run.folder.resolve().name, 24) or name for run, name in zip(runs, ids, strict=True)
+        clean_text(run.folder.resolve().name, 24) or name
+        for run, name in zip(runs, ids, strict=True)
     ]
     seeds = [f"{name}, seed {run.seed}" for run, name in zip(runs, ids, strict=True)]
     numbered = [f"{name} ({i + 1})" for i, name in enumerate(ids)]
     return next((way for way in (ids, folders, seeds) if len(set(way)) == len(way)), numbered)
 
 
-# ==== TRAINING ========================================================================================================
+# ==== TRAINING ====================================================================================
 class Curve(NamedTuple):
     """Training as the log tells it; arrays [n], in the order of tokens seen."""
 
@@ -69,26 +70,26 @@ class Curve(NamedTuple):
     final: float  # loss of the artifact as read back; NaN where it was not scored
 
 
-def no_export(run: Run, event: str) -> Missing:
+def no_export(run: RunFiles, event: str) -> Missing:
     if not run.events:
         return no_events(run)
     return Missing(
-        f"no `{event}` event in logs/{words(run.run_id)}.jsonl: training did not reach its export; RESUME=1 "
+        f"no `{event}` event in logs/{clean_text(run.run_id)}.jsonl: training did not reach its export; RESUME=1 "
         "python train_gpt.py goes on from its checkpoint"
     )
 
 
-def no_events(run: Run) -> Missing:
+def no_events(run: RunFiles) -> Missing:
     return Missing(
-        f"no training events in logs/{words(run.run_id)}.jsonl; train_gpt.py writes that file beside the "
+        f"no training events in logs/{clean_text(run.run_id)}.jsonl; train_gpt.py writes that file beside the "
         "log, so copy it too or train again"
     )
 
 
-def curve(run: Run) -> Curve:
+def training_curve(run: RunFiles) -> Curve:
     rows = np.array(
         [
-            [number(e.get(name)) for name in ("step", "tokens", "seconds", "loss")]
+            [finite_number(e.get(name)) for name in ("step", "tokens", "seconds", "loss")]
             for e in run.all_events("train")[-MOST_POINTS:]
         ]
     ).reshape(-1, 4)
@@ -101,11 +102,11 @@ def curve(run: Run) -> Curve:
     each = rows[-1, 1] / rows[-1, 0]  # tokens a step
 
     def place(event: dict[str, Any]) -> tuple[float, float]:
-        at = number(event.get("step")) * each
+        at = finite_number(event.get("step")) * each
         return at, float(np.interp(at, rows[:, 1], rows[:, 2]))
 
     val = np.array(
-        [[*place(e), number(e.get("loss"))] for e in run.all_events("val")[-MOST_POINTS:]]
+        [[*place(e), finite_number(e.get("loss"))] for e in run.all_events("val")[-MOST_POINTS:]]
     ).reshape(-1, 3)
     val, qat = val[np.isfinite(val).all(axis=1) & (val[:, 0] > 0)], place(run.event("qat"))
     return Curve(
@@ -114,11 +115,11 @@ def curve(run: Run) -> Curve:
         rows[:, 3],
         val,
         qat if math.isfinite(qat[0]) else None,
-        number(run.event("final").get("loss")),
+        finite_number(run.event("final").get("loss")),
     )
 
 
-def smooth(
+def smooth_curve(
     x: np.ndarray, y: np.ndarray, cells: int = 240, decades: float = 0.035
 ) -> tuple[np.ndarray, np.ndarray]:
     """A weighted mean of neighbours on a logarithmic axis: early points stand alone, of late ones many count."""
@@ -132,7 +133,7 @@ def smooth(
     return 10**at, near @ np.interp(at, place, mean) / near.sum(axis=1)
 
 
-# ==== THE LADDER ======================================================================================================
+# ==== THE LADDER ==================================================================================
 class Rung(NamedTuple):
     group: str  # one of GROUPS
     name: str
@@ -147,36 +148,40 @@ GROUPS = {
 }
 
 
-def no_score(run: Run) -> Missing:
-    return Missing(f"no evaluation of this run's artifact in eval/; {evaluation(run)} makes one")
+def no_score(run: RunFiles) -> Missing:
+    return Missing(
+        f"no evaluation of this run's artifact in eval/; {evaluation_command(run)} makes one"
+    )
 
 
-def evaluation(run: Run) -> str:
+def evaluation_command(run: RunFiles) -> str:
     """The command that scores a run's artifact."""
     artifact = run.artifact or run.folder / "final_model.int6.ptz"
-    paths = [shlex.quote(words(str(path), 200)) for path in (artifact, run.folder)]
+    paths = [shlex.quote(clean_text(str(path), 200)) for path in (artifact, run.folder)]
     return f"CHECKPOINT={paths[0]} OUT_DIR={paths[1]} python eval_final.py --certify"
 
 
-def scored(run: Run) -> dict[str, Any]:
+def score_of(run: RunFiles) -> dict[str, Any]:
     if run.score is None:
         raise no_score(run)
     return run.score
 
 
-def ladder(run: Run) -> list[Rung]:
-    score = scored(run)
+def ladder_rungs(run: RunFiles) -> list[Rung]:
+    score = score_of(run)
     rungs = [
-        Rung("score", words(r.get("name"), 40), number(r.get("bpb")))
-        for r in items(score.get("ladder"))
+        Rung("score", clean_text(r.get("name"), 40), finite_number(r.get("bpb")))
+        for r in objects_in(score.get("ladder"))
     ]
-    for r in items(score.get("ablation")):
-        name = words(r.get("name"), 40)
-        rungs.append(Rung("alone" if name.startswith("+") else "other", name, number(r.get("bpb"))))
+    for r in objects_in(score.get("ablation")):
+        name = clean_text(r.get("name"), 40)
+        rungs.append(
+            Rung("alone" if name.startswith("+") else "other", name, finite_number(r.get("bpb")))
+        )
     table = dict_at(score, "correction")
     rungs += [
-        Rung("apart", "oracle: the answers in hand", number(table.get("oracle_bpb"))),
-        Rung("apart", "correction table, bits charged", number(table.get("charged_bpb"))),
+        Rung("apart", "oracle: the answers in hand", finite_number(table.get("oracle_bpb"))),
+        Rung("apart", "correction table, bits charged", finite_number(table.get("charged_bpb"))),
     ]
     rungs = list({(r.group, r.name): r for r in rungs if 0 <= r.bpb < 100 and r.name}.values())
     if not rungs:
@@ -184,26 +189,28 @@ def ladder(run: Run) -> list[Rung]:
     return rungs
 
 
-# ==== QUANTISER AND MIXTURE ===========================================================================================
-class Matrix(NamedTuple):
+# ==== QUANTISER AND MIXTURE =======================================================================
+class MatrixError(NamedTuple):
     kind: str  # "attn.q"
     layer: int  # -1: belongs to none
     error: float  # relative: |W - Q| / |W|
     bits: float  # a weight, as estimated from its entropy
 
 
-def matrices(run: Run) -> list[Matrix]:
+def matrix_errors(run: RunFiles) -> list[MatrixError]:
     found = []
     for name, told in list(dict_at(run.event("quantised"), "tensors").items())[:2048]:
         error, bits = (
-            (number(v) for v in told[:2])
+            (finite_number(v) for v in told[:2])
             if isinstance(told, list) and len(told) >= 2
             else (math.nan,) * 2
         )
         if 0 <= error < 1e6 and 0 <= bits <= 32:
             place = re.fullmatch(r"blocks\.(\d{1,3})\.(.+?)(?:\.weight)?", name)
             kind = place[2] if place else name.removesuffix(".weight")
-            found.append(Matrix(words(kind, 20), int(place[1]) if place else -1, error, bits))
+            found.append(
+                MatrixError(clean_text(kind, 20), int(place[1]) if place else -1, error, bits)
+            )
     if not found:
         raise no_export(run, "quantised")
     return found
@@ -215,13 +222,13 @@ class Trace(NamedTuple):
     tokens: float
 
 
-def trace(run: Run) -> Trace:
-    weights = dict_at(scored(run), "weights")
+def weight_trace(run: RunFiles) -> Trace:
+    weights = dict_at(score_of(run), "weights")
     experts, rows = weights.get("experts"), weights.get("trace")
     if isinstance(experts, list) and isinstance(rows, list):
-        experts = [words(e, 16) for e in experts[:16]]
+        experts = [clean_text(e, 16) for e in experts[:16]]
         table = [
-            [number(w) for w in row]
+            [finite_number(w) for w in row]
             for row in rows[:4096]
             if isinstance(row, list) and len(row) == len(experts)
         ]
@@ -233,39 +240,39 @@ def trace(run: Run) -> Trace:
             return Trace(
                 [e for e, k in zip(experts, kept, strict=True) if k],
                 grid[:, kept],
-                number(scored(run).get("tokens")),
+                finite_number(score_of(run).get("tokens")),
             )
     raise Missing("eval/score.json holds no weights of the mixture; run eval_final.py again")
 
 
-# ==== TABLES ==========================================================================================================
-def count(value: float | None, unit: str = "") -> str:
+# ==== TABLES ======================================================================================
+def count_text(value: float | None, unit: str = "") -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:,.0f}{unit}"
 
 
-def decimals(value: Any, places: int = 4) -> str:
-    value = number(value)
+def decimal_text(value: Any, places: int = 4) -> str:
+    value = finite_number(value)
     return f"{value:.{places}f}" if math.isfinite(value) else ""
 
 
-def duration(seconds: Any) -> str:
-    value = number(seconds)
+def duration_text(seconds: Any) -> str:
+    value = finite_number(seconds)
     if not math.isfinite(value):
         return ""
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
 
 
-def code_files(run: Run) -> dict[str, int]:
+def code_files(run: RunFiles) -> dict[str, int]:
     """file → bytes of all code that counts; train_gpt.py alone where the run was not evaluated."""
     files = {
-        words(name): whole(size) or 0
+        clean_text(name): whole_number(size) or 0
         for name, size in list(dict_at(run.score, "sizes", "code").items())[:4096]
     }
-    alone = whole(run.event("artifact").get("code_bytes"))
+    alone = whole_number(run.event("artifact").get("code_bytes"))
     return files or ({"train_gpt.py": alone} if alone else {})
 
 
-def summary(run: Run) -> dict[str, str]:
+def summary_values(run: RunFiles) -> dict[str, str]:
     """The table at the top: what → its value in words; empty where the files do not say."""
     start, made, final, score = (
         run.event("start"),
@@ -274,33 +281,35 @@ def summary(run: Run) -> dict[str, str]:
         run.score or {},
     )
     sizes, last = dict_at(score, "sizes"), (run.all_events("train") or [{}])[-1]
-    seconds = [number(s) for s in dict_at(score, "seconds").values()]
+    seconds = [finite_number(s) for s in dict_at(score, "seconds").values()]
     code = sum(code_files(run).values()) or None
-    artifact = whole(sizes.get("artifact")) or whole(made.get("bytes"))
-    budget = whole(made.get("budget_bytes")) or BUDGET
-    rungs = items(score.get("ladder"))
+    artifact = whole_number(sizes.get("artifact")) or whole_number(made.get("bytes"))
+    budget = whole_number(made.get("budget_bytes")) or DEFAULT_BUDGET
+    rungs = objects_in(score.get("ladder"))
     rows = {
-        "val_bpb (bits a byte)": decimals(score.get("val_bpb", final.get("bpb")), 6),
+        "val_bpb (bits a byte)": decimal_text(score.get("val_bpb", final.get("bpb")), 6),
         "counted by": "eval_final.py" if score else "train_gpt.py, neural only" if final else "",
-        "val_loss (nats a token)": decimals(score.get("val_loss", final.get("loss")), 6),
-        "neural alone (bits a byte)": decimals(rungs[-2].get("bpb"), 6) if len(rungs) > 1 else "",
-        "certificate": verdict_in_a_word(run),
-        "validation tokens": count(whole(score.get("tokens", final.get("tokens")))),
-        "validation bytes": count(whole(score.get("bytes", final.get("bytes")))),
-        "artifact": count(artifact, " bytes"),
-        "code": count(code, " bytes"),
-        "budget left": count(budget - artifact - (code or 0), " bytes") if artifact else "",
-        "codec": words(made.get("codec")),
-        "parameters": count(whole(run.event("model").get("parameters"))),
-        "steps": count(whole(last.get("step"))),
-        "training tokens": count(whole(last.get("tokens"))),
-        "training time": duration(last.get("seconds")),
-        "evaluation time": duration(sum(seconds)) if seconds else "",
-        "device": words(start.get("device")),
-        "world size": words(start.get("world_size")),
-        "torch": words(start.get("torch")),
-        "preset": words(start.get("preset")),
-        "seed": words(run.seed),
+        "val_loss (nats a token)": decimal_text(score.get("val_loss", final.get("loss")), 6),
+        "neural alone (bits a byte)": decimal_text(rungs[-2].get("bpb"), 6)
+        if len(rungs) > 1
+        else "",
+        "certificate": certificate_summary(run),
+        "validation tokens": count_text(whole_number(score.get("tokens", final.get("tokens")))),
+        "validation bytes": count_text(whole_number(score.get("bytes", final.get("bytes")))),
+        "artifact": count_text(artifact, " bytes"),
+        "code": count_text(code, " bytes"),
+        "budget left": count_text(budget - artifact - (code or 0), " bytes") if artifact else "",
+        "codec": clean_text(made.get("codec")),
+        "parameters": count_text(whole_number(run.event("model").get("parameters"))),
+        "steps": count_text(whole_number(last.get("step"))),
+        "training tokens": count_text(whole_number(last.get("tokens"))),
+        "training time": duration_text(last.get("seconds")),
+        "evaluation time": duration_text(sum(seconds)) if seconds else "",
+        "device": clean_text(start.get("device")),
+        "world size": clean_text(start.get("world_size")),
+        "torch": clean_text(start.get("torch")),
+        "preset": clean_text(start.get("preset")),
+        "seed": clean_text(run.seed),
     }
     trained, judged = dict_at(start, "sha256"), dict_at(score, "sha256")
     hashes = {
@@ -311,11 +320,13 @@ def summary(run: Run) -> dict[str, str]:
         "tokenizer": trained.get("tokenizer", judged.get("tokenizer")),
         "artifact": made.get("sha256"),
     }
-    return rows | {f"SHA-256 of {name}": words(value, 64)[:16] for name, value in hashes.items()}
+    return rows | {
+        f"SHA-256 of {name}": clean_text(value, 64)[:16] for name, value in hashes.items()
+    }
 
 
-def verdict_in_a_word(run: Run) -> str:
-    rules = verdicts(run)
+def certificate_summary(run: RunFiles) -> str:
+    rules = rule_verdicts(run)
     if not rules:
         return "none"
     failed = [r[0] for r in rules if r[1] != "ok"]
@@ -324,16 +335,20 @@ def verdict_in_a_word(run: Run) -> str:
     )
 
 
-def verdicts(run: Run) -> list[tuple[str, str, str]]:
+def rule_verdicts(run: RunFiles) -> list[tuple[str, str, str]]:
     """(rule, verdict, figure) of the certificate; [] where there is none."""
     rows = [
-        (words(r.get("rule"), 40), words(r.get("verdict"), 20), words(r.get("figure"), 300))
-        for r in items((run.certificate or {}).get("rules"))
+        (
+            clean_text(r.get("rule"), 40),
+            clean_text(r.get("verdict"), 20),
+            clean_text(r.get("figure"), 300),
+        )
+        for r in objects_in((run.certificate or {}).get("rules"))
     ]
     return [r for r in rows if r[0]]
 
 
-def no_certificate(run: Run) -> Missing:
+def no_certificate(run: RunFiles) -> Missing:
     if run.score is None:
         return no_score(run)
-    return Missing(f"this evaluation was not certified; {evaluation(run)} judges it")
+    return Missing(f"this evaluation was not certified; {evaluation_command(run)} judges it")

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fairway.report import artifact, data, split
-from fairway.report.split import Source
+from fairway.report.split import ScoredSplit
 from fairway.report.style import (
     LINES,
     MARKS,
-    Shape,
+    FigureShape,
     label,
     light,
     new_figure,
@@ -28,8 +28,8 @@ Named = list[tuple[str, Any]]  # (name of a run, its data), one a run
 class Figure(NamedTuple):
     key: str  # of its anchor and its PNG
     title: str
-    take: Callable[[Source], Any]  # raises Missing
-    draw: Callable[[Named, Shape, list[int]], Any]  # list: which style each run has
+    take: Callable[[ScoredSplit], Any]  # raises Missing
+    draw: Callable[[Named, FigureShape, list[int]], Any]  # list: which style each run has
     say: Callable[[Any], str]  # what one run's data show, in numbers
     caption: str
 
@@ -38,7 +38,9 @@ def colour(style: int) -> str:
     return light(f"c{style % 8}")
 
 
-def legend(figure: Any, shape: Shape, entries: list[tuple[Any, str]], columns: int = 0) -> None:
+def legend(
+    figure: Any, shape: FigureShape, entries: list[tuple[Any, str]], columns: int = 0
+) -> None:
     if entries:
         handles, labels = zip(*entries, strict=True)
         room = (shape.width * 72 - 10) // (max(map(text_width, labels)) + 75)
@@ -62,11 +64,11 @@ def grid(axes: Any, axis: str = "both") -> None:
     axes.tick_params(length=0)
 
 
-# ==== 1, 2: TRAINING ==================================================================================================
-def draw_curves(x: int) -> Callable[[Named, Shape, list[int]], Any]:
+# ==== 1, 2: TRAINING ==============================================================================
+def draw_curves(x: int) -> Callable[[Named, FigureShape, list[int]], Any]:
     """Loss against field `x` of a Curve: 0 tokens, 1 seconds."""
 
-    def draw(runs: Named, shape: Shape, styles: list[int]) -> Any:
+    def draw(runs: Named, shape: FigureShape, styles: list[int]) -> Any:
         figure, (axes,) = new_figure(shape, 6.2 if shape.wide else 6.0)
         loss_curves(axes, runs, styles, x)
         entries = [
@@ -84,7 +86,7 @@ def loss_curves(axes: Any, runs: Named, styles: list[int], x: int) -> None:
     tops, lows = [], []
     for (_, curve), style in zip(runs, styles, strict=True):
         own, held = colour(style), curve[x] > 0
-        along, loss = data.smooth(curve.tokens, curve.loss)
+        along, loss = data.smooth_curve(curve.tokens, curve.loss)
         along = np.interp(along, curve.tokens, curve[x])
         step = max(1, int(held.sum()) // 400)
         axes.plot(
@@ -165,7 +167,7 @@ def curve_marks(curves: list[Any]) -> list[tuple[Any, str]]:
 def say_curves(x: int) -> Callable[[Any], str]:
     def say(curve: data.Curve) -> str:
         place = [lambda v: f"{short(v)} tokens", lambda v: f"{v:.0f} s"][x]
-        end = data.smooth(curve.tokens, curve.loss)[1][-1]
+        end = data.smooth_curve(curve.tokens, curve.loss)[1][-1]
         text = f"training loss goes from {curve.loss[0]:.2f} to {end:.3f} nats a token in {place(curve[x][-1])}"
         if curve.qat:
             text += f", with QAT from {place(curve.qat[x])} on"
@@ -178,7 +180,7 @@ def say_curves(x: int) -> Callable[[Any], str]:
     return say
 
 
-# ==== 3: THE LADDER ===================================================================================================
+# ==== 3: THE LADDER ===============================================================================
 def ladder_rows(runs: Named) -> list[tuple[str, str, list[float]]]:
     """(group, name, bits a byte of each run or NaN), groups in their order, a row for each name."""
     found: dict[tuple[str, str], list[float]] = {}
@@ -192,7 +194,7 @@ def ladder_rows(runs: Named) -> list[tuple[str, str, list[float]]]:
     return [(*row, found[row]) for row in order]
 
 
-def draw_ladder(runs: Named, shape: Shape, styles: list[int]) -> Any:
+def draw_ladder(runs: Named, shape: FigureShape, styles: list[int]) -> Any:
     rows = ladder_rows(runs)
     lines = len(rows) + len({group for group, _, _ in rows})
     figure, (axes,) = new_figure(shape, 1.5 + lines * (0.36 if shape.wide else 0.52))
@@ -302,7 +304,7 @@ def say_ladder(rungs: list[data.Rung]) -> str:
     return text + "".join(f"; no score: {r.name} {r.bpb:.4f}" for r in rungs if r.group == "apart")
 
 
-# ==== 4: BYTES ========================================================================================================
+# ==== 4: BYTES ====================================================================================
 def squarified(
     sizes: list[float], x: float, y: float, w: float, h: float
 ) -> list[tuple[float, float, float, float]]:
@@ -329,14 +331,14 @@ def squarified(
     return found
 
 
-KINDS = {
+PART_KINDS = {
     "weights": ("f0", "c0", "weights (classes by estimate)"),
     "file": ("f4", "c4", "tokenizer, header"),
     "code": ("f2", "c2", "code"),
 }
 
 
-def draw_bytes(runs: Named, shape: Shape, styles: list[int]) -> Any:
+def draw_bytes(runs: Named, shape: FigureShape, styles: list[int]) -> Any:
     from matplotlib.patches import Patch
 
     figure, axes = new_figure(
@@ -353,7 +355,7 @@ def draw_bytes(runs: Named, shape: Shape, styles: list[int]) -> Any:
         boxes = squarified([p.bytes for p in weighed.parts], 0, 0, wide, high)
         for part, (x, y, w, h) in zip(weighed.parts, boxes, strict=True):
             tree.add_patch(
-                rectangle(x, y, w, h, fc=light(KINDS[part.kind][0]), ec=light("surface"), lw=2)
+                rectangle(x, y, w, h, fc=light(PART_KINDS[part.kind][0]), ec=light("surface"), lw=2)
             )
             text = f"{part.name}\n{'' if part.exact else '≈ '}{part.bytes:,.0f}"
             if w < text_width(part.name) + 6:
@@ -370,7 +372,7 @@ def draw_bytes(runs: Named, shape: Shape, styles: list[int]) -> Any:
         shape,
         [
             (Patch(fc=light(fill), ec=light(edge)), text)
-            for kind, (fill, edge, text) in KINDS.items()
+            for kind, (fill, edge, text) in PART_KINDS.items()
             if kind in there
         ],
     )
@@ -383,7 +385,7 @@ def rectangle(x: float, y: float, w: float, h: float, **options: Any) -> Any:
     return Rectangle((x, y), w, h, **options)
 
 
-def budget_bar(axes: Any, name: str, weighed: Any, shape: Shape) -> None:
+def budget_bar(axes: Any, name: str, weighed: Any, shape: FigureShape) -> None:
     """The whole budget to scale: what is used, and what is left; below it the used part is enlarged."""
     used, budget = weighed.used, weighed.budget
     end, part = max(used, budget), used / budget
@@ -401,7 +403,7 @@ def budget_bar(axes: Any, name: str, weighed: Any, shape: Shape) -> None:
     axes.axis("off")
 
 
-def say_bytes(weighed: artifact.Weighed) -> str:
+def say_bytes(weighed: artifact.ByteBreakdown) -> str:
     largest = ", ".join(
         f"{p.name} {'' if p.exact else 'about '}{p.bytes:,.0f}" for p in weighed.parts[:4]
     )
@@ -411,8 +413,8 @@ def say_bytes(weighed: artifact.Weighed) -> str:
     )
 
 
-# ==== 5: QUANTISER ====================================================================================================
-def draw_errors(runs: Named, shape: Shape, styles: list[int]) -> Any:
+# ==== 5: QUANTISER ================================================================================
+def draw_errors(runs: Named, shape: FigureShape, styles: list[int]) -> Any:
     kinds = list(dict.fromkeys(m.kind for _, found in runs for m in found if m.layer >= 0))[:12]
     single = list(dict.fromkeys(m.kind for _, found in runs for m in found if m.layer < 0))[:8]
     panels, columns = len(kinds) + bool(single), 3 if shape.wide else 2
@@ -484,7 +486,7 @@ def error_of_singles(panel: Any, single: list[str], runs: Named, styles: list[in
     panel.set_xlim(-0.6, len(single) - 0.4)
 
 
-def say_errors(found: list[data.Matrix]) -> str:
+def say_errors(found: list[data.MatrixError]) -> str:
     worst, middle = max(found, key=lambda m: m.error), np.median([m.error for m in found])
     bits = np.mean([m.bits for m in found])
     where = f"{worst.kind} of layer {worst.layer}" if worst.layer >= 0 else worst.kind
@@ -494,8 +496,8 @@ def say_errors(found: list[data.Matrix]) -> str:
     )
 
 
-# ==== 6: MIXTURE ======================================================================================================
-def draw_weights(runs: Named, shape: Shape, styles: list[int]) -> Any:
+# ==== 6: MIXTURE ==================================================================================
+def draw_weights(runs: Named, shape: FigureShape, styles: list[int]) -> Any:
     from matplotlib.patches import Patch
 
     columns = min(len(runs), 3) if shape.wide else 1
@@ -534,9 +536,9 @@ def say_weights(trace: data.Trace) -> str:
     )
 
 
-# ==== 7, 8: WHERE THE LOSS LIES =======================================================================================
-def draw_means(label_x: str, log: bool) -> Callable[[Named, Shape, list[int]], Any]:
-    def draw(runs: Named, shape: Shape, styles: list[int]) -> Any:
+# ==== 7, 8: WHERE THE LOSS LIES ===================================================================
+def draw_means(label_x: str, log: bool) -> Callable[[Named, FigureShape, list[int]], Any]:
+    def draw(runs: Named, shape: FigureShape, styles: list[int]) -> Any:
         figure, (axes,) = new_figure(shape, 5.8 if shape.wide else 5.6)
         for (_, kinds), style in zip(runs, styles, strict=True):
             for kind, means in kinds.items():
@@ -585,10 +587,10 @@ def draw_means(label_x: str, log: bool) -> Callable[[Named, Shape, list[int]], A
     return draw
 
 
-def say_means(first: str, last: str) -> Callable[[dict[str, split.Means]], str]:
+def say_means(first: str, last: str) -> Callable[[dict[str, split.BinnedMeans]], str]:
     """`first` and `last` say where the first and the last bin lie; the place of the last is put in."""
 
-    def say(kinds: dict[str, split.Means]) -> str:
+    def say(kinds: dict[str, split.BinnedMeans]) -> str:
         return "; ".join(
             f"{kind} {m.mean[0]:.2f} nats {first}, {m.mean[-1]:.2f} {last.format(short(m.x[-1]))}"
             for kind, m in kinds.items()
@@ -597,7 +599,7 @@ def say_means(first: str, last: str) -> Callable[[dict[str, split.Means]], str]:
     return say
 
 
-def say_ranks(kinds: dict[str, split.Means]) -> str:
+def say_ranks(kinds: dict[str, split.BinnedMeans]) -> str:
     m = kinds["mixture"]
     rare, loss = m.x >= 256, m.share * m.mean
     text = (
@@ -615,13 +617,13 @@ def say_ranks(kinds: dict[str, split.Means]) -> str:
     return text
 
 
-# ==== ALL OF THEM, in the order of the page ===========================================================================
+# ==== ALL OF THEM, in the order of the page =======================================================
 BAND = "The band is two standard errors either way, as if tokens were independent."
 FIGURES = (
     Figure(
         "loss_tokens",
         "Loss against tokens",
-        lambda s: data.curve(s.run),
+        lambda s: data.training_curve(s.run),
         draw_curves(0),
         say_curves(0),
         "Light points are logged steps, the line is their mean among neighbours.",
@@ -629,7 +631,7 @@ FIGURES = (
     Figure(
         "loss_time",
         "Loss against time",
-        lambda s: data.curve(s.run),
+        lambda s: data.training_curve(s.run),
         draw_curves(1),
         say_curves(1),
         "Training time as the trainer counts it, validation left out. The fall in the first 3 % of the time "
@@ -638,7 +640,7 @@ FIGURES = (
     Figure(
         "ladder",
         "The ladder of the score",
-        lambda s: data.ladder(s.run),
+        lambda s: data.ladder_rungs(s.run),
         draw_ladder,
         say_ladder,
         "The last rung of the first group is the score. Below it: the neural model with one expert or another "
@@ -647,7 +649,7 @@ FIGURES = (
     Figure(
         "bytes",
         "Where the bytes go",
-        lambda s: artifact.weigh(s.run),
+        lambda s: artifact.byte_breakdown(s.run),
         draw_bytes,
         say_bytes,
         "The bar is the whole budget; below it the used part is enlarged. Files are exact. Classes of "
@@ -657,7 +659,7 @@ FIGURES = (
     Figure(
         "errors",
         "Quantisation error by layer",
-        lambda s: data.matrices(s.run),
+        lambda s: data.matrix_errors(s.run),
         draw_errors,
         say_errors,
         "Relative error of a matrix, the norm of the change over the norm of the weights, and the mean bits a "
@@ -666,7 +668,7 @@ FIGURES = (
     Figure(
         "weights",
         "Mixture weights along the split",
-        lambda s: data.trace(s.run),
+        lambda s: data.weight_trace(s.run),
         draw_weights,
         say_weights,
         "Mean weights of the experts over equal parts of the split, from its start to its end.",

@@ -9,7 +9,7 @@ from html import escape
 from itertools import pairwise
 from typing import NamedTuple
 
-from fairway.records.run import Run
+from fairway.records.run import RunFiles
 from fairway.report import artifact, data
 from fairway.report.split import PASSAGE, Passage
 from fairway.report.style import variables
@@ -78,7 +78,7 @@ class Section(NamedTuple):
     more: str  # HTML below the figure
 
 
-def css() -> str:
+def style_sheet() -> str:
     shaded = "".join(
         f".b{i}{{background:color-mix(in srgb,var(--c1) {share}%,transparent)}}"
         for i, share in enumerate((0, 9, 19, 30, 42, 55))
@@ -91,7 +91,9 @@ def css() -> str:
     return re.sub(r"\n", "", text)
 
 
-def page(title: str, lead: str, sections: list[Section], tables: list[tuple[str, str, str]]) -> str:
+def page_html(
+    title: str, lead: str, sections: list[Section], tables: list[tuple[str, str, str]]
+) -> str:
     """`tables`: (key, title, HTML), the first of which stands before the figures."""
     first, *rest = [
         f'<section id="{key}"><h2>{escape(heading)}</h2>{body}</section>'
@@ -104,19 +106,19 @@ def page(title: str, lead: str, sections: list[Section], tables: list[tuple[str,
     parts = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>{escape(title)}</title><style>{css()}</style></head><body>",
+        f"<title>{escape(title)}</title><style>{style_sheet()}</style></head><body>",
         f"<header><h1>{escape(title)}</h1><p>{escape(lead)}</p></header>",
         f'<nav aria-label="Contents"><ol>{contents}</ol></nav><main>',
         first,
-        *map(figure, sections),
+        *map(figure_html, sections),
         *rest,
         "</main></body></html>\n",
     ]
     return "\n".join(parts)
 
 
-def figure(section: Section) -> str:
-    body = "".join(missing(name, text) for name, text in section.missing)
+def figure_html(section: Section) -> str:
+    body = "".join(missing_html(name, text) for name, text in section.missing)
     if section.wide:
         alt = escape(
             f"{section.title}. " + " ".join(f"{name}: {text}." for name, text in section.said)
@@ -136,12 +138,12 @@ def figure(section: Section) -> str:
     return f'<section id="{section.key}"><h2>{escape(section.title)}</h2>{body}</section>'
 
 
-def missing(name: str, text: str) -> str:
+def missing_html(name: str, text: str) -> str:
     return f'<p class="missing">{escape(name)}: {escape(text)}.</p>'
 
 
-# ==== TABLES ==========================================================================================================
-def table(
+# ==== TABLES ======================================================================================
+def table_html(
     caption: str,
     head: Sequence[str],
     rows: Sequence[Sequence[str]],
@@ -165,22 +167,22 @@ def table(
     )
 
 
-def summary(runs: list[Run], names: list[str]) -> str:
+def summary_html(runs: list[RunFiles], names: list[str]) -> str:
     """Every run beside every other: scores, sizes, times, hashes. Rows that no run fills are left out."""
-    columns = [data.summary(run) for run in runs]
+    columns = [data.summary_values(run) for run in runs]
     rows = [
         [key, *(column[key] or "–" for column in columns)]
         for key in columns[0]
         if any(column[key] for column in columns)
     ]
-    scores = [data.number(run.score.get("val_bpb")) for run in runs if run.score]
+    scores = [data.finite_number(run.score.get("val_bpb")) for run in runs if run.score]
     scores, mean = [s for s in scores if s == s], ""
     if len(scores) > 1:
         mean = (
             f"<p>Mean of {len(scores)} scored runs: <strong>{statistics.mean(scores):.6f}</strong> bits a byte, "
             f"standard deviation {statistics.stdev(scores):.6f}.</p>"
         )
-    return mean + table(
+    return mean + table_html(
         "Runs side by side", ["", *names], rows, len(runs) > 1, "val_bpb (bits a byte)"
     )
 
@@ -189,14 +191,14 @@ def ladder_table(rows: list[tuple[str, str, list[float]]], names: list[str]) -> 
     cells = [
         [
             f"{name} (no score)" if group == "apart" else name,
-            *(data.decimals(v, 6) or "–" for v in values),
+            *(data.decimal_text(v, 6) or "–" for v in values),
         ]
         for group, name, values in rows
     ]
-    return details("The same as numbers", table("Bits a byte", ["", *names], cells))
+    return details_html("The same as numbers", table_html("Bits a byte", ["", *names], cells))
 
 
-def bytes_table(weighed: list[tuple[str, artifact.Weighed]]) -> str:
+def bytes_table(weighed: list[tuple[str, artifact.ByteBreakdown]]) -> str:
     parts = list(dict.fromkeys(p.name for _, own in weighed for p in own.parts))
     found = [
         {p.name: f"{'' if p.exact else '≈ '}{p.bytes:,.0f}" for p in own.parts}
@@ -207,10 +209,12 @@ def bytes_table(weighed: list[tuple[str, artifact.Weighed]]) -> str:
         ["all", *(f"{own.used:,}" for _, own in weighed)],
         ["left of the budget", *(f"{own.budget - own.used:,}" for _, own in weighed)],
     ]
-    return table("Bytes (≈: by estimate)", ["", *(name for name, _ in weighed)], rows, True, "all")
+    return table_html(
+        "Bytes (≈: by estimate)", ["", *(name for name, _ in weighed)], rows, True, "all"
+    )
 
 
-def matrices_table(runs: list[tuple[str, list[data.Matrix]]]) -> str:
+def matrices_table(runs: list[tuple[str, list[data.MatrixError]]]) -> str:
     """Error and bits of each matrix."""
     found: dict[tuple[int, str], list[str]] = {}
     for at, (_, own) in enumerate(runs):
@@ -222,18 +226,20 @@ def matrices_table(runs: list[tuple[str, list[data.Matrix]]]) -> str:
         [f"layer {layer} {kind}" if layer >= 0 else kind, *cells]
         for (layer, kind), cells in found.items()
     ]
-    return details(
+    return details_html(
         "Each matrix as numbers",
-        table("Relative error, bits a weight", ["", *(n for n, _ in runs)], rows),
+        table_html("Relative error, bits a weight", ["", *(n for n, _ in runs)], rows),
     )
 
 
-def details(title: str, inside: str) -> str:
+def details_html(title: str, inside: str) -> str:
     return f"<details><summary>{escape(title)}</summary>{inside}</details>"
 
 
-# ==== PASSAGES AND VERDICTS ===========================================================================================
-def passages(found: list[tuple[str, list[Passage], int]], lacking: list[tuple[str, str]]) -> str:
+# ==== PASSAGES AND VERDICTS =======================================================================
+def passages_html(
+    found: list[tuple[str, list[Passage], int]], lacking: list[tuple[str, str]]
+) -> str:
     """`found`: (run, its worst passages, rows of its split)."""
     between = [f"{a:.0f}–{b:.0f}" for a, b in pairwise(SHADES)]
     key = "".join(
@@ -250,24 +256,24 @@ def passages(found: list[tuple[str, list[Passage], int]], lacking: list[tuple[st
     )
     for name, own, rows in found:
         parts.append(f"<h3>{escape(name)}</h3>" if len(found) > 1 else "")
-        parts += [passage(p, rows) for p in own]
-    return "".join(parts) + "".join(missing(name, text) for name, text in lacking)
+        parts += [passage_html(p, rows) for p in own]
+    return "".join(parts) + "".join(missing_html(name, text) for name, text in lacking)
 
 
-def passage(found: Passage, rows: int) -> str:
+def passage_html(found: Passage, rows: int) -> str:
     last = min(found.first + PASSAGE, rows)
     where = (
         f"{found.mean:.2f} bits a token; targets {found.first + 1:,} to {last:,} of {rows:,} "
         f"({100 * found.first / rows:.1f} % of the split), document {found.document:,}"
     )
     spans = "".join(
-        f'<span class="b{sum(bits >= s for s in SHADES)}" title="{bits:.1f} bits">{shown(text)}</span>'
+        f'<span class="b{sum(bits >= s for s in SHADES)}" title="{bits:.1f} bits">{visible_html(text)}</span>'
         for text, bits in found.pieces
     )
     return f'<p class="soft">{where}</p><p class="passage">{spans}</p>'
 
 
-def shown(text: str) -> str:
+def visible_html(text: str) -> str:
     """Control characters as pictures of themselves, a line's end as a sign and a break, the rest escaped."""
     signs = "".join(
         "↵\n" if c == "\n" else c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
@@ -275,14 +281,14 @@ def shown(text: str) -> str:
     return escape(signs)
 
 
-def certificates(runs: list[Run], names: list[str]) -> str:
+def certificates_html(runs: list[RunFiles], names: list[str]) -> str:
     """Rules down, runs across; a rule's figure under its verdict."""
     found = [
-        (name, {r[0]: r[1:] for r in data.verdicts(run)})
+        (name, {r[0]: r[1:] for r in data.rule_verdicts(run)})
         for name, run in zip(names, runs, strict=True)
     ]
     lacking = "".join(
-        missing(name, str(data.no_certificate(run)))
+        missing_html(name, str(data.no_certificate(run)))
         for (name, rules), run in zip(found, runs, strict=True)
         if not rules
     )
@@ -293,7 +299,7 @@ def certificates(runs: list[Run], names: list[str]) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in found)
     body = "".join(
         f'<tr><th scope="row">{escape(rule)}</th>'
-        + "".join(verdict(*own.get(rule, ("–", ""))) for _, own in found)
+        + "".join(verdict_html(*own.get(rule, ("–", ""))) for _, own in found)
         + "</tr>"
         for rule in rules
     )
@@ -305,7 +311,7 @@ def certificates(runs: list[Run], names: list[str]) -> str:
     )
 
 
-def verdict(word: str, about: str) -> str:
+def verdict_html(word: str, about: str) -> str:
     bad = ' class="bad"' if word not in ("ok", "–") else ""
     return (
         f'<td><strong{bad}>{escape(word)}</strong> <span class="soft">{escape(about)}</span></td>'

@@ -17,40 +17,47 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairway.records.run import Run, dict_at
-from fairway.report.artifact import MOST_TOKENIZER, read_artifact, unpacked
-from fairway.report.data import Missing, items, no_score, number, whole, words
+from fairway.records.run import RunFiles, dict_at
+from fairway.report.artifact import MOST_TOKENIZER, decompress_brotli, read_artifact_file
+from fairway.report.data import (
+    Missing,
+    clean_text,
+    finite_number,
+    no_score,
+    objects_in,
+    whole_number,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BOS_ID = 1  # every document starts with it
-MOST_TOKENS = 1 << 28  # of a split: four times FineWeb's
+MOST_SPLIT_TOKENS = 1 << 28  # of a split: four times FineWeb's
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 PART = 1 << 22  # rows at a time
 PASSAGE = 48  # tokens
 PASSAGE_STRIDE = 12
-AGAIN = "run eval_final.py again"
+RERUN = "run eval_final.py again"
 
 
-# ==== FILES ===========================================================================================================
-def column(folder: Path, name: str, rows: int, loss: float) -> np.ndarray:
+# ==== FILES =======================================================================================
+def map_column(folder: Path, name: str, rows: int, loss: float) -> np.ndarray:
     """A mapped column of log-probabilities in nats: a .npy file of exactly these rows, checked against the loss that
     was printed for it."""
     path, start = folder / "eval" / name, io.BytesIO()
     np.lib.format.write_array_header_1_0(
         start, dict(descr="<f8", fortran_order=False, shape=(rows,))
     )
-    header, size = beginning(path, len(start.getvalue()))
+    header, size = read_start(path, len(start.getvalue()))
     if header != start.getvalue() or size != len(header) + 8 * rows:
-        raise Missing(f"eval/{name} is not there, or not {rows:,} rows; {AGAIN}")
+        raise Missing(f"eval/{name} is not there, or not {rows:,} rows; {RERUN}")
     logp = np.memmap(path, "<f8", "r", len(header), (rows,))
     if not abs(float(np.mean(logp)) + loss) < 1e-6 * max(
         1.0, abs(loss)
     ):  # so NaN is refused as well
-        raise Missing(f"eval/{name} is of another evaluation than eval/score.json; {AGAIN}")
+        raise Missing(f"eval/{name} is of another evaluation than eval/score.json; {RERUN}")
     return logp
 
 
-def beginning(path: Path, count: int) -> tuple[bytes, int]:
+def read_start(path: Path, count: int) -> tuple[bytes, int]:
     """The first bytes of a regular file and its size; b"" and 0 where it is none."""
     try:
         with open(
@@ -64,9 +71,9 @@ def beginning(path: Path, count: int) -> tuple[bytes, int]:
         return b"", 0
 
 
-def shard(path: Path) -> np.ndarray:
+def map_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, mapped; an empty array where it is none."""
-    start, size = beginning(path, 12)
+    start, size = read_start(path, 12)
     count = (size - SHARD_HEADER_BYTES) // 2
     said = [int.from_bytes(start[i : i + 4], "little") for i in (0, 4, 8)]
     if (
@@ -78,11 +85,11 @@ def shard(path: Path) -> np.ndarray:
     return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
 
 
-# ==== ONE RUN =========================================================================================================
-class Source:
+# ==== ONE RUN =====================================================================================
+class ScoredSplit:
     """A run with its split and columns, read when first asked for; each may be Missing."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: RunFiles):
         self.run = run
         self.settings, self.hashes = dict_at(run.score, "settings"), dict_at(run.score, "sha256")
 
@@ -90,29 +97,35 @@ class Source:
     def rows(self) -> int:
         if self.run.score is None:
             raise no_score(self.run)
-        rows = whole(self.run.score.get("tokens"))
-        if not rows or rows >= MOST_TOKENS:
+        rows = whole_number(self.run.score.get("tokens"))
+        if not rows or rows >= MOST_SPLIT_TOKENS:
             raise Missing(
-                f"eval/score.json states no tokens between 1 and {MOST_TOKENS:,}; {AGAIN}"
+                f"eval/score.json states no tokens between 1 and {MOST_SPLIT_TOKENS:,}; {RERUN}"
             )
         return rows
 
     @cached_property
     def mixture(self) -> np.ndarray:
-        return column(
-            self.run.folder, "final_logp.npy", self.rows, number(self.run.score.get("val_loss"))
+        return map_column(
+            self.run.folder,
+            "final_logp.npy",
+            self.rows,
+            finite_number(self.run.score.get("val_loss")),
         )
 
     @cached_property
     def neural(self) -> np.ndarray:
         """The neural scorer's own column, whichever way it scored."""
-        ttt, mode = words(self.settings.get("ttt")), words(self.settings.get("eval_mode"))
+        ttt, mode = clean_text(self.settings.get("ttt")), clean_text(self.settings.get("eval_mode"))
         name = mode if ttt in ("", "none") else f"ttt_{ttt}"
-        rungs = items(self.run.score.get("ladder")) if self.rows else []
+        rungs = objects_in(self.run.score.get("ladder")) if self.rows else []
         if not re.fullmatch(r"[a-z_]{1,30}", name) or len(rungs) < 2:
-            raise Missing(f"eval/score.json names no neural column; {AGAIN}")
-        return column(
-            self.run.folder, f"columns/{name}/logp.npy", self.rows, number(rungs[-2].get("loss"))
+            raise Missing(f"eval/score.json names no neural column; {RERUN}")
+        return map_column(
+            self.run.folder,
+            f"columns/{name}/logp.npy",
+            self.rows,
+            finite_number(rungs[-2].get("loss")),
         )
 
     @cached_property
@@ -128,7 +141,7 @@ class Source:
     @cached_property
     def shards(self) -> list[Path]:
         """The split's files, by the names in the evaluation's settings."""
-        given, folder = (words(self.settings.get(k), 1000) for k in ("val_files", "data_path"))
+        given, folder = (clean_text(self.settings.get(k), 1000) for k in ("val_files", "data_path"))
         pattern = Path(given or os.path.join(folder or "data/embedded", "*_val_*.bin"))
         for base in dict.fromkeys([Path(), self.run.folder, ROOT]):
             try:
@@ -138,7 +151,7 @@ class Source:
             if there:
                 return [base / pattern.parent / name for name in there[:10_000]]
         raise Missing(
-            f"no shards match {words(str(pattern), 200)} any more; put them back (make data), or score again "
+            f"no shards match {clean_text(str(pattern), 200)} any more; put them back (make data), or score again "
             "with VAL_FILES"
         )
 
@@ -147,13 +160,13 @@ class Source:
         """uint16[rows + 1], as the evaluation saw them."""
         parts, rows = [], self.rows
         for path in self.shards:
-            parts.append(shard(path))
+            parts.append(map_shard(path))
             if sum(map(len, parts)) > rows + 1:
                 break
         tokens = np.concatenate(parts)
         if len(tokens) != rows + 1 or hashlib.sha256(tokens).hexdigest() != self.hashes.get("data"):
             raise Missing(
-                f"the shards beside {words(self.shards[0].name)} are not those that were scored ({rows + 1:,}"
+                f"the shards beside {clean_text(self.shards[0].name)} are not those that were scored ({rows + 1:,}"
                 " tokens, by hash); put them back (make data), or score again with VAL_FILES"
             )
         return tokens
@@ -180,7 +193,7 @@ class Source:
 
     def embedded(self) -> bytes:
         try:
-            return unpacked(read_artifact(self.run).tokenizer)
+            return decompress_brotli(read_artifact_file(self.run).tokenizer)
         except Missing:
             return b""
 
@@ -196,8 +209,8 @@ class Source:
             return b""
 
 
-# ==== WHAT FIGURES MAKE OF THEM =======================================================================================
-class Means(NamedTuple):
+# ==== WHAT FIGURES MAKE OF THEM ===================================================================
+class BinnedMeans(NamedTuple):
     """Binned means; arrays [bins]."""
 
     x: np.ndarray  # where a bin lies
@@ -206,9 +219,9 @@ class Means(NamedTuple):
     share: np.ndarray  # of all tokens
 
 
-def means(
-    source: Source, x: np.ndarray, bins: Callable[[int, int], np.ndarray]
-) -> dict[str, Means]:
+def binned_means(
+    source: ScoredSplit, x: np.ndarray, bins: Callable[[int, int], np.ndarray]
+) -> dict[str, BinnedMeans]:
     """column → its means. `x` is the place of each bin; `bins` gives those of rows start to stop, asked for in order.
     A part at a time, since a split may have 60 million rows."""
     totals = {name: np.zeros((3, len(x))) for name in source.columns}
@@ -224,21 +237,21 @@ def means(
         held = count > 0
         n, mean = count[held], total[held] / count[held]
         error = np.sqrt(np.maximum(squares[held] / n - mean**2, 0) / n)
-        found[name] = Means(np.asarray(x, float)[held], mean, error, n / source.rows)
+        found[name] = BinnedMeans(np.asarray(x, float)[held], mean, error, n / source.rows)
     return found
 
 
-def by_split(source: Source) -> dict[str, Means]:
+def by_split(source: ScoredSplit) -> dict[str, BinnedMeans]:
     """column → loss along the split, in percent of it."""
     count = int(np.clip(source.rows // 512, 2, 64))
-    return means(
+    return binned_means(
         source,
         100 * (np.arange(count) + 0.5) / count,
         lambda start, stop: np.arange(start, stop) * count // source.rows,
     )
 
 
-def by_document(source: Source) -> dict[str, Means]:
+def by_document(source: ScoredSplit) -> dict[str, BinnedMeans]:
     """column → loss by how many tokens of its document stand before a token; bins double every three."""
     edges = np.unique(
         np.round(2 ** (np.arange(3 * source.rows.bit_length() + 1) / 3)).astype(np.int64)
@@ -252,10 +265,10 @@ def by_document(source: Source) -> dict[str, Means]:
         last = int(began[-1])
         return np.searchsorted(edges, at - began + 1, side="right") - 1
 
-    return means(source, middles(edges, source.rows), bins)
+    return binned_means(source, bin_middles(edges, source.rows), bins)
 
 
-def by_rank(source: Source) -> dict[str, Means]:
+def by_rank(source: ScoredSplit) -> dict[str, BinnedMeans]:
     """column → loss by the target's rank in the split, the most frequent token first; bins double."""
     targets = source.tokens[1:]
     counts = np.bincount(targets)
@@ -263,14 +276,14 @@ def by_rank(source: Source) -> dict[str, Means]:
     rank[np.argsort(-counts, kind="stable")] = np.arange(1, len(counts) + 1)
     edges = 2 ** np.arange(0, len(counts).bit_length())
     bins = np.searchsorted(edges, rank, side="right") - 1
-    return means(
+    return binned_means(
         source,
-        middles(edges, np.count_nonzero(counts)),
+        bin_middles(edges, np.count_nonzero(counts)),
         lambda start, stop: bins[targets[start:stop]],
     )
 
 
-def middles(edges: np.ndarray, last: int) -> np.ndarray:
+def bin_middles(edges: np.ndarray, last: int) -> np.ndarray:
     """The geometric middle of each bin that begins at an edge; the last one ends at `last`."""
     ends = np.append(edges[1:] - 1, last).clip(max=last)
     return np.sqrt(edges * np.maximum(ends, edges))
@@ -283,7 +296,7 @@ class Passage(NamedTuple):
     pieces: list[tuple[str, float]]  # text and its bits
 
 
-def worst_passages(source: Source, count: int) -> list[Passage]:
+def worst_passages(source: ScoredSplit, count: int) -> list[Passage]:
     """The windows with the highest mean, none over another, worst first."""
     tokens, tokenizer = source.tokens, source.tokenizer
     length = min(PASSAGE, source.rows)
@@ -295,14 +308,14 @@ def worst_passages(source: Source, count: int) -> list[Passage]:
         if len(found) < count and all(abs(first - other.first) >= length for other in found):
             bits = source.mixture[first : first + length] / -math.log(2)
             document = np.count_nonzero(tokens[: first + 2] == BOS_ID)
-            pieces = spelled(
+            pieces = token_texts(
                 tokenizer, tokens[first + 1 : first + length + 1].tolist(), bits.tolist()
             )
             found.append(Passage(first, document, float(dear[i]), pieces))
     return found
 
 
-def spelled(tokenizer: Any, tokens: list[int], bits: list[float]) -> list[tuple[str, float]]:
+def token_texts(tokenizer: Any, tokens: list[int], bits: list[float]) -> list[tuple[str, float]]:
     """The text of each token; bytes that make one character together stand together, with the mean of their bits."""
     found: list[tuple[str, float]] = []
     held: list[float] = []

@@ -43,7 +43,7 @@ def light(name: str) -> str:
     return COLOURS[name][0]
 
 
-class Shape(NamedTuple):
+class FigureShape(NamedTuple):
     """A figure's room: at 72 points an inch one point is one CSS pixel at the width that it is made for."""
 
     name: str
@@ -54,7 +54,7 @@ class Shape(NamedTuple):
         return self.width > 8
 
 
-WIDE, NARROW = Shape("wide", 12.0), Shape("narrow", 4.8)
+WIDE, NARROW = FigureShape("wide", 12.0), FigureShape("narrow", 4.8)
 PNG_DPI = 100
 FONT, FONT_SIZE = (
     "DejaVu Sans",
@@ -112,7 +112,7 @@ def drawing() -> Iterator[None]:
 
 
 def new_figure(
-    shape: Shape, height: float, rows: int = 1, columns: int = 1, **options: Any
+    shape: FigureShape, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Any, list[Any]]:
     """A figure of that height in inches, and its axes in reading order."""
     from matplotlib.figure import Figure

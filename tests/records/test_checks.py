@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fairway.records.checks import CHECKS, check, judge, source
+from fairway.records.checks import CHECKS, check_record, run_check, source
 from fairway.records.files import RecordError
-from fairway.records.folder import claims_of, read_folder, runs_claimed
+from fairway.records.folder import read_claims, read_record_folder, runs_claimed
 from tests.zoo.records import BAD, GOOD, folder_name, good_files, table, write
 from tests.zoo.records.bad import submission_with, with_function, without
 from tests.zoo.records.good import make
@@ -21,14 +21,14 @@ UNTOLD = {"certificate", "step_time"}  # checks of what honest logs of some dial
 READS = {
     "md": {"files", "helpers", "units", "numbers", "seeds"},
     "json": CHECKS.keys()
-    - source.CHECKS.keys()
+    - source.SOURCE_CHECKS.keys()
     - {"stub", "arithmetic", "loss_range", "step_time", "log_whole"},
-    "log": CHECKS.keys() - source.CHECKS.keys() - {"stub", "schema", "date"},
+    "log": CHECKS.keys() - source.SOURCE_CHECKS.keys() - {"stub", "schema", "date"},
 }
 
 
 def verdicts(files, folder):
-    return {v.check: v for v in check(write(files, folder))}
+    return {v.check: v for v in check_record(write(files, folder))}
 
 
 def failed(found) -> set[str]:
@@ -46,7 +46,7 @@ def whole(found) -> bool:
     )
 
 
-# ---- The zoo ---------------------------------------------------------------------------------------------------------
+# ==== The zoo =====================================================================================
 def test_the_docs_name_every_check_and_every_bad_folder():
     docs = (ROOT / "docs/LEGALITY.md").read_text(encoding="utf-8")
     assert (
@@ -84,7 +84,7 @@ def test_warnings_name_their_line(tmp_path):
     assert "target" in (tmp_path / "2026-05-01_x" / name).read_text().splitlines()[int(line) - 1]
 
 
-# ---- Judged rightly --------------------------------------------------------------------------------------------------
+# ==== Judged rightly ==============================================================================
 def test_the_other_track_has_no_limits_of_seeds_time_and_machine(tmp_path):
     files = make(
         "ours",
@@ -160,7 +160,8 @@ def test_no_certificate_in_the_folder_silences_a_pattern(tmp_path):
 def test_code_is_judged_by_what_it_does(function, check_name, verdict, tmp_path):
     files = with_function(function)
     assert (
-        judge(check_name, read_folder(write(files, tmp_path / "2026-05-01_x"))).verdict == verdict
+        run_check(check_name, read_record_folder(write(files, tmp_path / "2026-05-01_x"))).verdict
+        == verdict
     )
 
 
@@ -208,10 +209,10 @@ def test_small_changes_are_seen(change, check_name, tmp_path):
 
 def test_no_folder_is_a_mistake_of_the_user(tmp_path):
     with pytest.raises(RecordError, match="is no folder"):
-        check(tmp_path / "nowhere")
+        check_record(tmp_path / "nowhere")
 
 
-# ---- Damage ----------------------------------------------------------------------------------------------------------
+# ==== Damage ======================================================================================
 def test_every_file_may_be_missing_empty_binary_or_huge(tmp_path):
     files = make("ours")
     for i, name in enumerate(sorted(n for n in files if "2025" not in n and "1337" not in n)):
@@ -230,7 +231,7 @@ def test_every_file_may_be_missing_empty_binary_or_huge(tmp_path):
             f.truncate(1 << 30)
     (folder / "loop").symlink_to(folder)
     start = time.process_time()
-    found = {v.check: v for v in check(folder)}
+    found = {v.check: v for v in check_record(folder)}
     assert (
         whole(found)
         and failed(found) >= {"files", "schema", "bytes"}
@@ -302,7 +303,7 @@ def mutated_text(data: bytes, rng: random.Random) -> bytes:
 
 def reread(folder, name: str, data: bytes, tmp_path):
     """`folder` as it would be read with another content of one file: only that is read again."""
-    new = read_folder(write({name: data}, tmp_path / "2026-05-01_x"))
+    new = read_record_folder(write({name: data}, tmp_path / "2026-05-01_x"))
     changed = (
         dict(submission=new.submission, submission_name=new.submission_name)
         if name.endswith(".json")
@@ -313,7 +314,7 @@ def reread(folder, name: str, data: bytes, tmp_path):
             texts=folder.texts | new.texts,
         )
     )
-    said = claims_of(changed.get("submission", folder.submission))
+    said = read_claims(changed.get("submission", folder.submission))
     changed |= dict(
         faults=new.faults, claims=said, record=runs_claimed(changed.get("runs", folder.runs), said)
     )
@@ -333,12 +334,12 @@ def reread(folder, name: str, data: bytes, tmp_path):
 )
 def test_a_thousand_mutated_files_give_verdicts(kind, name, change, count, tmp_path):
     rng, files = random.Random(f"{kind} {name}"), make(kind)
-    folder = read_folder(write(files, tmp_path / "2026-05-01_whole"))
+    folder = read_record_folder(write(files, tmp_path / "2026-05-01_whole"))
     seen = set()
     for _ in range(count):
         data = change(files[name], rng)
         changed = reread(folder, name, data, tmp_path)
-        found = {n: judge(n, changed) for n in READS[name.split(".")[-1]]}
+        found = {n: run_check(n, changed) for n in READS[name.split(".")[-1]]}
         assert not any("broke" in v.text or not v.text.isprintable() for v in found.values()), (
             data,
             found,
@@ -362,5 +363,5 @@ def test_the_largest_good_folder_is_judged_within_two_seconds(tmp_path):
     )
     folder = write(files, tmp_path / "2026-05-01_x")
     start = time.process_time()
-    found = check(folder)
+    found = check_record(folder)
     assert time.process_time() - start < 2 and all(v.verdict == "ok" for v in found)

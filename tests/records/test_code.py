@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairway.records.code import MOST_CODE, closure, imports, read_code, read_source
-from fairway.records.syntax import parse, without_f_strings
-from fairway.records.unpack import LIMIT, members
+from fairway.records.code import MOST_CODE, import_closure, imports_in, read_code, read_code_file
+from fairway.records.syntax import parse_python, without_f_strings
+from fairway.records.unpack import LIMIT, archive_members
 from tests.zoo.records import write
 from tests.zoo.records.good import REPORT, TRAINER, stub
 
@@ -31,7 +31,7 @@ def written(folder: Path, files: dict[str, str]) -> dict[str, int]:
 
 
 def test_imports_are_found_at_any_depth_and_in_every_form():
-    source = read_source(
+    source = read_code_file(
         "a/b.py",
         b"""
 import os, x.y
@@ -47,7 +47,7 @@ except ImportError:
     pass
 """,
     )
-    found = {(i.module, i.names, i.optional) for i in imports(source)}
+    found = {(i.module, i.names, i.optional) for i in imports_in(source)}
     assert {
         ("os", (), False),
         ("x.y", (), False),
@@ -75,7 +75,7 @@ def test_the_closure_follows_packages_relative_and_lazy_imports(tmp_path):
             "pack/last.py": "",
         },
     )
-    assert closure(tmp_path, ["train_gpt.py"]) == [
+    assert import_closure(tmp_path, ["train_gpt.py"]) == [
         "helper.py",
         "pack/__init__.py",
         "pack/deep/__init__.py",
@@ -87,7 +87,7 @@ def test_the_closure_follows_packages_relative_and_lazy_imports(tmp_path):
 
 
 def test_our_own_closure_is_what_evaluation_imports():
-    found = closure(ROOT)
+    found = import_closure(ROOT)
     assert {
         "train_gpt.py",
         "eval_final.py",
@@ -166,7 +166,7 @@ LAYERS = {
 
 @pytest.mark.parametrize("text,layers", LAYERS.values(), ids=LAYERS)
 def test_stubs_are_unpacked(text, layers):
-    source = read_source("train_gpt.py", text.encode())
+    source = read_code_file("train_gpt.py", text.encode())
     assert (
         source.text == TRAINER
         and source.layers == layers
@@ -176,7 +176,7 @@ def test_stubs_are_unpacked(text, layers):
 
 
 def test_plain_code_is_no_stub():
-    assert not read_source("train_gpt.py", TRAINER.encode()).packed
+    assert not read_code_file("train_gpt.py", TRAINER.encode()).packed
 
 
 @pytest.mark.parametrize(
@@ -194,14 +194,14 @@ def test_plain_code_is_no_stub():
     ids=["zlib bomb", "dictionary", "no lzma", "no base85", "no brotli", "a loop", "a file"],
 )
 def test_what_cannot_be_unpacked_stays_packed(bomb):
-    source = read_source("train_gpt.py", bomb.encode())
+    source = read_code_file("train_gpt.py", bomb.encode())
     assert source.layers == () and source.text == bomb
 
 
 def test_nothing_of_a_stub_is_run(tmp_path):
     trace = tmp_path / "ran"
     text = stub(f"open({str(trace)!r}, 'w').write('x')")
-    assert "open(" in read_source("train_gpt.py", text.encode()).text and not trace.exists()
+    assert "open(" in read_code_file("train_gpt.py", text.encode()).text and not trace.exists()
 
 
 def test_archives_of_code_are_opened():
@@ -217,15 +217,15 @@ def test_archives_of_code_are_opened():
         json.dumps({n: t for n, t in files.items() if n.endswith(".py")}).encode()
     )
     for data in (zipped.getvalue(), tarred.getvalue(), lzma.compress(tarred.getvalue()), packed):
-        found = members("code.xz", data)
+        found = archive_members("code.xz", data)
         assert {name: text.decode() for name, text in found.items()} == {
             "code.xz!train_gpt.py": TRAINER,
             "code.xz!fairway/a.py": "x = 1",
         }
     assert (
-        members("code.xz", b"no archive")
+        archive_members("code.xz", b"no archive")
         == {}
-        == members("code.xz", lzma.compress(bytes(LIMIT + 1)))
+        == archive_members("code.xz", lzma.compress(bytes(LIMIT + 1)))
     )
 
 
@@ -242,19 +242,21 @@ DEEP = [
 
 @pytest.mark.parametrize("text", DEEP, ids=range(len(DEEP)))
 def test_code_of_any_depth_is_read_or_refused(text):
-    source = read_source("a.py", text.encode())
+    source = read_code_file("a.py", text.encode())
     assert (source.tree is None) == bool(source.fault)
-    list(imports(source))
+    list(imports_in(source))
 
 
 def test_odd_escapes_of_others_are_no_warning(recwarn):
-    assert read_source("a.py", b"x = '\\W'\n").tree is not None and not list(recwarn)
+    assert read_code_file("a.py", b"x = '\\W'\n").tree is not None and not list(recwarn)
 
 
 @given(at=st.integers(0, 300), new=st.binary(max_size=8), cut=st.booleans())
 def test_damaged_stubs_are_read_as_something(at, new, cut):
     data = stub(REPORT).encode()
-    source = read_source("train_gpt.py", data[:at] + new + (b"" if cut else data[at + len(new) :]))
+    source = read_code_file(
+        "train_gpt.py", data[:at] + new + (b"" if cut else data[at + len(new) :])
+    )
     assert isinstance(source.text, str) and (source.tree is None) == bool(source.fault)
 
 
@@ -269,7 +271,7 @@ def test_damaged_stubs_are_read_as_something(at, new, cut):
 )
 def test_f_strings_of_a_newer_python_are_read(text, tree):
     assert ast.dump(ast.parse(without_f_strings(text))) == ast.dump(ast.parse(tree))
-    assert parse(text)[0] is not None
+    assert parse_python(text)[0] is not None
 
 
 @given(st.text(alphabet="f\"'{}!:=a \\\n#", max_size=200))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 
 from fairway.records.files import (
     RecordError,
-    need,
     parse_json,
     read_bytes,
     read_events,
@@ -108,8 +106,3 @@ def test_a_file_takes_its_name_once_it_is_whole(tmp_path):
     assert read_json(path) == [1] and os.listdir(tmp_path) == ["a.json"]
     write_text(path, "[3]")
     assert read_json(path) == [3] and sha256(path) == hashlib.sha256(b"[3]").hexdigest()
-
-
-def test_need_speaks_only_when_something_is_missing():
-    need(1, "silent")
-    assert refusal(need, math.nan != math.nan and 0, "said") == "said"

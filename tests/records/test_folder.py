@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairway.records.folder import LOG_LIMIT, claims_of, final, read_folder, seed_in
+from fairway.records.folder import LOG_LIMIT, final_score, read_claims, read_record_folder, seed_in
 from tests.zoo.records import GOOD, good_files, write
 from tests.zoo.records.good import make
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_good_folders_are_read_whole(name, tmp_path):
-    folder = read_folder(write(good_files(name), tmp_path / "track_10min_16mb" / name))
+    folder = read_record_folder(write(good_files(name), tmp_path / "track_10min_16mb" / name))
     assert (
         folder.track == "10min_16mb" and not folder.faults and folder.readme.startswith("# Bigrams")
     )
@@ -38,9 +38,11 @@ def test_good_folders_are_read_whole(name, tmp_path):
 
 def test_the_track_is_that_of_the_folder_above_else_of_the_json(tmp_path):
     files = make(said={"track": "non_record_16mb"})
-    assert read_folder(write(files, tmp_path / "a")).track == "non_record_16mb"
-    assert read_folder(write(files, tmp_path / "track_10min_16mb" / "a")).track == "10min_16mb"
-    assert read_folder(write(make(said={"track": 3}), tmp_path / "b")).track == "10min_16mb"
+    assert read_record_folder(write(files, tmp_path / "a")).track == "non_record_16mb"
+    assert (
+        read_record_folder(write(files, tmp_path / "track_10min_16mb" / "a")).track == "10min_16mb"
+    )
+    assert read_record_folder(write(make(said={"track": 3}), tmp_path / "b")).track == "10min_16mb"
 
 
 @pytest.mark.parametrize(
@@ -61,13 +63,13 @@ def test_seeds_in_names(name, seed):
 def test_of_several_logs_of_a_seed_the_claimed_one_counts(tmp_path):
     files = make()
     other = make(only={42: dict(final_loss=1.95)})["train_seed42.log"]
-    folder = read_folder(write(files | {"first_seed42.log": other}, tmp_path))
+    folder = read_record_folder(write(files | {"first_seed42.log": other}, tmp_path))
     assert [run.name for run in folder.record] == [
         "train_seed1337.log",
         "train_seed42.log",
         "train_seed2025.log",
     ]
-    folder = read_folder(
+    folder = read_record_folder(
         write(
             files | {"train_seed42.log": other, "z_seed42.log": files["train_seed42.log"]}, tmp_path
         )
@@ -77,7 +79,7 @@ def test_of_several_logs_of_a_seed_the_claimed_one_counts(tmp_path):
         "z_seed42.log",
         "train_seed2025.log",
     ]
-    assert all(final(run) is not None for run in folder.record)
+    assert all(final_score(run) is not None for run in folder.record)
 
 
 def test_links_pipes_and_loops_are_named_and_not_followed(tmp_path):
@@ -87,7 +89,7 @@ def test_links_pipes_and_loops_are_named_and_not_followed(tmp_path):
     (folder / "train_gpt.py").unlink()
     (folder / "train_gpt.py").symlink_to("/etc/passwd")
     os.mkfifo(folder / "train_seed7.log")
-    found = read_folder(folder)
+    found = read_record_folder(folder)
     assert set(found.faults) == {"loop", "self.log", "train_gpt.py", "train_seed7.log"}
     assert found.code.entries == () and len(found.runs) == 3
 
@@ -104,7 +106,7 @@ def test_huge_empty_and_binary_files_are_named(tmp_path):
     for name in ("README.md", "submission.json", "train_gpt.py", "train_seed1337.log"):
         with open(folder / name, "r+b") as f:
             f.truncate(1 << 30)
-    found = read_folder(folder)
+    found = read_record_folder(folder)
     assert {"README.md", "submission.json", "train_seed42.log", "train_seed1337.log"} <= set(
         found.faults
     )
@@ -113,7 +115,7 @@ def test_huge_empty_and_binary_files_are_named(tmp_path):
 
 
 def test_an_empty_folder_is_read(tmp_path):
-    found = read_folder(tmp_path)
+    found = read_record_folder(tmp_path)
     assert (found.files, found.runs, found.submission, found.code.entries) == ({}, [], None, ())
 
 
@@ -134,5 +136,5 @@ anything = st.recursive(
 
 @given(anything)
 def test_claims_are_read_from_any_json(data):
-    found = claims_of(data)
+    found = read_claims(data)
     assert all(type(seed) is int for seed in found.seeds) and isinstance(found.data, dict)

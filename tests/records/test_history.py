@@ -1,115 +1,37 @@
 """The list of runs: found, joined, filtered, compared; damaged lines are named and cost nothing else."""
 
-import hashlib
 import json
-from pathlib import Path
 
 import pytest
+from history_lines import A, B, C, evaluation_line, training_line, write_lines, write_log
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.records.files import RecordError
 from fairway.records.history import (
-    as_json,
-    chosen,
-    compare,
+    compare_runs,
+    filter_rows,
     find_files,
     find_row,
     listing,
     parse_filter,
     read_history,
-)
-
-LINE = "=" * 100
-
-
-def trained(run_id: str, when: int, code: str = "pass\n", **settings) -> dict:
-    artifact = hashlib.sha256(f"{run_id}{when}".encode()).hexdigest()
-    return dict(
-        time=when,
-        run_id=run_id,
-        start=dict(
-            settings=dict(seed=1337, num_layers=4, compile=False, codec="auto", device="")
-            | settings,
-            run_id=run_id,
-            sha256=dict(
-                code=hashlib.sha256(code.encode()).hexdigest(), settings="5" * 64, data="d" * 64
-            ),
-            world_size=2,
-            preset="cpu",
-            device="cpu x86_64",
-            torch="2.13",
-        ),
-        val=dict(step=600 + when, loss=3.3, bpb=1.7, seconds=150.5),
-        artifact=dict(
-            path="a", codec="brotli", bytes=700_000 + when, code_bytes=99_000, sha256=artifact
-        ),
-        final=dict(
-            label="final", loss=3.3, bpb=1.6 + when / 1000, eval_seconds=7.0, tokens=10, bytes=20
-        ),
-    )
-
-
-def scored(
-    training: dict, when: int, bpb: float, certified: bool | None = True, **settings
-) -> dict:
-    return dict(
-        time=when,
-        run_id="eval",
-        start=dict(
-            settings=dict(mix_weights="sets", device="cpu") | settings,
-            device="cpu x86_64",
-            world_size=1,
-            sha256=dict(artifact=training["artifact"]["sha256"], data="e" * 64),
-        ),
-        final=dict(
-            bpb=bpb,
-            loss=3.0,
-            tokens=10,
-            bytes=20,
-            seconds=30.0 + when,
-            artifact_bytes=700_000,
-            code_bytes=350_000,
-            certified=certified,
-        ),
-    )
-
-
-def write_lines(path: Path, *lines: dict | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "".join((line if type(line) is str else json.dumps(line)) + "\n" for line in lines)
-    )
-    return path
-
-
-def write_log(folder: Path, run_id: str, code: str) -> None:
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(code.encode()).hexdigest()
-    (folder / f"logs/{run_id}.txt").write_text(
-        f"{code}\n{LINE}\nRunning Python 3.11\n{LINE}\nrun_id:{run_id}\ncode_sha256:{digest}\nseed:1337\n"
-    )
-
-
-A, B, C = (
-    trained("first", 10),
-    trained("second", 20, num_layers=6, compile=True),
-    trained("third", 30),
+    rows_json,
 )
 
 
 @pytest.fixture
 def history(tmp_path):
     scores = (
-        scored(A, 11, 1.58),
-        scored(A, 12, 1.57, mix_weights="gate"),
-        scored(A, 13, 1.56),
-        scored(B, 21, 1.5),
+        evaluation_line(A, 11, 1.58),
+        evaluation_line(A, 12, 1.57, mix_weights="gate"),
+        evaluation_line(A, 13, 1.56),
+        evaluation_line(B, 21, 1.5),
     )
     return read_history([write_lines(tmp_path / "runs.jsonl", A, B, C, *scores)])
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+# ==== Reading =====================================================================================
 def test_files_are_found_here_and_below_out_without_following_links(tmp_path):
     wanted = [write_lines(tmp_path / name / "runs.jsonl", A) for name in (".", "out", "out/a/b")]
     write_lines(tmp_path / "elsewhere/runs.jsonl", A)
@@ -132,14 +54,14 @@ def test_an_evaluation_stands_beside_the_training_of_its_artifact(history):
 
 def test_an_evaluation_without_its_training_is_a_row_too(tmp_path):
     (row,) = read_history(
-        [write_lines(tmp_path / "runs.jsonl", scored(A, 5, 1.5, certified=None))]
+        [write_lines(tmp_path / "runs.jsonl", evaluation_line(A, 5, 1.5, certified=None))]
     ).rows
     assert (row.columns["bpb"], row.columns["final_bpb"], row.columns["bytes"]) == (
         None,
         1.5,
         1_050_000,
     )
-    assert "1.500000" in listing([row]) and json.loads(as_json([row]))[0]["certified"] is None
+    assert "1.500000" in listing([row]) and json.loads(rows_json([row]))[0]["certified"] is None
 
 
 def test_damaged_lines_are_named_and_the_others_read(tmp_path):
@@ -177,15 +99,19 @@ JSON = st.recursive(
 def test_no_line_whatever_it_holds_stops_the_list(tmp_path_factory, parts, cut):
     path = tmp_path_factory.mktemp("h") / "runs.jsonl"
     history = read_history(
-        [write_lines(path, A | dict(parts), scored(A, 7, 1.5) | dict(parts), json.dumps(B)[:cut])]
+        [
+            write_lines(
+                path, A | dict(parts), evaluation_line(A, 7, 1.5) | dict(parts), json.dumps(B)[:cut]
+            )
+        ]
     )
     assert len(listing(history.rows).splitlines()) == 1 + len(history.rows)
-    assert len(json.loads(as_json(history.rows))) == len(history.rows)
+    assert len(json.loads(rows_json(history.rows))) == len(history.rows)
     for row in history.rows:
-        assert compare(row, history.rows[0]).startswith("A  ")
+        assert compare_runs(row, history.rows[0]).startswith("A  ")
 
 
-# ---- Filters ---------------------------------------------------------------------------------------------------------
+# ==== Filters =====================================================================================
 @pytest.mark.parametrize(
     ("filters", "numbers"),
     [
@@ -212,7 +138,7 @@ def test_no_line_whatever_it_holds_stops_the_list(tmp_path_factory, parts, cut):
     ],
 )
 def test_filters_compare_numbers_as_numbers_and_all_else_as_text(history, filters, numbers):
-    assert [row.columns["number"] for row in chosen(history.rows, filters)] == numbers
+    assert [row.columns["number"] for row in filter_rows(history.rows, filters)] == numbers
 
 
 @pytest.mark.parametrize(
@@ -233,12 +159,14 @@ def test_a_filter_that_means_nothing_is_refused_with_what_is_near(history, text,
         assert parse_filter(text, history.rows).value == "=4"  # which no number is
         return
     with pytest.raises(RecordError) as caught:
-        chosen(history.rows, [text])
+        filter_rows(history.rows, [text])
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_list_shows_no_control_characters(tmp_path):
-    (row,) = read_history([write_lines(tmp_path / "runs.jsonl", trained("a\x1b[2J\nb", 1))]).rows
+    (row,) = read_history(
+        [write_lines(tmp_path / "runs.jsonl", training_line("a\x1b[2J\nb", 1))]
+    ).rows
     assert (
         "\x1b" not in listing([row])
         and len(listing([row]).splitlines()) == 2
@@ -246,7 +174,7 @@ def test_the_list_shows_no_control_characters(tmp_path):
     )
 
 
-# ---- Two runs --------------------------------------------------------------------------------------------------------
+# ==== Two runs ====================================================================================
 def test_a_run_is_found_by_number_run_id_folder_or_log(tmp_path, history):
     assert find_row("3", history).columns["run_id"] == "second"
     assert find_row("first", history) is history.rows[1]  # the newest of that name
@@ -255,7 +183,7 @@ def test_a_run_is_found_by_number_run_id_folder_or_log(tmp_path, history):
     assert find_row(str(tmp_path), history).columns["run_id"] == "second"
     for name, says in (
         ("secnd", "did you mean second"),
-        ("99", "`python submit.py runs` lists them"),
+        ("99", "`fairway runs` lists them"),
     ):
         with pytest.raises(RecordError, match=says):
             find_row(name, history)
@@ -276,7 +204,9 @@ def test_a_run_of_before_the_list_is_read_from_its_own_log(tmp_path, history):
         1.61,
         None,
     )
-    assert "no setting differs" in compare(row, row) and "no code line differs" in compare(row, row)
+    assert "no setting differs" in compare_runs(
+        row, row
+    ) and "no code line differs" in compare_runs(row, row)
     write_lines(tmp_path / "old/logs/ancient.jsonl", "x")
     with pytest.raises(RecordError, match="names no settings"):
         find_row(str(tmp_path / "old"), history)
@@ -284,20 +214,20 @@ def test_a_run_of_before_the_list_is_read_from_its_own_log(tmp_path, history):
 
 def test_a_comparison_shows_settings_hashes_code_and_what_the_score_did(tmp_path):
     one, two = "import os\nx = 1\n", "import os\nx = 2\ny = 3\n"
-    a, b = trained("a", 10, one), trained("b", 20, two, num_layers=6, new=True)
+    a, b = training_line("a", 10, one), training_line("b", 20, two, num_layers=6, new=True)
     rows = read_history(
         [
             write_lines(
                 tmp_path / "runs.jsonl",
                 a,
                 b,
-                scored(a, 11, 1.5),
-                scored(b, 21, 1.25, mix_weights="gate"),
+                evaluation_line(a, 11, 1.5),
+                evaluation_line(b, 21, 1.25, mix_weights="gate"),
             )
         ]
     ).rows
     write_log(tmp_path, "a", one), write_log(tmp_path, "b", two)
-    text = compare(*rows)
+    text = compare_runs(*rows)
     for line in (
         "num_layers        4 -> 6",
         "new               (none) -> true",
@@ -317,9 +247,9 @@ def test_a_comparison_shows_settings_hashes_code_and_what_the_score_did(tmp_path
     )
     write_log(tmp_path, "b", one)
     assert (
-        "the code of b" in compare(*rows)
-        and "is gone" in compare(*rows)
-        and "+x = 2" not in compare(*rows)
+        "the code of b" in compare_runs(*rows)
+        and "is gone" in compare_runs(*rows)
+        and "+x = 2" not in compare_runs(*rows)
     )
     (tmp_path / "logs/b.txt").unlink()
-    assert "is gone" in compare(*rows)
+    assert "is gone" in compare_runs(*rows)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.records.files import RecordError
-from fairway.records.leaderboard import page, stale, write_table
+from fairway.records.leaderboard import is_stale, leaderboard_text, write_leaderboard
 
 
 def record(
@@ -43,7 +43,7 @@ def test_records_are_ranked_by_score_then_date_in_each_track(tmp_path):
     record(
         tmp_path, "2026-03-01_other", 0.9, "track_non_record_16mb", bytes_total=None, hardware=None
     )
-    text = page(tmp_path)
+    text = leaderboard_text(tmp_path)
     assert rows(text) == [
         [
             "1",
@@ -86,19 +86,21 @@ def test_records_are_ranked_by_score_then_date_in_each_track(tmp_path):
         "10 minutes on 8×H100, 16 MB",
         "16 MB, no record",
     ]
-    assert page(tmp_path) == text
+    assert leaderboard_text(tmp_path) == text
 
 
 def test_a_folder_that_is_being_written_is_no_record(tmp_path):
     record(tmp_path, "2026-04-01_x", 1.1)
     (tmp_path / "track_10min_16mb/.2026-04-02_y.part").mkdir()
-    assert len(rows(page(tmp_path))) == 1
+    assert len(rows(leaderboard_text(tmp_path))) == 1
 
 
 def test_without_records_the_page_says_so(tmp_path):
     (tmp_path / "track_10min_16mb").mkdir()
-    assert "There are no records yet" in page(tmp_path) and "|" not in page(tmp_path)
-    assert page(tmp_path) == page(tmp_path / "nowhere")
+    assert "There are no records yet" in leaderboard_text(tmp_path) and "|" not in leaderboard_text(
+        tmp_path
+    )
+    assert leaderboard_text(tmp_path) == leaderboard_text(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -117,27 +119,27 @@ def test_a_folder_that_cannot_be_read_is_named(content, says, tmp_path):
     if content is not None:
         (folder / "submission.json").write_text(content)
     with pytest.raises(RecordError, match=says) as caught:
-        page(tmp_path)
+        leaderboard_text(tmp_path)
     assert "2026-04-01_x" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_file_on_disk_is_stale_once_a_record_changes(tmp_path):
-    assert stale(tmp_path)
+    assert is_stale(tmp_path)
     record(tmp_path, "2026-04-01_x", 1.1)
-    assert write_table(tmp_path) == tmp_path / "README.md" and not stale(tmp_path)
+    assert write_leaderboard(tmp_path) == tmp_path / "README.md" and not is_stale(tmp_path)
     record(tmp_path, "2026-04-02_y", 1.2)
-    assert stale(tmp_path)
+    assert is_stale(tmp_path)
 
 
 @given(name=st.text(min_size=1), author=st.text(), hardware=st.text())
 def test_no_text_breaks_the_table(tmp_path_factory, name, author, hardware):
     records = tmp_path_factory.mktemp("records")
     record(records, "2026-04-01_x", 1.1, name=name, author=author, hardware=hardware)
-    text = page(records)
+    text = leaderboard_text(records)
     (row,) = rows(text)
     assert len(row) == 7 and "<" not in text and row[2].endswith("](track_10min_16mb/2026-04-01_x)")
     assert row[2].count("[") == row[2].count("]") == 1 and "\\" not in text
 
 
 def test_the_table_of_this_repository_is_up_to_date():
-    assert not stale(ROOT / "records"), "run `python submit.py table`"
+    assert not is_stale(ROOT / "records"), "run `fairway table`"

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.records.files import RecordError
-from fairway.records.logs import MOST_LINES, RunLog, number, parse_log, read_log, seconds, whole
+from fairway.records.logs import (
+    MOST_LINES,
+    RunLog,
+    parse_log,
+    parse_number,
+    parse_seconds,
+    parse_whole,
+    read_log,
+)
 from tests.zoo.records.dialects import SOURCE, RunFacts, april, baseline, march, our_eval, ours
 
 DIALECTS = {"baseline": baseline, "march": march, "april": april, "fairway": ours}
@@ -34,7 +42,7 @@ FACTS = st.fixed_dictionaries(
 ).map(lambda drawn: RunFacts(**drawn))
 
 
-# ---- What is written is read -----------------------------------------------------------------------------------------
+# ==== What is written is read =====================================================================
 @pytest.mark.parametrize("dialect", DIALECTS)
 @given(facts=FACTS)
 def test_every_dialect_gives_its_facts_back(dialect, facts):
@@ -112,7 +120,7 @@ def test_lines_are_numbered_from_one_and_point_at_the_log():
     )  # calibration came after the last step
 
 
-# ---- What a log does not say is None ---------------------------------------------------------------------------------
+# ==== What a log does not say is None =============================================================
 def test_an_empty_log_says_nothing():
     log = parse_log("")
     said = {
@@ -184,12 +192,12 @@ def test_which_lines_are_scores(line, value):
     ],
 )
 def test_numbers(text, want):
-    assert number(text) == want
-    assert whole(text) == (12 if text == "12" else None)
+    assert parse_number(text) == want
+    assert parse_whole(text) == (12 if text == "12" else None)
 
 
 def test_times_have_units():
-    assert [seconds(t) for t in ("1401ms", "12.7s", "10.0m", "12.7", "s", "1e3s")] == [
+    assert [parse_seconds(t) for t in ("1401ms", "12.7s", "10.0m", "12.7", "s", "1e3s")] == [
         1.401,
         12.7,
         600,
@@ -197,7 +205,7 @@ def test_times_have_units():
     ]
 
 
-# ---- Choices ---------------------------------------------------------------------------------------------------------
+# ==== Choices =====================================================================================
 def test_the_claim_is_the_last_score_in_its_exact_form():
     lines = [
         "final_a val_loss:2.0 val_bpb:1.2 eval_time:1000ms",
@@ -302,7 +310,7 @@ def test_a_run_that_was_resumed_is_one_run():
     assert log.train_seconds == RunFacts().train_seconds and log.final.exact
 
 
-# ---- Damage ----------------------------------------------------------------------------------------------------------
+# ==== Damage ======================================================================================
 def test_what_is_cut_short_is_told():
     text = baseline(RunFacts())
     assert not parse_log(text).truncated and not parse_log(text[:-1]).truncated

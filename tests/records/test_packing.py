@@ -1,6 +1,5 @@
-"""From runs to a record: refused unless they are one experiment, the same figures everywhere, whole or not at all."""
+"""Packing: runs must be one experiment, a figure is the same everywhere, a folder is complete or absent."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,201 +10,26 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from finished_runs import (
+    CODE,
+    ENTRY,
+    SHIPPED,
+    TRAIN,
+    made_run,
+    names_in,
+    pack_runs,
+    write_files,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
-import fairway.report
-from fairway.records import packing as package
-from fairway.records import readme
+from fairway.records import packing, trainer_source
 from fairway.records.files import RecordError
-from fairway.records.packing import Entry, evaluation_files, pack, packed
+from fairway.records.packed_code import counted_bytes, pack_sources, shipped_files
+from fairway.records.pull_request import check_repository
 from fairway.records.schema import problems
-
-TRAIN = '''"""Trains."""
-import os
-import sys
-from pathlib import Path
-
-import numpy
-
-
-def knob(default, help): return default
-
-
-class Config:
-    seed: int = knob(1337, "seed")
-    num_layers: int = knob(9, "layers")
-    mlp_mult: float = knob(2.0, "width")
-    codec: str = knob("auto", "codec")
-    gptq: bool = knob(False, "GPTQ")
-
-
-CONSENSUS = dict(num_layers=11, mlp_mult=3.0)
-CPU = CONSENSUS | dict(num_layers=4)
-PRESETS: dict = {"cpu": CPU, "wide": {**CPU} if False else CPU | dict(mlp_mult=-4.0)}
-if __name__ == "__main__":
-    print("train", *sys.argv[1:], Path(__file__).read_text().splitlines()[0])
-    sys.stdout.flush()
-    if os.fork() == 0:
-        os._exit(0)
-    os.wait()
-    print(Path(__file__).is_file(), Path(__file__).parent)
-    if "leave" in sys.argv:
-        sys.stdout.flush()
-        os._exit(7)
-'''
-CODE = {
-    "train_gpt.py": TRAIN,
-    "eval_final.py": 'from fairway.scoring.evaluation import name\n\nif __name__ == "__main__":\n'
-    '    print("eval", name())\n',
-    "fairway/__init__.py": "",
-    "fairway/unused.py": "import torch\n",
-    "fairway/scoring/evaluation.py": "from train_gpt import Config\n\n\ndef name():\n    import tqdm\n    return 'Config'",
-    "requirements.txt": "# pinned\ntorch==2.0\nnumpy==2.4.6\ntqdm==4.70.1\npytest==9.2.0\n",
-}
-SHIPPED = ["eval_final.py", "fairway/__init__.py", "fairway/scoring/evaluation.py", "train_gpt.py"]
-RULES = (
-    "causal",
-    "normalised",
-    "target-blind",
-    "score first",
-    "one pass",
-    "coverage",
-    "canary",
-    "sizes",
-)
-
-
-def write_files(folder: Path, files: dict[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content if type(content) is bytes else content.encode())
-    return folder
-
-
-def made_run(folder: Path, seed: int, evaluated: bool = True, **changes) -> Path:
-    """An OUT_DIR as train_gpt.py and eval_final.py leave it; `changes` are settings."""
-    bpb, artifact, run_id = (
-        1.2 + seed / 1e5,
-        f"artifact of {seed}".encode() * (10_000 + seed),
-        f"train_seed{seed}",
-    )
-    settings = (
-        dict(
-            seed=seed,
-            run_id=run_id,
-            out_dir=folder.name,
-            data_path="data/embedded",
-            num_layers=5,
-            mlp_mult=3.0,
-            codec="a b",
-            gptq=True,
-            num_heads=4,
-            train_batch_tokens=2048,
-        )
-        | changes
-    )
-    digest, steps, seconds = hashlib.sha256(artifact).hexdigest(), 500 + seed, 150.0 + seed / 100
-    hashes = dict(
-        code=hashlib.sha256(TRAIN.encode()).hexdigest(),
-        settings="5" * 64,
-        tokenizer="7" * 64,
-        data="d" * 64,
-    )
-    events = [
-        dict(
-            event="start",
-            settings=settings,
-            sha256=hashes,
-            world_size=1,
-            run_id=run_id,
-            preset="cpu",
-            device="cpu x",
-            torch="2.13.0",
-        ),
-        dict(event="model", parameters=1_000_000),
-        *(
-            dict(event="train", step=i, loss=7 - i / 200, seconds=i / 3, tokens=2048 * i)
-            for i in (1, 100, 500)
-        ),
-        dict(event="val", step=steps, loss=3.5, bpb=bpb + 0.01, seconds=seconds),
-        dict(
-            event="artifact",
-            path=f"{folder.name}/final_model.int6.ptz",
-            codec="brotli",
-            k=2.5,
-            bytes=len(artifact),
-            code_bytes=len(TRAIN),
-            budget_bytes=16_000_000,
-            sha256=digest,
-        ),
-        dict(
-            event="final",
-            label="final_int6",
-            loss=2 * bpb,
-            bpb=bpb,
-            eval_seconds=1.5,
-            tokens=1000,
-            bytes=2885,
-        ),
-    ]
-    line = "=" * 100
-    log = (
-        f"{TRAIN}\n{line}\nRunning Python 3\n{line}\nsettings: {json.dumps(settings)}\nseed:{seed}\n"
-        f"val_loader:shards pattern=x tokens:1000 bytes:2885\nstep:{steps}/9000 val_loss:3.5000 val_bpb:{bpb:.4f}\n"
-        f"final_int6_exact val_loss:{2 * bpb:.8f} val_bpb:{bpb:.8f}\n"
-    )
-    files = {
-        f"logs/{run_id}.txt": log,
-        "final_model.int6.ptz": artifact,
-        f"logs/{run_id}.jsonl": "".join(json.dumps(e) + "\n" for e in events),
-    }
-    if evaluated:
-        final, rules = bpb - 0.1, [dict(rule=rule, verdict="ok", figure="") for rule in RULES]
-        rungs = [
-            dict(name="neural", loss=2 * bpb, bpb=bpb),
-            dict(name="mixed", loss=2 * final, bpb=final),
-        ]
-        score = dict(
-            val_bpb=final,
-            val_loss=2 * final,
-            tokens=1000,
-            bytes=2885,
-            ladder=rungs,
-            seconds=dict(load=1.0, mix=2.5, ablation=7.0, certificate=30.0),
-            eval_seconds=3.5,
-            sizes=dict(artifact=len(artifact), code={name: len(CODE[name]) for name in SHIPPED}),
-            code={name: hashlib.sha256(CODE[name].encode()).hexdigest() for name in SHIPPED},
-            sha256=dict(artifact=digest, data="e" * 64, tokenizer="7" * 64),
-            device="cpu x",
-            world_size=1,
-            settings=dict(
-                eval_mode="sliding",
-                eval_stride=64,
-                checkpoint=str(folder),
-                ttt="none",
-                mix_weights="sets",
-            ),
-            weights=dict(experts=["neural", "match"], trace=[[0.75, 0.25], [0.5, 0.5]]),
-            certificate=dict(passed=True),
-        )
-        log = (
-            f"final_exact val_loss:{2 * final:.8f} val_bpb:{final:.8f}\n"
-            f"val_bpb:{final:.8f} val_loss:{2 * final:.8f}\n"
-        )
-        files |= {
-            "eval/score.json": json.dumps(score),
-            "logs/eval.txt": log,
-            "eval/certificate.json": json.dumps(dict(passed=True, rules=rules)),
-        }
-    return write_files(folder, files)
-
-
-def drawn(runs: list[Path], path: Path) -> None:
-    path.write_bytes(b"\x89PNG")
-
-
-ENTRY = Entry("non_record_16mb", "Gates_v2.1", "A. N. Author", "an-author", date="2026-05-01")
+from fairway.report import draw_picture
+from train_gpt import PRESETS, Config, packed_code_bytes
 
 
 @pytest.fixture
@@ -218,26 +42,9 @@ def runs(tmp_path) -> list[Path]:
     return [made_run(tmp_path / f"seed{seed}", seed) for seed in (1337, 42, 2025)]
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """matplotlib takes seconds; one test below draws."""
-    monkeypatch.setattr(fairway.report, "picture", drawn)
-
-
-def packed_at(runs, root, out, entry=ENTRY, **options) -> Path:
-    return pack(runs, entry, root, out, told=lambda text: None, **options)
-
-
-def names_in(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-
-
-# ---- What is written -------------------------------------------------------------------------------------------------
-def test_a_record_holds_logs_code_scores_and_a_picture_of_all_seeds(
-    runs, root, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(fairway.report, "picture", drawn)
-    folder = packed_at(runs, root, tmp_path / "records")
+# ==== What is written =============================================================================
+def test_a_record_holds_logs_code_scores_and_a_picture_of_all_seeds(runs, root, tmp_path):
+    folder = pack_runs(runs, root, tmp_path / "records")
     assert folder == tmp_path / "records/track_non_record_16mb/2026-05-01_Gates_v2.1"
     per_seed = [
         f"{kind}_seed{s}.{end}"
@@ -263,10 +70,8 @@ def test_a_record_holds_logs_code_scores_and_a_picture_of_all_seeds(
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
-def test_submission_json_has_means_the_largest_size_and_nothing_to_mend(
-    runs, root, tmp_path, quick
-):
-    folder = packed_at(runs, root, tmp_path / "records")
+def test_submission_json_has_means_the_largest_size_and_nothing_to_mend(runs, root, tmp_path):
+    folder = pack_runs(runs, root, tmp_path / "records")
     data = json.loads((folder / "submission.json").read_text())
     assert problems(data, complete=True) == []
     scores = [1.1 + s / 1e5 for s in (42, 1337, 2025)]
@@ -294,9 +99,9 @@ def test_submission_json_has_means_the_largest_size_and_nothing_to_mend(
     assert data["compliance"]["certified"] is True
 
 
-def test_a_run_that_was_not_evaluated_counts_as_training_left_it(root, tmp_path, quick):
+def test_a_run_that_was_not_evaluated_counts_as_training_left_it(root, tmp_path):
     runs = [made_run(tmp_path / f"seed{s}", s, evaluated=False) for s in (1, 2)]
-    folder = packed_at(runs, root, tmp_path / "records")
+    folder = pack_runs(runs, root, tmp_path / "records")
     data = json.loads((folder / "submission.json").read_text())
     assert data["val_bpb"] == 1.200015 and data["compliance"]["certified"] is None
     text = (folder / "README.md").read_text()
@@ -306,10 +111,8 @@ def test_a_run_that_was_not_evaluated_counts_as_training_left_it(root, tmp_path,
     ]
 
 
-def test_the_readme_has_every_section_and_the_figures_of_submission_json(
-    runs, root, tmp_path, quick
-):
-    folder = packed_at(
+def test_the_readme_has_every_section_and_the_figures_of_submission_json(runs, root, tmp_path):
+    folder = pack_runs(
         runs,
         root,
         tmp_path / "records",
@@ -349,14 +152,14 @@ def test_the_readme_has_every_section_and_the_figures_of_submission_json(
     assert "not the challenge's FineWeb split: 1,000 tokens" in text and "not run on 8×H100" in text
 
 
-def test_the_run_command_names_the_settings_that_the_preset_lacks(runs, root, tmp_path, quick):
-    folder = packed_at(runs, root, tmp_path / "records")
+def test_the_run_command_names_the_settings_that_the_preset_lacks(runs, root, tmp_path):
+    folder = pack_runs(runs, root, tmp_path / "records")
     block = re.search(r"```bash\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
     assert (
         "PRESET=cpu NUM_LAYERS=5 CODEC='a b' GPTQ=1 NUM_HEADS=4 TRAIN_BATCH_TOKENS=2048 python train_gpt.py"
         in block
     )
-    assert "for seed in 42 1337 2025; do" in block and "python eval_final.py --certify" in block
+    assert "for seed in 42 1337 2025; do" in block and "python eval_final.py\n" in block
     assert (
         "SEED=$seed RUN_ID=train_seed$seed" in block and "DATA_PATH=../../../data/embedded" in block
     )
@@ -365,17 +168,41 @@ def test_the_run_command_names_the_settings_that_the_preset_lacks(runs, root, tm
 
 def test_settings_and_presets_of_the_real_trainer_are_read_without_running_it():
     source = (ROOT / "train_gpt.py").read_text()
-    from train_gpt import PRESETS, Config
-
-    assert readme.presets(source) == PRESETS
-    assert readme.defaults(source, "Config") == {
+    assert trainer_source.trainer_presets(source) == PRESETS
+    assert trainer_source.setting_defaults(source, "Config") == {
         n: f.default for n, f in Config.__dataclass_fields__.items()
     }
-    assert readme.presets("PRESETS = open('x')") == {} and readme.presets("(") == {}
+    assert trainer_source.setting_roles(source, "Config") == {
+        n: f.metadata["role"] for n, f in Config.__dataclass_fields__.items()
+    }
+    for text in ("PRESETS = open('x')", "("):
+        assert trainer_source.trainer_presets(text) == {}
 
 
-def test_against_the_record_before_it_names_settings_and_both_tests(root, tmp_path, quick):
-    before = packed_at(
+def test_presets_may_be_texts():
+    source = """
+class Config:
+    layers: int = knob(9, "layers", role="model")
+    width: float = knob(2.0, "width")
+    gptq: bool = knob(False, "GPTQ")
+    out_dir: str = knob(".", "folder", role="place")
+
+BASE = "LAYERS=11 WIDTH=3"
+PRESETS = {"base": BASE, "wide": f"{BASE} GPTQ=1 OUT_DIR='a b'", "tall": BASE + " LAYERS=12"}
+"""
+    base = {"layers": 11, "width": 3.0}
+    assert trainer_source.trainer_presets(source) == {
+        "base": base,
+        "wide": base | {"gptq": True, "out_dir": "a b"},
+        "tall": base | {"layers": 12},
+    }
+    assert trainer_source.free_settings(source, "Config") == {"out_dir"}
+    old = source.replace(', role="model"', "").replace(', role="place"', "")
+    assert "run_id" in trainer_source.free_settings(old, "Config")
+
+
+def test_against_the_record_before_it_names_settings_and_both_tests(root, tmp_path):
+    before = pack_runs(
         [made_run(tmp_path / f"old{s}", s, mlp_mult=2.0, gptq=False) for s in (7, 8, 9)],
         root,
         tmp_path / "records",
@@ -383,7 +210,7 @@ def test_against_the_record_before_it_names_settings_and_both_tests(root, tmp_pa
     )
     runs = [made_run(tmp_path / f"new{s}", s) for s in (1, 2, 3)]
     text = (
-        packed_at(runs, root, tmp_path / "records", ENTRY._replace(against=before)) / "README.md"
+        pack_runs(runs, root, tmp_path / "records", ENTRY._replace(against=before)) / "README.md"
     ).read_text()
     changed = text[text.index("## What changed") : text.index("## Architecture")]
     assert "Against `2026-05-01_before`" in changed and "| MLP_MULT | 2.0 | 3.0 |" in changed
@@ -397,12 +224,12 @@ def test_against_the_record_before_it_names_settings_and_both_tests(root, tmp_pa
 
 def test_the_picture_is_drawn_from_the_runs(runs, root, tmp_path):
     """The real one, once: matplotlib takes two seconds."""
-    folder = packed_at(runs, root, tmp_path / "records")
+    folder = pack_runs(runs, root, tmp_path / "records", draw=draw_picture)
     assert (folder / "picture.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "](picture.png)" in (folder / "README.md").read_text()
 
 
-# ---- What is refused -------------------------------------------------------------------------------------------------
+# ==== What is refused =============================================================================
 def changed(path: Path, change) -> None:
     """One JSON file, or the events of a log, changed in place."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -481,12 +308,12 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_runs_that_are_no_one_experiment_are_refused_before_anything_is_written(
-    name, runs, root, tmp_path, quick
+    name, runs, root, tmp_path
 ):
     path, change, words = REFUSALS[name]
     changed(runs[1] / path, change)
     with pytest.raises(RecordError) as caught:
-        packed_at(runs, root, tmp_path / "records")
+        pack_runs(runs, root, tmp_path / "records")
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value), caught.value
@@ -511,12 +338,10 @@ def test_whatever_a_run_holds_it_is_packed_or_refused_in_one_line(
     at, key = places[where % len(places)]
     at[key] = value
     (run / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fairway.report, "picture", drawn)
-        try:
-            assert (packed_at([run], root, folder / "records") / "README.md").is_file()
-        except RecordError as e:
-            assert "\n" not in str(e) and not list((folder / "records").rglob("*.json"))
+    try:
+        assert (pack_runs([run], root, folder / "records") / "README.md").is_file()
+    except RecordError as e:
+        assert "\n" not in str(e) and not list((folder / "records").rglob("*.json"))
 
 
 def tables(data) -> list[dict]:
@@ -528,25 +353,25 @@ def tables(data) -> list[dict]:
     ]
 
 
-def test_files_that_do_not_belong_together_are_refused(runs, root, tmp_path, quick):
+def test_files_that_do_not_belong_together_are_refused(runs, root, tmp_path):
     out = tmp_path / "records"
     with pytest.raises(RecordError, match="4 runs were given, but they are 3"):
-        packed_at([*runs, runs[0] / "logs/train_seed1337.txt"], root, out)
+        pack_runs([*runs, runs[0] / "logs/train_seed1337.txt"], root, out)
     (runs[0] / "final_model.int6.ptz").write_bytes(b"other")
     with pytest.raises(RecordError, match="final_model.int6.ptz has sha256 .* wrote over it"):
-        packed_at(runs, root, out)
+        pack_runs(runs, root, out)
     made_run(runs[0], 1337, evaluated=False)
     for name in ("score.json", "certificate.json"):
         (runs[0] / "eval" / name).unlink()
     with pytest.raises(
         RecordError, match="train_seed42.txt was evaluated, .*train_seed1337.txt was not"
     ):
-        packed_at(runs, root, out)
+        pack_runs(runs, root, out)
     (root / "train_gpt.py").write_text(TRAIN + "#")
     with pytest.raises(
         RecordError, match="train_gpt.py has sha256 .* pack from the checkout that trained it"
     ):
-        packed_at(runs[1:], root, out)
+        pack_runs(runs[1:], root, out)
     assert not out.exists()
 
 
@@ -570,7 +395,7 @@ def test_files_that_do_not_belong_together_are_refused(runs, root, tmp_path, qui
 )
 def test_a_bad_option_is_named(change, says, runs, root, tmp_path):
     with pytest.raises(RecordError) as caught:
-        packed_at(runs, root, tmp_path / "records", ENTRY._replace(**change))
+        pack_runs(runs, root, tmp_path / "records", ENTRY._replace(**change))
     assert (
         says in str(caught.value)
         and "\n" not in str(caught.value)
@@ -578,15 +403,15 @@ def test_a_bad_option_is_named(change, says, runs, root, tmp_path):
     )
 
 
-# ---- Whole or not at all ---------------------------------------------------------------------------------------------
-def test_a_write_that_fails_leaves_what_was_there(runs, root, tmp_path, quick, monkeypatch):
-    out, real = tmp_path / "records", package.write
-    old = packed_at(runs, root, out)
+# ==== Whole or not at all =========================================================================
+def test_a_write_that_fails_leaves_what_was_there(runs, root, tmp_path, monkeypatch):
+    out, real = tmp_path / "records", packing.write_file
+    old = pack_runs(runs, root, out)
     before = {name: (old / name).read_bytes() for name in names_in(old)}
     with pytest.raises(
         RecordError, match="is there already; choose another --slug, or give --replace"
     ):
-        packed_at(runs, root, out)
+        pack_runs(runs, root, out)
     for failing in range(0, 19, 3):
         left = [failing]
 
@@ -597,9 +422,9 @@ def test_a_write_that_fails_leaves_what_was_there(runs, root, tmp_path, quick, m
                 raise OSError(28, "No space left on device", str(path))
             real(path, content)
 
-        monkeypatch.setattr(package, "write", write)
+        monkeypatch.setattr(packing, "write_file", write)
         with pytest.raises(OSError, match="No space left"):
-            packed_at(runs, root, out, replace=True)
+            pack_runs(runs, root, out, replace=True)
         assert {name: (old / name).read_bytes() for name in names_in(old)} == before
         assert [p.name for p in old.parent.iterdir()] == [old.name]
 
@@ -608,46 +433,48 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}]
-import fairway.report
-from fairway.records.packing import Entry, pack
+from fairway.records.packing import pack_record
+from fairway.records.readme import Entry
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
-fairway.report.picture = {picture}
 rename = os.rename
 def second(a, b):
     if str(a).endswith(".part"): die()
     rename(a, b)
 os.rename = second
-pack([Path(p) for p in {runs!r}], Entry(*{entry!r}), Path({code!r}), Path({out!r}), True, told=lambda text: None)
+pack_record([Path(p) for p in {runs!r}], Entry(*{entry!r}), Path({code!r}), Path({out!r}), {draw}, replace=True)
 """
 
 
 @pytest.mark.parametrize(
-    "picture", ["die", "lambda runs, path: path.write_bytes(b'x')"], ids=["drawing", "renaming"]
+    "draw", ["die", "lambda runs, path: path.write_bytes(b'x')"], ids=["drawing", "renaming"]
 )
-def test_a_kill_leaves_nothing_half_written_and_the_next_pack_mends_it(
-    picture, runs, root, tmp_path, quick
+def test_a_kill_leaves_nothing_half_written_and_the_next_pack_repairs_it(
+    draw, runs, root, tmp_path
 ):
-    old = packed_at(runs, root, tmp_path / "records")
+    old = pack_runs(runs, root, tmp_path / "records")
     before = {name: (old / name).read_bytes() for name in names_in(old)}
     code = KILLED.format(
         root=str(ROOT),
-        picture=picture,
+        draw=draw,
         runs=[str(r) for r in runs],
         entry=tuple(ENTRY),
         code=str(root),
         out=str(tmp_path / "records"),
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode
+        == -signal.SIGKILL
+    )
     kept = old if old.exists() else old.with_name(f".{old.name}.old")
     assert {name: (kept / name).read_bytes() for name in names_in(kept)} == before
     with pytest.raises(RecordError, match="is there already"):
-        packed_at(runs, root, tmp_path / "records")
+        pack_runs(runs, root, tmp_path / "records")
     assert {name: (old / name).read_bytes() for name in names_in(old)} == before
-    assert packed_at(runs, root, tmp_path / "records", replace=True) == old
+    assert pack_runs(runs, root, tmp_path / "records", replace=True) == old
     assert [p.name for p in old.parent.iterdir()] == [old.name]
 
 
-# ---- Packed code -----------------------------------------------------------------------------------------------------
+# ==== Packed code =================================================================================
 def run_in(folder: Path, *arguments: str, temporary: Path) -> subprocess.CompletedProcess:
     temporary.mkdir(exist_ok=True)
     return subprocess.run(
@@ -659,9 +486,9 @@ def run_in(folder: Path, *arguments: str, temporary: Path) -> subprocess.Complet
     )
 
 
-def test_packed_scripts_run_from_the_archive_and_leave_nothing(runs, root, tmp_path, quick):
+def test_packed_scripts_run_from_the_archive_and_leave_nothing(runs, root, tmp_path):
     folder, temporary = (
-        packed_at(runs, root, tmp_path / "records", ENTRY._replace(pack_code="lzma")),
+        pack_runs(runs, root, tmp_path / "records", ENTRY._replace(pack_code="lzma")),
         tmp_path / "tmp",
     )
     done = run_in(folder, "train_gpt.py", "--help", temporary=temporary)
@@ -681,8 +508,8 @@ def test_packed_scripts_run_from_the_archive_and_leave_nothing(runs, root, tmp_p
     }
 
 
-def test_a_damaged_archive_is_refused_in_one_line(runs, root, tmp_path, quick):
-    folder = packed_at(runs, root, tmp_path / "records", ENTRY._replace(pack_code="lzma"))
+def test_a_damaged_archive_is_refused_in_one_line(runs, root, tmp_path):
+    folder = pack_runs(runs, root, tmp_path / "records", ENTRY._replace(pack_code="lzma"))
     archive = bytearray((folder / "code.xz").read_bytes())
     archive[len(archive) // 2] ^= 1
     (folder / "code.xz").write_bytes(archive)
@@ -697,33 +524,42 @@ def test_a_damaged_archive_is_refused_in_one_line(runs, root, tmp_path, quick):
     assert not (tmp_path / "tmp").exists() or list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_the_same_sources_give_the_same_bytes_a_third_of_the_readable_ones():
-    sources = {name: (ROOT / name).read_bytes() for name in ("train_gpt.py", "eval_final.py")}
-    files = packed(sources)
-    assert files == packed(dict(reversed(sources.items())))
-    assert package.code_bytes(files) < 0.4 * sum(map(len, sources.values()))
+def test_the_same_sources_give_the_same_bytes_and_training_reserves_enough():
+    """Training must reserve what the record counts, and not much more: the rest goes to weights."""
+    names = shipped_files(ROOT)
+    sources = {name: (ROOT / name).read_bytes() for name in names}
+    files = pack_sources(sources)
+    assert files == pack_sources(dict(reversed(sources.items())))
+    others = [name for name in names if name != "train_gpt.py"]
+    reserved = packed_code_bytes([ROOT / name for name in ["train_gpt.py", *others]])
+    assert 0 <= reserved - counted_bytes(files) <= 3000
 
 
-def test_evaluation_files_are_what_both_scripts_import_and_nothing_of_records(root):
-    assert [p.as_posix() for p in evaluation_files(root)] == SHIPPED
-    names = [p.as_posix() for p in evaluation_files(ROOT)]
-    assert {
-        "train_gpt.py",
-        "eval_final.py",
-        "fairway/compression/proof.py",
-        "fairway/scoring/experts/ngram.py",
-    } <= set(names)
-    assert not [
-        name for name in names if name.startswith(("fairway/records/", "fairway/report", "submit"))
-    ]
+def test_a_record_counts_at_most_90_000_bytes_of_code():
+    sources = {name: (ROOT / name).read_bytes() for name in shipped_files(ROOT)}
+    assert counted_bytes(pack_sources(sources)) <= 90_000
+
+
+def test_the_files_that_ship_are_those_that_the_score_used_or_both_scripts_import(root):
+    assert shipped_files(root) == SHIPPED
+    names = shipped_files(ROOT)
+    assert {"train_gpt.py", "eval_final.py", "fairway/scoring/experts/ngram.py"} <= set(names)
+    rooms = ("records", "report", "correction", "decoding", "coreml", "verbs")
+    assert not [name for name in names if name.startswith(tuple(f"fairway/{r}" for r in rooms))]
     (root / "eval_final.py").unlink()
     with pytest.raises(RecordError, match="lacks train_gpt.py or eval_final.py"):
-        evaluation_files(root)
+        shipped_files(root)
 
 
-# ---- The pull request ------------------------------------------------------------------------------------------------
+def test_a_file_that_the_score_used_must_still_be_there(runs, root, tmp_path):
+    changed(runs[1] / SCORE, lambda s: s["code"].update({"fairway/gone.py": "0" * 64}))
+    with pytest.raises(RecordError, match="was made with fairway/gone.py, which is not in"):
+        pack_runs(runs, root, tmp_path / "records")
+
+
+# ==== The pull request ============================================================================
 @pytest.fixture
-def repository(runs, root, tmp_path, quick):
+def repository(runs, root, tmp_path):
     def git(*arguments):
         return subprocess.run(
             ["git", "-c", "user.name=a", "-c", "user.email=b", *arguments],
@@ -736,24 +572,24 @@ def repository(runs, root, tmp_path, quick):
     git("init", "-q")
     (root / ".gitignore").write_text("__pycache__/\n*.fwy\n")
     git("add", "."), git("commit", "-qm", "code")
-    return packed_at(runs, root, root / "records"), git
+    return pack_runs(runs, root, root / "records"), git
 
 
 def test_a_repository_may_hold_one_new_folder_and_nothing_else(repository):
     folder, git = repository
-    package.check_repository(folder)
+    check_repository(folder)
     git("add", "records")
-    package.check_repository(folder)
+    check_repository(folder)
     for name, says in (
         (folder.parents[2] / "stray.txt", "stray.txt is changed or new as well"),
         (folder / "x.fwy", "x.fwy is ignored by git"),
     ):
         name.write_text("x")
         with pytest.raises(RecordError, match=says):
-            package.check_repository(folder)
+            check_repository(folder)
         name.unlink()
     git("commit", "-qm", "record")
-    package.check_repository(folder)
+    check_repository(folder)
     (folder / "README.md").write_text("x")
     with pytest.raises(RecordError, match="README.md was committed before and is changed now"):
-        package.check_repository(folder)
+        check_repository(folder)

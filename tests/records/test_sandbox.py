@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fairway.records.checks import judged
-from fairway.records.checks.base import Verdict
-from fairway.records.code import closure
-from fairway.records.folder import read_folder
-from fairway.records.sandbox import Sandbox, check_run, texts_of, tokenizer_of
+from fairway.records.checks import check_result
+from fairway.records.checks.base import CheckResult
+from fairway.records.code import import_closure
+from fairway.records.folder import read_record_folder
+from fairway.records.sandbox import Sandbox, check_run, tokenizer_of, training_texts
 from tests.zoo.records import write
 from tests.zoo.records.good import make
 
@@ -95,8 +95,8 @@ def test_time_memory_and_output_have_limits(ran):
 
 
 def test_a_record_runs_from_inside_itself(tmp_path):
-    folder = read_folder(write(make("ours"), tmp_path / "record"))
-    found = judged("run", check_run, folder)
+    folder = read_record_folder(write(make("ours"), tmp_path / "record"))
+    found = check_result("run", check_run, folder)
     assert (
         found.verdict == "ok" and "trained and evaluated" in found.text and "val_bpb:" in found.text
     )
@@ -139,23 +139,25 @@ def test_runs_are_judged(tmp_path, monkeypatch, old, new, verdict, why):
     files = make()
     assert old.encode() in files["train_gpt.py"]
     files["train_gpt.py"] = files["train_gpt.py"].replace(old.encode(), new.encode())
-    found: Verdict = judged("run", check_run, read_folder(write(files, tmp_path / "record")))
+    found: CheckResult = check_result(
+        "run", check_run, read_record_folder(write(files, tmp_path / "record"))
+    )
     assert found.verdict == verdict and why in found.text
 
 
 def test_a_tokenizer_is_as_large_as_the_text_allows(tmp_path):
-    folder = read_folder(write(make(), tmp_path))
-    _, size = tokenizer_of(texts_of(folder, 3000), 8192)
+    folder = read_record_folder(write(make(), tmp_path))
+    _, size = tokenizer_of(training_texts(folder, 3000), 8192)
     assert 256 < size < 8192
 
 
 @pytest.mark.slow
 def test_our_own_code_runs_within_two_minutes(tmp_path):
-    files = {name: (ROOT / name).read_bytes() for name in closure(ROOT)}
-    folder = read_folder(
+    files = {name: (ROOT / name).read_bytes() for name in import_closure(ROOT)}
+    folder = read_record_folder(
         write(files | {"README.md": (ROOT / "README.md").read_bytes()}, tmp_path / "record")
     )
-    found = judged("run", check_run, folder)
+    found = check_result("run", check_run, folder)
     assert found.verdict == "ok", found.text
     assert set(files) | {"README.md"} == {
         p.relative_to(folder.path).as_posix() for p in folder.path.rglob("*.*")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairway.records.schema import FIRST_OF, KEYS, normal, problems
+from fairway.records.schema import FIRST_OF, KEYS, problems, read_submission
 
 LEAST = dict(name="a run", github_id="someone", date="2026-03-18T14:56:29Z", val_bpb=1.2243657)
 FULL = dict(
@@ -126,7 +126,7 @@ def test_seeds_of_two_splits_do_not_make_one_record():
 
 
 def test_other_names_are_understood():
-    said = normal(
+    said = read_submission(
         dict(
             run_name="x",
             mean_val_bpb=1.1,
@@ -151,7 +151,9 @@ def test_other_names_are_understood():
         and said.seed_results[42].step_avg_ms == 2.5
     )
     assert said.hardware == "1x" and said.val_bpb_std == 0.1 and said.author is None
-    assert normal(dict(val_bpb=1.3, mean_bpb=1.1)).val_bpb == 1.3 and set(FIRST_OF) <= set(KEYS)
+    assert read_submission(dict(val_bpb=1.3, mean_bpb=1.1)).val_bpb == 1.3 and set(FIRST_OF) <= set(
+        KEYS
+    )
 
 
 JSON = st.recursive(
@@ -173,4 +175,4 @@ def test_any_json_is_judged(data, key, value):
             assert all(
                 isinstance(line, str) and "\n" not in line for line in problems(judged, complete)
             )
-    assert normal(data).seed_results is not None
+    assert read_submission(data).seed_results is not None

@@ -7,17 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.records.files import RecordError
-from fairway.records.significance import Seeds, one_sample, report, seeds_of, welch
+from fairway.records.significance import (
+    SeedScores,
+    one_sample,
+    read_seeds,
+    significance_text,
+    welch,
+)
 from tests.zoo.records.dialects import RunFacts, april, baseline, march, our_eval, ours
 
 T_2 = 6.964557  # exceeded in 1% of cases with 2 degrees of freedom; with 3 and 4: 4.541, 3.747
 
 
-def seeds(*nats: float, factor: float = 1.69) -> Seeds:
-    return Seeds(list(nats), [v / factor for v in nats], 62_021_632, 0)
+def seeds(*nats: float, factor: float = 1.69) -> SeedScores:
+    return SeedScores(list(nats), [v / factor for v in nats], 62_021_632, 0)
 
 
-# ---- By hand ---------------------------------------------------------------------------------------------------------
+# ==== By hand =====================================================================================
 def test_one_sample_by_hand():
     """Mean 2, deviation 1, standard error 1/√3; with 2 degrees of freedom P(T > t) = 1/2 - t / 2√(2 + t²)."""
     test = one_sample(seeds(1, 2, 3), 4, bar=0)
@@ -61,11 +67,11 @@ def test_both_tests_agree_with_another_implementation(new, old):
     )
 
 
-# ---- Published figures, from the seeds that their records give -------------------------------------------------------
-PR_1019 = Seeds(
+# ==== Published figures, from the seeds that their records give ===================================
+PR_1019 = SeedScores(
     [1.88276292, 1.88156874, 1.88220393], [1.11508120, 1.11437394, 1.11475014], 62_021_632, 0
 )
-PR_549 = Seeds(
+PR_549 = SeedScores(
     [1.88976776, 1.89110239, 1.88919190], [1.11922988, 1.12002032, 1.11888882], 62_021_632, 0
 )
 SEQ_2048 = [1.20576485, 1.20617460, 1.20715923]
@@ -102,12 +108,12 @@ def test_welch_of_1019_against_549():
     ],
 )
 def test_one_sample_tests_of_march(scores, old, bar, t, p):
-    test = one_sample(Seeds(scores, scores, 0, 0), old, bar)
+    test = one_sample(SeedScores(scores, scores, 0, 0), old, bar)
     assert test.t == pytest.approx(t, rel=0.003) and test.df == 2 and test.missing == ""
     assert round(test.p, 5) == p if t == 31.42 else test.p <= p * 1.02
 
 
-# ---- What is missing -------------------------------------------------------------------------------------------------
+# ==== What is missing =============================================================================
 def test_one_seed_is_no_test():
     one = one_sample(seeds(1.9), 2.0)
     assert (one.t, one.df, one.p) == (None, None, None) and "2 at least" in one.missing
@@ -166,7 +172,7 @@ def test_the_seeds_that_are_missing_are_enough(new, old):
         )
 
 
-# ---- Between tokenizers ----------------------------------------------------------------------------------------------
+# ==== Between tokenizers ==========================================================================
 def test_another_tokenizer_is_compared_through_bytes():
     """The same BPB under tokenizers of 2.4 and 3.7 bytes a token is the same score."""
     new, old = seeds(2.80, 2.81, 2.82, factor=2.583), seeds(1.84, 1.85, 1.86, factor=1.6885)
@@ -175,13 +181,13 @@ def test_another_tokenizer_is_compared_through_bytes():
         statistics.fmean(old.bpb) - statistics.fmean(new.bpb)
     )
     assert test.difference[0] == pytest.approx(test.difference[1] * 2.583)
-    assert "another tokenizer or split" in report(new, old) and "another" not in report(
-        PR_1019, PR_549
-    )
+    assert "another tokenizer or split" in significance_text(
+        new, old
+    ) and "another" not in significance_text(PR_1019, PR_549)
 
 
 def test_the_report_is_a_table_of_both():
-    text = report(PR_1019, PR_549)
+    text = significance_text(PR_1019, PR_549)
     assert (
         "1.882179  0.000597  1.114735  0.000354" in text
         and "t = 11.83, df = 3.31, p = 4.0e-04, p < 0.01" in text
@@ -190,10 +196,10 @@ def test_the_report_is_a_table_of_both():
         "one sample, against 1.890021 - 0.005 nats: t = 8.24, df = 2.00, p = 0.0072, p < 0.01"
         in text
     )
-    assert "missing: one seed has no spread" in report(seeds(1.9), seeds(2.0))
+    assert "missing: one seed has no spread" in significance_text(seeds(1.9), seeds(2.0))
 
 
-# ---- Of folders ------------------------------------------------------------------------------------------------------
+# ==== Of folders ==================================================================================
 def write(folder, submission, logs):
     folder.mkdir()
     if submission is not None:
@@ -216,7 +222,7 @@ def test_seeds_of_a_folder_have_all_digits(tmp_path, dialect):
         dict(seed_results=results, val_bpb=1.1136),
         {f"train_seed{s}.log": dialect(facts(s)) for s in (1, 2, 3)},
     )
-    found = seeds_of(folder)
+    found = read_seeds(folder)
     assert found.nats == pytest.approx([1.8801, 1.8802, 1.8803], abs=1e-8)
     assert found.bpb == pytest.approx([facts(s).final_bpb for s in (1, 2, 3)], abs=1e-8)
     assert (found.tokens, found.bytes) == (62_021_632, 0)
@@ -232,7 +238,7 @@ def test_seeds_of_our_folder_are_its_evaluations(tmp_path):
         str(s): {"val_bpb": facts(s).final_bpb, "val_loss": facts(s).final_loss} for s in (1, 2)
     }
     for name, submission in (("a", dict(seed_results=results)), ("b", None)):
-        found = seeds_of(write(tmp_path / name, submission, logs))
+        found = read_seeds(write(tmp_path / name, submission, logs))
         assert (
             found.nats == pytest.approx([1.8801, 1.8802], abs=1e-8) and found.bytes == 151_080_891
         )
@@ -244,10 +250,10 @@ def test_without_a_list_the_logs_show_the_seeds(tmp_path):
         "train_seed42.log": baseline(RunFacts(seed=42, loss=2.1)),
     }
     folder = write(tmp_path / "a", dict(val_bpb=RunFacts().bpb_of(2.1)), logs)
-    assert sorted(seeds_of(folder).nats) == pytest.approx([2.0, 2.1])
+    assert sorted(read_seeds(folder).nats) == pytest.approx([2.0, 2.1])
     # A headline that no log shows is a run of its own: 1.15 of a log that has 1.18.
     other = write(tmp_path / "b", dict(val_bpb=0.9, val_loss=1.5), logs)
-    assert seeds_of(other).nats == [1.5] and seeds_of(other).bpb == [0.9]
+    assert read_seeds(other).nats == [1.5] and read_seeds(other).bpb == [0.9]
 
 
 def test_nats_come_from_tokens_and_bytes_or_from_another_seed(tmp_path):
@@ -256,16 +262,16 @@ def test_nats_come_from_tokens_and_bytes_or_from_another_seed(tmp_path):
     logged = write(
         tmp_path / "a", dict(seed_results=bpb_only), {"eval_seed1.log": our_eval(RunFacts())}
     )
-    assert seeds_of(logged).nats == pytest.approx([1.1 * ratio, 1.2 * ratio])
+    assert read_seeds(logged).nats == pytest.approx([1.1 * ratio, 1.2 * ratio])
     paired = write(
         tmp_path / "b", dict(seed_results=bpb_only | {"3": {"val_bpb": 1.0, "val_loss": 1.7}}), {}
     )
-    assert seeds_of(paired).nats == pytest.approx([1.87, 2.04, 1.7])
+    assert read_seeds(paired).nats == pytest.approx([1.87, 2.04, 1.7])
     alone = write(tmp_path / "c", dict(seed_results=bpb_only), {})
     with pytest.raises(
         RecordError, match="c: seed 1 has val_bpb but no val_loss, and no log says how many tokens"
     ):
-        seeds_of(alone)
+        read_seeds(alone)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +290,7 @@ def test_nats_come_from_tokens_and_bytes_or_from_another_seed(tmp_path):
 )
 def test_what_a_folder_lacks_is_named(tmp_path, submission, said):
     with pytest.raises(RecordError, match=said) as e:
-        seeds_of(
+        read_seeds(
             write(tmp_path / "x", submission, {"train.log": "nothing", "requirements.txt": "numpy"})
         )
     assert "\n" not in str(e.value)
@@ -292,4 +298,4 @@ def test_what_a_folder_lacks_is_named(tmp_path, submission, said):
 
 def test_a_folder_that_is_none_is_refused(tmp_path):
     with pytest.raises(RecordError, match="is no folder; name one with"):
-        seeds_of(tmp_path / "absent")
+        read_seeds(tmp_path / "absent")

@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 
 from fairway.records.files import RecordError
 from fairway.records.run import read_run
-from fairway.report import FIGURES, artifact, data, picture, split, style, take, write_report
+from fairway.report import (
+    FIGURES,
+    artifact,
+    data,
+    draw_picture,
+    split,
+    style,
+    take_figures,
+    write_report,
+)
 from train_gpt import BOS_ID, write_shard
 
 HOSTILE = '<script>alert("$x_1$")<b>&_'
@@ -187,7 +196,7 @@ def text(report) -> str:
     return report.read_text()
 
 
-# ==== THE PAGE ========================================================================================================
+# ==== THE PAGE ====================================================================================
 def test_a_page_is_small_and_leans_on_nothing(report, text):
     assert report.stat().st_size < 1_500_000
     assert not re.search(
@@ -240,11 +249,11 @@ def test_both_runs_are_named_on_the_page_and_in_every_figure(text):
 def test_runs_of_one_name_are_told_apart(folders, tmp_path):
     run = read_run(folders[0])._replace(run_id="x", folder=tmp_path / "a")
     twin, alike = run._replace(folder=tmp_path / "b"), run._replace(folder=tmp_path / "c" / "a")
-    assert data.names([run, run._replace(run_id="y")]) == ["x", "y"]
-    assert data.names([run, twin]) == ["a", "b"]
-    assert data.names([run, alike]) == ["x (1)", "x (2)"]
+    assert data.run_names([run, run._replace(run_id="y")]) == ["x", "y"]
+    assert data.run_names([run, twin]) == ["a", "b"]
+    assert data.run_names([run, alike]) == ["x (1)", "x (2)"]
     alike = alike._replace(events=[dict(event="start", settings=dict(seed=8))])
-    assert data.names([run, alike]) == ["x, seed 7", "x, seed 8"]
+    assert data.run_names([run, alike]) == ["x, seed 7", "x, seed 8"]
 
 
 def test_numbers_are_those_of_the_run(text, folders):
@@ -266,7 +275,7 @@ def test_pictures_lie_beside_the_page(report):
     )
 
 
-# ==== WHAT IS NOT THERE ===============================================================================================
+# ==== WHAT IS NOT THERE ===========================================================================
 def test_what_is_missing_costs_its_figure_and_is_named_and_bytes_repeat(tmp_path):
     """A run that was trained and not scored, twice."""
     write_events(tmp_path / "run", "alone", training()[:30])
@@ -335,7 +344,7 @@ def test_damage_costs_the_figures_that_need_what_is_damaged(
     score["settings"]["data_path"] = str(folder / "shards")
     write_json(folder / "eval/score.json", score)
     break_it(folder)
-    taken = take(read_run(folder), 3)
+    taken = take_figures(read_run(folder), 3)
     lacking = {key: str(found) for key, found in taken.items() if isinstance(found, data.Missing)}
     assert set(lacking) == figures
     assert all(said in text and "\n" not in text for text in lacking.values())
@@ -355,7 +364,7 @@ def test_no_run_and_too_many_are_refused_in_one_line(tmp_path, folders):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-# ==== HOSTILE RUNS ====================================================================================================
+# ==== HOSTILE RUNS ================================================================================
 VALUES = st.recursive(
     st.none()
     | st.booleans()
@@ -405,25 +414,25 @@ def test_any_value_in_place_of_another_gives_figures_or_a_line(folders, choice, 
         }
     )
     run = run._replace(events=[e for e in run.events if isinstance(e, dict)])
-    taken = take(run, 1)
+    taken = take_figures(run, 1)
     for figure in FIGURES:
         found = taken[figure.key]
         assert "\n" not in (str(found) if isinstance(found, data.Missing) else figure.say(found))
-    assert all(type(v) is str for v in data.summary(run).values())
+    assert all(type(v) is str for v in data.summary_values(run).values())
 
 
 def test_numbers_and_words_of_any_json_are_tame():
-    assert all(math.isnan(data.number(v)) for v in (None, True, "1", [], {}, 10**400, 1e300))
-    assert (data.number(3), data.whole(3)) == (3.0, 3)
-    assert all(data.whole(v) is None for v in (-1, True, 1 << 60, 1.0, "1"))
+    assert all(math.isnan(data.finite_number(v)) for v in (None, True, "1", [], {}, 10**400, 1e300))
+    assert (data.finite_number(3), data.whole_number(3)) == (3.0, 3)
+    assert all(data.whole_number(v) is None for v in (-1, True, 1 << 60, 1.0, "1"))
     assert (
-        data.words("a\nb\x00\u202e<") == "a b  <"
-        and data.words({}) == ""
-        and len(data.words("x" * 10**6)) == 80
+        data.clean_text("a\nb\x00\u202e<") == "a b  <"
+        and data.clean_text({}) == ""
+        and len(data.clean_text("x" * 10**6)) == 80
     )
 
 
-# ==== PARTS ===========================================================================================================
+# ==== PARTS =======================================================================================
 @given(st.lists(st.floats(1, 1e6), min_size=1, max_size=20))
 def test_rectangles_fill_the_whole_and_have_their_areas(sizes):
     from fairway.report.figures import squarified
@@ -442,7 +451,7 @@ def test_rectangles_fill_the_whole_and_have_their_areas(sizes):
 def test_a_smoothed_line_goes_through_lonely_points_and_between_crowded_ones():
     x = np.array([1.0, 10, 100, *np.linspace(1000, 1100, 50)])
     y = np.array([7.0, 6, 5, *np.tile([3.9, 4.1], 25)])
-    at, mean = data.smooth(x, y)
+    at, mean = data.smooth_curve(x, y)
     assert abs(np.interp(1.0, np.log10(at), mean) - 6) < 0.05
     assert abs(mean[-1] - 4) < 0.1 and mean.min() > 3.85 and mean.max() <= 7
 
@@ -450,7 +459,7 @@ def test_a_smoothed_line_goes_through_lonely_points_and_between_crowded_ones():
 @pytest.mark.parametrize("part", [1, 2, 100])
 def test_loss_by_place_is_the_mean_of_the_right_tokens(monkeypatch, part):
     monkeypatch.setattr(split, "PART", part)
-    run = split.Source.__new__(split.Source)
+    run = split.ScoredSplit.__new__(split.ScoredSplit)
     run.__dict__.update(
         rows=5,
         tokens=np.array([BOS_ID, 5, 5, BOS_ID, 5, 6], "<u2"),
@@ -464,9 +473,9 @@ def test_loss_by_place_is_the_mean_of_the_right_tokens(monkeypatch, part):
 
 def test_the_worst_passages_are_the_dearest_windows_and_bytes_come_together(corpus):
     pieces = corpus.tokenizer.encode("the 日")
-    spelled = split.spelled(corpus.tokenizer, [BOS_ID, *pieces], [9.0, *range(len(pieces))])
+    spelled = split.token_texts(corpus.tokenizer, [BOS_ID, *pieces], [9.0, *range(len(pieces))])
     assert spelled[0] == ("⟨new document⟩", 9.0) and "".join(t for t, _ in spelled[1:]) == "the 日"
-    run = split.Source.__new__(split.Source)
+    run = split.ScoredSplit.__new__(split.ScoredSplit)
     logp = np.full(400, -1.0)
     logp[120:168], logp[240:288] = -5.0, -3.0
     run.__dict__.update(
@@ -479,8 +488,8 @@ def test_the_worst_passages_are_the_dearest_windows_and_bytes_come_together(corp
 def test_an_artifact_says_its_sizes_and_a_bomb_is_no_tokenizer(folders):
     import brotli
 
-    run, unpacked = read_run(folders[0]), artifact.unpacked
-    made = artifact.read_artifact(run)
+    run, unpacked = read_run(folders[0]), artifact.decompress_brotli
+    made = artifact.read_artifact_file(run)
     assert (
         made.payload_bytes == 900
         and made.header_bytes + 900 + made.tokenizer_bytes == run.artifact.stat().st_size
@@ -497,24 +506,26 @@ def test_a_damaged_artifact_is_weighed_or_missing(folders, tmp_path_factory, at,
     whole = run.artifact.read_bytes()
     path.write_bytes(whole[:at] if cut else whole[:at] + bytes([byte]) + whole[at + 1 :])
     try:
-        assert artifact.read_artifact(run._replace(artifact=path)) == artifact.read_artifact(run)
+        assert artifact.read_artifact_file(
+            run._replace(artifact=path)
+        ) == artifact.read_artifact_file(run)
     except data.Missing:
         assert cut or whole[at] != byte
-    assert artifact.weigh(run._replace(artifact=path)).used == len(whole) + 490
+    assert artifact.byte_breakdown(run._replace(artifact=path)).used == len(whole) + 490
 
 
 def test_picture_is_one_png_and_needs_events_only(tmp_path, folders):
     write_events(tmp_path / "run", "alone", training())
-    picture([*folders, tmp_path / "run"], tmp_path / "picture.png")
-    picture([tmp_path / "run"], tmp_path / "alone.png")
+    draw_picture([*folders, tmp_path / "run"], tmp_path / "picture.png")
+    draw_picture([tmp_path / "run"], tmp_path / "alone.png")
     assert all((tmp_path / n).read_bytes()[:4] == b"\x89PNG" for n in ("picture.png", "alone.png"))
     write_events(tmp_path / "empty", "empty", [])
     with pytest.raises(RecordError, match="no training events"):
-        picture([tmp_path / "empty"], tmp_path / "none.png")
+        draw_picture([tmp_path / "empty"], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 
 
-# ==== A BROWSER =======================================================================================================
+# ==== A BROWSER ===================================================================================
 PROBE = """<script>addEventListener("load", () => {
 const box = e => e.getBoundingClientRect(), shown = e => box(e).width > 0;
 const scale = e => e.ownerSVGElement ? box(e.ownerSVGElement).width / e.ownerSVGElement.viewBox.baseVal.width : 1;

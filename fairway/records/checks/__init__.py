@@ -5,52 +5,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fairway.records.checks import claims, course, size, source
-from fairway.records.checks.base import Outcome, Verdict
-from fairway.records.files import need
-from fairway.records.folder import Folder, read_folder
+from fairway.records.checks.base import CheckResult, CheckStopped
+from fairway.records.files import RecordError
+from fairway.records.folder import RecordFolder, read_record_folder
 
-__all__ = ["CHECKS", "Verdict", "check", "judge"]
+__all__ = ["CHECKS", "CheckResult", "check_record", "results_text", "run_check"]
 
-CHECKS: dict[str, Callable[[Folder], str]] = (
-    size.CHECKS | claims.CHECKS | course.CHECKS | source.CHECKS
+COLOURS = {"ok": "\x1b[32m", "FAIL": "\x1b[31;1m", "cannot tell": "\x1b[33m"}
+CHECKS: dict[str, Callable[[RecordFolder], str]] = (
+    size.SIZE_CHECKS | claims.CLAIM_CHECKS | course.COURSE_CHECKS | source.SOURCE_CHECKS
 )
 
 
-def check(folder: str | Path, run: bool = False) -> list[Verdict]:
+def check_record(folder: str | Path, run: bool = False) -> list[CheckResult]:
     """One verdict for each of CHECKS; with `run`, one more: `run`, of the folder as it runs in a sandbox."""
-    need(Path(folder).is_dir(), f"{folder} is no folder; name a record's folder")
-    read = read_folder(folder)
-    verdicts = [judge(name, read) for name in CHECKS]
+    if not Path(folder).is_dir():
+        raise RecordError(f"{folder} is no folder; name a record's folder")
+    read = read_record_folder(folder)
+    verdicts = [run_check(name, read) for name in CHECKS]
     if run:
         from fairway.records.sandbox import check_run
 
-        verdicts.append(judged("run", check_run, read))
+        verdicts.append(check_result("run", check_run, read))
     return verdicts
 
 
-def judge(name: str, folder: Folder) -> Verdict:
+def run_check(name: str, folder: RecordFolder) -> CheckResult:
     """One check alone."""
-    return judged(name, CHECKS[name], folder)
+    return check_result(name, CHECKS[name], folder)
 
 
-def judged(name: str, judging: Callable[[Folder], str], folder: Folder) -> Verdict:
+def check_result(
+    name: str, judging: Callable[[RecordFolder], str], folder: RecordFolder
+) -> CheckResult:
     try:
-        return Verdict(name, "ok", one_line(judging(folder)), [])
-    except Outcome as e:
-        return Verdict(name, e.verdict, one_line(e.text), [one_line(w) for w in e.warnings])
+        return CheckResult(name, "ok", printable_line(judging(folder)), [])
+    except CheckStopped as e:
+        return CheckResult(
+            name, e.verdict, printable_line(e.text), [printable_line(w) for w in e.warnings]
+        )
     except Exception as e:  # no folder may end the judgement of the others
-        return Verdict(
+        return CheckResult(
             name,
             "cannot tell",
-            one_line(f"this check broke on the folder: {type(e).__name__}: {e}"),
+            printable_line(f"this check broke on the folder: {type(e).__name__}: {e}"),
             [],
         )
 
 
-def one_line(text: str) -> str:
+def results_text(results: Sequence[CheckResult], colours: bool = False) -> str:
+    """Return a line for each result, its warnings below it, and the counts; `colours` are for a terminal."""
+    lines = []
+    for result in results:
+        start, end = (COLOURS.get(result.verdict, ""), "\x1b[0m") if colours else ("", "")
+        lines.append(f"{start}{result.verdict:11}{end}  {result.check:14}  {result.text}")
+        lines += [f"{'':13}{warning}" for warning in result.warnings]
+    counts = {kind: sum(result.verdict == kind for result in results) for kind in COLOURS}
+    warnings = sum(len(result.warnings) for result in results)
+    totals = [*(f"{count} {kind}" for kind, count in counts.items()), f"{warnings} warnings"]
+    return "\n".join([*lines, ", ".join(totals)])
+
+
+def printable_line(text: str) -> str:
     """Printable, without control characters of a hostile file, and no longer than a screen or two."""
     return "".join(c if c.isprintable() else " " for c in text)[:400]

@@ -7,17 +7,18 @@ import math
 import re
 
 from fairway.records.checks.base import (
+    LIMIT_SECONDS,
     PLAUSIBLE,
-    SECONDS,
-    each,
-    fail_if,
-    is_record,
-    need_runs,
-    unknown_if,
+    CheckFailed,
+    CheckUndecided,
+    by_run,
+    claimed_runs,
+    is_record_track,
+    printed_code,
+    vocabulary_of,
 )
-from fairway.records.checks.claims import printed_code
-from fairway.records.code import READABLE, Source
-from fairway.records.folder import Folder, SeedRun, final, log_name, scored
+from fairway.records.code import READABLE, CodeFile
+from fairway.records.folder import RecordFolder, SeedRun, final_score, scoring_log, scoring_log_name
 from fairway.records.logs import RunLog
 
 # Scored targets of the challenge's split by tokenizer, with and without the tail, and its bytes, the same for all.
@@ -44,20 +45,21 @@ ON_VALIDATION = re.compile(
 )
 
 
-def plain_text(folder: Folder, run: SeedRun) -> str:
+def plain_text(folder: RecordFolder, run: SeedRun) -> str:
     """The log without the code that it may print."""
     text = folder.texts.get(run.name, "")
     return text.replace(run.log.source, "", 1) if run.log.source else text
 
 
-# ---- Times -----------------------------------------------------------------------------------------------------------
-def check_train_time(folder: Folder) -> str:
+# ==== Times =======================================================================================
+def check_train_time(folder: RecordFolder) -> str:
     """Training ends at 600 s; the step under way then may finish."""
-    runs = need_runs(folder)
-    times = each(runs, lambda run: run.log.train_seconds)
-    unknown_if(not times, "no log states its training time")
+    runs = claimed_runs(folder)
+    times = by_run(runs, lambda run: run.log.train_seconds)
+    if not times:
+        raise CheckUndecided("no log states its training time")
     name, longest = max(times.items(), key=lambda item: item[1])
-    if not is_record(folder):
+    if not is_record_track(folder):
         return f"{longest:,.1f} s at most, on a track without a limit"
     step = next((run.log.step_avg_ms or 0 for run in runs if run.name == name), 0) / 1000
     # April's steps are logged in tenths of a minute.
@@ -66,40 +68,40 @@ def check_train_time(folder: Folder) -> str:
         if all(r.log.trained is not None or r.log.step_avg_ms for r in runs)
         else 6.0
     )
-    fail_if(
-        longest > SECONDS + slack, f"{name} trained for {longest:,.1f} s; {SECONDS:.0f} are allowed"
-    )
-    unknown_if(
-        len(times) < len(runs),
-        f"{longest:.1f} s at most; {len(runs) - len(times)} of {len(runs)} logs state none",
-    )
-    return f"{longest:.1f} s at most of {SECONDS:.0f}"
+    if longest > LIMIT_SECONDS + slack:
+        raise CheckFailed(f"{name} trained for {longest:,.1f} s; {LIMIT_SECONDS:.0f} are allowed")
+    if len(times) < len(runs):
+        raise CheckUndecided(
+            f"{longest:.1f} s at most; {len(runs) - len(times)} of {len(runs)} logs state none"
+        )
+    return f"{longest:.1f} s at most of {LIMIT_SECONDS:.0f}"
 
 
-def check_eval_time(folder: Folder) -> str:
-    runs = need_runs(folder)
-    times = each(runs, lambda run: scored(run).eval_seconds or None)
-    unknown_if(not times, "no log states how long evaluation took")
+def check_eval_time(folder: RecordFolder) -> str:
+    runs = claimed_runs(folder)
+    times = by_run(runs, lambda run: scoring_log(run).eval_seconds or None)
+    if not times:
+        raise CheckUndecided("no log states how long evaluation took")
     name, longest = max(times.items(), key=lambda item: item[1])
-    fail_if(
-        is_record(folder) and longest > SECONDS,
-        f"{name} was evaluated for {longest:,.1f} s; {SECONDS:.0f} are allowed",
-    )
+    if is_record_track(folder) and longest > LIMIT_SECONDS:
+        raise CheckFailed(
+            f"{name} was evaluated for {longest:,.1f} s; {LIMIT_SECONDS:.0f} are allowed"
+        )
     return f"{longest:,.1f} s at most" + (
-        f" of {SECONDS:.0f}" if is_record(folder) else ", on a track without a limit"
+        f" of {LIMIT_SECONDS:.0f}" if is_record_track(folder) else ", on a track without a limit"
     )
 
 
-def check_calibration(folder: Folder) -> str:
+def check_calibration(folder: RecordFolder) -> str:
     """What calibrates on training text counts as training; nothing calibrates on the validation split (#535, #728)."""
     worst = None
-    for run in need_runs(folder):
+    for run in claimed_runs(folder):
         text = plain_text(folder, run)
         bad = ON_VALIDATION.search(text)
-        fail_if(
-            bad and not SELF_MADE.search(text),
-            f"{run.name} calibrates on the validation split: {bad[0].strip()[:120] if bad else ''}",
-        )
+        if bad and not SELF_MADE.search(text):
+            raise CheckFailed(
+                f"{run.name} calibrates on the validation split: {bad[0].strip()[:120]}"
+            )
         took, trained = run.log.calibration_seconds, run.log.train_seconds
         if took is None or trained is None or SELF_MADE.search(text):
             continue
@@ -113,54 +115,55 @@ def check_calibration(folder: Folder) -> str:
     if worst is None:
         return "no calibration on training text after training"
     total, name, trained, took = worst
-    fail_if(
-        is_record(folder) and total > SECONDS + 0.5,
-        f"{name}: {trained:.1f} s of training + {took:.1f} s of "
-        f"calibration = {total:.1f} s; both must fit {SECONDS:.0f}",
-    )
+    if is_record_track(folder) and total > LIMIT_SECONDS + 0.5:
+        raise CheckFailed(
+            f"{name}: {trained:.1f} s of training + {took:.1f} s of "
+            f"calibration = {total:.1f} s; both must fit {LIMIT_SECONDS:.0f}"
+        )
     return f"training and calibration take {total:.1f} s at most"
 
 
-def check_step_time(folder: Folder) -> str:
+def check_step_time(folder: RecordFolder) -> str:
     """Steps × milliseconds a step = time; steps and time only grow (to the precision of the log)."""
     compared = 0
-    for run in need_runs(folder):
+    for run in claimed_runs(folder):
         before, clock = -1, -1.0
         for step in run.log.steps:
-            fail_if(
-                step.step < before,
-                f"{run.name}:{step.line} step {step.step} comes after step {before}",
-            )
+            if step.step < before:
+                raise CheckFailed(
+                    f"{run.name}:{step.line} step {step.step} comes after step {before}"
+                )
             before = step.step
             if step.seconds is None:
                 continue
-            fail_if(
-                step.seconds < clock - 0.001,
-                f"{run.name}:{step.line} train_time {step.seconds:.1f} s comes after {clock:.1f} s",
-            )
+            if step.seconds < clock - 0.001:
+                raise CheckFailed(
+                    f"{run.name}:{step.line} train_time {step.seconds:.1f} s comes after {clock:.1f} s"
+                )
             clock = step.seconds
             if step.average_ms is not None and step.step >= 5:
                 made = step.step * step.average_ms / 1000
                 slack = (
                     0.01 * step.seconds
                     + 0.5
-                    + step.step * 0.5 * 10.0 ** -places(step.average_ms) / 1000
+                    + step.step * 0.5 * 10.0 ** -decimal_places(step.average_ms) / 1000
                 )
-                fail_if(
-                    abs(made - step.seconds) > slack,
-                    f"{run.name}:{step.line} {step.step} steps × "
-                    f"{step.average_ms} ms = {made:,.1f} s, train_time is {step.seconds:,.1f} s",
-                )
+                if abs(made - step.seconds) > slack:
+                    raise CheckFailed(
+                        f"{run.name}:{step.line} {step.step} steps × "
+                        f"{step.average_ms} ms = {made:,.1f} s, train_time is {step.seconds:,.1f} s"
+                    )
                 compared += 1
-    unknown_if(not compared, "no log states both steps and milliseconds a step")
+    if not compared:
+        raise CheckUndecided("no log states both steps and milliseconds a step")
     return f"{compared} lines: steps × step_avg = train_time"
 
 
-def places(value: float) -> int:
+def decimal_places(value: float) -> int:
     return min(len(repr(value).partition(".")[2]), 2)
 
 
-# ---- The split -------------------------------------------------------------------------------------------------------
+# ==== The split ===================================================================================
 def implied_bytes(log: RunLog) -> float | None:
     """Bytes of the split that a score was counted over: tokens × bits a token / bits a byte."""
     said = log.final
@@ -171,25 +174,28 @@ def implied_bytes(log: RunLog) -> float | None:
     return log.tokens * said.loss / math.log(2) / said.bpb
 
 
-def check_split(folder: Folder) -> str:
+def check_split(folder: RecordFolder) -> str:
     """The whole split, at its number of bytes (#1923, #2138); elsewhere one split for all seeds."""
-    runs = need_runs(folder)
-    tokens = each(runs, lambda run: scored(run).tokens or run.log.tokens)
+    runs = claimed_runs(folder)
+    tokens = by_run(runs, lambda run: scoring_log(run).tokens or run.log.tokens)
     if len(set(tokens.values())) > 1:
         (a, x), (b, y) = (
             next((n, t) for n, t in tokens.items() if t == value)
             for value in sorted(set(tokens.values()))[:2]
         )
-        fail_if(True, f"{a} scores {x:,} tokens, {b} {y:,}: one split for all seeds")
-    unknown_if(not tokens, "no log states the validation tokens")
+        raise CheckFailed(f"{a} scores {x:,} tokens, {b} {y:,}: one split for all seeds")
+    if not tokens:
+        raise CheckUndecided("no log states the validation tokens")
     number = next(iter(tokens.values()))
-    split_bytes = each(runs, lambda run: implied_bytes(scored(run)) or implied_bytes(run.log))
-    if not is_record(folder):
+    split_bytes = by_run(
+        runs, lambda run: implied_bytes(scoring_log(run)) or implied_bytes(run.log)
+    )
+    if not is_record_track(folder):
         low, high = min(split_bytes.values(), default=0), max(split_bytes.values(), default=0)
-        fail_if(
-            high - low > RATIO_SLACK * high + 1,
-            f"one log counts {low:,.0f} bytes, another {high:,.0f}: one split for all",
-        )
+        if high - low > RATIO_SLACK * high + 1:
+            raise CheckFailed(
+                f"one log counts {low:,.0f} bytes, another {high:,.0f}: one split for all"
+            )
         return f"{number:,} tokens, {high:,.0f} bytes, in all {len(tokens)} logs that state them"
     return canonical_split(number, next(iter(tokens)), split_bytes)
 
@@ -200,39 +206,40 @@ def canonical_split(number: int, name: str, split_bytes: dict[str, float]) -> st
         return f"{number:,} tokens: the SP1024 split before it was rebuilt (#837)"
     for log, size in split_bytes.items():
         off = abs(size / SPLIT_BYTES - 1)
-        fail_if(
-            off > RATIO_SLACK + TAIL / number,
-            f"{log} counts {size:,.0f} bytes for {number:,} tokens; the split "
-            f"has {SPLIT_BYTES:,}" + (f" ({known})" if known else ", whatever the tokenizer"),
+        if off > RATIO_SLACK + TAIL / number:
+            raise CheckFailed(
+                f"{log} counts {size:,.0f} bytes for {number:,} tokens; the split "
+                f"has {SPLIT_BYTES:,}" + (f" ({known})" if known else ", whatever the tokenizer")
+            )
+    if not known and not split_bytes:
+        raise CheckUndecided(
+            f"{name} scores {number:,} tokens, no total known here, and states no bytes"
         )
-    unknown_if(
-        not known and not split_bytes,
-        f"{name} scores {number:,} tokens, no total known here, and states no bytes",
-    )
     return f"{number:,} tokens ({known or 'a tokenizer of its own'})" + (
         f", {next(iter(split_bytes.values())):,.0f} bytes of {SPLIT_BYTES:,}" if split_bytes else ""
     )
 
 
-def check_train_shards(folder: Folder) -> str:
+def check_train_shards(folder: RecordFolder) -> str:
     """1,499 shards come of a preparation that left 40,000 of the 50,000 validation documents in training (#2127)."""
-    shards = each(need_runs(folder), lambda run: run.log.train_shards)
+    shards = by_run(claimed_runs(folder), lambda run: run.log.train_shards)
     for name, number in shards.items():
-        fail_if(
-            number == 1499,
-            f"{name} has train_shards 1499: shards with validation documents among them (#2127)",
+        if number == 1499:
+            raise CheckFailed(
+                f"{name} has train_shards 1499: shards with validation documents among them (#2127)"
+            )
+    if not shards:
+        raise CheckUndecided("no log states train_shards")
+    if len(set(shards.values())) > 1 and is_record_track(folder):
+        raise CheckFailed(
+            f"the seeds trained on different data: train_shards "
+            f"{', '.join(f'{n:,} in {name}' for name, n in list(shards.items())[:4])}"
         )
-    unknown_if(not shards, "no log states train_shards")
-    fail_if(
-        len(set(shards.values())) > 1 and is_record(folder),
-        f"the seeds trained on different data: train_shards "
-        f"{', '.join(f'{n:,} in {name}' for name, n in list(shards.items())[:4])}",
-    )
     return f"train_shards {next(iter(shards.values()))}"
 
 
-# ---- Figures that cannot be ------------------------------------------------------------------------------------------
-def pairs(log: RunLog) -> list[tuple[int, float, float, float]]:
+# ==== Figures that cannot be ======================================================================
+def loss_pairs(log: RunLog) -> list[tuple[int, float, float, float]]:
     """(line, nats a token, bits a byte, how far their ratio may be from the others') of every line that has both."""
     found = [(s.line, s.loss, s.bpb, 5.1e-5, PART_SLACK) for s in log.steps] + [
         (s.line, s.loss, s.bpb, 1e-8 if s.exact else 5.1e-5, RATIO_SLACK) for s in log.scores
@@ -244,13 +251,15 @@ def pairs(log: RunLog) -> list[tuple[int, float, float, float]]:
     ]
 
 
-def check_arithmetic(folder: Folder) -> str:
+def check_arithmetic(folder: RecordFolder) -> str:
     """Every line's val_loss and val_bpb are one figure: they imply the same bytes a token."""
     compared, last = 0, 0.0
-    for run in need_runs(folder):
-        for log, name in dict.fromkeys([(id(run.log), run.name), (id(scored(run)), log_name(run))]):
-            log = run.log if log == id(run.log) else scored(run)
-            found = pairs(log)
+    for run in claimed_runs(folder):
+        for log, name in dict.fromkeys(
+            [(id(run.log), run.name), (id(scoring_log(run)), scoring_log_name(run))]
+        ):
+            log = run.log if log == id(run.log) else scoring_log(run)
+            found = loss_pairs(log)
             if not found:
                 continue
             stated = log.val_bytes / log.tokens if log.val_bytes and log.tokens else None
@@ -258,83 +267,72 @@ def check_arithmetic(folder: Folder) -> str:
             middle = sorted(loss / math.log(2) / bpb for _, loss, bpb, _ in exact)[len(exact) // 2]
             for line, loss, bpb, slack in found:
                 ratio = loss / math.log(2) / bpb
-                fail_if(
-                    abs(ratio / middle - 1) > slack,
-                    f"{name}:{line} val_loss {loss} and val_bpb {bpb} "
-                    f"imply {ratio:.4f} bytes a token, the other lines {middle:.4f}",
-                )
-                fail_if(
-                    stated and abs(ratio / stated - 1) > slack,
-                    f"{name}:{line} val_loss {loss} and "
-                    f"val_bpb {bpb} imply {ratio:.4f} bytes a token, its split has {stated or 0:.4f}",
-                )
+                if abs(ratio / middle - 1) > slack:
+                    raise CheckFailed(
+                        f"{name}:{line} val_loss {loss} and val_bpb {bpb} "
+                        f"imply {ratio:.4f} bytes a token, the other lines {middle:.4f}"
+                    )
+                if stated and abs(ratio / stated - 1) > slack:
+                    raise CheckFailed(
+                        f"{name}:{line} val_loss {loss} and "
+                        f"val_bpb {bpb} imply {ratio:.4f} bytes a token, its split has {stated:.4f}"
+                    )
                 compared += 1
             last = middle
-    unknown_if(not compared, "no log line has val_loss and val_bpb")
+    if not compared:
+        raise CheckUndecided("no log line has val_loss and val_bpb")
     return f"{compared} lines imply {last:.4f} bytes a token"
 
 
-def check_loss_range(folder: Folder) -> str:
+def check_loss_range(folder: RecordFolder) -> str:
     """No loss that is negative or no number, none above ln V once training has begun, none beyond any model."""
     lowest = math.inf
-    for run in need_runs(folder):
+    for run in claimed_runs(folder):
         text = plain_text(folder, run)
         bad = NO_NUMBER.search(text)
-        fail_if(
-            bad,
-            f"{run.name} has {bad[0] if bad else ''} after {text[: bad.start()].count(chr(10)) if bad else 0} "
-            "lines",
-        )
+        if bad:
+            raise CheckFailed(
+                f"{run.name} has {bad[0]} after {text[: bad.start()].count(chr(10))} lines"
+            )
         vocabulary = run.log.vocab_size or vocabulary_of(run.log)
         limit = math.log(vocabulary) + 0.05 if vocabulary else math.inf
         for step in run.log.steps:
-            fail_if(
-                step.loss <= 0 or (step.bpb or 1) <= 0,
-                f"{run.name}:{step.line} {step.kind}_loss is {step.loss}",
-            )
+            if step.loss <= 0 or (step.bpb or 1) <= 0:
+                raise CheckFailed(f"{run.name}:{step.line} {step.kind}_loss is {step.loss}")
             late = step.step >= max(100, (run.log.last_step or 0) // 4)
-            fail_if(
-                late and step.loss > limit,
-                f"{run.name}:{step.line} {step.kind}_loss {step.loss} is above ln "
-                f"{vocabulary} = {limit - 0.05:.4f} at step {step.step}",
-            )
-        for score in scored(run).scores:
-            for what, value in (("val_loss", score.loss), ("val_bpb", score.bpb)):
-                fail_if(
-                    value is not None and value <= 0,
-                    f"{log_name(run)}:{score.line} {what} is {value}",
+            if late and step.loss > limit:
+                raise CheckFailed(
+                    f"{run.name}:{step.line} {step.kind}_loss {step.loss} is above ln "
+                    f"{vocabulary} = {limit - 0.05:.4f} at step {step.step}"
                 )
-        said = final(run)
+        for score in scoring_log(run).scores:
+            for what, value in (("val_loss", score.loss), ("val_bpb", score.bpb)):
+                if value is not None and value <= 0:
+                    raise CheckFailed(f"{scoring_log_name(run)}:{score.line} {what} is {value}")
+        said = final_score(run)
         if said is not None and said.bpb is not None:
             lowest = min(lowest, said.bpb)
-            fail_if(
-                said.loss is not None and said.loss > limit,
-                f"{log_name(run)}:{said.line} val_loss {said.loss} is "
-                f"above ln {vocabulary} = {limit - 0.05:.4f}",
-            )
-    unknown_if(lowest == math.inf, "no log has a final val_bpb")
-    unknown_if(
-        is_record(folder) and lowest < PLAUSIBLE,
-        f"val_bpb {lowest:.6f}: no model of 16 MB is known to reach {PLAUSIBLE} on this split",
-        [f"{log_name(need_runs(folder)[0])} val_bpb {lowest:.6f}"],
-    )
+            if said.loss is not None and said.loss > limit:
+                raise CheckFailed(
+                    f"{scoring_log_name(run)}:{said.line} val_loss {said.loss} is "
+                    f"above ln {vocabulary} = {limit - 0.05:.4f}"
+                )
+    if lowest == math.inf:
+        raise CheckUndecided("no log has a final val_bpb")
+    if is_record_track(folder) and lowest < PLAUSIBLE:
+        raise CheckUndecided(
+            f"val_bpb {lowest:.6f}: no model of 16 MB is known to reach {PLAUSIBLE} on this split",
+            [f"{scoring_log_name(claimed_runs(folder)[0])} val_bpb {lowest:.6f}"],
+        )
     return f"final val_bpb {lowest:.6f} and better than chance from the start on"
 
 
-def vocabulary_of(log: RunLog) -> int | None:
-    """From the name of the tokenizer or data set, `fineweb_1024_bpe.model` or `fineweb10B_sp1024`, where no setting has
-    it."""
-    names = (log.settings.get("tokenizer_path", "").split("/")[-1], log.settings.get("dataset", ""))
-    found = [m for name in names for m in [re.search(r"_(?:sp)?(\d{3,6})(?:[_.]|$)", name)] if m]
-    return int(found[0][1]) if found else None
-
-
-def check_log_whole(folder: Folder) -> str:
+def check_log_whole(folder: RecordFolder) -> str:
     """Each log, of training and of evaluation, goes on to its final score."""
     logs = [
         (name, log)
-        for run in need_runs(folder)
-        for name, log in ((run.name, run.log), (log_name(run), run.eval_log))
+        for run in claimed_runs(folder)
+        for name, log in ((run.name, run.log), (scoring_log_name(run), run.eval_log))
         if log is not None
     ]
     for name, log in logs:
@@ -343,23 +341,23 @@ def check_log_whole(folder: Folder) -> str:
             if log.last_step is not None
             else "no step"
         )
-        fail_if(
-            log.final is None,
-            f"{name} ends without a final score after {log.text_lines:,} lines ({last})",
-        )
-        fail_if(log.cut, f"{name} ends in the middle of a line")
-        fail_if(
-            log.runs > 1 and is_record(folder) and not log.steps,
-            f"{name} holds {log.runs} runs, the last of them without steps",
-        )
+        if log.final is None:
+            raise CheckFailed(
+                f"{name} ends without a final score after {log.text_lines:,} lines ({last})"
+            )
+        if log.cut:
+            raise CheckFailed(f"{name} ends in the middle of a line")
+        if log.runs > 1 and is_record_track(folder) and not log.steps:
+            raise CheckFailed(f"{name} holds {log.runs} runs, the last of them without steps")
     return f"{len(logs)} logs end with a whole score"
 
 
-# ---- Code and machine ------------------------------------------------------------------------------------------------
-def check_shipped_code(folder: Folder) -> str:
+# ==== Code and machine ============================================================================
+def check_shipped_code(folder: RecordFolder) -> str:
     """The code that was logged, by its text, hash or size, is the code that ships (#1594, #1835)."""
-    runs = need_runs(folder)
-    unknown_if(not folder.code.entries, "no code ships")
+    runs = claimed_runs(folder)
+    if not folder.code.entries:
+        raise CheckUndecided("no code ships")
     # Of a packed script, the code inside and its readable copy are compared as well: which of them ran, a hash tells.
     kin = [
         s
@@ -371,14 +369,15 @@ def check_shipped_code(folder: Folder) -> str:
     told = [
         stated
         for run in runs
-        for stated in [judge_code(folder, run, kin), judge_scorer(folder, run)]
+        for stated in [compare_trainer(folder, run, kin), compare_scorer(folder, run)]
         if stated
     ]
-    unknown_if(not told, "the logs state neither text nor hash nor size of the code")
+    if not told:
+        raise CheckUndecided("the logs state neither text nor hash nor size of the code")
     return f"the code of {len(runs)} logs is the code that ships, by its {', '.join(dict.fromkeys(told))}"
 
 
-def judge_code(folder: Folder, run: SeedRun, kin: list[Source]) -> str:
+def compare_trainer(folder: RecordFolder, run: SeedRun, kin: list[CodeFile]) -> str:
     """By what the run's code is known to ship; "" where its log does not tell."""
     entry, logged = folder.code.entries[0], run.log.hashes.get("code")
     if logged:
@@ -386,24 +385,23 @@ def judge_code(folder: Folder, run: SeedRun, kin: list[Source]) -> str:
             hashlib.sha256(data).hexdigest() for s in kin for data in (s.text.encode(), s.shipped)
         }
         own = hashlib.sha256(folder.code.sources[entry].text.encode()).hexdigest()
-        fail_if(
-            logged not in hashes,
-            f"{run.name} ran code {logged[:12]}; {entry} as it ships is {own[:12]}",
-        )
+        if logged not in hashes:
+            raise CheckFailed(
+                f"{run.name} ran code {logged[:12]}; {entry} as it ships is {own[:12]}"
+            )
         return "sha256"
     if source := printed_code(folder, run):
         texts = {
             text.strip() for s in kin for text in (s.text, s.shipped.decode("utf-8", "replace"))
         }
         other = next((s.name for s in folder.code.sources.values() if s.text.strip() == source), "")
-        unknown_if(
-            other and source not in texts, f"{run.name} prints the code of {other}, not of {entry}"
-        )
-        fail_if(
-            source not in texts,
-            f"{run.name} prints code of {len(source):,} characters; {entry} as it ships "
-            f"({len(folder.code.sources[entry].text):,}) differs {first_difference(source, kin)}",
-        )
+        if other and source not in texts:
+            raise CheckUndecided(f"{run.name} prints the code of {other}, not of {entry}")
+        if source not in texts:
+            raise CheckFailed(
+                f"{run.name} prints code of {len(source):,} characters; {entry} as it ships "
+                f"({len(folder.code.sources[entry].text):,}) differs {first_difference(source, kin)}"
+            )
         return "text"
     stated = {
         s.bytes for s in run.log.sizes if s.kind == "code"
@@ -411,15 +409,15 @@ def judge_code(folder: Folder, run: SeedRun, kin: list[Source]) -> str:
     sizes = {size for s in kin for size in (len(s.shipped), len(s.text.encode()), len(s.text))} | {
         folder.code.bytes
     }
-    fail_if(
-        stated and not stated & sizes,
-        f"{run.name} states a code size of {max(stated, default=0):,}; {entry} has "
-        f"{folder.code.shipped.get(entry, 0):,} bytes as it ships",
-    )
+    if stated and not stated & sizes:
+        raise CheckFailed(
+            f"{run.name} states a code size of {max(stated, default=0):,}; {entry} has "
+            f"{folder.code.shipped.get(entry, 0):,} bytes as it ships"
+        )
     return "size" if stated else ""
 
 
-def judge_scorer(folder: Folder, run: SeedRun) -> str:
+def compare_scorer(folder: RecordFolder, run: SeedRun) -> str:
     """The files that an evaluation of ours ran, by their hashes in score_seed<N>.json; "" where there are none."""
     named = run.score.get("code") if run.score else None
     inner = [
@@ -435,15 +433,15 @@ def judge_scorer(folder: Folder, run: SeedRun) -> str:
         else []
     )
     for name, ran, here in compared:
-        fail_if(
-            ran != here,
-            f"score_seed{run.seed}.json was made by a {name} of sha256 {str(ran)[:12]}; it ships as "
-            f"{here[:12]}",
-        )
+        if ran != here:
+            raise CheckFailed(
+                f"score_seed{run.seed}.json was made by a {name} of sha256 {str(ran)[:12]}; it ships as "
+                f"{here[:12]}"
+            )
     return "sha256 file by file" if compared else ""
 
 
-def first_difference(text: str, kin: list[Source]) -> str:
+def first_difference(text: str, kin: list[CodeFile]) -> str:
     """`from line N on` of the nearest of the shipped sources."""
     lines = text.splitlines()
     same = max(
@@ -465,30 +463,34 @@ def first_difference(text: str, kin: list[Source]) -> str:
     return f"from line {same + 1} on"
 
 
-def check_hardware(folder: Folder) -> str:
+def check_hardware(folder: RecordFolder) -> str:
     """A record is trained on eight H100."""
-    runs = need_runs(folder)
-    worlds, machines = each(runs, lambda r: r.log.world_size), each(runs, lambda r: r.log.hardware)
+    runs = claimed_runs(folder)
+    worlds, machines = (
+        by_run(runs, lambda r: r.log.world_size),
+        by_run(runs, lambda r: r.log.hardware),
+    )
     ranks = ", ".join(sorted({str(world) for world in worlds.values()})) or "no"
     said = f"{ranks} ranks, {next(iter(machines.values()), 'unnamed')}"
-    if not is_record(folder):
+    if not is_record_track(folder):
         return f"{said}, on a track for any machine"
     for name, world in worlds.items():
-        fail_if(world != 8, f"{name} has world_size {world}; a record is trained on 8")
+        if world != 8:
+            raise CheckFailed(f"{name} has world_size {world}; a record is trained on 8")
     for name, machine in machines.items():
-        fail_if(
-            "H100" not in machine, f"{name} ran on {machine[:60]}; a record is trained on 8xH100"
-        )
+        if "H100" not in machine:
+            raise CheckFailed(f"{name} ran on {machine[:60]}; a record is trained on 8xH100")
     claimed = folder.submission.get("hardware") if isinstance(folder.submission, dict) else None
-    fail_if(
-        isinstance(claimed, str) and "H100" not in claimed,
-        f"{folder.submission_name} has hardware {str(claimed)[:60]}; a record is trained on 8xH100",
-    )
-    unknown_if(not machines, f"{said}: the logs name no machine")
+    if isinstance(claimed, str) and "H100" not in claimed:
+        raise CheckFailed(
+            f"{folder.submission_name} has hardware {str(claimed)[:60]}; a record is trained on 8xH100"
+        )
+    if not machines:
+        raise CheckUndecided(f"{said}: the logs name no machine")
     return said
 
 
-CHECKS = {
+COURSE_CHECKS = {
     "train_time": check_train_time,
     "eval_time": check_eval_time,
     "calibration": check_calibration,

@@ -5,11 +5,18 @@ from __future__ import annotations
 import ast
 import re
 
-from fairway.records.checks.base import BUDGET, each, fail_if, unknown_if
-from fairway.records.code import CHALLENGE, PACKAGES, READABLE, Source, distribution_of
+from fairway.records.checks.base import (
+    BUDGET,
+    CheckFailed,
+    CheckUndecided,
+    artifact_bytes,
+    by_run,
+    code_bytes_in_use,
+)
+from fairway.records.code import CHALLENGE, PACKAGES, READABLE, CodeFile, distribution_of
 from fairway.records.files import read_text
-from fairway.records.folder import Folder, SeedRun, attempt, scored
-from fairway.records.syntax import name_of, words
+from fairway.records.folder import RecordFolder, read_or_fault, scoring_log
+from fairway.records.syntax import dotted_name, names_in
 
 MIB = 1 << 20
 BUDGET_NAME = re.compile(
@@ -22,7 +29,7 @@ MIB_LIMIT = re.compile(
 )
 
 
-def check_files(folder: Folder) -> str:
+def check_folder_files(folder: RecordFolder) -> str:
     """README, submission.json, code and a log are there and can be read; nothing but regular files."""
     lacking = [
         what
@@ -41,218 +48,215 @@ def check_files(folder: Folder) -> str:
         *(run.name for run in folder.runs),
     }
     faults = [f"{name}: {why}" for name, why in folder.faults.items()]
-    fail_if(
-        lacking, f"the folder lacks {', '.join(lacking)}" + (f" ({faults[0]})" if faults else "")
-    )
-    fail_if(faults, "; ".join(faults[:3]))
+    if lacking:
+        raise CheckFailed(
+            f"the folder lacks {', '.join(lacking)}" + (f" ({faults[0]})" if faults else "")
+        )
+    if faults:
+        raise CheckFailed("; ".join(faults[:3]))
     empty = sorted(name for name in asked if folder.files.get(name) == 0)
-    fail_if(empty, f"{empty[0] if empty else ''} is empty: 0 bytes")
+    if empty:
+        raise CheckFailed(f"{empty[0]} is empty: 0 bytes")
     return f"{len(folder.files)} files, {len(folder.runs)} training logs"
 
 
-def check_schema(folder: Folder) -> str:
+def check_schema(folder: RecordFolder) -> str:
     from fairway.records.schema import problems
 
-    fail_if(
-        folder.submission_name in folder.faults,
-        f"{folder.submission_name}: {folder.faults.get(folder.submission_name)}",
-    )
-    fail_if(not folder.submission_name, "there is no submission.json")
+    if folder.submission_name in folder.faults:
+        raise CheckFailed(f"{folder.submission_name}: {folder.faults.get(folder.submission_name)}")
+    if not folder.submission_name:
+        raise CheckFailed("there is no submission.json")
     found = problems(folder.submission)
     more = f"; {len(found) - 3} more" * (len(found) > 3)
-    fail_if(found, f"{folder.submission_name}: {'; '.join(found[:3])}{more}")
+    if found:
+        raise CheckFailed(f"{folder.submission_name}: {'; '.join(found[:3])}{more}")
     return f"{folder.submission_name} has the keys and types that records share"
 
 
-# ---- Bytes -----------------------------------------------------------------------------------------------------------
-def artifact_of(run: SeedRun) -> int | None:
-    for log in (scored(run), run.log):
-        if log.artifact_bytes is not None:
-            return log.artifact_bytes
-        if log.total_bytes is not None and log.code_bytes is not None:
-            return log.total_bytes - log.code_bytes
-    return None
+# ==== Bytes =======================================================================================
 
 
-def code_in_use(folder: Folder) -> int:
-    """Bytes of the code that ships. Where a folder holds several trainers and no train_gpt.py, they are alternatives:
-    the smallest of them counts."""
-    trainers = [name for name in folder.code.entries if name != "eval_final.py"]
-    total = folder.code.bytes
-    return (
-        total
-        if len(trainers) < 2
-        else total - sum(sorted(folder.code.shipped[t] for t in trainers)[1:])
-    )
-
-
-def check_bytes(folder: Folder) -> str:
+def check_bytes(folder: RecordFolder) -> str:
     """The largest artifact and the code as it ships fit 16,000,000 bytes, whatever the log counted."""
-    artifacts, code, said = each(folder.record, artifact_of), code_in_use(folder), folder.claims
-    totals = each(folder.record, lambda run: scored(run).total_bytes)
+    artifacts, code, said = (
+        by_run(folder.record, artifact_bytes),
+        code_bytes_in_use(folder),
+        folder.claims,
+    )
+    totals = by_run(folder.record, lambda run: scoring_log(run).total_bytes)
     for what, total in [(f"{name} states", t) for name, t in totals.items()] + [
         (f"{folder.submission_name} states", c.bytes)
         for c in (said.record, *said.seeds.values())
         if c.bytes
     ]:
-        fail_if(total > BUDGET, f"{what} {total:,} bytes; {BUDGET:,} are allowed")
-    unknown_if(
-        not artifacts,
-        "no log states the artifact's bytes"
-        + (f"; {folder.submission_name} claims {said.record.bytes:,}" if said.record.bytes else ""),
-    )
+        if total > BUDGET:
+            raise CheckFailed(f"{what} {total:,} bytes; {BUDGET:,} are allowed")
+    if not artifacts:
+        raise CheckUndecided(
+            "no log states the artifact's bytes"
+            + (
+                f"; {folder.submission_name} claims {said.record.bytes:,}"
+                if said.record.bytes
+                else ""
+            )
+        )
     name, largest = max(artifacts.items(), key=lambda item: item[1])
-    unknown_if(
-        not folder.code.entries,
-        f"the artifact of {name} has {largest:,} bytes, and there is no code to count",
-    )
+    if not folder.code.entries:
+        raise CheckUndecided(
+            f"the artifact of {name} has {largest:,} bytes, and there is no code to count"
+        )
     logged = next((run.log.code_bytes for run in folder.record if run.name == name), None)
-    fail_if(
-        largest + code > BUDGET,
-        f"{name}: artifact {largest:,} + code as it ships {code:,} = {largest + code:,}; "
-        f"{BUDGET:,} are allowed"
-        + (f" (the log counts {logged:,} of code)" if logged not in (None, code) else ""),
-    )
+    if largest + code > BUDGET:
+        raise CheckFailed(
+            f"{name}: artifact {largest:,} + code as it ships {code:,} = {largest + code:,}; "
+            f"{BUDGET:,} are allowed"
+            + (f" (the log counts {logged:,} of code)" if logged not in (None, code) else "")
+        )
     biggest, whose = max(
         ((total, log) for log, total in totals.items()), default=(largest + code, name)
     )
     low = said.record.bytes
-    fail_if(
-        low is not None and low < min(biggest, largest + code),
-        f"{folder.submission_name} states {low or 0:,} "
-        f"bytes, {whose} has {biggest:,}: the largest seed counts, with its code",
-    )
+    if low is not None and low < min(biggest, largest + code):
+        raise CheckFailed(
+            f"{folder.submission_name} states {low:,} "
+            f"bytes, {whose} has {biggest:,}: the largest seed counts, with its code"
+        )
     return (
         f"largest artifact {largest:,} + code {code:,} in {len(folder.code.shipped)} files = {largest + code:,} of "
         f"{BUDGET:,}"
     )
 
 
-def check_helpers(folder: Folder) -> str:
+def check_helpers(folder: RecordFolder) -> str:
     """Everything that is imported is there, and everything there that is imported is counted."""
-    unknown_if(not folder.code.entries, "there is no Python file")
+    if not folder.code.entries:
+        raise CheckUndecided("there is no Python file")
     missing = [
         a for a in folder.code.absent if not a.optional and a.module.split(".")[0] not in CHALLENGE
     ]
     common = [a for a in missing if a.module.split(".")[0] in PACKAGES]
-    listed = "\n".join([folder.readme, *requirements(folder)]).lower().replace("_", "-")
+    listed = "\n".join([folder.readme, *requirement_texts(folder)]).lower().replace("_", "-")
     lost = [a for a in missing if distribution_of(a.module).lower().replace("_", "-") not in listed]
     unnamed = (
         []
-        if unread(folder)
+        if unreadable_source(folder)
         else [f"{a.file}:{a.line} imports {a.module}" for a in lost if a not in common]
     )
-    fail_if(
-        unnamed,
-        f"{'; '.join(unnamed)}: not in the folder, and neither README.md nor requirements.txt names it",
-    )
+    if unnamed:
+        raise CheckFailed(
+            f"{'; '.join(unnamed)}: not in the folder, and neither README.md nor requirements.txt names it"
+        )
     helpers = {
         name: size for name, size in folder.code.shipped.items() if name not in folder.code.entries
     }
     counted, where = counted_code(folder)
-    whole = code_in_use(folder)
+    whole = code_bytes_in_use(folder)
     if helpers and counted is not None:
         least, size = min(helpers.items(), key=lambda item: item[1])
-        fail_if(
+        if (
             counted < whole
             and counted <= whole - size
-            and counted >= sum(folder.code.shipped[e] for e in folder.code.entries[:1]) - 100,
-            f"{where} counts {counted:,} bytes of code; with {', '.join(sorted(helpers)[:3])}"
-            f"{' …' * (len(helpers) > 3)} what ships has {whole:,}",
+            and counted >= sum(folder.code.shipped[e] for e in folder.code.entries[:1]) - 100
+        ):
+            raise CheckFailed(
+                f"{where} counts {counted:,} bytes of code; with {', '.join(sorted(helpers)[:3])}"
+                f"{' …' * (len(helpers) > 3)} what ships has {whole:,}"
+            )
+    if lost:
+        raise CheckUndecided(
+            f"{lost[0].file}:{lost[0].line} imports "
+            f"{lost[0].module}, a package that neither README.md nor requirements.txt names",
+            [f"{a.file}:{a.line} {a.module} is named nowhere" for a in lost],
         )
-    unknown_if(
-        lost,
-        f"{lost[0].file if lost else ''}:{lost[0].line if lost else 0} imports "
-        f"{lost[0].module if lost else ''}, a package that neither README.md nor requirements.txt names",
-        [f"{a.file}:{a.line} {a.module} is named nowhere" for a in lost],
-    )
-    unknown_if(unread(folder), f"{unread(folder)}: what it imports could not be read")
+    if unreadable_source(folder):
+        raise CheckUndecided(f"{unreadable_source(folder)}: what it imports could not be read")
     return f"{len(folder.code.shipped)} files of code ship with {whole:,} bytes" + (
         "" if counted is None else f"; {where} counts {counted:,}"
     )
 
 
-def requirements(folder: Folder) -> list[str]:
+def requirement_texts(folder: RecordFolder) -> list[str]:
     names = [n for n in folder.files if re.fullmatch(r"(requirements\w*\.txt|setup\w*\.sh)", n)]
     return [
         text
         for n in names
-        for text in [attempt(read_text, folder.path, n, {}, 1 << 20)]
+        for text in [read_or_fault(read_text, folder.path, n, {}, 1 << 20)]
         if text is not None
     ]
 
 
-def unread(folder: Folder) -> str:
+def unreadable_source(folder: RecordFolder) -> str:
     """The first running source that does not parse, and why."""
     return next((f"{s.name} {s.fault}" for s in folder.code.running() if s.tree is None), "")
 
 
-def counted_code(folder: Folder) -> tuple[int | None, str]:
+def counted_code(folder: RecordFolder) -> tuple[int | None, str]:
     """What the record says its code weighs, and where: submission.json, else an evaluation, else training."""
     said = folder.claims
     if said.code is not None:
         return said.code, folder.submission_name
     for run in folder.record:
-        if scored(run).code_bytes is not None:
-            return scored(run).code_bytes, run.name
+        if scoring_log(run).code_bytes is not None:
+            return scoring_log(run).code_bytes, run.name
     return None, ""
 
 
-# ---- MB and MiB ------------------------------------------------------------------------------------------------------
-def check_units(folder: Folder) -> str:
+# ==== MB and MiB ==================================================================================
+def check_units(folder: RecordFolder) -> str:
     """A size in MiB (2^20 bytes) that is called MB, and 16 MiB taken for the limit."""
     wrong = [line for source in folder.code.running() for line in mib_budgets(source)]
-    fail_if(
-        wrong,
-        f"{wrong[0] if wrong else ''}: takes 16 MiB (16,777,216 bytes) for the limit; it is {BUDGET:,}",
-    )
+    if wrong:
+        raise CheckFailed(
+            f"{wrong[0]}: takes 16 MiB (16,777,216 bytes) for the limit; it is {BUDGET:,}"
+        )
     sizes = sorted(
-        {s.bytes for run in folder.runs for s in scored(run).sizes}
-        | {size for run in folder.record for size in [artifact_of(run)] if size}
+        {s.bytes for run in folder.runs for s in scoring_log(run).sizes}
+        | {size for run in folder.record for size in [artifact_bytes(run)] if size}
     )
     compared = 0
     for text, unit in re.findall(r"(?<![\w.,])(\d{2}\.\d{1,4})\s?(MB|MiB)\b", folder.readme)[:200]:
-        as_mb, as_mib = (nearest(float(text) * scale, sizes) for scale in (1_000_000, MIB))
+        as_mb, as_mib = (nearest_size(float(text) * scale, sizes) for scale in (1_000_000, MIB))
         slack = 0.51 * 10.0 ** -(len(text) - 3)
         is_mb, is_mib = (
             as_mb is not None and as_mb[0] <= slack * 1e6,
             as_mib is not None and as_mib[0] <= slack * MIB,
         )
         compared += is_mb or is_mib
-        fail_if(
-            unit == "MB" and is_mib and not is_mb and len(text) > 4,
-            f"README.md says {text} MB; "
-            f"{as_mib[1] if as_mib else 0:,} bytes are {text} MiB and {(as_mib[1] if as_mib else 0) / 1e6:.2f} MB",
-        )
-        fail_if(
-            unit == "MiB" and is_mb and not is_mib and len(text) > 4,
-            f"README.md says {text} MiB; "
-            f"{as_mb[1] if as_mb else 0:,} bytes are {text} MB and {(as_mb[1] if as_mb else 0) / MIB:.2f} MiB",
-        )
+        if unit == "MB" and is_mib and not is_mb and len(text) > 4:
+            raise CheckFailed(
+                f"README.md says {text} MB; "
+                f"{as_mib[1]:,} bytes are {text} MiB and {as_mib[1] / 1e6:.2f} MB"
+            )
+        if unit == "MiB" and is_mb and not is_mib and len(text) > 4:
+            raise CheckFailed(
+                f"README.md says {text} MiB; "
+                f"{as_mb[1]:,} bytes are {text} MB and {as_mb[1] / MIB:.2f} MiB"
+            )
     limit = next((m for m in MIB_LIMIT.finditer(folder.readme) if " not " not in m[0]), None)
-    fail_if(
-        limit,
-        f"README.md takes 16 MiB for the limit ({limit[0] if limit else ''!r}); it is {BUDGET:,} bytes",
-    )
+    if limit:
+        raise CheckFailed(
+            f"README.md takes 16 MiB for the limit ({limit[0]!r}); it is {BUDGET:,} bytes"
+        )
     return (
         f"{compared} sizes of README.md are in the unit that they name; none is called by another"
     )
 
 
-def nearest(value: float, sizes: list[int]) -> tuple[float, int] | None:
+def nearest_size(value: float, sizes: list[int]) -> tuple[float, int] | None:
     return min(((abs(size - value), size) for size in sizes), default=None)
 
 
-def mib_budgets(source: Source) -> list[str]:
+def mib_budgets(source: CodeFile) -> list[str]:
     found = []
     for node in source.nodes:
         if isinstance(node, ast.Compare):
-            parts, names = [node.left, *node.comparators], words(node)
+            parts, names = [node.left, *node.comparators], names_in(node)
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.keyword):
             parts, names = [node.value], {target_name(node)}
         else:
             continue
-        if any(value_of(part) == 16 * MIB for part in parts) and any(
+        if any(constant_arithmetic(part) == 16 * MIB for part in parts) and any(
             map(BUDGET_NAME.search, names)
         ):
             found.append(f"{source.name}:{getattr(node, 'lineno', 0)}")
@@ -262,15 +266,18 @@ def mib_budgets(source: Source) -> list[str]:
 def target_name(node: ast.Assign | ast.AnnAssign | ast.keyword) -> str:
     if isinstance(node, ast.keyword):
         return node.arg or ""
-    return name_of(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+    return dotted_name(node.targets[0] if isinstance(node, ast.Assign) else node.target)
 
 
-def value_of(node: ast.AST | None, depth: int = 0) -> float | None:
+def constant_arithmetic(node: ast.AST | None, depth: int = 0) -> float | None:
     """Arithmetic of constants."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.BinOp) and depth < 8:
-        left, right = value_of(node.left, depth + 1), value_of(node.right, depth + 1)
+        left, right = (
+            constant_arithmetic(node.left, depth + 1),
+            constant_arithmetic(node.right, depth + 1),
+        )
         if left is None or right is None or abs(left) > 1e9 or abs(right) > 1e9:
             return None
         if isinstance(node.op, ast.Mult):
@@ -280,8 +287,8 @@ def value_of(node: ast.AST | None, depth: int = 0) -> float | None:
     return None
 
 
-# ---- Stubs -----------------------------------------------------------------------------------------------------------
-def check_stub(folder: Folder) -> str:
+# ==== Stubs =======================================================================================
+def check_stub(folder: RecordFolder) -> str:
     """Packed code has a readable copy beside it (#1412), and that is the code which runs."""
     packed = {
         s.name: s
@@ -308,12 +315,14 @@ def check_stub(folder: Folder) -> str:
                 f"{name} runs {len(source.text):,} characters, and {beside[0].name} is other code "
                 f"({len(beside[0].text):,})"
             )
-    fail_if(other and any("!" in name for name in packed), other[0] if other else "")
-    unknown_if(bare or other, (bare or other)[0] if bare or other else "", bare + other)
+    if other and any("!" in name for name in packed):
+        raise CheckFailed(other[0])
+    if bare or other:
+        raise CheckUndecided((bare or other)[0], bare + other)
     return f"{len(packed)} packed sources are the readable ones in the folder"
 
 
-def same_code(a: Source, b: Source) -> bool:
+def same_code(a: CodeFile, b: CodeFile) -> bool:
     if a.text.strip() == b.text.strip():
         return True
     try:
@@ -322,8 +331,8 @@ def same_code(a: Source, b: Source) -> bool:
         return False
 
 
-CHECKS = {
-    "files": check_files,
+SIZE_CHECKS = {
+    "files": check_folder_files,
     "schema": check_schema,
     "bytes": check_bytes,
     "helpers": check_helpers,

@@ -10,33 +10,34 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 
-from fairway.records.checks.base import fail_if, unknown_if
-from fairway.records.code import Source
-from fairway.records.folder import Folder
-from fairway.records.syntax import constant, name_of, words
+from fairway.records.checks.base import CheckFailed, CheckUndecided
+from fairway.records.code import CodeFile
+from fairway.records.folder import RecordFolder
+from fairway.records.syntax import constant_value, dotted_name, names_in
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def running(folder: Folder) -> list[Source]:
+def running_sources(folder: RecordFolder) -> list[CodeFile]:
     """All code that runs, out of stubs and archives as well."""
     code = folder.code
-    unknown_if(not code.entries, "there is no Python file")
+    if not code.entries:
+        raise CheckUndecided("there is no Python file")
     return [*code.running(), *(s for name, s in code.sources.items() if "!" in name)]
 
 
-def settled(folder: Folder, text: str, warnings: list[str] | None = None) -> str:
+def unless_unread(folder: RecordFolder, text: str, warnings: list[str] | None = None) -> str:
     """`text`, unless something that runs could not be read."""
-    blind = next((s for s in running(folder) if s.tree is None), None)
-    unknown_if(
-        blind,
-        f"{blind.name if blind else ''} could not be read: {blind.fault if blind else ''}",
-        warnings,
-    )
+    blind = next((s for s in running_sources(folder) if s.tree is None), None)
+    if blind:
+        raise CheckUndecided(
+            f"{blind.name} could not be read: {blind.fault}",
+            warnings,
+        )
     return text
 
 
-def full_names(source: Source) -> dict[str, str]:
+def full_names(source: CodeFile) -> dict[str, str]:
     """Local name → what it was imported as: `get` of `from requests import get` is requests.get."""
     found: dict[str, str] = {}
     for node in source.nodes:
@@ -54,24 +55,24 @@ def full_names(source: Source) -> dict[str, str]:
     return found
 
 
-def calls(source: Source) -> Iterator[tuple[str, ast.Call]]:
+def calls_in(source: CodeFile) -> Iterator[tuple[str, ast.Call]]:
     """Every call, under the full name of what is called: np.load as numpy.load."""
     known = full_names(source)
     for node in source.nodes:
         if isinstance(node, ast.Call):
-            start, dot, rest = name_of(node.func).partition(".")
+            start, dot, rest = dotted_name(node.func).partition(".")
             yield known.get(start, start) + dot + rest, node
 
 
-def at(source: Source, node: ast.AST) -> str:
+def location(source: CodeFile, node: ast.AST) -> str:
     return f"{source.name}:{getattr(node, 'lineno', 0)}"
 
 
-def keyword(call: ast.Call, name: str) -> ast.AST | None:
+def keyword_value(call: ast.Call, name: str) -> ast.AST | None:
     return next((k.value for k in call.keywords if k.arg == name), None)
 
 
-# ---- Network ---------------------------------------------------------------------------------------------------------
+# ==== Network =====================================================================================
 NETWORK = re.compile(
     r"(socket\.(socket|create_connection|create_server|getaddrinfo)|urllib\.request\..+|"
     r"http\.client\..+|"
@@ -88,41 +89,45 @@ RUNNERS = re.compile(
 )
 
 
-def check_network(folder: Folder) -> str:
+def check_network(folder: RecordFolder) -> str:
     """Nothing that runs at training or evaluation opens a connection or fetches anything."""
-    for source in running(folder):
-        for name, call in calls(source):
-            fail_if(
-                NETWORK.match(name),
-                f"{at(source, call)} calls {name}: training and evaluation have no network",
-            )
+    for source in running_sources(folder):
+        for name, call in calls_in(source):
+            if NETWORK.match(name):
+                raise CheckFailed(
+                    f"{location(source, call)} calls {name}: training and evaluation have no network"
+                )
             if RUNNERS.match(name) and call.args:
                 text = " ".join(
-                    str(constant(n)) for n in ast.walk(call.args[0]) if isinstance(constant(n), str)
+                    str(constant_value(n))
+                    for n in ast.walk(call.args[0])
+                    if isinstance(constant_value(n), str)
                 )
                 found = FETCHERS.search(text)
-                fail_if(
-                    found and fetches(found[2], text),
-                    f"{at(source, call)} runs {text[:60]!r}: training and "
-                    "evaluation have no network",
-                )
-    return settled(folder, f"{len(running(folder))} sources open no connection and run no download")
+                if found and fetches(found[2], text):
+                    raise CheckFailed(
+                        f"{location(source, call)} runs {text[:60]!r}: training and "
+                        "evaluation have no network"
+                    )
+    return unless_unread(
+        folder, f"{len(running_sources(folder))} sources open no connection and run no download"
+    )
 
 
 def fetches(program: str, text: str) -> bool:
     return program != "git" or bool(re.search(r"\b(clone|pull|fetch)\b", text))
 
 
-# ---- Paths -----------------------------------------------------------------------------------------------------------
+# ==== Paths =======================================================================================
 OUTSIDE = re.compile(
     r"(/(?!(dev|proc|sys|tmp|usr|bin|etc|opt/rocm)/)[A-Za-z0-9_.-]+(/[\w.*-]+)+/?|"
     r"(\.\./)+[\w.*/-]*|~/[\w./*-]*)$"
 )
 
 
-def check_paths(folder: Folder) -> str:
+def check_paths(folder: RecordFolder) -> str:
     """No absolute path and none above the folder, as a default or where a file is opened."""
-    for source in running(folder):
+    for source in running_sources(folder):
         used = {
             id(n): node
             for node in source.nodes
@@ -131,7 +136,7 @@ def check_paths(folder: Folder) -> str:
         }
         shown_text = {
             id(part)
-            for name, call in calls(source)
+            for name, call in calls_in(source)
             if name.split(".")[-1]
             in (
                 "print",
@@ -148,7 +153,7 @@ def check_paths(folder: Folder) -> str:
             for part in ast.walk(call)
         }
         for node in source.nodes:
-            text = constant(node)
+            text = constant_value(node)
             if (
                 isinstance(text, str)
                 and len(text) < 300
@@ -156,11 +161,13 @@ def check_paths(folder: Folder) -> str:
                 and id(node) in used
                 and id(node) not in shown_text
             ):
-                fail_if(True, f"{at(source, node)} names {text[:80]!r}, outside the folder")
-    return settled(folder, "no path leads out of the folder")
+                raise CheckFailed(
+                    f"{location(source, node)} names {text[:80]!r}, outside the folder"
+                )
+    return unless_unread(folder, "no path leads out of the folder")
 
 
-# ---- Validation text -------------------------------------------------------------------------------------------------
+# ==== Validation text =============================================================================
 VAL_FILE = re.compile(
     r"(?i)(fineweb|[*_/])_?val(idation)?[_*]\S*(bin|\*)|^val_(files|pattern|path)$"
 )
@@ -175,7 +182,7 @@ def names_validation(node: ast.AST) -> bool:
     """The validation files themselves: their pattern, or a setting that holds it."""
     for part in ast.walk(node):
         text = (
-            constant(part)
+            constant_value(part)
             if isinstance(part, ast.Constant)
             else getattr(part, "attr", getattr(part, "id", None))
         )
@@ -184,9 +191,9 @@ def names_validation(node: ast.AST) -> bool:
     return False
 
 
-def check_validation(folder: Folder) -> str:
+def check_validation(folder: RecordFolder) -> str:
     """No validation file is read in training: as training files, by the training loader, or to calibrate on."""
-    for source in running(folder):
+    for source in running_sources(folder):
         for node in source.nodes:
             if (
                 isinstance(node, ast.Assign | ast.AnnAssign | ast.keyword)
@@ -195,31 +202,33 @@ def check_validation(folder: Folder) -> str:
                 target = (
                     node.arg or ""
                     if isinstance(node, ast.keyword)
-                    else name_of(
+                    else dotted_name(
                         node.targets[0] if isinstance(node, ast.Assign) else node.target
                     ).split(".")[-1]
                 )
-                fail_if(
+                if (
                     TRAIN_NAME.search(target)
                     and names_validation(node.value)
-                    and not isinstance(node.value, ast.Lambda | ast.IfExp | ast.Dict),
-                    f"{at(source, node)} gives {target} the validation files",
-                )
-            elif isinstance(node, ast.Call) and TRAIN_LOADER.search(name_of(node.func)):
-                fail_if(
-                    any(names_validation(arg) for arg in node.args[:2]),
-                    f"{at(source, node)} feeds "
-                    f"{name_of(node.func)}, which feeds training, with the validation files",
-                )
-    return settled(folder, "no training or calibration reads the validation files")
+                    and not isinstance(node.value, ast.Lambda | ast.IfExp | ast.Dict)
+                ):
+                    raise CheckFailed(
+                        f"{location(source, node)} gives {target} the validation files"
+                    )
+            elif isinstance(node, ast.Call) and TRAIN_LOADER.search(dotted_name(node.func)):
+                if any(names_validation(arg) for arg in node.args[:2]):
+                    raise CheckFailed(
+                        f"{location(source, node)} feeds "
+                        f"{dotted_name(node.func)}, which feeds training, with the validation files"
+                    )
+    return unless_unread(folder, "no training or calibration reads the validation files")
 
 
-# ---- Loading ---------------------------------------------------------------------------------------------------------
-def check_loading(folder: Folder) -> str:
+# ==== Loading =====================================================================================
+def check_loading(folder: RecordFolder) -> str:
     """Nothing read from a file can run code: no pickle, no eval of a file, torch.load with weights_only."""
     bare: list[str] = []
-    for source in running(folder):
-        for name, call in calls(source):
+    for source in running_sources(folder):
+        for name, call in calls_in(source):
             if name in (
                 "pickle.load",
                 "pickle.loads",
@@ -233,36 +242,37 @@ def check_loading(folder: Folder) -> str:
                 "shelve.open",
                 "pickle.Unpickler",
             ):
-                fail_if(True, f"{at(source, call)} calls {name}: a file of it can run any code")
+                raise CheckFailed(
+                    f"{location(source, call)} calls {name}: a file of it can run any code"
+                )
             elif name == "numpy.load":
-                fail_if(
-                    constant(keyword(call, "allow_pickle")) is True,
-                    f"{at(source, call)} loads with allow_pickle=True",
-                )
+                if constant_value(keyword_value(call, "allow_pickle")) is True:
+                    raise CheckFailed(f"{location(source, call)} loads with allow_pickle=True")
             elif name == "torch.load":
-                safe = constant(keyword(call, "weights_only"))
-                fail_if(
-                    safe is False,
-                    f"{at(source, call)} loads with weights_only=False: a file of it can run any "
-                    "code",
+                safe = constant_value(keyword_value(call, "weights_only"))
+                if safe is False:
+                    raise CheckFailed(
+                        f"{location(source, call)} loads with weights_only=False: a file of it can run any "
+                        "code"
+                    )
+                bare += [f"{location(source, call)} torch.load without weights_only"] * (
+                    safe is not True
                 )
-                bare += [f"{at(source, call)} torch.load without weights_only"] * (safe is not True)
             elif name in ("exec", "eval", "builtins.exec", "builtins.eval") and call.args:
-                fail_if(
-                    runs_a_file(call.args[0], folder), f"{at(source, call)} runs what a file holds"
-                )
-    unknown_if(
-        bare,
-        f"{len(bare)} torch.load without weights_only: safe from PyTorch 2.6 on, before it runs code",
-        bare,
-    )
-    return settled(folder, "what is loaded cannot run code")
+                if runs_a_file(call.args[0], folder):
+                    raise CheckFailed(f"{location(source, call)} runs what a file holds")
+    if bare:
+        raise CheckUndecided(
+            f"{len(bare)} torch.load without weights_only: safe from PyTorch 2.6 on, before it runs code",
+            bare,
+        )
+    return unless_unread(folder, "what is loaded cannot run code")
 
 
-def runs_a_file(node: ast.AST, folder: Folder) -> bool:
+def runs_a_file(node: ast.AST, folder: RecordFolder) -> bool:
     """exec(open(…)), unless the file is one of the folder's own sources, which are judged like the others."""
     read = any(
-        name_of(n.func) in ("open", "io.open")
+        dotted_name(n.func) in ("open", "io.open")
         or (
             isinstance(n.func, ast.Attribute) and n.func.attr in ("read", "read_text", "read_bytes")
         )
@@ -270,31 +280,31 @@ def runs_a_file(node: ast.AST, folder: Folder) -> bool:
         if isinstance(n, ast.Call)
     )
     own = any(
-        str(constant(n)) in folder.code.shipped
+        str(constant_value(n)) in folder.code.shipped
         for n in ast.walk(node)
         if isinstance(n, ast.Constant)
     )
     return read and not own
 
 
-# ---- Patterns --------------------------------------------------------------------------------------------------------
+# ==== Patterns ====================================================================================
 TARGET = re.compile(
     r"(?i)^(tgt|target|targets|tgts|label|labels|next_tok\w*|y|y_np|tgt_np|targ\w*|true_tok\w*|gold)"
     r"(_\w+)?$"
 )
 HASHED = re.compile(r"(?i)(hash|bucket|slot_?id|(^|_)f?key|full_?idx)")
 SCORING = re.compile(r"(?i)(eval|score|ttt|test_time|adapt|validat|slot)")
-MIXED = re.compile(r"(?i)(mix|blend|interp|combined|p_final|final_p|p_hat)")
+MIX_NAME = re.compile(r"(?i)(mix|blend|interp|combined|p_final|final_p|p_hat)")
 LOSS_SUM = re.compile(
     r"(?i)(loss|nll|nats|bits|score|bpb)_?(sum|total|acc\w*)?$|(total|sum|acc)_?(loss|nll|nats|bits)"
 )
 
 
-def functions(source: Source) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+def functions_in(source: CodeFile) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     return (node for node in source.nodes if isinstance(node, FUNCTIONS))
 
 
-def target_in_hash_key(source: Source) -> Iterator[str]:
+def target_in_hash_key(source: CodeFile) -> Iterator[str]:
     """The key of a table is mixed from the context and the token that it should predict (#779)."""
     for node in source.nodes:
         if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) and node.value is not None:
@@ -305,42 +315,44 @@ def target_in_hash_key(source: Source) -> Iterator[str]:
                 for n in ast.walk(node.value)
             ) or isinstance(node, ast.AugAssign)
             if (
-                HASHED.search(name_of(target))
+                HASHED.search(dotted_name(target))
                 and mixes
-                and any(TARGET.match(w) for w in words(node.value))
+                and any(TARGET.match(w) for w in names_in(node.value))
             ):
-                yield f"{at(source, node)} a hash key is made of the target"
+                yield f"{location(source, node)} a hash key is made of the target"
         elif (
             isinstance(node, ast.Call)
-            and name_of(node.func).split(".")[-1].lower().startswith("hash")
-            and any(TARGET.match(w) for a in node.args for w in words(a))
+            and dotted_name(node.func).split(".")[-1].lower().startswith("hash")
+            and any(TARGET.match(w) for a in node.args for w in names_in(a))
         ):
-            yield f"{at(source, node)} a hash key is made of the target"
+            yield f"{location(source, node)} a hash key is made of the target"
 
 
-def mixed_at_target(source: Source) -> Iterator[str]:
+def mixed_at_target(source: CodeFile) -> Iterator[str]:
     """Probabilities are mixed for the target alone: (1 - a)·p + a·q of gathered entries, renormalised by nothing."""
-    for function in functions(source):
+    for function in functions_in(source):
         inner = list(ast.walk(function))
         gathers = any(
             isinstance(n, ast.Call)
             and isinstance(n.func, ast.Attribute)
             and n.func.attr in ("gather", "take_along_axis", "take_along_dim")
             and any(
-                TARGET.match(w) for a in [*n.args, *(k.value for k in n.keywords)] for w in words(a)
+                TARGET.match(w)
+                for a in [*n.args, *(k.value for k in n.keywords)]
+                for w in names_in(a)
             )
             for n in inner
         ) or any(
-            isinstance(n, ast.Subscript) and any(TARGET.match(w) for w in words(n.slice))
+            isinstance(n, ast.Subscript) and any(TARGET.match(w) for w in names_in(n.slice))
             for n in inner
         )
         for node in inner if gathers else ():
             if (
                 isinstance(node, ast.Assign)
                 and is_blend(node.value)
-                and MIXED.search(name_of(node.targets[0]).split(".")[-1])
+                and MIX_NAME.search(dotted_name(node.targets[0]).split(".")[-1])
             ):
-                yield f"{at(source, node)} probabilities are mixed at the target alone"
+                yield f"{location(source, node)} probabilities are mixed at the target alone"
 
 
 def is_blend(node: ast.AST) -> bool:
@@ -348,16 +360,18 @@ def is_blend(node: ast.AST) -> bool:
     sums = [n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add)]
     return any(
         any(
-            isinstance(n, ast.BinOp) and isinstance(n.op, ast.Sub) and constant(n.left) in (1, 1.0)
+            isinstance(n, ast.BinOp)
+            and isinstance(n.op, ast.Sub)
+            and constant_value(n.left) in (1, 1.0)
             for n in ast.walk(s)
         )
         for s in sums
     )
 
 
-def trains_before_scoring(source: Source) -> Iterator[str]:
+def trains_before_scoring(source: CodeFile) -> Iterator[str]:
     """In a loop of an evaluation, a step of the optimiser comes before what the loop adds to the score (#402, #677)."""
-    for function in functions(source):
+    for function in functions_in(source):
         if not SCORING.search(function.name):
             continue
         for loop in (n for n in ast.walk(function) if isinstance(n, ast.For | ast.While)):
@@ -368,7 +382,7 @@ def trains_before_scoring(source: Source) -> Iterator[str]:
                 for n in ast.walk(s)
                 if isinstance(n, ast.AugAssign)
                 and isinstance(n.op, ast.Add)
-                and LOSS_SUM.search(name_of(n.target).split(".")[-1])
+                and LOSS_SUM.search(dotted_name(n.target).split(".")[-1])
             ]
             if steps and adds and min(steps) < min(adds):
                 yield f"{source.name}:{min(steps)} training comes before scoring (line {min(adds)}) in the same loop"
@@ -379,11 +393,11 @@ def is_step(node: ast.AST) -> bool:
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and node.func.attr == "step"
-        and bool(re.search(r"(?i)opt", name_of(node.func.value)))
+        and bool(re.search(r"(?i)opt", dotted_name(node.func.value)))
     )
 
 
-def two_passes(source: Source) -> Iterator[str]:
+def two_passes(source: CodeFile) -> Iterator[str]:
     """A second pass over text that was scored (#846)."""
     seen = set()
     for node in source.nodes:
@@ -399,39 +413,39 @@ def two_passes(source: Source) -> Iterator[str]:
             and name not in seen
         ):
             seen.add(name)
-            yield f"{at(source, node)} {name}: text is scored twice"
+            yield f"{location(source, node)} {name}: text is scored twice"
 
 
-def slot_like(source: Source) -> Iterator[str]:
+def slot_like(source: CodeFile) -> Iterator[str]:
     """A delta, made in an evaluation and optimised there on the positions that are then scored (#1240)."""
-    for function in functions(source):
+    for function in functions_in(source):
         inner = list(ast.walk(function)) if SCORING.search(function.name) else []
         made = [
             n
             for n in inner
             if isinstance(n, ast.Assign)
-            and re.search(r"(?i)(^|_)(delta|slot|bias)(_|$)", name_of(n.targets[0]))
+            and re.search(r"(?i)(^|_)(delta|slot|bias)(_|$)", dotted_name(n.targets[0]))
             and (
-                constant(keyword(n.value, "requires_grad")) is True
+                constant_value(keyword_value(n.value, "requires_grad")) is True
                 if isinstance(n.value, ast.Call)
-                else False or "requires_grad_" in words(n.value)
+                else False or "requires_grad_" in names_in(n.value)
             )
         ]
         if made and any(
             is_step(n) or (isinstance(n, ast.Attribute) and n.attr == "grad") for n in inner
         ):
-            yield f"{at(source, made[0])} {name_of(made[0].targets[0])} is optimised where it scores"
+            yield f"{location(source, made[0])} {dotted_name(made[0].targets[0])} is optimised where it scores"
 
 
-def last_epoch_counts(source: Source) -> Iterator[str]:
+def last_epoch_counts(source: CodeFile) -> Iterator[str]:
     """A loop over epochs that trains and starts its score anew each time: only the last epoch's loss is kept (#568)."""
-    for function in functions(source):
+    for function in functions_in(source):
         loops = (
             [
                 n
                 for n in ast.walk(function)
                 if isinstance(n, ast.For)
-                and "epoch" in " ".join([*words(n.target), *words(n.iter)]).lower()
+                and "epoch" in " ".join([*names_in(n.target), *names_in(n.iter)]).lower()
             ]
             if SCORING.search(function.name)
             else []
@@ -441,18 +455,18 @@ def last_epoch_counts(source: Source) -> Iterator[str]:
                 s
                 for s in loop.body
                 if isinstance(s, ast.Assign)
-                and constant(s.value) in (0, 0.0)
-                and LOSS_SUM.search(name_of(s.targets[0]).split(".")[-1])
+                and constant_value(s.value) in (0, 0.0)
+                and LOSS_SUM.search(dotted_name(s.targets[0]).split(".")[-1])
             ]
             if resets and any(is_step(n) for s in loop.body for n in ast.walk(s)):
-                yield f"{at(source, resets[0])} each epoch starts the score anew: the last epoch's is reported"
+                yield f"{location(source, resets[0])} each epoch starts the score anew: the last epoch's is reported"
 
 
-def stored_tokens(source: Source) -> Iterator[str]:
+def stored_tokens(source: CodeFile) -> Iterator[str]:
     """Validation tokens go into what is saved (#168, #275)."""
     for node in source.nodes:
         name = (
-            constant(node)
+            constant_value(node)
             if isinstance(node, ast.Constant)
             else node.id
             if isinstance(node, ast.Name)
@@ -461,8 +475,8 @@ def stored_tokens(source: Source) -> Iterator[str]:
         if isinstance(name, str) and re.fullmatch(
             r"(?i)(paid_?prefix|val_prefix|prefix_tokens|stored_val\w*)\w*", name
         ):
-            yield f"{at(source, node)} {name}: validation tokens may be stored in the artifact"
-        if isinstance(node, ast.Call) and name_of(node.func) in (
+            yield f"{location(source, node)} {name}: validation tokens may be stored in the artifact"
+        if isinstance(node, ast.Call) and dotted_name(node.func) in (
             "torch.save",
             "np.savez",
             "numpy.savez",
@@ -474,14 +488,14 @@ def stored_tokens(source: Source) -> Iterator[str]:
                 {
                     w
                     for a in node.args
-                    for w in words(a)
+                    for w in names_in(a)
                     if re.fullmatch(r"val_(tokens|data|ids)", w)
                 }
             ):
-                yield f"{at(source, node)} {found} goes into a file that is saved"
+                yield f"{location(source, node)} {found} goes into a file that is saved"
 
 
-def spread_over_bytes(source: Source) -> Iterator[str]:
+def spread_over_bytes(source: CodeFile) -> Iterator[str]:
     """A token's probability is spread over its bytes by a root of it (#1835)."""
     for node in source.nodes:
         if (
@@ -489,13 +503,13 @@ def spread_over_bytes(source: Source) -> Iterator[str]:
             and isinstance(node.op, ast.Pow)
             and isinstance(node.right, ast.BinOp)
             and isinstance(node.right.op, ast.Div)
-            and constant(node.right.left) in (1, 1.0)
-            and any(re.search(r"(?i)byte|n_b$", w) for w in words(node.right.right))
+            and constant_value(node.right.left) in (1, 1.0)
+            and any(re.search(r"(?i)byte|n_b$", w) for w in names_in(node.right.right))
         ):
-            yield f"{at(source, node)} a token's probability is spread over its bytes by a power"
+            yield f"{location(source, node)} a token's probability is spread over its bytes by a power"
 
 
-PATTERNS: tuple[Callable[[Source], Iterator[str]], ...] = (
+PATTERNS: tuple[Callable[[CodeFile], Iterator[str]], ...] = (
     target_in_hash_key,
     mixed_at_target,
     trains_before_scoring,
@@ -507,22 +521,21 @@ PATTERNS: tuple[Callable[[Source], Iterator[str]], ...] = (
 )
 
 
-def check_patterns(folder: Folder) -> str:
+def check_patterns(folder: RecordFolder) -> str:
     """What known cheats look like. Honest code may look like it too: a reader, or a certificate made anew, decides."""
     found = list(
         dict.fromkeys(
-            w for source in running(folder) for pattern in PATTERNS for w in pattern(source)
+            w for source in running_sources(folder) for pattern in PATTERNS for w in pattern(source)
         )
     )
-    unknown_if(
-        found,
-        f"{len(found)} places look like a known cheat; read them: {'; '.join(found[:2])}",
-        found,
-    )
-    return settled(folder, "nothing looks like a known cheat")
+    if found:
+        raise CheckUndecided(
+            f"{len(found)} places look like a known cheat; read them: {'; '.join(found[:2])}", found
+        )
+    return unless_unread(folder, "nothing looks like a known cheat")
 
 
-CHECKS = {
+SOURCE_CHECKS = {
     "network": check_network,
     "paths": check_paths,
     "validation": check_validation,

@@ -33,7 +33,7 @@ def bad(fault: str, check: str, where: str, *also: str, verdict: str = "FAIL"):
     return register
 
 
-# ---- Changes to finished files ---------------------------------------------------------------------------------------
+# ==== Changes to finished files ===================================================================
 def replaced(files: Files, name: str, old: str, new: str, count: int = -1) -> Files:
     """`files` with a text in one of them changed; the text must be there."""
     text = files[name].decode()
@@ -70,7 +70,7 @@ def with_function(code: str) -> Files:
     return make(trainer=trainer_with("def main():", f"{code.strip()}\n\n\ndef main():"))
 
 
-# ---- Files -----------------------------------------------------------------------------------------------------------
+# ==== Files =======================================================================================
 @bad("no README.md", "files", "conventions")
 def no_readme():
     return without(make(), "README.md")
@@ -105,7 +105,7 @@ def undated():
     return make()
 
 
-# ---- Bytes -----------------------------------------------------------------------------------------------------------
+# ==== Bytes =======================================================================================
 @bad("artifact and code over 16,000,000 bytes", "bytes", "#1809")
 def too_large():
     return make(only={42: dict(artifact_bytes=15_999_000)})
@@ -164,7 +164,7 @@ def stub_alone():
     return without(make("april"), "source/train_gpt.py")
 
 
-# ---- Numbers and seeds -----------------------------------------------------------------------------------------------
+# ==== Numbers and seeds ===========================================================================
 @bad(
     "README.md has another score than submission.json", "numbers", "2026-03-19_WarmdownQuantization"
 )
@@ -278,7 +278,7 @@ def certificate_failed():
     return files | {"certificate_seed42.json": json.dumps(data | {"passed": False}).encode()}
 
 
-# ---- The course of the runs ------------------------------------------------------------------------------------------
+# ==== The course of the runs ======================================================================
 @bad("trained for longer than 600 s", "train_time", "conventions")
 def trains_too_long():
     return make("baseline", only={42: dict(train_seconds=631.7)})
@@ -404,7 +404,7 @@ def two_devices():
     return make(each=dict(world_size=2))
 
 
-# ---- What the code does ----------------------------------------------------------------------------------------------
+# ==== What the code does ==========================================================================
 @bad("a download while it runs", "network", "README FAQ")
 def downloads():
     return with_function("""
@@ -461,7 +461,7 @@ def restore(path):
 """)
 
 
-# ---- Patterns: a warning with its line -------------------------------------------------------------------------------
+# ==== Patterns: a warning with its line ===========================================================
 def pattern(fault: str, where: str):
     return bad(fault, "patterns", where, verdict="cannot tell")
 
