@@ -42,6 +42,7 @@ from fairway.coreml.layout import SHAPES
 from fairway.coreml.mac import audited, need_mac, timed
 from fairway.coreml.manifest import DTYPES, read_folder
 from fairway.coreml.parity import LONG, check, table_of, variants
+from fairway.coreml.shard_engines import connect_shards
 from fairway.decoding.strategies import Strategy
 from fairway.decoding.writing import Writer
 from fairway.options import Parser, need_place, save_json
@@ -222,7 +223,8 @@ def written(writer: Writer, prompt: list[int], draft: str, tokens: int = 64) -> 
 def bench(given: argparse.Namespace) -> int:
     """Plain, and with n-gram drafts, after the same prompt."""
     need_mac("--bench")
-    writer, found = Writer(given.artifact, shards=given.out), {}
+    writer = Writer(given.artifact, connect=connect_shards(given.out, given.artifact))
+    found = {}
     prompt = writer.tokens(b"The people of the United States")
     for draft in ("none", "ngram"):
         rates = timed(lambda draft=draft: written(writer, prompt, draft))

@@ -30,8 +30,8 @@ from fairway.coreml.export import Choice, Source, export, folder_bytes  # noqa: 
 from fairway.coreml.graph import host_tables  # noqa: E402
 from fairway.coreml.parity import LONG, check, table_of, variants  # noqa: E402
 from fairway.coreml.ranges import measure  # noqa: E402
-from fairway.decoding.drafts import NGram  # noqa: E402
-from fairway.decoding.search import Reader, plain  # noqa: E402
+from fairway.decoding.drafters import NGramDrafter  # noqa: E402
+from fairway.decoding.reader import Reader, decode_plainly  # noqa: E402
 from fairway.decoding.speculative import Speculation  # noqa: E402
 from fairway.decoding.strategies import Strategy  # noqa: E402
 from fairway.scoring.memory import Memory  # noqa: E402
@@ -89,9 +89,9 @@ def write_some(source: Source, tokens: np.ndarray, choice: Choice) -> None:
                 reader.last(prompt[:-1])
                 rng, before = np.random.default_rng(0), chain.used.calls
                 steps = (
-                    Speculation(reader, prompt, greedy, rng, NGram(), 3)
+                    Speculation(reader, prompt, greedy, rng, NGramDrafter(), 3)
                     if texts
-                    else plain(reader, prompt, greedy, rng)
+                    else decode_plainly(reader, prompt, greedy, rng)
                 )
                 texts.append([step.token for step, _ in zip(steps, range(WRITTEN), strict=False)])
             calls = chain.used.calls - before

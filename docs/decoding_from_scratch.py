@@ -15,7 +15,7 @@ Read it from top to bottom; each part uses only what stands above it.
     8  proof        every course that chance can take, added up
     9  tables       all of it side by side
 
-Only the standard library is imported, so nothing is hidden: no tensors, no kernels. `generate.py` does the same with
+Only the standard library is imported, so nothing is hidden: no tensors, no kernels. `fairway generate` does the same with
 the real model, and fairway/decoding/ holds these ideas in the shapes that a GPU likes.
 """
 

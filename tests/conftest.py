@@ -192,6 +192,26 @@ def read_events(out_dir: Path, run_id: str = "test") -> list[dict]:
 
 
 @pytest.fixture(scope="session")
+def artifacts(tmp_path_factory, corpus) -> Path:
+    """For the decoding tests: a folder with model.ptz, artifacts that differ from it in one respect, and two prompts."""
+    from artifacts import make_artifact
+
+    folder = tmp_path_factory.mktemp("decoding")
+    make_artifact(folder, corpus)
+    make_artifact(folder, corpus, "small.ptz", num_layers=1)
+    make_artifact(folder, corpus, "bare.ptz", inside=False)
+    make_artifact(folder, corpus, "larger.ptz", vocab_size=corpus.vocab_size + 8)
+    stranger = train_tokenizer(corpus.texts[:500], corpus.vocab_size - 16)
+    make_artifact(folder, corpus, "stranger.ptz", stranger)
+    damaged = bytearray((folder / "model.ptz").read_bytes())
+    damaged[-3000] ^= 1
+    (folder / "damaged.ptz").write_bytes(damaged)
+    (folder / "prompt.txt").write_bytes(b"The people\n")
+    (folder / "bytes.txt").write_bytes(b"\xff\xfe people \xc3")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def exported(tmp_path_factory, corpus):
     """`exported(**choice)`: a folder of CoreML shards of a small random model, made once for all processes of a run."""
     from artifacts import make_artifact

@@ -1,1 +1,1 @@
-"""Tokens out of a model: strategies that choose one, searches that choose many, drafts that guess them sooner."""
+"""Decoding: strategies, beam search and speculative decoding, from an artifact to text."""

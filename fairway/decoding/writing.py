@@ -1,4 +1,4 @@
-"""From an artifact and a prompt to text on a screen: what is loaded, what is shown when, and what it took."""
+"""From an artifact and a prompt to text: load the model, spell its tokens as they come, time both."""
 
 from __future__ import annotations
 
@@ -10,57 +10,64 @@ from pathlib import Path
 
 import numpy as np
 
-from fairway.compression.loading import load
+from fairway.compression.loading import Loaded, load
 from fairway.compression.spelling import Speller
-from fairway.coreml.engine import Shards, load_chain
-from fairway.decoding.drafts import Draft, Model, NGram, Suffix
-from fairway.decoding.search import Reader, Step, beam, plain
-from fairway.decoding.speculative import Speculation, Stats
+from fairway.decoding.beam import beam_search
+from fairway.decoding.drafters import Drafter, ModelDrafter, NGramDrafter, SuffixDrafter
+from fairway.decoding.reader import EngineSource, GeneratedToken, Reader, decode_plainly
+from fairway.decoding.speculative import Speculation, SpeculationStats
 from fairway.decoding.strategies import Strategy
+from fairway.decoding.strategy_options import DRAFT_KINDS
 from fairway.scoring.memory import Memory, first_layers
-from train_gpt import BOS_ID, GPT, build_model, need, read_artifact
+from train_gpt import BOS_ID, GPT, UserError, build_model, read_artifact
 
 EOS_ID = 2
 ENDS = (BOS_ID, EOS_ID)  # a document ends where the next one begins
-MOST_DRAFTS = 32
-DRAFTS = ("none", "ngram", "suffix", "layers", "layers:K")
+MOST_DRAFTS = 32  # every engine can forget 64 tokens again
 
 
-# ==== WHAT IS LOADED ==================================================================================================
+# ==== LOADING =========================================================================================================
 class Writer:
-    """A model, its tokenizer, the device that it runs on, and how it keeps keys and values; or, where a folder of
-    CoreML shards is named, those shards in the model's place."""
+    """A model with its tokenizer, its device and the precision of its cache, ready to write.
+
+    `connect`, if given, maps the loaded model to an EngineSource that runs in the model's place.
+    """
 
     def __init__(
         self,
         path: str,
         tokenizer: str = "",
         device: str = "",
-        kept: str = "model",
-        shards: str = "",
+        cache: str = "model",
+        connect: Callable[[Loaded], EngineSource] | None = None,
     ):
         loaded = load(path, tokenizer, device)
         self.artifact, self.model, self.speller, self.runtime = loaded
-        self.kept, self.chain = kept, load_chain(shards, path, loaded) if shards else None
+        self.cache, self.engines = cache, connect(loaded) if connect else None
 
     @property
     def context(self) -> int:
-        return self.chain.manifest.dims.slots if self.chain else self.model.cfg.train_seq_len
+        """Number of tokens that the model sees at a time."""
+        return self.engines.context if self.engines else self.model.cfg.train_seq_len
 
     def tokens(self, prompt: bytes) -> list[int]:
+        """Return the prompt's tokens, BOS first."""
         return [BOS_ID, *self.speller.tokens(prompt)]
 
     def reader(self, model: GPT | None = None) -> Reader:
-        """Of the shards, where there are any; of another model, a draft, always in PyTorch."""
-        if self.chain and model is None:
-            return Reader(Shards(self.chain), most=self.chain.most)
-        return Reader(Memory(model or self.model, kept=self.kept), self.runtime.device)
+        """Return a new reader: of `model`, a drafter, always in PyTorch; by default of the model
+        itself, on the engine chosen for it."""
+        if self.engines and model is None:
+            return Reader(self.engines.new_engine(), most=self.engines.most)
+        return Reader(Memory(model or self.model, kept=self.cache), self.runtime.device)
 
-    def read(self, prompt: Sequence[int], told: Callable[[int], None] | None = None) -> Reader:
-        """A reader that has read the prompt but for its last token."""
+    def read_prompt(
+        self, prompt: Sequence[int], on_progress: Callable[[int], None] | None = None
+    ) -> Reader:
+        """Return a reader that has read the prompt except its last token."""
         reader = self.reader()
         if len(prompt) > 1:
-            reader.last(prompt[:-1], told)
+            reader.last(prompt[:-1], on_progress)
         return reader
 
     def steps(
@@ -70,97 +77,105 @@ class Writer:
         seed: int,
         draft: str = "none",
         most: int = 8,
-        told: Callable[[int], None] | None = None,
-    ) -> tuple[Iterator[Step], Stats | None]:
-        """What the model writes after the prompt, which is read at once, and, with a draft, what that does for it."""
-        need(1 <= most <= MOST_DRAFTS, f"--drafts is {most}; it must be 1 to {MOST_DRAFTS}")
-        need(
-            draft == "none" or not self.chain or self.chain.most > 1,
-            f"--draft is {draft!r}, but these shards take "
-            "one token a call, so that no guess can be verified; export them with --tokens 2 to 4",
-        )
+        on_progress: Callable[[int], None] | None = None,
+    ) -> tuple[Iterator[GeneratedToken], SpeculationStats | None]:
+        """Read the prompt; return the endless tokens after it, and the statistics of the drafter if
+        there is one."""
+        check_most_drafts(most)
+        if draft != "none" and self.engines and self.engines.most == 1:
+            raise UserError(
+                f"--draft is {draft!r}, but these shards take one token a call, so that no guess "
+                "can be verified; export them with --tokens 2 to 4"
+            )
         rng = np.random.default_rng(seed)
         if draft == "none":
-            return plain(self.read(prompt, told), prompt, strategy, rng), None
-        drafted = self.draft(draft, strategy, rng)
-        speculation = Speculation(self.read(prompt, told), prompt, strategy, rng, drafted, most)
+            reader = self.read_prompt(prompt, on_progress)
+            return decode_plainly(reader, prompt, strategy, rng), None
+        drafter = self.drafter(draft, strategy, rng)
+        reader = self.read_prompt(prompt, on_progress)
+        speculation = Speculation(reader, prompt, strategy, rng, drafter, most)
         return iter(speculation), speculation.stats
 
-    def draft(self, kind: str, strategy: Strategy, rng: np.random.Generator) -> Draft:
-        """What `--draft` names."""
+    def drafter(self, kind: str, strategy: Strategy, rng: np.random.Generator) -> Drafter:
+        """Return the drafter that `--draft KIND` names."""
         if kind in ("ngram", "suffix"):
-            return NGram() if kind == "ngram" else Suffix()
+            return NGramDrafter() if kind == "ngram" else SuffixDrafter()
         model = self.draft_model(kind)
-        theirs, ours = (
-            1 + len(m.passes(m.looping)) for m in (model, self.model)
-        )  # the head is worth one more
-        return Model(self.reader(model), strategy, rng, theirs / ours)
+        # Passes through a layer; the output head costs about as much as one more.
+        draft_cost, model_cost = (1 + len(m.passes(m.looping)) for m in (model, self.model))
+        return ModelDrafter(self.reader(model), strategy, rng, draft_cost / model_cost)
 
     def draft_model(self, kind: str) -> GPT:
-        """The model's own first layers, or an artifact of the same tokenizer."""
+        """Return the model's own first layers, or the model of an artifact with the same tokenizer."""
         name, _, count = kind.partition(":")
         if name == "layers":
-            need(
-                not count or count.isdecimal(),
-                f"--draft is {kind!r}; it must be layers:K with a whole number K",
-            )
+            if count and not count.isdecimal():
+                raise UserError(f"--draft is {kind!r}; it must be layers:K with a whole number K")
             return first_layers(self.model, int(count or max(1, self.model.cfg.num_layers // 4)))
-        need(
-            Path(kind).exists(),
-            f"--draft is {kind!r}, which is no file; take one of {', '.join(DRAFTS)}, or the "
-            "path of a smaller artifact",
-        )
+        if not Path(kind).exists():
+            raise UserError(
+                f"--draft is {kind!r}, which is no file; take one of {', '.join(DRAFT_KINDS)}, or "
+                "the path of a smaller artifact"
+            )
         other = read_artifact(kind)
         ours, theirs = (a.header["tokenizer_sha256"][:12] for a in (self.artifact, other))
-        need(
-            ours == theirs,
-            f"--draft {kind} was trained with tokenizer {theirs}, but the artifact with {ours}; take "
-            "a draft that speaks in the same tokens",
-        )
-        need(
-            other.config.vocab_size == self.artifact.config.vocab_size,
-            f"--draft {kind} knows "
-            f"{other.config.vocab_size} tokens, but the artifact {self.artifact.config.vocab_size}",
-        )
+        if ours != theirs:
+            raise UserError(
+                f"--draft {kind} was trained with tokenizer {theirs}, but the artifact with {ours}; "
+                "take a draft with the same tokenizer"
+            )
+        ours, theirs = (a.config.vocab_size for a in (self.artifact, other))
+        if ours != theirs:
+            raise UserError(
+                f"--draft {kind} knows {theirs} tokens, but the artifact {ours}; take a draft with "
+                "the same tokenizer"
+            )
         return build_model(other, self.runtime.device).eval()
 
 
-# ==== WHAT IS SHOWN ===================================================================================================
-class Screen:
-    """Bytes in, text out: whole characters only, and nothing of a stop string."""
+def check_most_drafts(most: int) -> None:
+    """Raise UserError if so many guesses cannot be verified at once."""
+    if not 1 <= most <= MOST_DRAFTS:
+        raise UserError(f"--drafts is {most}; it must be 1 to {MOST_DRAFTS}")
+
+
+# ==== SPELLING ========================================================================================================
+class TextStream:
+    """Turn bytes, fed piece by piece, into text that can be printed at once: whole characters only,
+    and nothing of a stop string."""
 
     def __init__(self, stops: Sequence[str] = ()):
-        need(all(stops), "--stop is empty; give some text that ends the output")
+        if not all(stops):
+            raise UserError("--stop is empty; give some text that ends the output")
         self.decoder, self.stops = codecs.getincrementaldecoder("utf-8")(errors="replace"), stops
-        self.waiting, self.stopped = "", False  # waiting: what may turn out to begin a stop string
+        self.waiting, self.stopped = "", False  # waiting: text that may begin a stop string
 
     def feed(self, data: bytes, last: bool = False) -> str:
-        """What can be shown now; `last`: nothing more will come."""
+        """Return the text that can be printed now; `last` says that no more bytes will come."""
         self.waiting += self.decoder.decode(data, last)
-        found = [at for stop in self.stops if (at := self.waiting.find(stop)) >= 0]
-        self.stopped = bool(found)
-        keep = 0 if last else max((overlap(self.waiting, stop) for stop in self.stops), default=0)
-        end = min(found) if found else len(self.waiting) - keep
-        out, self.waiting = self.waiting[:end], "" if found else self.waiting[end:]
+        matches = [at for stop in self.stops if (at := self.waiting.find(stop)) >= 0]
+        self.stopped = bool(matches)
+        hold = 0 if last else max((overlap(self.waiting, stop) for stop in self.stops), default=0)
+        end = min(matches) if matches else len(self.waiting) - hold
+        out, self.waiting = self.waiting[:end], "" if matches else self.waiting[end:]
         return out
 
 
 def overlap(text: str, stop: str) -> int:
-    """How many characters of `stop` the text ends with."""
-    return next(
-        (n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0
-    )
+    """Return how many characters at the end of `text` begin `stop`: overlap("abc", "bcd") is 2."""
+    lengths = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
 
 @dataclass
-class Written:
-    """What was written, and what it took."""
+class GeneratedText:
+    """A text with its tokens, their log-probabilities and the time that they took."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
-    ended: str = "tokens"  # tokens, document, stop or interrupted
-    seconds: float = 0.0  # of the model, not of the screen
+    ended: str = "tokens"  # the reason: tokens, document, stop or interrupted
+    seconds: float = 0.0  # spent in the model, not in printing
 
     @property
     def rate(self) -> float:
@@ -169,29 +184,32 @@ class Written:
 
     @property
     def mean_logp(self) -> float:
+        """Mean log-probability of a token, in nats."""
         return sum(self.logps) / max(len(self.logps), 1)
 
 
-def write(
-    steps: Iterator[Step],
+def write_text(
+    steps: Iterator[GeneratedToken],
     speller: Speller,
     tokens: int,
     stops: Sequence[str] = (),
-    show: Callable[[str], None] = lambda text: None,
+    on_text: Callable[[str], None] = lambda text: None,
     fresh: bool = False,
-) -> Written:
-    """Up to so many tokens of `steps`, shown as they come, until a document ends, a stop string comes, or Ctrl-C;
-    `fresh`: they begin the document."""
-    out, screen = Written(), Screen(stops)
+) -> GeneratedText:
+    """Take up to `tokens` tokens from `steps`, until a document ends, a stop string comes, or Ctrl-C.
+
+    `on_text` gets the text as it comes. `fresh`: the tokens begin a document.
+    """
+    out, stream = GeneratedText(), TextStream(stops)
 
     def put(data: bytes, last: bool = False) -> None:
-        text = screen.feed(data, last)
+        text = stream.feed(data, last)
         out.text += text
         if text:
-            show(text)
+            on_text(text)
 
     try:
-        while len(out.tokens) < tokens and not screen.stopped:
+        while len(out.tokens) < tokens and not stream.stopped:
             began = time.perf_counter()
             token, logp = next(steps)
             out.seconds += time.perf_counter() - began
@@ -203,31 +221,31 @@ def write(
             put(speller.data([token], fresh and len(out.tokens) == 1))
     except KeyboardInterrupt:
         out.ended = "interrupted"
-    if screen.stopped:
+    if stream.stopped:
         out.ended = "stop"
     else:
         put(b"", last=True)
     return out
 
 
-# ==== AROUND IT =======================================================================================================
-def measure_plain(
+# ==== TIMING AND SEARCHING ============================================================================================
+def time_plain_decoding(
     writer: Writer,
     prompt: Sequence[int],
     strategy: Strategy,
     seed: int,
     tokens: int,
-    told: Callable[[int], None] = lambda done: None,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> float:
-    """Seconds that plain decoding takes for so many tokens, whatever they are."""
+    """Return the seconds that plain decoding takes for `tokens` tokens, whatever they are."""
     (steps, _), began = writer.steps(prompt, strategy, seed), time.perf_counter()
     for _ in range(tokens):
         next(steps)
-        told(1)
+        on_progress(1)
     return time.perf_counter() - began
 
 
-def search(
+def search_texts(
     writer: Writer,
     prompt: Sequence[int],
     width: int,
@@ -235,20 +253,23 @@ def search(
     length_penalty: float = 1.0,
     best: int = 1,
     stops: Sequence[str] = (),
-    told: Callable[[int], None] | None = None,
-) -> list[Written]:
-    """The best texts that a beam search finds, best first; each has the seconds of the whole search."""
+    on_progress: Callable[[int], None] | None = None,
+) -> list[GeneratedText]:
+    """Return the `best` texts of a beam search, best first; each has the seconds of the search."""
     pieces = writer.speller.pieces
 
-    def ended(tokens: tuple[int, ...]) -> bool:
-        spelt = b"".join(pieces[token] for token in tokens) if stops else b""
-        return tokens[-1] in ENDS or any(stop.encode() in spelt for stop in stops)
+    def is_complete(tokens: tuple[int, ...]) -> bool:
+        spelled = b"".join(pieces[token] for token in tokens) if stops else b""
+        return tokens[-1] in ENDS or any(stop.encode() in spelled for stop in stops)
 
-    reader, began = writer.read(prompt), time.perf_counter()
-    found, out = beam(reader, prompt, width, tokens, length_penalty, best, ended, told), []
-    seconds = time.perf_counter() - began
-    for one in found:
-        steps = (Step(token, logp) for token, logp in zip(one.tokens, one.logps, strict=True))
-        out.append(write(steps, writer.speller, len(one.tokens), stops, fresh=len(prompt) == 1))
-        out[-1].seconds = seconds
-    return out
+    reader, began = writer.read_prompt(prompt), time.perf_counter()
+    hypotheses = beam_search(
+        reader, prompt, width, tokens, length_penalty, best, is_complete, on_progress
+    )
+    seconds, texts = time.perf_counter() - began, []
+    for found in hypotheses:
+        steps = map(GeneratedToken, found.tokens, found.logps)
+        text = write_text(steps, writer.speller, len(found.tokens), stops, fresh=len(prompt) == 1)
+        text.seconds = seconds
+        texts.append(text)
+    return texts

@@ -18,8 +18,9 @@ from fairway.coreml import graph, layout
 from fairway.coreml.engine import REWIND, Chain, Shards, interpreted, load_chain
 from fairway.coreml.graph import host_tables
 from fairway.coreml.manifest import HOST, Folder, Manifest, hashes_of, read_manifest, write_manifest
-from fairway.decoding.drafts import NGram, Suffix
-from fairway.decoding.search import Reader, beam, plain
+from fairway.decoding.beam import beam_search
+from fairway.decoding.drafters import NGramDrafter
+from fairway.decoding.reader import Reader, decode_plainly
 from fairway.decoding.speculative import Speculation
 from fairway.decoding.strategies import Strategy
 from fairway.scoring.memory import Memory
@@ -200,7 +201,7 @@ def reader(chain: Chain) -> Reader:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("draft", [None, NGram, Suffix])
+@pytest.mark.parametrize("draft", [None, NGramDrafter, SuffixDrafter])
 def test_greedy_text_is_that_of_pytorch(name, draft):
     prompt, count = [1, *TOKENS[:20]], 60  # further than the window
     theirs, ours, rng = (
@@ -211,13 +212,13 @@ def test_greedy_text_is_that_of_pytorch(name, draft):
     theirs.last(prompt[:-1])
     right = [
         step.token
-        for step, _ in zip(plain(theirs, prompt, GREEDY, rng), range(count), strict=False)
+        for step, _ in zip(decode_plainly(theirs, prompt, GREEDY, rng), range(count), strict=False)
     ]
     ours.last(prompt[:-1])
     steps = (
         Speculation(ours, prompt, GREEDY, rng, draft(), 8)
         if draft
-        else plain(ours, prompt, GREEDY, rng)
+        else decode_plainly(ours, prompt, GREEDY, rng)
     )
     assert [step.token for step, _ in zip(steps, range(count), strict=False)] == right
     if draft:
@@ -231,7 +232,7 @@ def test_beams_are_those_of_pytorch():
     found = []
     for one in (Reader(Memory(MODELS["all"], 16)), reader(chain_of("all"))):
         one.last(prompt[:-1])
-        found.append([f.tokens for f in beam(one, prompt, 4, 8, best=3)])
+        found.append([f.tokens for f in beam_search(one, prompt, 4, 8, best=3)])
     assert found[0] == found[1]
 
 
@@ -252,7 +253,7 @@ def test_packages_write_the_text_of_pytorch(exported, choice):
     )
     for one in (Reader(Memory(model)), reader(chain)):
         one.last(prompt[:-1])
-        steps = Speculation(one, prompt, GREEDY, np.random.default_rng(0), NGram(), 3)
+        steps = Speculation(one, prompt, GREEDY, np.random.default_rng(0), NGramDrafter(), 3)
         texts.append([step.token for step, _ in zip(steps, range(50), strict=False)])
     assert texts[0] == texts[1] and chain.used.calls < 50 + len(prompt)
 

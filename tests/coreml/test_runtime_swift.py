@@ -21,7 +21,7 @@ from fairway.coreml.manifest import (
     write_manifest,
 )
 from fairway.coreml.mlpackage import LISTING, MODEL, WEIGHTS
-from fairway.decoding.drafts import NGram
+from fairway.decoding.drafters import NGramDrafter
 
 SWIFT = (Path(__file__).resolve().parents[2] / "docs" / "runtime.swift").read_text(encoding="utf-8")
 PAIRS = {"(": ")", "[": "]", "{": "}"}

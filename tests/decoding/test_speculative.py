@@ -1,4 +1,5 @@
-"""Speculation is lossless: greedily the same tokens, and sampled the same distribution, whatever is guessed."""
+"""Speculation is lossless: the same tokens in greedy decoding and the same distribution in sampling, whatever the
+drafter guesses."""
 
 import itertools
 from itertools import islice
@@ -7,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import english_like
+from fixed_engine import Fixed, logp_of, reader_after, table
 from models import FEATURES, initial, trained
 from scipy.stats import chisquare
-from test_search import Fixed, begun, logp_of, table
 
 import fairway.decoding.speculative as speculative
-from fairway.decoding.drafts import Guess, Model, NGram, Suffix
-from fairway.decoding.search import Reader, plain
+from fairway.decoding.drafters import Guess, ModelDrafter, NGramDrafter, SuffixDrafter
+from fairway.decoding.reader import Reader, decode_plainly
 from fairway.decoding.speculative import Speculation
 from fairway.decoding.strategies import Strategy, draw
 from fairway.scoring.memory import Memory, first_layers
@@ -21,25 +22,25 @@ from fairway.scoring.memory import Memory, first_layers
 KINDS = ("ngram", "suffix", "model", "layers")
 GREEDY = Strategy("greedy")
 LENGTHS = dict(learnt=10, random=5, features=10)  # tokens after each prompt
-WINDOW = 80  # nothing leaves it; what then happens has its own test
+WINDOW = 80  # no token leaves it; sliding windows have their own test
 
 
-def make(kind: str, small, strategy: Strategy, rng: np.random.Generator, most: int = 128):
-    """A draft of some kind; `small` makes the engine of a draft that is a model."""
+def make_drafter(kind: str, small, strategy: Strategy, rng: np.random.Generator, most: int = 128):
+    """Return a drafter of this kind; `small()` makes the engine of a ModelDrafter."""
     if kind in ("ngram", "suffix"):
-        return NGram() if kind == "ngram" else Suffix()
-    draft = Model(Reader(small(), most=most), strategy, rng, 0.2)
-    draft.gate.least = 0.05  # guess whether or not it pays
-    return draft
+        return NGramDrafter() if kind == "ngram" else SuffixDrafter()
+    drafter = ModelDrafter(Reader(small(), most=most), strategy, rng, 0.2)
+    drafter.gate.least = 0.05  # guess whether or not it pays
+    return drafter
 
 
 def tokens_of(steps, count: int) -> list[int]:
     return [step.token for step in islice(steps, count)]
 
 
-# ---- Greedily --------------------------------------------------------------------------------------------------------
-def learnt(steps: int, **changed):
-    """A model that has learnt something: the letters of an English-like text."""
+# ---- Greedy decoding --------------------------------------------------------------------------------------------------------
+def trained_on_letters(steps: int, **changed):
+    """Return a model trained a little on the letters of an English-like text."""
     text = torch.tensor([ord(c) % 97 for c in " ".join(english_like(0, 60))])
     model = initial(**changed)
     optimiser, rng = torch.optim.Adam(model.parameters(), 1e-2), torch.Generator().manual_seed(0)
@@ -56,25 +57,25 @@ def learnt(steps: int, **changed):
 
 @pytest.fixture(scope="module")
 def models():
-    """By name: a model, and a smaller one that drafts for it."""
+    """By name: a model, and a smaller model that drafts for it."""
     return {
-        "learnt": (learnt(120), learnt(80, num_layers=1)),
+        "learnt": (trained_on_letters(120), trained_on_letters(80, num_layers=1)),
         "random": (trained().eval(), trained(num_layers=1).eval()),
         "features": (trained(looping=True, **FEATURES["all"]).eval(), trained(num_layers=1).eval()),
     }
 
 
 @pytest.fixture(scope="module")
-def plainly(models):
-    """What plain greedy decoding writes after each of 50 prompts, by the model's name."""
+def plain_texts(models):
+    """`plain_texts(name)`: the tokens that plain greedy decoding writes after each of 50 prompts."""
     cache = {}
 
     def texts(which: str) -> list[list[int]]:
         if which not in cache:
             cache[which] = [
                 tokens_of(
-                    plain(
-                        begun(Memory(models[which][0], WINDOW), prompt),
+                    decode_plainly(
+                        reader_after(Memory(models[which][0], WINDOW), prompt),
                         prompt,
                         GREEDY,
                         np.random.default_rng(0),
@@ -89,7 +90,8 @@ def plainly(models):
 
 
 def prompts(count: int) -> list[list[int]]:
-    """Half of letters out of a text, some longer than the window of 16, half of noise; some repeat themselves."""
+    """Return prompts, half of them letters of a text and half noise; some exceed the window of 16,
+    and every third repeats itself."""
     text, rng = [ord(c) % 97 for c in " ".join(english_like(3, 80))], np.random.default_rng(0)
     out = []
     for nth in range(count):
@@ -105,17 +107,17 @@ def prompts(count: int) -> list[list[int]]:
     "which", ["learnt", "random", pytest.param("features", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedily_the_text_is_the_same_token_for_token(models, plainly, which, kind):
+def test_greedy_text_is_the_same_token_for_token(models, plain_texts, which, kind):
     model, small = models[which]
     accepted, rng, drafting = (
         0,
         np.random.default_rng(0),
         small if kind == "model" else first_layers(model, 1),
     )
-    for prompt, expected in zip(prompts(50), plainly(which), strict=True):
-        draft = make(kind, lambda: Memory(drafting), GREEDY, rng)
+    for prompt, expected in zip(prompts(50), plain_texts(which), strict=True):
+        drafter = make_drafter(kind, lambda: Memory(drafting), GREEDY, rng)
         speculation = Speculation(
-            begun(Memory(model, WINDOW), prompt), prompt, GREEDY, rng, draft, 5
+            reader_after(Memory(model, WINDOW), prompt), prompt, GREEDY, rng, drafter, 5
         )
         assert tokens_of(speculation, len(expected)) == expected
         accepted += speculation.stats.accepted
@@ -123,23 +125,29 @@ def test_greedily_the_text_is_the_same_token_for_token(models, plainly, which, k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_also_once_the_window_has_slid_and_under_a_penalty(models, kind):
+def test_greedy_text_is_the_same_after_the_window_has_slid_and_under_a_penalty(models, kind):
     model, small = models["learnt"]
     for prompt, penalty in zip(prompts(3), (1.0, 1.0, 1.4), strict=True):
         rng, strategy = np.random.default_rng(0), Strategy("greedy", repetition_penalty=penalty)
-        draft = make(kind, lambda: Memory(small), strategy, rng)
-        speculation = Speculation(begun(Memory(model), prompt), prompt, strategy, rng, draft, 4)
-        expected = tokens_of(plain(begun(Memory(model), prompt), prompt, strategy, rng), 60)
+        drafter = make_drafter(kind, lambda: Memory(small), strategy, rng)
+        speculation = Speculation(
+            reader_after(Memory(model), prompt), prompt, strategy, rng, drafter, 4
+        )
+        expected = tokens_of(
+            decode_plainly(reader_after(Memory(model), prompt), prompt, strategy, rng), 60
+        )
         assert tokens_of(speculation, 60) == expected
 
 
-def test_an_engine_that_takes_four_tokens_at_most_can_be_driven():
+def test_an_engine_that_takes_at_most_four_tokens_works():
     prompt, rng, logits = [1, 2, 3, 1, 2, 3, 1], np.random.default_rng(0), table(6, 4)
     for kind in KINDS:
-        expected = tokens_of(plain(begun(Fixed(logits), prompt), prompt, GREEDY, rng), 60)
-        draft = make(kind, lambda: Fixed(table(6, 4), 4), GREEDY, rng, most=4)
+        expected = tokens_of(
+            decode_plainly(reader_after(Fixed(logits), prompt), prompt, GREEDY, rng), 60
+        )
+        drafter = make_drafter(kind, lambda: Fixed(table(6, 4), 4), GREEDY, rng, most=4)
         speculation = Speculation(
-            begun(Fixed(logits, 4), prompt, 4), prompt, GREEDY, rng, draft, 32
+            reader_after(Fixed(logits, 4), prompt, 4), prompt, GREEDY, rng, drafter, 32
         )
         assert tokens_of(speculation, 60) == expected and speculation.most == 3
         assert speculation.stats.tokens_per_verification > 1.5
@@ -147,7 +155,7 @@ def test_an_engine_that_takes_four_tokens_at_most_can_be_driven():
 
 # ---- Ties ------------------------------------------------------------------------------------------------------------
 class Rounding(Fixed):
-    """An engine whose logits depend, by a little, on how many tokens are read at once, and on how those before were."""
+    """An engine whose logits depend slightly on how many tokens each call read, as real rounding does."""
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         out = super().logits(tokens)
@@ -159,8 +167,8 @@ class Rounding(Fixed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_tokens_that_are_as_good_are_chosen_between_as_plain_decoding_does(kind):
-    """Half of all places are ties but for rounding, which differs with the shape of the forward."""
+def test_ties_are_decided_as_plain_decoding_decides_them(kind):
+    """Half of all positions are ties except for rounding, which differs with the shape of the forward."""
     logits, rng = table(8, 7), np.random.default_rng(0)
     best = logits.argmax(axis=-1)
     for a, b in itertools.product(range(8), range(0, 8, 2)):
@@ -168,33 +176,37 @@ def test_two_tokens_that_are_as_good_are_chosen_between_as_plain_decoding_does(k
     again = 0
     for first in range(8):
         prompt = [1, first, 3, 1, first]
-        expected = tokens_of(plain(begun(Rounding(logits), prompt), prompt, GREEDY, rng), 60)
-        draft = make(kind, lambda: Rounding(logits), GREEDY, rng)
-        speculation = Speculation(begun(Rounding(logits), prompt), prompt, GREEDY, rng, draft, 4)
+        expected = tokens_of(
+            decode_plainly(reader_after(Rounding(logits), prompt), prompt, GREEDY, rng), 60
+        )
+        drafter = make_drafter(kind, lambda: Rounding(logits), GREEDY, rng)
+        speculation = Speculation(
+            reader_after(Rounding(logits), prompt), prompt, GREEDY, rng, drafter, 4
+        )
         assert tokens_of(speculation, 60) == expected
         again += speculation.stats.read_again
     assert 0 < again <= 8 * 66
 
 
-def test_without_reading_again_ties_would_come_out_otherwise(monkeypatch):
-    """The test above can fail."""
-    monkeypatch.setattr(speculative, "CLOSE", 0.0)
+def test_without_reading_again_ties_are_decided_differently(monkeypatch):
+    """Shows that the test above can fail."""
+    monkeypatch.setattr(speculative, "CLOSE_CALL", 0.0)
     with pytest.raises(AssertionError):
         for kind in KINDS:
-            test_two_tokens_that_are_as_good_are_chosen_between_as_plain_decoding_does(kind)
+            test_ties_are_decided_as_plain_decoding_decides_them(kind)
 
 
-def test_what_is_read_again_is_to_the_bit_what_plain_decoding_reads(models):
-    """Every place is called too close: all logits that decide are those of single tokens."""
+def test_logits_read_again_are_bit_for_bit_those_of_plain_decoding(models):
+    """Every position is treated as a close call, so all deciding logits are those of single tokens."""
     model, prompt = models["learnt"][0], prompts(4)[3]
-    reader, rows = begun(Memory(model, 200), prompt), []
-    speculation = Speculation(reader, prompt, GREEDY, np.random.default_rng(0), Suffix(), 5)
+    reader, rows = reader_after(Memory(model, 200), prompt), []
+    speculation = Speculation(reader, prompt, GREEDY, np.random.default_rng(0), SuffixDrafter(), 5)
     for _ in range(12):
         speculation.round()
         rows.append((len(speculation.text), speculation.read_again()))
         reader.crop(len(speculation.text) - 1)
-        speculation.alike = min(speculation.alike, reader.length)
-    single = begun(Memory(model, 200), prompt)
+        speculation.exact = min(speculation.exact, reader.length)
+    single = reader_after(Memory(model, 200), prompt)
     alone = {
         length: single.read([token])[0]
         for length, token in enumerate(speculation.text[len(prompt) - 1 :], len(prompt))
@@ -204,12 +216,12 @@ def test_what_is_read_again_is_to_the_bit_what_plain_decoding_reads(models):
 
 # ---- Sampling --------------------------------------------------------------------------------------------------------
 V, LENGTH, TIMES = 4, 3, 1500
-PROMPT = [1, 2, 3, 1, 2, 3, 1, 2]  # which lookups have something to say about
+PROMPT = [1, 2, 3, 1, 2, 3, 1, 2]  # it repeats, so lookups can guess
 LOGITS, SMALL = table(V, 11, 1.0), table(V, 12, 1.0)
 
 
 def joint(strategy: Strategy) -> dict[tuple[int, ...], float]:
-    """The probability of each text of LENGTH tokens after the prompt, by enumeration."""
+    """Return the probability of each text of LENGTH tokens after the prompt, by enumeration."""
     out = {}
     for tokens in itertools.product(range(V), repeat=LENGTH):
         text, p = list(PROMPT), 1.0
@@ -223,13 +235,15 @@ def joint(strategy: Strategy) -> dict[tuple[int, ...], float]:
 
 
 def p_value(kind: str, strategy: Strategy, times: int = TIMES) -> float:
-    """Of the texts that come out, against what they should be: chi-square over all texts that are possible."""
+    """Return the p-value of a chi-square test of the written texts against `joint`."""
     rng, counts, accepted = np.random.default_rng(5), dict.fromkeys(joint(strategy), 0), 0
     for _ in range(times):
-        draft = make(kind, lambda: Fixed(SMALL), strategy, rng)
+        drafter = make_drafter(kind, lambda: Fixed(SMALL), strategy, rng)
         if kind in ("ngram", "suffix"):
-            draft.gate.least = 0.0  # guess whether or not it pays
-        speculation = Speculation(begun(Fixed(LOGITS), PROMPT), PROMPT, strategy, rng, draft, 3)
+            drafter.gate.least = 0.0  # guess whether or not it pays
+        speculation = Speculation(
+            reader_after(Fixed(LOGITS), PROMPT), PROMPT, strategy, rng, drafter, 3
+        )
         counts[tuple(tokens_of(speculation, LENGTH))] += 1
         accepted += speculation.stats.accepted
     expected = np.array(list(joint(strategy).values())) * times
@@ -238,7 +252,7 @@ def p_value(kind: str, strategy: Strategy, times: int = TIMES) -> float:
     order = [at for at in np.argsort(expected) if expected[at] > 0]
     rare = order[
         : max(1, int(np.searchsorted(np.cumsum(expected[order]), 10.0)) + 1)
-    ]  # together, for the test's sake
+    ]  # pooled: chi-square needs at least about ten
     pooled = [np.append(x[order[len(rare) :]], x[rare].sum()) for x in (found, expected)]
     return float(chisquare(*pooled).pvalue)
 
@@ -253,20 +267,22 @@ SAMPLED = {
 @pytest.mark.parametrize(
     "kind, name", [("ngram", "temperature"), ("suffix", "top-p"), ("model", "penalty")]
 )
-def test_sampled_texts_are_distributed_as_without_a_draft(kind, name):
+def test_sampled_texts_have_the_distribution_of_plain_sampling(kind, name):
     assert p_value(kind, SAMPLED[name]) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["ngram", "suffix", "model"])
 def test_a_rule_that_accepts_every_guess_is_caught(kind, monkeypatch):
     monkeypatch.setattr(
-        speculative, "accept", lambda p, guess, rng: guess.token if guess else draw(p, rng)
+        speculative,
+        "accept_or_redraw",
+        lambda p, guess, rng: guess.token if guess else draw(p, rng),
     )
     assert p_value(kind, SAMPLED["temperature"], 500) < 1e-6
 
 
-def test_a_rule_that_draws_anew_from_p_where_it_rejects_is_caught(monkeypatch):
-    """The classic mistake: the rest must come from what p has more than q."""
+def test_a_rule_that_redraws_from_p_after_a_rejection_is_caught(monkeypatch):
+    """A classic mistake: the replacement must come from max(0, p - q)."""
 
     def wrong(p, guess, rng):
         q = guess and (guess.q if guess.q is not None else np.eye(1, len(p), guess.token)[0])
@@ -276,15 +292,15 @@ def test_a_rule_that_draws_anew_from_p_where_it_rejects_is_caught(monkeypatch):
             else draw(p, rng)
         )
 
-    monkeypatch.setattr(speculative, "accept", wrong)
+    monkeypatch.setattr(speculative, "accept_or_redraw", wrong)
     assert p_value("ngram", SAMPLED["temperature"], 1000) < 1e-6
 
 
-def test_a_models_own_first_layers_leave_its_distribution_as_it_is():
-    """A real model, whose caches are cropped: two tokens, all pairs of them."""
+def test_a_models_own_first_layers_leave_its_distribution_unchanged():
+    """With a real model and cropped caches, all pairs of two tokens come out as often as they should."""
     model = trained(vocab_size=V, model_dim=16, num_heads=2, num_kv_heads=1, num_layers=2).eval()
     strategy, rng, times = Strategy("temperature", 1.5), np.random.default_rng(1), 400
-    reader, small = begun(Memory(model), PROMPT), Reader(Memory(first_layers(model, 1)))
+    reader, small = reader_after(Memory(model), PROMPT), Reader(Memory(first_layers(model, 1)))
     with torch.no_grad():
         rows = [model.logits(torch.tensor([[*PROMPT, t]]))[0].double().numpy() for t in range(V)]
     first = strategy.distribution(rows[0][-2], PROMPT)
@@ -295,8 +311,8 @@ def test_a_models_own_first_layers_leave_its_distribution_as_it_is():
     for _ in range(times):
         reader.crop(len(PROMPT) - 1)
         small.crop(len(PROMPT) - 1)
-        draft = Model(small, strategy, rng, 0.0)
-        speculation = Speculation(reader, PROMPT, strategy, rng, draft, 2)
+        drafter = ModelDrafter(small, strategy, rng, 0.0)
+        speculation = Speculation(reader, PROMPT, strategy, rng, drafter, 2)
         a, b = tokens_of(speculation, 2)
         counts[a * V + b] += 1
         accepted += speculation.stats.accepted
@@ -304,16 +320,16 @@ def test_a_models_own_first_layers_leave_its_distribution_as_it_is():
     assert accepted > times / 2 and chisquare(counts, expected * times).pvalue > 1e-3
 
 
-# ---- What is told ----------------------------------------------------------------------------------------------------
+# ---- Statistics ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
-def test_figures_add_up_and_log_probabilities_are_the_models(kind):
+def test_statistics_add_up_and_log_probabilities_are_the_models(kind):
     strategy, rng = Strategy("top-k", 1.4, 3, repetition_penalty=1.2), np.random.default_rng(2)
     speculation = Speculation(
-        begun(Fixed(LOGITS), PROMPT),
+        reader_after(Fixed(LOGITS), PROMPT),
         PROMPT,
         strategy,
         rng,
-        make(kind, lambda: Fixed(SMALL), strategy, rng),
+        make_drafter(kind, lambda: Fixed(SMALL), strategy, rng),
         4,
     )
     steps = [step for _ in range(60) for step in speculation.round()]
@@ -334,8 +350,12 @@ def test_figures_add_up_and_log_probabilities_are_the_models(kind):
     )
 
 
-def test_a_certain_guess_is_taken_as_often_as_it_is_likely():
+def test_a_certain_guess_is_accepted_as_often_as_it_is_likely():
     p, rng = np.array([0.2, 0.5, 0.3]), np.random.default_rng(0)
-    out = np.bincount([speculative.accept(p, Guess(1), rng) for _ in range(4000)], minlength=3)
+    out = np.bincount(
+        [speculative.accept_or_redraw(p, Guess(1), rng) for _ in range(4000)], minlength=3
+    )
     assert chisquare(out, 4000 * p).pvalue > 1e-3
-    assert {speculative.accept(np.eye(3)[2], Guess(token), rng) for token in range(3)} == {2}
+    assert {
+        speculative.accept_or_redraw(np.eye(3)[2], Guess(token), rng) for token in range(3)
+    } == {2}

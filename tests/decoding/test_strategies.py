@@ -1,4 +1,4 @@
-"""Strategies against their definitions, written out; what is drawn is drawn as often as it should be."""
+"""Strategies agree with their definitions, written out, and tokens are drawn as often as they should be."""
 
 import warnings
 
@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from fairway.decoding.strategies import (
-    FILTERS,
-    KNOBS,
     Strategy,
     draw,
     greedy,
@@ -23,15 +21,16 @@ from fairway.decoding.strategies import (
     top_p,
     typical,
 )
+from fairway.decoding.strategy_options import STRATEGY_NAMES, STRATEGY_OPTIONS
 from train_gpt import UserError
 
 logits_of = st.lists(st.floats(-20, 20).map(lambda x: round(x, 1)), min_size=4, max_size=40).map(
     np.array
 )
-part = st.floats(0.01, 1.0)
+mass_of = st.floats(0.01, 1.0)
 
 
-def kept(logits: np.ndarray) -> set[int]:
+def possible_tokens(logits: np.ndarray) -> set[int]:
     return set(np.flatnonzero(np.isfinite(logits)).tolist())
 
 
@@ -47,56 +46,54 @@ def test_log_softmax_sums_to_one_along_the_last_axis():
 
 # ---- Against the definitions -----------------------------------------------------------------------------------------
 @given(logits_of)
-def test_greedy_keeps_the_best_and_of_equals_the_first(logits):
-    assert kept(greedy(logits)) == {best_first(logits)[0]}
+def test_greedy_keeps_the_best_token_and_the_first_of_equal_ones(logits):
+    assert possible_tokens(greedy(logits)) == {best_first(logits)[0]}
 
 
 @given(logits_of, st.integers(1, 50))
-def test_top_k_keeps_the_k_best(logits, count):
-    assert kept(top_k(logits, count)) == set(best_first(logits)[:count])
+def test_top_k_keeps_the_k_best_tokens(logits, count):
+    assert possible_tokens(top_k(logits, count)) == set(best_first(logits)[:count])
 
 
-@given(logits_of, part)
-def test_top_p_keeps_the_fewest_that_have_the_mass(logits, mass):
-    found, p = kept(top_p(logits, mass)), softmax(logits)
+@given(logits_of, mass_of)
+def test_top_p_keeps_the_fewest_tokens_that_have_the_mass(logits, mass):
+    chosen, p = possible_tokens(top_p(logits, mass)), softmax(logits)
     order = best_first(p)
-    assert found == set(order[: len(found)])
-    assert p[order[: len(found)]].sum() >= mass - 1e-9
-    assert len(found) == 1 or p[order[: len(found) - 1]].sum() < mass + 1e-9
+    assert chosen == set(order[: len(chosen)])
+    assert p[order[: len(chosen)]].sum() >= mass - 1e-9
+    assert len(chosen) == 1 or p[order[: len(chosen) - 1]].sum() < mass + 1e-9
 
 
 @given(logits_of, st.floats(0, 0.99))
-def test_min_p_keeps_what_is_near_the_best(logits, least):
+def test_min_p_keeps_tokens_near_the_best_probability(logits, least):
     p = softmax(logits)
     certain = {t for t in range(len(p)) if p[t] >= least * p.max() * (1 + 1e-9)}
     possible = {t for t in range(len(p)) if p[t] >= least * p.max() * (1 - 1e-9)}
-    assert certain <= kept(min_p(logits, least)) <= possible
-    assert best_first(p)[0] in kept(min_p(logits, least))
+    assert certain <= possible_tokens(min_p(logits, least)) <= possible
+    assert best_first(p)[0] in possible_tokens(min_p(logits, least))
 
 
-@given(logits_of, part)
-def test_typical_keeps_what_surprises_as_much_as_usual(logits, mass):
+@given(logits_of, mass_of)
+def test_typical_keeps_tokens_whose_surprise_is_near_the_entropy(logits, mass):
     p = softmax(logits)
     entropy = -(p * np.log(p)).sum()
-    found = kept(typical(logits, mass))
-    far = np.abs(-np.log(p) - entropy)
-    assert p[list(found)].sum() >= mass - 1e-9
-    assert (
-        max(far[list(found)])
-        <= min((far[t] for t in range(len(p)) if t not in found), default=np.inf) + 1e-9
-    )
-    last = max(found, key=lambda t: far[t])
-    assert (
-        len(found) == 1
-        or p[list(found - {last})].sum() < mass + 1e-6
-        or (sorted(far)[len(found) - 1] - sorted(far)[len(found) - 2] < 1e-9)
-    )
+    chosen = possible_tokens(typical(logits, mass))
+    distance = np.abs(-np.log(p) - entropy)
+    ordered, n = sorted(distance), len(chosen)
+    assert p[list(chosen)].sum() >= mass - 1e-9
+    others = [distance[t] for t in range(len(p)) if t not in chosen]
+    assert max(distance[list(chosen)]) <= min(others, default=np.inf) + 1e-9
+    last = max(chosen, key=lambda t: distance[t])
+    tie = n > 1 and ordered[n - 1] - ordered[n - 2] < 1e-9
+    assert n == 1 or p[list(chosen - {last})].sum() < mass + 1e-6 or tie
 
 
-def test_typical_may_leave_out_the_likeliest():
-    """One token of 0.4, 60 of 0.01: the usual surprise is nearer to that of the 60."""
+def test_typical_may_leave_out_the_likeliest_token():
+    """With one token of 0.4 and 60 of 0.01 the entropy is nearer to the surprise of the 60."""
     logits = np.log(np.array([0.4] + [0.01] * 60))
-    assert 0 not in kept(typical(logits, 0.5)) and kept(top_p(logits, 0.4)) == {0}
+    assert 0 not in possible_tokens(typical(logits, 0.5)) and possible_tokens(
+        top_p(logits, 0.4)
+    ) == {0}
 
 
 @given(logits_of, st.floats(0.05, 20))
@@ -106,9 +103,7 @@ def test_temperature_keeps_the_order_and_scales_the_distances(logits, value):
 
 
 @given(logits_of, st.lists(st.integers(0, 3), max_size=9), st.floats(1, 5))
-def test_the_penalty_makes_tokens_of_the_text_less_likely_once_and_leaves_the_others(
-    logits, text, penalty
-):
+def test_the_penalty_applies_once_to_tokens_of_the_text_and_to_no_others(logits, text, penalty):
     out = repetition_penalty(logits, text, penalty)
     for token, (before, after) in enumerate(zip(logits, out, strict=True)):
         expected = (
@@ -118,9 +113,9 @@ def test_the_penalty_makes_tokens_of_the_text_less_likely_once_and_leaves_the_ot
 
 
 # ---- Behind one interface --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
 @given(logits_of, st.floats(0.1, 3), st.floats(1, 3))
-def test_every_strategy_gives_a_distribution_and_leaves_the_logits_alone(
+def test_every_strategy_gives_a_distribution_and_does_not_change_the_logits(
     name, logits, heat, penalty
 ):
     before = logits.copy()
@@ -144,7 +139,7 @@ def test_each_strategy_applies_penalty_then_temperature_then_its_filter():
         assert np.array_equal(strategy.distribution(logits, [4, 9]), expected)
 
 
-def test_greedy_takes_the_penalty_and_no_temperature():
+def test_greedy_uses_the_penalty_and_no_temperature():
     logits = np.array([2.0, 1.5, 0.0, -1.0])
     assert Strategy("greedy", 99.0).distribution(logits, [0]).tolist() == [1, 0, 0, 0]
     assert Strategy("greedy", repetition_penalty=2).distribution(logits, [0]).tolist() == [
@@ -155,8 +150,8 @@ def test_greedy_takes_the_penalty_and_no_temperature():
     ]
 
 
-@pytest.mark.parametrize("name", FILTERS)
-def test_the_largest_vocabulary_and_the_least_temperature_are_no_trouble(name):
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
+def test_the_largest_vocabulary_and_a_tiny_temperature_work(name):
     logits = np.random.default_rng(0).normal(0, 5, 65_536)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -164,9 +159,9 @@ def test_the_largest_vocabulary_and_the_least_temperature_are_no_trouble(name):
     assert p[logits.argmax()] == 1
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_logits_that_are_no_numbers_are_an_error(name, bad):
+def test_logits_that_are_not_finite_are_an_error(name, bad):
     with pytest.raises(UserError, match=f"the model's best logit is {bad}"):
         Strategy(name).distribution(np.array([0.0, bad, 1.0, 2.0]), [])
     with pytest.raises(UserError, match="best logit is -inf"):
@@ -184,7 +179,7 @@ def test_logits_that_are_no_numbers_are_an_error(name, bad):
         ("repetition_penalty", [0.9, 0, np.nan, np.inf]),
     ],
 )
-def test_numbers_out_of_range_are_refused_in_one_line_that_names_the_option(name, values):
+def test_a_number_out_of_range_is_refused_in_one_line_that_names_the_option(name, values):
     for value in values:
         with pytest.raises(UserError) as refused:
             Strategy(**{name: value})
@@ -194,18 +189,18 @@ def test_numbers_out_of_range_are_refused_in_one_line_that_names_the_option(name
         assert "\n" not in str(refused.value)
 
 
-def test_a_temperature_of_zero_points_to_greedy_and_an_unknown_name_to_all():
+def test_a_zero_temperature_points_to_greedy_and_an_unknown_name_to_all_names():
     with pytest.raises(UserError, match="--strategy greedy"):
         Strategy(temperature=0)
     with pytest.raises(
         UserError, match="'nucleus'; take one of greedy, temperature, top-k, top-p, min-p, typical"
     ):
         Strategy("nucleus")
-    assert set(KNOBS) == {f for f in Strategy.__dataclass_fields__ if f != "name"}
+    assert set(STRATEGY_OPTIONS) == {f for f in Strategy.__dataclass_fields__ if f != "name"}
 
 
 # ---- Drawing ---------------------------------------------------------------------------------------------------------
-def test_what_is_drawn_is_drawn_as_often_as_it_should_be():
+def test_tokens_are_drawn_as_often_as_their_probability_says():
     rng, p = np.random.default_rng(0), np.array([0.5, 0.0, 0.3, 0.2, 0.0])
     counts = np.bincount(
         [draw(3 * p, rng) for _ in range(5000)], minlength=5
@@ -214,18 +209,20 @@ def test_what_is_drawn_is_drawn_as_often_as_it_should_be():
     assert chisquare(counts[p > 0], 5000 * p[p > 0]).pvalue > 1e-3
 
 
-class Highest:
+class HighestDraw:
+    """A generator that always draws the largest number below 1."""
+
     def random(self) -> float:
         return np.nextafter(1.0, 0.0)
 
 
 @given(st.lists(st.sampled_from([0.0, 0.1, 0.3, 1e-17, 0.7]), min_size=1, max_size=9).filter(any))
-def test_nothing_of_probability_zero_is_ever_drawn(p):
-    assert p[draw(np.array(p), Highest())] > 0
+def test_a_token_of_probability_zero_is_never_drawn(p):
+    assert p[draw(np.array(p), HighestDraw())] > 0
     assert all(p[draw(np.array(p), np.random.default_rng(seed))] > 0 for seed in range(5))
 
 
-def test_the_same_seed_draws_the_same():
+def test_the_same_seed_draws_the_same_tokens():
     p = np.full(100, 0.01)
     one, two, other = (np.random.default_rng(seed) for seed in (7, 7, 8))
     pairs = [(draw(p, one), draw(p, two), draw(p, other)) for _ in range(20)]

@@ -1,37 +1,36 @@
-"""From an artifact to text: characters are whole, stop strings never seen, and wrong files are named in one line."""
+"""A text shows whole characters and no stop string, and a wrong file is named in one line."""
 
 import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
-from artifacts import make_artifact
-from conftest import train_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairway.decoding.drafts import Model, NGram, Suffix
-from fairway.decoding.search import Step
+from fairway.decoding.drafters import ModelDrafter, NGramDrafter, SuffixDrafter
+from fairway.decoding.reader import GeneratedToken
 from fairway.decoding.strategies import Strategy
-from fairway.decoding.writing import EOS_ID, Screen, Writer, measure_plain, overlap, search
-from fairway.decoding.writing import write as write_text
+from fairway.decoding.writing import (
+    EOS_ID,
+    TextStream,
+    Writer,
+    overlap,
+    search_texts,
+    time_plain_decoding,
+    write_text,
+)
 from train_gpt import BOS_ID, Config, UserError
 
 PROMPT = "The people of"
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, corpus) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("artifacts")
-    stranger = train_tokenizer(corpus.texts[:500], corpus.vocab_size - 16)
-    return dict(
-        model=make_artifact(folder, corpus),
-        small=make_artifact(folder, corpus, "small.ptz", num_layers=1),
-        bare=make_artifact(folder, corpus, "bare.ptz", inside=False),
-        stranger=make_artifact(folder, corpus, "stranger.ptz", stranger),
-        larger=make_artifact(folder, corpus, "larger.ptz", vocab_size=corpus.vocab_size + 8),
-        tokenizer=corpus.folder / "tokenizer.model",
-    )
+def files(artifacts, corpus) -> dict[str, Path]:
+    """The shared artifacts and the tokenizer, by name."""
+    names = ("model", "small", "bare", "stranger", "larger")
+    paths = {name: artifacts / f"{name}.ptz" for name in names}
+    return paths | {"tokenizer": corpus.folder / "tokenizer.model"}
 
 
 @pytest.fixture(scope="module")
@@ -39,51 +38,53 @@ def writer(files) -> Writer:
     return Writer(str(files["model"]), device="cpu")
 
 
-# ---- What is shown ---------------------------------------------------------------------------------------------------
-pieces = st.lists(st.integers(1, 5), max_size=60)
+# ---- Printing ---------------------------------------------------------------------------------------------------
+piece_lengths = st.lists(st.integers(1, 5), max_size=60)
 
 
-def shown(data: bytes, lengths: list[int], stops: tuple[str, ...] = ()) -> list[str]:
-    """What a screen shows of data that comes in pieces of these lengths, then all the rest."""
-    screen, out = Screen(stops), []
+def printed(data: bytes, lengths: list[int], stops: tuple[str, ...] = ()) -> list[str]:
+    """Return what a TextStream prints of data that comes in pieces of these lengths, then the rest."""
+    stream, out = TextStream(stops), []
     for length in [*lengths, len(data)]:
-        out.append(screen.feed(data[:length]))
+        out.append(stream.feed(data[:length]))
         data = data[length:]
-        if screen.stopped:
+        if stream.stopped:
             return out
-    return [*out, screen.feed(b"", last=True)]
+    return [*out, stream.feed(b"", last=True)]
 
 
-@given(st.text(max_size=30), pieces)
-def test_text_that_is_cut_anywhere_is_shown_in_whole_characters(text, lengths):
-    out = shown(text.encode(), lengths)
+@given(st.text(max_size=30), piece_lengths)
+def test_text_cut_anywhere_is_printed_in_whole_characters(text, lengths):
+    out = printed(text.encode(), lengths)
     assert "".join(out) == text and not any(
         "\ufffd" in part for part in out if "\ufffd" not in text
     )
 
 
-@given(st.binary(max_size=40), pieces)
-def test_bytes_that_are_no_text_are_replaced_wherever_they_are_cut(data, lengths):
-    assert "".join(shown(data, lengths)) == data.decode("utf-8", "replace")
+@given(st.binary(max_size=40), piece_lengths)
+def test_invalid_bytes_are_replaced_wherever_they_are_cut(data, lengths):
+    assert "".join(printed(data, lengths)) == data.decode("utf-8", "replace")
 
 
 @given(
-    st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=5), max_size=3), pieces
+    st.text("ab", max_size=30),
+    st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
+    piece_lengths,
 )
-def test_nothing_of_a_stop_string_is_seen_and_all_before_it_is(text, stops, lengths):
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    out = "".join(shown(text.encode(), lengths, tuple(stops)))
-    if not found:
+def test_the_text_before_a_stop_string_is_printed_and_nothing_of_it(text, stops, lengths):
+    starts = [at for stop in stops if (at := text.find(stop)) >= 0]
+    out = "".join(printed(text.encode(), lengths, tuple(stops)))
+    if not starts:
         assert out == text
-    else:  # of two that overlap the one that is complete first ends it
+    else:  # the stop string that is complete first ends the text
         ends = min(text.find(stop) + len(stop) for stop in stops if stop in text)
-        assert text.startswith(out) and min(found) <= len(out) < ends or out == text[: min(found)]
+        assert text.startswith(out) and min(starts) <= len(out) < ends or out == text[: min(starts)]
         assert not any(stop in out for stop in stops)
 
 
-def test_what_may_begin_a_stop_string_waits_and_is_shown_when_it_does_not():
-    screen = Screen(("END.",))
-    assert [screen.feed(part) for part in (b"one E", b"N", b"O", b" EN", b"D", b".x")] == [
+def test_text_that_may_begin_a_stop_string_waits_until_that_is_decided():
+    stream = TextStream(("END.",))
+    assert [stream.feed(part) for part in (b"one E", b"N", b"O", b" EN", b"D", b".x")] == [
         "one ",
         "",
         "ENO",
@@ -91,7 +92,7 @@ def test_what_may_begin_a_stop_string_waits_and_is_shown_when_it_does_not():
         "",
         "",
     ]
-    assert screen.stopped
+    assert stream.stopped
     assert [overlap("abcab", stop) for stop in ("abd", "b", "cabx", "zz", "abcab")] == [
         2,
         0,
@@ -103,12 +104,14 @@ def test_what_may_begin_a_stop_string_waits_and_is_shown_when_it_does_not():
 
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(UserError, match="--stop is empty"):
-        Screen(("a", ""))
+        TextStream(("a", ""))
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
 def steps_of(writer: Writer, text: str, then: int = EOS_ID):
-    return iter([Step(token, -1.5) for token in [*writer.speller.tokens(text.encode()), then]])
+    return iter(
+        [GeneratedToken(token, -1.5) for token in [*writer.speller.tokens(text.encode()), then]]
+    )
 
 
 def test_a_text_ends_with_its_document_or_its_tokens(writer):
@@ -116,7 +119,7 @@ def test_a_text_ends_with_its_document_or_its_tokens(writer):
     for end in (BOS_ID, EOS_ID):
         seen = []
         out = write_text(
-            steps_of(writer, text, end), writer.speller, 99, show=seen.append, fresh=True
+            steps_of(writer, text, end), writer.speller, 99, on_text=seen.append, fresh=True
         )
         assert (out.text, out.ended, "".join(seen)) == (text, "document", text)
         assert out.tokens == writer.speller.tokens(text.encode()) and out.mean_logp == -1.5
@@ -137,19 +140,19 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it(writer):
     assert b"e peo" in b"".join(writer.speller.pieces[token] for token in out.tokens)
 
 
-def test_an_interrupted_text_is_what_was_written(writer):
+def test_an_interrupted_text_keeps_what_was_written(writer):
     def steps():
-        yield from islice_steps
+        yield from first_steps
         raise KeyboardInterrupt
 
-    islice_steps = list(itertools.islice(steps_of(writer, "we the people of"), 4))
+    first_steps = list(itertools.islice(steps_of(writer, "we the people of"), 4))
     out = write_text(steps(), writer.speller, 99, ["never"], fresh=True)
-    assert out.ended == "interrupted" and out.tokens == [step.token for step in islice_steps]
+    assert out.ended == "interrupted" and out.tokens == [step.token for step in first_steps]
     assert "we the people of".startswith(out.text) and out.text
 
 
-def test_a_text_of_nothing_has_figures_too(writer):
-    out = write_text(iter([Step(EOS_ID, -1.0)]), writer.speller, 5)
+def test_an_empty_text_has_figures_too(writer):
+    out = write_text(iter([GeneratedToken(EOS_ID, -1.0)]), writer.speller, 5)
     assert (out.text, out.tokens, out.mean_logp, out.rate) == ("", [], 0.0, 0.0)
 
 
@@ -168,39 +171,43 @@ def test_every_draft_writes_what_plain_decoding_writes(writer, files, draft):
     assert none is None and stats.tokens >= 50 and stats.drafted > 0
 
 
-def test_what_names_a_draft(writer, files):
+def test_the_names_of_drafters(writer, files):
     for name, kind, layers in (
-        ("ngram", NGram, 0),
-        ("suffix", Suffix, 0),
-        ("layers", Model, 1),
-        ("layers:2", Model, 2),
-        (str(files["small"]), Model, 1),
+        ("ngram", NGramDrafter, 0),
+        ("suffix", SuffixDrafter, 0),
+        ("layers", ModelDrafter, 1),
+        ("layers:2", ModelDrafter, 2),
+        (str(files["small"]), ModelDrafter, 1),
     ):
-        draft = writer.draft(name, Strategy(), np.random.default_rng(0))
-        assert type(draft) is kind and (
-            not layers or draft.reader.engine.model.cfg.num_layers == layers
+        drafter = writer.drafter(name, Strategy(), np.random.default_rng(0))
+        assert type(drafter) is kind and (
+            not layers or drafter.reader.engine.model.cfg.num_layers == layers
         )
 
 
 def test_plain_decoding_is_timed_past_the_end_of_a_document(writer):
     heard = []
-    assert measure_plain(writer, writer.tokens(b""), Strategy("greedy"), 0, 40, heard.append) > 0
+    assert (
+        time_plain_decoding(writer, writer.tokens(b""), Strategy("greedy"), 0, 40, heard.append) > 0
+    )
     assert sum(heard) == 40
 
 
-def test_a_search_gives_texts_that_end_before_the_stop_string(writer):
+def test_texts_of_a_search_end_before_the_stop_string(writer):
     prompt = writer.tokens(PROMPT.encode())
-    free = search(writer, prompt, 3, 12, best=3)
+    free = search_texts(writer, prompt, 3, 12, best=3)
     assert (
         len({one.text for one in free}) == 3
         and free[0].mean_logp >= free[1].mean_logp >= free[2].mean_logp
     )
     stop = free[0].text[4:6]
-    assert all(stop not in one.text for one in search(writer, prompt, 3, 12, best=3, stops=[stop]))
+    assert all(
+        stop not in one.text for one in search_texts(writer, prompt, 3, 12, best=3, stops=[stop])
+    )
 
 
 # ---- What is wrong ---------------------------------------------------------------------------------------------------
-def test_a_tokenizer_comes_from_inside_or_from_a_file_with_its_hash(files, tmp_path):
+def test_a_tokenizer_comes_from_the_artifact_or_from_a_file_with_its_hash(files, tmp_path):
     assert Writer(str(files["bare"]), str(files["tokenizer"]), "cpu").tokens(b"the") == Writer(
         str(files["model"]), device="cpu"
     ).tokens(b"the")
@@ -232,22 +239,22 @@ def test_a_tokenizer_comes_from_inside_or_from_a_file_with_its_hash(files, tmp_p
         ("tokenizer", "not a Fairway artifact"),
     ],
 )
-def test_a_draft_that_cannot_serve_is_refused_in_one_line(writer, files, draft, message):
+def test_an_unusable_draft_is_refused_in_one_line(writer, files, draft, message):
     if message is None:
         assert writer.draft_model(draft).cfg.num_layers == 1
         return
     with pytest.raises(UserError, match=message) as refused:
-        writer.draft(str(files.get(draft, draft)), Strategy(), np.random.default_rng(0))
+        writer.drafter(str(files.get(draft, draft)), Strategy(), np.random.default_rng(0))
     assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("most", [0, 33])
-def test_more_drafts_than_an_engine_can_take_back_are_refused(writer, most):
+def test_more_drafts_than_an_engine_can_forget_are_refused(writer, most):
     with pytest.raises(UserError, match=f"--drafts is {most}; it must be 1 to 32"):
         writer.steps([1], Strategy(), 0, "ngram", most)
 
 
-def test_a_device_that_is_not_there_is_refused(files):
+def test_a_missing_device_is_refused(files):
     missing = "mps" if Config().device != "mps" else "cuda"
     with pytest.raises(UserError, match=f"--device is {missing}, but PyTorch sees only"):
         Writer(str(files["model"]), device=missing)

@@ -1,15 +1,21 @@
-"""Drafts against their definitions: what a text says of itself, counted the long way, and a model that reads behind."""
+"""Drafters agree with their definitions: lookups with counts made the slow way, a model with its own logits."""
 
 import numpy as np
 import pytest
 import torch
+from fixed_engine import Fixed, table
 from hypothesis import given
 from hypothesis import strategies as st
 from models import FEATURES, trained
-from test_search import Fixed, table
 
-from fairway.decoding.drafts import Gate, Guess, Model, NGram, Suffix
-from fairway.decoding.search import Reader
+from fairway.decoding.drafters import (
+    AcceptanceGate,
+    Guess,
+    ModelDrafter,
+    NGramDrafter,
+    SuffixDrafter,
+)
+from fairway.decoding.reader import Reader
 from fairway.decoding.strategies import Strategy
 from fairway.scoring.memory import Memory
 
@@ -17,18 +23,18 @@ texts = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 cuts = st.lists(st.integers(1, 9), max_size=20)
 
 
-def followed(draft, text: list[int], lengths: list[int]):
-    """The draft once it has followed a text in pieces of these lengths, then the rest."""
+def following(drafter, text: list[int], lengths: list[int]):
+    """Return the drafter after it followed a text in pieces of these lengths, then the rest."""
     growing = []
     for length in [*lengths, len(text)]:
         growing += text[len(growing) : len(growing) + length]
-        draft.follow(growing)
-    return draft
+        drafter.follow(growing)
+    return drafter
 
 
 # ---- The gate --------------------------------------------------------------------------------------------------------
 def test_the_gate_multiplies_chances_and_learns_them():
-    gate = Gate(0.3)
+    gate = AcceptanceGate(0.3)
     gate.begin()
     assert [gate.opens(("a",), 0.6) for _ in range(3)] == [True, True, False]  # 0.6, 0.36, 0.216
     for _ in range(30):
@@ -46,8 +52,8 @@ def test_the_gate_multiplies_chances_and_learns_them():
     assert gate.opens(("b",), 0.6)
 
 
-def test_after_a_failure_later_guesses_say_nothing():
-    gate = Gate(0.01)
+def test_guesses_after_a_wrong_one_are_not_counted():
+    gate = AcceptanceGate(0.01)
     gate.begin()
     assert all(gate.opens((kind,), 0.9) for kind in "abc")
     gate.learn(1)
@@ -57,7 +63,7 @@ def test_after_a_failure_later_guesses_say_nothing():
 
 
 def test_a_gate_that_closed_opens_again_in_time():
-    gate = Gate(0.5)
+    gate = AcceptanceGate(0.5)
     while True:
         gate.begin()
         if not gate.opens((), 0.8):
@@ -72,7 +78,7 @@ def test_a_gate_that_closed_opens_again_in_time():
 
 # ---- N-grams ---------------------------------------------------------------------------------------------------------
 def longest_run(text: list[int]) -> tuple[int, int]:
-    for n in NGram.LENGTHS:
+    for n in NGramDrafter.RUN_LENGTHS:
         for at in range(len(text) - 1, n - 1, -1):
             if text[at - n : at] == text[len(text) - n :]:
                 return n, at
@@ -80,13 +86,13 @@ def longest_run(text: list[int]) -> tuple[int, int]:
 
 
 @given(texts, cuts)
-def test_the_last_place_where_the_longest_run_stood_is_found(text, lengths):
-    assert followed(NGram(), text, lengths).found() == longest_run(text)
+def test_the_last_place_of_the_longest_run_is_found(text, lengths):
+    assert following(NGramDrafter(), text, lengths).longest_run() == longest_run(text)
 
 
 @given(texts, st.integers(1, 40))
-def test_the_guesses_are_what_followed_there_and_go_round_at_the_end(text, most):
-    draft = followed(NGram(), text, [])
+def test_the_guesses_copy_what_followed_the_run_and_then_the_guesses_themselves(text, most):
+    draft = following(NGramDrafter(), text, [])
     draft.gate.least = 0.0
     n, at = longest_run(text)
     expected = list(text)
@@ -96,11 +102,9 @@ def test_the_guesses_are_what_followed_there_and_go_round_at_the_end(text, most)
     assert draft.propose(most) == [Guess(token) for token in expected[len(text) :]]
 
 
-def test_text_that_never_repeats_is_not_guessed_at():
-    assert followed(NGram(), list(range(200)), [50]).propose(8) == followed(
-        Suffix(), list(range(200)), [50]
-    ).propose(8)
-    assert followed(NGram(), list(range(200)), [50]).propose(8) == []
+def test_a_text_that_never_repeats_gets_no_guesses():
+    for drafter in (NGramDrafter(), SuffixDrafter()):
+        assert following(drafter, list(range(200)), [50]).propose(8) == []
 
 
 # ---- Suffixes --------------------------------------------------------------------------------------------------------
@@ -113,8 +117,8 @@ def counts_after(text: list[int], context: list[int]) -> dict[int, int]:
 
 
 @given(texts, cuts)
-def test_the_trie_counts_what_followed_each_of_the_last_runs(text, lengths):
-    draft = followed(Suffix(), text, lengths)
+def test_the_trie_counts_the_tokens_that_followed_each_context(text, lengths):
+    draft = following(SuffixDrafter(), text, lengths)
     for depth, node in enumerate(draft.contexts):
         counts = counts_after(text, text[len(text) - depth :])
         assert draft.followed[node] == sum(counts.values())
@@ -124,18 +128,18 @@ def test_the_trie_counts_what_followed_each_of_the_last_runs(text, lengths):
         if counts:
             assert draft.count[draft.favourite[node]] == max(counts.values())
     beyond = len(draft.contexts)
-    assert beyond == min(Suffix.DEPTH, len(text) + 1) or not counts_after(
+    assert beyond == min(SuffixDrafter.DEPTH, len(text) + 1) or not counts_after(
         text, text[len(text) - beyond :]
     )
 
 
 @given(texts)
-def test_every_guess_is_the_commonest_after_some_context(text):
-    draft = followed(Suffix(), text, [])
+def test_every_guess_is_the_commonest_token_after_some_context(text):
+    draft = following(SuffixDrafter(), text, [])
     draft.gate.least = 0.0
     going_on = list(text)
     for guess in draft.propose(6):
-        longest = min(Suffix.DEPTH, len(going_on) + 1)
+        longest = min(SuffixDrafter.DEPTH, len(going_on) + 1)
         seen = [counts_after(text, going_on[len(going_on) - n :]) for n in range(1, longest)]
         assert any(
             guess.token in counts and counts[guess.token] == max(counts.values())
@@ -145,18 +149,16 @@ def test_every_guess_is_the_commonest_after_some_context(text):
         going_on.append(guess.token)
 
 
-def test_counts_outvote_the_last_time():
-    """After 7 came 1, 1, 1 and, last, 2: the trie says 1 where the copy says 2."""
+def test_counts_outvote_the_last_occurrence():
+    """The token 7 was followed by 1, 1, 1 and, last, 2: the trie guesses 1, the copy guesses 2."""
     text = [7, 1, 7, 1, 7, 1, 7, 2, 9, 7]
-    assert followed(Suffix(), text, []).propose(1) == [Guess(1)]
-    assert followed(NGram(), text, []).propose(1) == [Guess(2)]
+    assert following(SuffixDrafter(), text, []).propose(1) == [Guess(1)]
+    assert following(NGramDrafter(), text, []).propose(1) == [Guess(2)]
 
 
 # ---- Both ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", [NGram, Suffix])
-def test_what_repeats_is_guessed_further_the_more_often_it_proved_right_and_less_when_it_fails(
-    kind,
-):
+@pytest.mark.parametrize("kind", [NGramDrafter, SuffixDrafter])
+def test_right_guesses_make_proposals_longer_and_wrong_ones_make_them_shorter(kind):
     draft, text = kind(), [5, 6, 7, 8, 9] * 4
     for _ in range(40):
         draft.follow(text)
@@ -172,25 +174,25 @@ def test_what_repeats_is_guessed_further_the_more_often_it_proved_right_and_less
     assert len(guesses) <= 1
 
 
-@pytest.mark.parametrize("kind", [NGram, Suffix])
-def test_memory_is_bounded_and_a_draft_that_forgot_goes_on(kind, monkeypatch):
-    monkeypatch.setattr(kind, "MOST", 3000)
+@pytest.mark.parametrize("kind", [NGramDrafter, SuffixDrafter])
+def test_memory_is_bounded_and_a_drafter_that_forgot_still_guesses(kind, monkeypatch):
+    monkeypatch.setattr(kind, "MOST_RUNS" if kind is NGramDrafter else "MOST_NODES", 3000)
     draft, text, rng, most = kind(), [], np.random.default_rng(0), 0
     for _ in range(100):
         text += rng.integers(0, 60_000, 40).tolist()
         draft.follow(text)
-        most = max(most, len(draft.after) if kind is NGram else len(draft.token))
+        most = max(most, len(draft.after) if kind is NGramDrafter else len(draft.token))
     assert most < 3000 + 41 * 12
-    text += text[-40:]  # of the last part it still knows
+    text += text[-40:]  # a passage that it still knows
     draft.follow(text)
     draft.gate.least = 0.0
     assert [guess.token for guess in draft.propose(5)] == text[-40:-35]
 
 
 # ---- A model ---------------------------------------------------------------------------------------------------------
-def test_a_model_draft_says_what_it_drew_from():
+def test_a_model_drafter_reports_the_distribution_that_it_drew_from():
     logits, rng = table(5), np.random.default_rng(0)
-    draft = Model(
+    draft = ModelDrafter(
         Reader(Fixed(logits)), Strategy("top-k", 1.3, 3, repetition_penalty=1.5), rng, 0.1
     )
     text = [1, 2]
@@ -205,26 +207,31 @@ def test_a_model_draft_says_what_it_drew_from():
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=12), st.integers(0, 99))
-def test_a_model_draft_forgets_what_did_not_come_true(accepted, seed):
-    """Whatever is accepted, round after round, it has read the text so far when it guesses."""
+def test_a_model_drafter_forgets_guesses_that_were_wrong(accepted, seed):
+    """Whatever is accepted, it has read exactly the text so far when it guesses again."""
     logits, rng = table(6, 1), np.random.default_rng(seed)
-    draft, text = Model(Reader(Fixed(logits)), Strategy("temperature", 1.0), rng, 0.1), [3, 1]
+    draft, text = (
+        ModelDrafter(Reader(Fixed(logits)), Strategy("temperature", 1.0), rng, 0.1),
+        [3, 1],
+    )
     draft.gate.least = 0.0
     draft.follow(text)
     for most in accepted:
         guesses = draft.propose(5)
         engine = draft.reader.engine
         assert engine.streams[0] == [*text, *(guess.token for guess in guesses[:-1])]
-        right = min(most, len(guesses))  # what comes instead of the next may happen to be the same
+        right = min(most, len(guesses))  # the token in place of the next guess may be equal to it
         text += [*(guess.token for guess in guesses[:right]), int(rng.integers(6))]
         draft.learn(right)
         draft.follow(text)
 
 
 @torch.no_grad()
-def test_a_draft_that_paused_reads_what_it_missed():
+def test_a_drafter_that_paused_reads_the_tokens_it_missed():
     model, prompt = trained(**FEATURES["plain"]).eval(), [1, 5, 9]
-    draft = Model(Reader(Memory(model), most=4), Strategy("greedy"), np.random.default_rng(0), 0.1)
+    draft = ModelDrafter(
+        Reader(Memory(model), most=4), Strategy("greedy"), np.random.default_rng(0), 0.1
+    )
     draft.follow(prompt)
     for token in (8, 4, 4, 2, 11, 30, 7):
         prompt.append(token)
@@ -234,8 +241,8 @@ def test_a_draft_that_paused_reads_what_it_missed():
 
 
 @pytest.mark.parametrize("cost, least", [(0.0, 0.15), (0.25, 0.4), (5.0, 0.9)])
-def test_a_dearer_model_must_be_right_more_often(cost, least):
+def test_a_more_expensive_drafter_must_be_right_more_often(cost, least):
     assert (
-        Model(Reader(Fixed(table(4))), Strategy(), np.random.default_rng(0), cost).gate.least
+        ModelDrafter(Reader(Fixed(table(4))), Strategy(), np.random.default_rng(0), cost).gate.least
         == least
     )
