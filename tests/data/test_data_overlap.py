@@ -1,19 +1,14 @@
-"""data/overlap.py: exact against brute force, at every offset and across every border."""
+"""Test data/overlap.py against brute force, at every offset and across every border."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from data import overlap
+from fairway.command_line import UsageError, run_reporting
 from train_gpt import BOS_ID, UserError, write_shard
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -48,7 +43,7 @@ def document(random: np.random.Generator, n: int) -> np.ndarray:
 
 
 def bodies(tokens: np.ndarray) -> list[bytes]:
-    """The documents without BOS, as little-endian bytes."""
+    """Return the documents without BOS, as little-endian bytes."""
     return [
         part[part != BOS_ID].astype("<u2").tobytes()
         for part in np.split(tokens, np.flatnonzero(tokens == BOS_ID))
@@ -56,23 +51,23 @@ def bodies(tokens: np.ndarray) -> list[bytes]:
 
 
 def by_hand(train: np.ndarray, val: np.ndarray, window: int) -> tuple[dict, set]:
-    """Windows found per document, and short documents found, by comparing everything."""
-    w, there, whole, found, short = 2 * window, set(), set(bodies(train)), {}, set()
-    for body in whole:
-        there |= {body[i : i + w] for i in range(0, len(body) - w + 1, 2)}
+    """Count matching windows per document, and find short documents, by comparing everything."""
+    w, windows, documents_trained, matched, short = 2 * window, set(), set(bodies(train)), {}, set()
+    for body in documents_trained:
+        windows |= {body[i : i + w] for i in range(0, len(body) - w + 1, 2)}
     documents = bodies(val)[1:]
     for d, body in enumerate(documents):
-        if n := sum(body[i : i + w] in there for i in range(0, len(body) - w + 1, 2)):
-            found[d] = n
-        if 0 < len(body) < w and body in whole:
+        if n := sum(body[i : i + w] in windows for i in range(0, len(body) - w + 1, 2)):
+            matched[d] = n
+        if 0 < len(body) < w and body in documents_trained:
             short.add(d)
-    return found, short
+    return matched, short
 
 
 @pytest.mark.parametrize("window", [8, 9, 16, 64])
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_brute_force_on_repetitive_text(tmp_path, monkeypatch, seed, window):
-    """Few different tokens, so that windows are found everywhere and again and again."""
+    """Few different tokens make windows match in many places."""
     random = np.random.default_rng(seed)
     monkeypatch.setattr(overlap, "BLOCK", [97, 256, 1 << 20][seed % 3])
     monkeypatch.setattr(overlap, "PAIRS", 50)
@@ -83,14 +78,14 @@ def test_equals_brute_force_on_repetitive_text(tmp_path, monkeypatch, seed, wind
     )
     cuts = np.sort(random.integers(0, len(train), 2))
     code, report = scan(tmp_path, np.split(train, cuts), np.split(val, [len(val) // 3]), window)
-    found, short = by_hand(train, val, window)
-    assert {x["document"]: x["windows_found"] for x in report["overlap"]} == found
+    matched, short = by_hand(train, val, window)
+    assert {x["document"]: x["windows_found"] for x in report["overlap"]} == matched
     assert {x["document"] for x in report["short_overlap"]} == short
-    assert code == bool(found or short)
+    assert code == bool(matched or short)
 
 
-def test_a_window_is_found_wherever_it_lies_and_63_tokens_never(tmp_path, random):
-    """Every alignment in validation, in training, at the ends of documents and of shards."""
+def test_64_tokens_match_at_every_offset_and_63_never(tmp_path, random):
+    """Try each alignment in both splits, at the ends of documents and of shards."""
     val = [document(random, 400) for _ in range(140)]
     train = [document(random, 500) for _ in range(140)]
     for i in range(70):  # 64 tokens at every offset; every other document a near miss
@@ -109,7 +104,7 @@ def test_a_window_is_found_wherever_it_lies_and_63_tokens_never(tmp_path, random
     ] == [(2 * i, 1, 337, 1 + i) for i in range(70)]
 
 
-def test_names_the_shard_and_the_place(tmp_path, random):
+def test_the_report_names_the_shard_and_the_offset(tmp_path, random):
     train, val = [document(random, 300) for _ in range(3)], document(random, 300)
     train[2][100:170] = val[50:120]
     _, report = scan(tmp_path, train, [val])
@@ -125,7 +120,7 @@ def test_names_the_shard_and_the_place(tmp_path, random):
     ]
 
 
-def test_a_run_that_only_a_missing_shard_would_join_is_no_overlap(tmp_path, random):
+def test_a_window_across_a_missing_shard_is_no_overlap(tmp_path, random):
     val = document(random, 200)
     train = [
         np.concatenate([document(random, 100), val[1:41]]),
@@ -140,7 +135,7 @@ def test_a_run_that_only_a_missing_shard_would_join_is_no_overlap(tmp_path, rand
     assert overlap.main(arguments) == 1
 
 
-def test_short_documents_match_whole_between_bos_and_are_apart(tmp_path, random):
+def test_short_documents_match_only_as_whole_documents(tmp_path, random):
     short, part, last = document(random, 30), document(random, 30), document(random, 5)
     longer = np.concatenate([part, [7]])
     val = np.concatenate([short, part, document(random, 63), [BOS_ID], last])
@@ -151,8 +146,8 @@ def test_short_documents_match_whole_between_bos_and_are_apart(tmp_path, random)
     assert report["short_overlap"][1]["shard_offset"] == len(train) - 100 - 5
 
 
-def test_equal_hashes_of_other_tokens_are_no_overlap(tmp_path, monkeypatch, random):
-    """With a hash that tells nothing apart, the comparison alone decides."""
+def test_hash_collisions_are_no_overlap(tmp_path, monkeypatch, random):
+    """With a hash that is always zero, only the comparison of tokens decides."""
     monkeypatch.setattr(overlap.Hashes, "runs", lambda *a: np.zeros(a[3] - a[2], np.uint64))
     monkeypatch.setattr(overlap.Hashes, "slices", lambda *a: np.zeros(len(a[2]), np.uint64))
     monkeypatch.setattr(overlap.Hashes, "prefix", lambda *a: np.zeros(len(a[1]) + 1, np.uint64))
@@ -162,12 +157,12 @@ def test_equal_hashes_of_other_tokens_are_no_overlap(tmp_path, monkeypatch, rand
     assert scan(tmp_path, [train], [val])[0] == 1
 
 
-def test_nothing_in_common_says_so(tmp_path, random, capsys):
+def test_random_shards_have_no_overlap(tmp_path, random, capsys):
     assert scan(tmp_path, [document(random, 5000)], [document(random, 5000)])[0] == 0
     assert "overlap: 0 of 1 validation documents" in capsys.readouterr().out
 
 
-def test_what_cannot_run_is_one_line(tmp_path, random):
+def test_errors_are_one_line_and_exit_code_2(tmp_path, random, capsys, monkeypatch):
     train = write(tmp_path, "train", document(random, 100))
     for arguments, match in [
         (["--train", str(tmp_path / "none*"), "--val", train], "--train .*no such shard"),
@@ -175,13 +170,10 @@ def test_what_cannot_run_is_one_line(tmp_path, random):
         (["--train", train, "--val", train, "--window", "3"], "--window 3"),
         (["--train", train, "--val", write(tmp_path, "val", [])], "no tokens"),
     ]:
-        with pytest.raises(UserError, match=match):
+        with pytest.raises((UserError, UsageError), match=match):
             overlap.main(arguments)
     (tmp_path / "x_train_000000.bin").write_bytes(b"no shard")
-    ran = subprocess.run(
-        [sys.executable, "data/overlap.py", "--train", train, "--val", train],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "not a token shard" in ran.stderr
+    monkeypatch.setattr("sys.argv", ["overlap.py", "--train", train, "--val", train])
+    assert run_reporting("overlap", overlap.main_or_usage_error) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("overlap: error: ") and "not a token shard" in line

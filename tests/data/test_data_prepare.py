@@ -1,4 +1,4 @@
-"""data/prepare.py: exact bytes, whatever the text, the workers, or the moment of a kill."""
+"""Test data/prepare.py: the same bytes for any text, number of workers, or moment of a kill."""
 
 import gzip
 import json
@@ -9,19 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
 import sentencepiece
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from data import embedded, overlap, prepare
+from data import download_fineweb, embedded, overlap, prepare
+from fairway.command_line import UsageError, run_reporting
 from train_gpt import BOS_ID, UserError, document_bounds, file_sha256, read_shard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +28,7 @@ WORDS = "the of and to in a is that for it as was with be by on not he his but a
 
 
 def prose(n: int, seed: int = 0) -> list[str]:
-    """Documents of made-up sentences, with line ends, tabs and letters that are no ASCII."""
+    """Return documents of random words, with line ends, tabs and letters outside ASCII."""
     r = random.Random(seed)
     return [
         " ".join(r.choice(WORDS) + str(r.randrange(99)) for _ in range(r.randrange(20, 200)))
@@ -72,8 +71,50 @@ def texts_of(out: Path, split: str) -> list[str]:
         tokens = read_shard(path)
         bounds = document_bounds(tokens)
         assert (tokens[bounds[:-1]] == BOS_ID).all()
-        texts += [sp.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(bounds)]
+        documents = [tokens[a + 1 : b].tolist() for a, b in pairwise(bounds)]
+        texts += sp.decode(documents, num_threads=1)
     return texts
+
+
+class SameProcess:
+    """A ProcessPoolExecutor that starts no process: it runs each batch when it is submitted."""
+
+    def __init__(self, workers, context, initializer, arguments):
+        model, val_fraction, done = arguments
+        tokenizer = prepare.Tokenizer(model, "test")
+        prepare._worker.update(tokenizer=tokenizer, val_fraction=val_fraction, done=done)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def shutdown(self, **options):
+        pass
+
+    def submit(self, function, *arguments) -> Future:
+        """Return a finished future with the result, or the error, of the call."""
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as e:
+            future.set_exception(e)
+        return future
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_process():
+    """Run workers in this process: forking one costs more than all that most tests do with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "ProcessPoolExecutor", SameProcess)
+        yield
+
+
+@pytest.fixture
+def real_workers(monkeypatch):
+    """Run workers in processes of their own after all."""
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", ProcessPoolExecutor)
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +124,10 @@ def model(tmp_path_factory) -> Path:
     return folder / "tokenizer.model"
 
 
-# -------------------------------------------------------------------------------- what comes out
+# ---- shards and manifest -------------------------------------------------------------------------
 
 
-def test_manifest_counts_and_hashes_are_those_of_the_files(tmp_path):
+def test_manifest_has_the_counts_and_hashes_of_the_files(tmp_path):
     texts = prose(300)
     m = run(
         tmp_path / "o",
@@ -111,15 +152,17 @@ def test_manifest_counts_and_hashes_are_those_of_the_files(tmp_path):
     assert sum(s["tokens"] for s in m["shards"]) == m["tokens"]
 
 
-def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
+def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch, real_workers):
     monkeypatch.setattr(prepare, "BATCH_BYTES", 5000)
     docs = jsonl(tmp_path / "a.jsonl", prose(400))
     for n in (1, 3):
         run(tmp_path / str(n), docs, workers=n, shard_tokens=30_000)
-    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", SameProcess)
+    run(tmp_path / "0", docs, shard_tokens=30_000)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3") == contents(tmp_path / "0")
 
 
-def test_every_packing_is_read_and_txt_is_one_document(tmp_path, model):
+def test_all_compressions_are_read_and_a_txt_is_one_document(tmp_path, model):
     line = b'{"text": "one"}\n\n{"text": "two\\r\\n"}'
     for name, pack in [
         ("a.jsonl", bytes),
@@ -135,23 +178,24 @@ def test_every_packing_is_read_and_txt_is_one_document(tmp_path, model):
     assert len(m["inputs"]) == 6
 
 
-def test_equal_texts_are_on_one_side_and_fractions_are_nested(tmp_path, model):
+def test_equal_texts_share_a_split_and_larger_fractions_only_add(tmp_path, model):
     docs = jsonl(tmp_path / "a.jsonl", prose(200) * 2)
-    held = []
+    held_out = []
     for fraction in (0, 0.1, 0.3, 1):
         out = tmp_path / str(fraction)
         run(out, docs, tokenizer=model, val_fraction=fraction)
         train, val = texts_of(out, "train"), texts_of(out, "val")
         assert not set(train) & set(val) and len(train) + len(val) == 400
-        held.append(set(val))
-    assert not held[0] and held[0] < held[1] < held[2] < held[3] == set(prose(200))
+        held_out.append(set(val))
+    assert not held_out[0] and held_out[0] < held_out[1] < held_out[2] < held_out[3]
+    assert held_out[3] == set(prose(200))
 
 
 def test_the_tokenizer_never_sees_validation_text(tmp_path, monkeypatch):
     held_out = {3, 50, 51}
     monkeypatch.setattr(
         prepare,
-        "split_of",
+        "choose_split",
         lambda document, text, fraction: "val" if document.index in held_out else "train",
     )
     texts = prose(200)
@@ -170,7 +214,7 @@ def test_a_long_corpus_trains_on_a_fixed_sample(tmp_path, monkeypatch):
     assert a != run(tmp_path / "c", docs, val_fraction=0)["tokenizer_sha256"]
 
 
-# -------------------------------------------------------------------------------------- exactness
+# ---- exactness -----------------------------------------------------------------------------------
 
 ODD = [
     "▁",
@@ -193,7 +237,7 @@ ANY = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(ANY | st.builds("".join, st.lists(ANY)).filter(bool), min_size=1, max_size=20))
-def test_any_text_survives_exactly(tmp_path_factory, model, texts):
+def test_the_round_trip_of_any_text_is_exact(tmp_path_factory, model, texts):
     out = tmp_path_factory.mktemp("any")
     m = run(out / "o", jsonl(out / "a.jsonl", texts), tokenizer=model, val_fraction=0)
     assert texts_of(out / "o", "train") == texts and m["inexact_documents"] == 0
@@ -207,7 +251,7 @@ def test_odd_text_can_be_trained_on(tmp_path):
 
 
 def foreign_model(path: Path, **options: object) -> Path:
-    with open(path, "wb") as f:
+    with path.open("wb") as f:
         sentencepiece.SentencePieceTrainer.train(
             model_writer=f,
             minloglevel=2,
@@ -227,17 +271,17 @@ def foreign_model(path: Path, **options: object) -> Path:
     return path
 
 
-def test_what_a_normalising_tokenizer_loses_is_counted_and_told(tmp_path, capsys):
-    """As with the challenge's own models: a line end becomes a blank, ▁ becomes one."""
+def test_documents_changed_by_a_normalising_tokenizer_are_counted(tmp_path, capsys):
+    """The challenge's own models, too, turn a line end and a literal ▁ into a space."""
     model = foreign_model(tmp_path / "m.model", add_dummy_prefix=False)
     docs = jsonl(tmp_path / "a.jsonl", ["plain is exact", "two\nlines", "a▁b", "  blanks  "])
     m = run(tmp_path / "o", docs, tokenizer=model, val_fraction=0)
     assert m["inexact_documents"] == 3 and m["bytes"] < m["source_bytes"]
     assert texts_of(tmp_path / "o", "train") == ["plain is exact", "two lines", "a b", "blanks"]
-    assert "3 of 4 documents do not survive" in capsys.readouterr().err
+    assert "3 of 4 documents change in this tokenizer's round trip" in capsys.readouterr().err
 
 
-def test_wrong_bytes_stop_the_run_and_name_the_token(tmp_path):
+def test_a_token_without_bytes_stops_the_run_and_is_named(tmp_path):
     model = foreign_model(tmp_path / "m.model", byte_fallback=False)  # é becomes <unk>
     docs = jsonl(tmp_path / "a.jsonl", ["the of and " * 50, "the of ☢ in"])
     with pytest.raises(UserError, match="not written.*token 3 .*unk") as error:
@@ -246,7 +290,7 @@ def test_wrong_bytes_stop_the_run_and_name_the_token(tmp_path):
     assert set(contents(tmp_path / "o")) == {".unfinished.json", "tokenizer.model"}
 
 
-# ------------------------------------------------------------------------------- stop and go on
+# ---- interrupted runs ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -259,23 +303,29 @@ def test_wrong_bytes_stop_the_run_and_name_the_token(tmp_path):
         ),
     ],
 )
-def test_killed_at_any_time_it_ends_with_the_same_bytes(tmp_path, kills):
-    docs = jsonl(tmp_path / "a.jsonl", prose(2500))
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path, kills):
+    docs = jsonl(tmp_path / "a.jsonl", prose(800))
     command = [
         "--docs",
         docs,
         "--tokenizer",
         "train:500",
         "--shard-tokens",
-        "20000",
+        "5000",
         "--val-fraction",
         "0.1",
         "--workers",
         "2",
         "--out",
     ]
-    run(tmp_path / "whole", docs, tokenizer="train:500", shard_tokens=20_000, val_fraction=0.1)
-    out, seen = tmp_path / "killed", {}
+    run(
+        tmp_path / "uninterrupted",
+        docs,
+        tokenizer="train:500",
+        shard_tokens=5000,
+        val_fraction=0.1,
+    )
+    out, complete = tmp_path / "killed", {}
     for wanted in kills:
         process = subprocess.Popen(
             [sys.executable, "data/prepare.py", *map(str, command), out],
@@ -288,9 +338,9 @@ def test_killed_at_any_time_it_ends_with_the_same_bytes(tmp_path, kills):
         process.kill()
         assert process.wait() == -signal.SIGKILL
         assert not (out / "manifest.json").exists()
-        for name, stat in seen.items():  # what was complete is not done again
+        for name, stat in complete.items():  # complete shards are not written again
             assert (out / name).stat().st_mtime_ns == stat
-        seen = {
+        complete = {
             s["file"]: (out / s["file"]).stat().st_mtime_ns
             for s in json.loads((out / ".unfinished.json").read_text())["shards"]
         }
@@ -299,8 +349,9 @@ def test_killed_at_any_time_it_ends_with_the_same_bytes(tmp_path, kills):
         assert no_process_left(process.pid)
     (out / ".text_train_000007.bin.123.part").write_bytes(b"left behind")
     prepare.main([*map(str, command), str(out)])
-    assert contents(out) == contents(tmp_path / "whole")
-    assert all((out / name).stat().st_mtime_ns == stat for name, stat in seen.items()) and seen
+    assert contents(out) == contents(tmp_path / "uninterrupted")
+    assert complete
+    assert all((out / name).stat().st_mtime_ns == stat for name, stat in complete.items())
 
 
 def no_process_left(group: int) -> bool:
@@ -313,27 +364,27 @@ def no_process_left(group: int) -> bool:
     return False
 
 
-def test_second_run_does_nothing_and_changes_start_anew(tmp_path, capsys, model):
+def test_a_second_run_does_nothing_and_changes_start_again(tmp_path, capsys, model):
     docs, out = jsonl(tmp_path / "a.jsonl", prose(100)), tmp_path / "o"
 
-    def said(**more: object) -> str:
+    def printed(**more: object) -> str:
         run(out, docs, tokenizer=model, shard_tokens=5000, **more)
         return capsys.readouterr().out
 
-    assert "prepared:" in said(name="a") and said(name="a") == f"{out} is up to date\n"
+    assert "prepared:" in printed(name="a") and printed(name="a") == f"{out} is up to date\n"
     (out / "a_train_000000.bin").write_bytes(b"damaged")
-    assert "going on" in said(name="a") and "up to date" in said(name="a")
-    assert "val_fraction was 0.05, is 0.5" in said(name="a", val_fraction=0.5)
+    assert "continuing" in printed(name="a") and "up to date" in printed(name="a")
+    assert "val_fraction was 0.05, is 0.5" in printed(name="a", val_fraction=0.5)
     (out / "theirs_train_000000.bin").write_bytes(b"not ours")
-    assert "name was a, is b" in said(name="b", val_fraction=0.5)
+    assert "name was a, is b" in printed(name="b", val_fraction=0.5)
     jsonl(docs, prose(10))
-    assert "the input files changed" in said(name="b", val_fraction=0.5)
-    left = {p.name for p in out.glob("*.bin")}
+    assert "the input files changed" in printed(name="b", val_fraction=0.5)
+    shards = {p.name for p in out.glob("*.bin")}
     m = json.loads((out / "manifest.json").read_text())
-    assert left == {s["file"] for s in m["shards"]} | {"theirs_train_000000.bin"}
+    assert shards == {s["file"] for s in m["shards"]} | {"theirs_train_000000.bin"}
 
 
-def test_a_folder_with_files_of_others_is_left_alone(tmp_path, model):
+def test_a_folder_with_foreign_files_is_refused_and_unchanged(tmp_path, model):
     docs = jsonl(tmp_path / "a.jsonl", prose(5))
     for name in ("text_train_000003.bin", "tokenizer.model", "manifest.json"):
         out = tmp_path / name.split(".")[0]
@@ -344,7 +395,7 @@ def test_a_folder_with_files_of_others_is_left_alone(tmp_path, model):
         assert contents(out) == {name: b"precious"}
 
 
-# ---------------------------------------------------------------------------------- bad input
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -355,20 +406,20 @@ def test_a_folder_with_files_of_others_is_left_alone(tmp_path, model):
         ("a.txt", b"", "empty"),
         ("a.csv", b"x", "must end in .jsonl or .txt"),
         ("a.jsonl", b'{"text": "ok"}\n{"text": "cut', "a.jsonl line 2: not JSON"),
-        ("a.jsonl", b'\n\n{"txt": "x"}\n', 'line 3: no string "text"'),
-        ("a.jsonl", b'{"text": 3}\n', 'line 1: no string "text"'),
-        ("a.jsonl", b'["text"]\n', 'line 1: no string "text"'),
+        ("a.jsonl", b'\n\n{"txt": "x"}\n', 'line 3: no field "text" with a string'),
+        ("a.jsonl", b'{"text": 3}\n', 'line 1: no field "text" with a string'),
+        ("a.jsonl", b'["text"]\n', 'line 1: no field "text" with a string'),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: half a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1: not UTF-8"),
         ("a.txt", b"ab\xff", "a.txt: not UTF-8 .byte 2."),
         ("a.jsonl", b'{"text": ""}\n', "no document with any text"),
-        ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 9999)[:-40], "cut or damaged"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9999)[:-9], "cut or damaged"),
-        ("a.jsonl.zst", zstandard.compress(b'{"text": "x"}\n' * 9999)[:-9], "cut or damaged"),
-        ("a.jsonl.xz", b"no xz", "cut or damaged"),
-        ("a.jsonl.gz", b"no gz", "cut or damaged"),
-        ("a.jsonl.zst", b"no zst", "cut or damaged"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 9999)[:-40], "truncated or damaged"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9999)[:-9], "truncated or damaged"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "x"}\n' * 9999)[:-9], "truncated or damaged"),
+        ("a.jsonl.xz", b"no xz", "truncated or damaged"),
+        ("a.jsonl.gz", b"no gz", "truncated or damaged"),
+        ("a.jsonl.zst", b"no zst", "truncated or damaged"),
     ],
 )
 @pytest.mark.parametrize("given", ["train:400", "model"])
@@ -397,7 +448,7 @@ def test_bad_tokenizers_are_one_line(tmp_path, given, match):
     assert "\n" not in str(error.value)
 
 
-def test_tokenizers_that_shards_cannot_hold_are_refused(tmp_path):
+def test_unusable_tokenizers_are_refused(tmp_path):
     docs = jsonl(tmp_path / "a.jsonl", prose(20))
     (tmp_path / "text.model").write_bytes(b"\x00no model")
     words = [" ".join(f"w{i}" for i in range(n, n + 100)) for n in range(0, 66_000, 100)]
@@ -419,7 +470,7 @@ def test_tokenizers_that_shards_cannot_hold_are_refused(tmp_path):
         assert not (tmp_path / "o" / "tokenizer.model").exists()
 
 
-def test_no_tokenizer_is_trained_on_a_validation_set(tmp_path):
+def test_no_tokenizer_is_trained_on_validation_text_alone(tmp_path):
     with pytest.raises(UserError, match="no training document.*--val-fraction"):
         run(tmp_path / "o", jsonl(tmp_path / "a.jsonl", prose(20)), val_fraction=1)
 
@@ -438,36 +489,43 @@ def test_no_tokenizer_is_trained_on_a_validation_set(tmp_path):
         ),
     ],
 )
-def test_settings_out_of_range_are_one_line(arguments, match):
-    with pytest.raises(UserError, match=match):
+def test_options_out_of_range_are_refused(arguments, match):
+    with pytest.raises(UsageError, match=match):
         prepare.main(arguments)
 
 
-def test_the_command_line_shows_one_line_and_exit_code_1(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\nnot json\n')
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "data/prepare.py",
-            "--docs",
-            str(tmp_path / "a.jsonl"),
-            "--tokenizer",
-            "train:400",
-            "--out",
-            str(tmp_path / "o"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 1 and ran.stderr.count("\n") == 1
-    assert ran.stderr.startswith("error: ") and "a.jsonl line 2: not JSON" in ran.stderr
+@pytest.mark.parametrize("script", [prepare, overlap, download_fineweb])
+def test_a_wrong_option_is_one_line_and_exit_code_2(script, capsys):
+    name = script.__name__.split(".")[-1]
+    assert run_reporting(name, lambda: script.main(["--windw", "3"])) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{name}: error: unknown option --windw")
+    assert line.endswith(f"; see data/{name}.py --help")
 
 
-# ----------------------------------------------------------------------------- embedded corpus
+def test_an_error_in_a_worker_is_one_line_and_exit_code_1(tmp_path, real_workers, model, capfd):
+    docs = tmp_path / "a.jsonl"
+    docs.write_text('{"text": "x"}\nnot json\n')
+    code = run_reporting("prepare", lambda: run(tmp_path / "o", docs, tokenizer=model))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert code == 1 and line.startswith("prepare: error: ")
+    assert "a.jsonl line 2: not JSON" in line
 
 
-def test_embedded_corpus_is_exact_split_by_year_and_clean(tmp_path):
+def test_an_interrupt_is_one_line_and_exit_code_130(tmp_path, model, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "encode_batch", interrupt)
+    docs = jsonl(tmp_path / "a.jsonl", prose(2))
+    code = run_reporting("prepare", lambda: run(tmp_path / "o", docs, tokenizer=model))
+    assert (code, capsys.readouterr().err) == (130, "prepare: interrupted\n")
+
+
+# ---- embedded corpus -----------------------------------------------------------------------------
+
+
+def test_the_embedded_corpus_is_exact_split_by_year_and_without_overlap(tmp_path):
     out = tmp_path / "e"
     prepare.main(["--embedded", "--out", str(out)])
     texts = embedded.addresses()
@@ -488,14 +546,3 @@ def test_years_that_quote_each_other_stay_in_training():
     assert embedded.quoting_years(texts) == set()
     texts["1903-X-1"] += b" " + texts["1901-X-1"][500:700]
     assert embedded.quoting_years(texts) == {1901, 1903}
-
-
-def test_importing_has_no_effect(tmp_path):
-    code = (
-        "import os, sys; before = set(os.listdir('.')), dict(os.environ); sys.path.insert(0, "
-        f"{str(ROOT)!r}); import data.prepare, data.overlap, data.download_fineweb; "
-        "assert before == (set(os.listdir('.')), dict(os.environ))"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
-    assert ran.returncode == 0 and not ran.stdout and not ran.stderr
-    assert np.array_equal(list(tmp_path.iterdir()), [])
