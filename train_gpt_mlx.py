@@ -1,18 +1,30 @@
-"""Train on Apple Silicon what train_gpt.py trains elsewhere: the same settings, shards, schedule, log and artifact.
+"""Train on Apple Silicon with MLX: same settings, shards, log and artifact as train_gpt.py.
 
-    PRESET=cpu python train_gpt_mlx.py          a small model; --help lists every setting
-    PRESET=consensus python train_gpt_mlx.py    that of the records, for ten minutes or MAX_WALLCLOCK_SECONDS
+    PRESET=cpu python train_gpt_mlx.py          a small model
+    PRESET=consensus python train_gpt_mlx.py    the records' model, for MAX_WALLCLOCK_SECONDS
 
-What is the same on any machine is imported from train_gpt: settings, data, schedules, averages, quantiser, artifact,
-initial weights. Here is what MLX does: the model, its gradients, the optimisers, and rounding in training. Between the
-two go tensors that share the memory of MLX's arrays. tests/golden/oracle.npz holds both to the same numbers.
-Shapes in names: B sequences, T positions, D model width, H query heads, G key/value heads, C head width.
+In the order of the file: bridge, rounding, model, optimisers, runtime, micro-batches, training,
+checkpoints, export, scores, main.
+
+Everything that does not depend on the machine is imported from train_gpt: settings, data,
+schedules, averages, quantiser, artifact and initial weights. This file has what MLX computes: the
+model, its gradients, the optimisers, and rounding during training. Tensors passed between the two
+share the memory of MLX's arrays. tests/golden/oracle.npz holds both to the same numbers.
+
+The steps of `main` look like train_gpt's, but are not shared. train_gpt.py imports nothing of this
+repository, so it would have to offer an interface of some ten functions (warm-up, step, switches,
+checkpoint, averages, Hessians, export) for one caller, and its readers would have to look for each
+step behind that interface.
+
+Shapes in names: B sequences, T positions, D model width, H query heads, G key/value heads,
+C head width, R half of the channels that RoPE turns.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -28,19 +40,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
-try:
-    import mlx.core as mx
-    from mlx import nn
-    from mlx.utils import tree_flatten, tree_unflatten
-except ImportError as e:
-    if __name__ != "__main__":
-        raise
-    sys.exit(f"train_gpt_mlx: error: {e}; pip install -r requirements-apple.txt")
 import numpy as np
 import torch
 from torch import Tensor
 
 import train_gpt
+from fairway.command_line import Parser, run_reporting
 from fairway.scoring.neural import plan
 from fairway.scoring.settings import EvalConfig
 from train_gpt import (
@@ -69,7 +74,6 @@ from train_gpt import (
     lr_scale,
     mean_nats,
     momentum_at,
-    need,
     predict_size,
     progress_of,
     quantised,
@@ -82,82 +86,102 @@ from train_gpt import (
     validate,
 )
 
-Weights: TypeAlias = (
-    "dict[str, mx.array]"  # by the names of train_gpt.GPT, in its order, which is the artifact's
-)
-ACTIVATION_BYTES = 4 << 30  # that one forward and backward pass may hold: a quarter of a 16 GB Mac
+try:
+    import mlx.core as mx
+    from mlx import nn
+    from mlx.utils import tree_flatten, tree_unflatten
+
+    MLX_MISSING = ""
+except ImportError as e:
+    if __name__ != "__main__":
+        raise
+    # --help works without MLX: these stand-ins are enough to define the classes below.
+    MLX_MISSING = f"{e}; pip install -r requirements-apple.txt"
+    mx, nn = None, SimpleNamespace(Module=object, Linear=object)
+
+# Names and order are those of train_gpt.GPT's parameters, and so of the artifact.
+Weights: TypeAlias = "dict[str, mx.array]"
+# A forward and backward pass may hold this much: a quarter of a Mac with 16 GB.
+ACTIVATION_BYTES = 4 << 30
 
 
-# ==== BRIDGE ==========================================================================================================
-# PyTorch only holds and rounds numbers here: no model, gradient or optimiser of it runs.
-def tensors(weights: Mapping[str, mx.array]) -> dict[str, Tensor]:
-    """Views of arrays: nothing is copied, and nothing may be written to."""
+# ==== BRIDGE ======================================================================================
+# PyTorch only holds and rounds numbers here. None of its models, gradients or optimisers run.
+def to_tensors(weights: Mapping[str, mx.array]) -> dict[str, Tensor]:
+    """Return tensors that share the arrays' memory; never write to them."""
     return {n: torch.from_numpy(np.asarray(w)) for n, w in weights.items()}
 
 
-def arrays(named: Mapping[str, Tensor]) -> Weights:
-    return {n: mx.array(t.detach().numpy()) for n, t in named.items()}
+def to_arrays(tensors: Mapping[str, Tensor]) -> Weights:
+    """Copy tensors into MLX arrays."""
+    return {n: mx.array(t.detach().numpy()) for n, t in tensors.items()}
 
 
-def ids(tokens: np.ndarray) -> mx.array:
+def to_ids(tokens: np.ndarray) -> mx.array:
+    """Copy tokens into an int32 array of the same shape."""
     return mx.array(tokens.astype(np.int32))
 
 
 def first_weights(cfg: Config) -> Weights:
-    """Those that train_gpt draws from this seed: both trainers start from the same bits."""
+    """Draw train_gpt's initial weights, so that both trainers start from the same bits."""
     model = train_gpt.GPT(cfg)
     train_gpt.initialise(model, cfg)
-    return arrays(dict(model.named_parameters()))
+    return to_arrays(dict(model.named_parameters()))
 
 
-# ==== ROUNDING ========================================================================================================
-# The export rounds by train_gpt.quantised. Training does the same on the device: to the bit for equal steps, and steps
-# are equal or, since a mean adds up in another order, neighbours in bf16.
+# ==== ROUNDING ====================================================================================
+# The export rounds by train_gpt.quantised. Training computes the same on MLX's device. For equal
+# steps the results are equal to the bit. The steps are equal, or neighbours in bf16, because MLX
+# adds up a mean in another order.
 def row_steps(weight: mx.array, k: float, bits: int) -> mx.array:
+    """Return the quantiser's step of each row, [rows, 1]; 1 for a row of zeros."""
     rms = mx.sqrt(mx.mean(mx.square(weight), axis=1, keepdims=True))
     step = (rms * (max(k, LEAST_K[bits]) / levels(bits))).astype(mx.bfloat16).astype(mx.float32)
     return mx.where(step > 0, step, 1.0)
 
 
-def rounded(weight: mx.array, k: float, bits: int) -> mx.array:
-    if bits == PLAIN_BITS:
+def round_weight(weight: mx.array, k: float, bits: int) -> mx.array:
+    """Round one tensor to the values that an artifact with this k can hold."""
+    if bits == PLAIN_BITS:  # fp16 ends at 65504; a larger value would become infinite
         return mx.clip(weight, -65504, 65504).astype(mx.float16).astype(mx.float32)
     step = row_steps(weight, k, bits)
     return mx.clip(mx.round(weight / step), -levels(bits), levels(bits)) * step
 
 
-def rounded_weights(weights: Weights, k: float, cfg: Config) -> Weights:
-    return {n: rounded(w, k, tensor_bits(n, cfg)) for n, w in weights.items()}
+def round_weights(weights: Weights, k: float, cfg: Config) -> Weights:
+    """Round all tensors, each to its own bit width."""
+    return {n: round_weight(w, k, tensor_bits(n, cfg)) for n, w in weights.items()}
 
 
-# ==== MODEL ===========================================================================================================
-# Leaf to root, as in train_gpt, in fp32 throughout.
-EPSILON = float(np.finfo(np.float32).eps)  # what PyTorch's rms_norm takes for fp32
+# ==== MODEL =======================================================================================
+# From the leaves to the root, as in train_gpt, but in fp32 throughout.
+EPSILON = float(np.finfo(np.float32).eps)  # PyTorch's rms_norm uses it for fp32
 
 
 def normalised(x: mx.array) -> mx.array:
+    """Scale the last axis to a root mean square of 1."""
     return mx.fast.rms_norm(x, None, EPSILON)
 
 
 def rotate(x_BHTC: mx.array, cos_TR: mx.array, sin_TR: mx.array) -> mx.array:
-    """RoPE on the first 2R channels of each head, by tables: angles of late positions need more than fp32."""
+    """Apply RoPE to the first 2R channels of each head."""
+    # By tables of float64 angles, not mx.fast.rope: angles of late positions need more than fp32.
     half = cos_TR.shape[-1]
     a, b, rest = mx.split(x_BHTC, [half, 2 * half], axis=-1)
     return mx.concatenate([a * cos_TR + b * sin_TR, b * cos_TR - a * sin_TR, rest], axis=-1)
 
 
 def without_own_value(y_BHTC: mx.array, v_BGTC: mx.array) -> mx.array:
-    """XSA: take out of each head's output its part along the position's own value."""
+    """Remove from each head's output its component along the position's own value (XSA)."""
     B, H, T, C = y_BHTC.shape
-    own = (v_BGTC * mx.rsqrt(mx.maximum(mx.sum(mx.square(v_BGTC), axis=-1, keepdims=True), 1e-24)))[
-        :, :, None
-    ]
+    square = mx.sum(mx.square(v_BGTC), axis=-1, keepdims=True)
+    own = (v_BGTC * mx.rsqrt(mx.maximum(square, 1e-24)))[:, :, None]
     y = y_BHTC.reshape(B, v_BGTC.shape[1], -1, T, C)
     return (y - mx.sum(y * own, axis=-1, keepdims=True) * own).reshape(B, H, T, C)
 
 
 class Linear(nn.Linear):
-    """A matrix; while `watch` is set, it is shown what the matrix multiplies."""
+    """A matrix without bias. While `watch` is set, it is called with each input."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
@@ -170,16 +194,14 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
+    """Causal attention with grouped key/value heads and normalised queries and keys."""
+
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
         D, H, G, C = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.model_dim // cfg.num_heads
         self.width, self.exclusive = C, layer >= cfg.num_layers - cfg.xsa_last_n
-        self.q, self.k, self.v, self.proj = (
-            Linear(D, H * C),
-            Linear(D, G * C),
-            Linear(D, G * C),
-            Linear(D, D),
-        )
+        self.q, self.k, self.v = Linear(D, H * C), Linear(D, G * C), Linear(D, G * C)
+        self.proj = Linear(D, D)
         self.q_gain = mx.full((H,), cfg.qk_gain_init)
         if cfg.attn_gate:
             self.gate = mx.zeros((H, min(12, D)))
@@ -187,13 +209,11 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: mx.array, rope: tuple[mx.array, mx.array]) -> mx.array:
         B, T, D = x_BTD.shape
         q, k, v = (
-            part(x_BTD).reshape(B, T, -1, self.width).swapaxes(1, 2)
-            for part in (self.q, self.k, self.v)
+            linear(x_BTD).reshape(B, T, -1, self.width).swapaxes(1, 2)
+            for linear in (self.q, self.k, self.v)
         )
-        q, k = (
-            rotate(normalised(q), *rope) * self.q_gain[:, None, None],
-            rotate(normalised(k), *rope),
-        )
+        q = rotate(normalised(q), *rope) * self.q_gain[:, None, None]
+        k = rotate(normalised(k), *rope)
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.width**-0.5, mask="causal")
         y = (without_own_value(y, v) if self.exclusive else y).swapaxes(1, 2)
         if "gate" in self:
@@ -202,6 +222,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two matrices with a squared leaky ReLU between them."""
+
     def __init__(self, cfg: Config):
         super().__init__()
         hidden, self.slope = int(cfg.mlp_mult * cfg.model_dim), cfg.leaky_slope
@@ -213,36 +235,36 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, on a mix of the stream with the embedding x0; or each in a lane of its own."""
+    """Attention and MLP, one after the other in one lane, or side by side in two lanes.
+
+    The input is a learned mix of the residual stream and the embedding x0.
+    """
 
     def __init__(self, cfg: Config, layer: int):
         super().__init__()
         self.attn, self.mlp, D = Attention(cfg, layer), MLP(cfg), cfg.model_dim
-        self.attn_scale, self.mlp_scale, self.resid_mix = (
-            mx.ones(D),
-            mx.ones(D),
-            mx.stack([mx.ones(D), mx.zeros(D)]),
-        )
+        self.attn_scale, self.mlp_scale = mx.ones(D), mx.ones(D)
+        self.resid_mix = mx.stack([mx.ones(D), mx.zeros(D)])
         self.norm_scale = (layer + 1) ** -0.5 if cfg.ln_scale else 1.0
         if 0 < cfg.parallel_start_layer <= layer:
             self.lane_mix = mx.ones((2, 2))
 
     def read(self, x: mx.array, condition: mx.array | None) -> mx.array:
-        """A sub-layer's input; on an extra pass, scaled and shifted for that pass (AdaLN)."""
+        """Normalise a sub-layer's input; on an extra pass, scale and shift it (AdaLN)."""
         x = normalised(x) * self.norm_scale
         return x if condition is None else x * (1 + condition[0]) + condition[1]
 
     def __call__(
         self, x: mx.array, lane: mx.array, x0: mx.array, rope, condition
     ) -> tuple[mx.array, mx.array]:
-        """Both lanes after this block; where they have not parted, one array stands for both."""
+        """Return both lanes after this block; the same array twice while there is one lane."""
         mixed = self.resid_mix[0] * x + self.resid_mix[1] * x0
         attended = self.attn_scale * self.attn(self.read(mixed, condition), rope)
         if "lane_mix" in self:
-            written, to = self.mlp_scale * self.mlp(self.read(lane, condition)), self.lane_mix
+            written = self.mlp_scale * self.mlp(self.read(lane, condition))
             new = tuple(
-                old + to[i, 0] * attended + to[i, 1] * written
-                for i, old in enumerate((mixed, lane))
+                old + share[0] * attended + share[1] * written
+                for old, share in zip((mixed, lane), self.lane_mix, strict=True)
             )
         else:
             mixed = mixed + attended
@@ -263,8 +285,8 @@ class BigramHash(nn.Module):
         self.last, self.scale = cfg.bigram_vocab_size - 1, mx.array(0.05)
 
     def buckets(self, tokens_BT: mx.array) -> mx.array:
-        """As train_gpt's; in uint32, which holds the largest product of a token below 65,536."""
-        t = tokens_BT.astype(mx.uint32)
+        """Return train_gpt's buckets; the first position has the last bucket."""
+        t = tokens_BT.astype(mx.uint32)  # it holds the largest product of a token below 65,536
         pairs = ((36313 * t[:, 1:]) ^ (27191 * t[:, :-1])) % self.last
         return mx.pad(pairs, ((0, 0), (1, 0)), constant_values=mx.array(self.last, mx.uint32))
 
@@ -273,7 +295,10 @@ class BigramHash(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """Each channel takes a learned part of the embedding before it; nothing crosses a BOS."""
+    """Mix a learned share of the previous position's embedding into each channel.
+
+    The first position of a document gets nothing from the document before it.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -286,96 +311,93 @@ class SmearGate(nn.Module):
 
 
 class GPT(nn.Module):
-    """U-Net of blocks over tied embeddings: the first half of the passes feeds the second by skips."""
+    """A U-Net of blocks over tied embeddings: skips lead from the first half to the second."""
 
     passes = train_gpt.GPT.passes  # (layer, extra pass) in the order in which they run
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.cfg, self.looping = (
-            cfg,
-            False,
-        )  # looping: set once the run is far enough for depth recurrence
+        self.cfg, self.looping = cfg, False  # looping: depth recurrence is on
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
         if cfg.bigram_vocab_size:
             self.bigram = BigramHash(cfg)
         if cfg.smear_gate:
             self.smear = SmearGate(cfg.model_dim)
         self.blocks = [Block(cfg, i) for i in range(cfg.num_layers)]
-        self.skip_weights = mx.ones(
-            (max(len(self.passes(on)) // 2 for on in (0, 1)), cfg.model_dim)
-        )
+        skips = max(len(self.passes(looping)) // 2 for looping in (False, True))
+        self.skip_weights = mx.ones((skips, cfg.model_dim))
         if cfg.num_loops and cfg.loop_adaln:
-            self.loop_conditions = mx.zeros(
-                (cfg.num_loops, cfg.loop_end - cfg.loop_start + 1, 3, cfg.model_dim)
-            )
-        tables = rope_tables(
-            cfg.train_seq_len, cfg.rope_dims or cfg.model_dim // cfg.num_heads, cfg.rope_base
-        )
-        self._cos, self._sin = (mx.array(t.numpy()) for t in tables)  # an underscore: no parameters
+            layers = cfg.loop_end - cfg.loop_start + 1
+            self.loop_conditions = mx.zeros((cfg.num_loops, layers, 3, cfg.model_dim))
+        rope_dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
+        tables = rope_tables(cfg.train_seq_len, rope_dims, cfg.rope_base)
+        # MLX does not count arrays as parameters if their names begin with an underscore.
+        self._cos, self._sin = (mx.array(t.numpy()) for t in tables)
 
     def embed(self, tokens_BT: mx.array) -> mx.array:
+        """Return x0 [B, T, D]: token and bigram embeddings, normalised, then smeared."""
         x = self.tok_emb(tokens_BT)
         x = normalised(x + self.bigram(tokens_BT) if "bigram" in self else x)
         return self.smear(x, tokens_BT) if "smear" in self else x
 
     def logits(self, tokens_BT: mx.array) -> mx.array:
-        """[B, T, V]: what each position says of the token after it."""
+        """Return [B, T, V]: each position's prediction of the token after it."""
         T, cap = tokens_BT.shape[1], self.cfg.logit_softcap
-        need(
-            T <= len(self._cos),
-            f"{T} tokens in a sequence, but the model's TRAIN_SEQ_LEN is {len(self._cos)}",
-        )
+        if len(self._cos) < T:
+            raise UserError(
+                f"{T} tokens in a sequence, but the model's TRAIN_SEQ_LEN is {len(self._cos)}"
+            )
         rope, order, skips = (self._cos[:T], self._sin[:T]), self.passes(self.looping), []
         x = lane = x0 = self.embed(tokens_BT)
         for i, (layer, extra) in enumerate(order):
             if i >= len(order) // 2 and skips:
                 skip = self.skip_weights[i - len(order) // 2] * skips.pop()
                 x, lane = x + skip, lane + skip
-            conditioned = extra and "loop_conditions" in self
-            condition = (
-                self.loop_conditions[extra - 1, layer - self.cfg.loop_start]
-                if conditioned
-                else None
-            )
+            condition = None
+            if extra and "loop_conditions" in self:
+                condition = self.loop_conditions[extra - 1, layer - self.cfg.loop_start]
             x, lane = self.blocks[layer](x, lane, x0, rope, condition)
             if i < len(order) // 2:
                 skips.append(x)
         return cap * mx.tanh(normalised((x + lane) / 2) @ self.tok_emb.weight.T / cap)
 
     def __call__(self, tokens_BT: mx.array, targets_BT: mx.array) -> mx.array:
-        """Cross-entropy of every target, [B, T], in nats."""
+        """Return the cross-entropy of each target, [B, T], in nats."""
         return nn.losses.cross_entropy(self.logits(tokens_BT), targets_BT, reduction="none")
 
     def holding(self, weights: Weights) -> GPT:
+        """Put these weights into the model and return it."""
         self.update(tree_unflatten(list(weights.items())))
         return self
 
 
 def build_model(artifact: Artifact) -> GPT:
-    """The model that an artifact describes: strict, every tensor named once."""
+    """Build the model of an artifact; a tensor that is missing or unknown is an error."""
     model = GPT(artifact.config)
-    model.load_weights(list(arrays(artifact.weights).items()), strict=True)
+    model.load_weights(list(to_arrays(artifact.weights).items()), strict=True)
     model.looping = artifact.header["looping"]
     return model
 
 
-def loss_of(model: GPT, weights: Weights | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss as train_gpt.mean_nats calls it: tensors in and out, MLX in between."""
+def loss_function(model: GPT, weights: Weights | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the model's loss, with `weights` if given, as a function from tensors to a tensor.
+
+    train_gpt.mean_nats calls it.
+    """
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        judged = model if weights is None else model.holding(weights)
-        return torch.from_numpy(np.asarray(judged(ids(x.numpy()), ids(y.numpy()))))
+        evaluated = model if weights is None else model.holding(weights)
+        return torch.from_numpy(np.asarray(evaluated(to_ids(x.numpy()), to_ids(y.numpy()))))
 
     return loss
 
 
-# ==== OPTIMISERS ======================================================================================================
-# PyTorch's arithmetic, step by step: Muon for matrices, AdamW for embeddings and for everything else.
+# ==== OPTIMISERS ==================================================================================
+# The same arithmetic as train_gpt's: Muon for matrices, AdamW for embeddings and everything else.
 def orthogonalised(
     g: mx.array, steps: int, coefficients: list[tuple[float, float, float]]
 ) -> mx.array:
-    """Matrices [n, rows, cols] with their singular values pushed to about one."""
+    """Return matrices [n, rows, cols] with their singular values moved to about one."""
     x = g.swapaxes(-1, -2) if (tall := g.shape[-2] > g.shape[-1]) else g
     x = x / (mx.sqrt(mx.sum(mx.square(x), axis=(-2, -1), keepdims=True)) * 1.01 + 1e-7)
     for i in range(steps):
@@ -385,62 +407,64 @@ def orthogonalised(
     return x.swapaxes(-1, -2) if tall else x
 
 
-def clipped(gradients: Weights, most: float) -> Weights:
-    """As torch.nn.utils.clip_grad_norm_: scaled down to a norm of `most`, all together."""
+def clip_gradients(gradients: Weights, limit: float) -> Weights:
+    """Scale all gradients so that their common norm is at most `limit`.
+
+    The formula is that of torch.nn.utils.clip_grad_norm_.
+    """
     norm = mx.sqrt(sum(mx.sum(mx.square(g)) for g in gradients.values()))
-    scale = mx.minimum(most / (norm + 1e-6), 1.0)
+    scale = mx.minimum(limit / (norm + 1e-6), 1.0)
     return {n: g * scale for n, g in gradients.items()}
 
 
 class Optimiser:
-    """Both optimisers and their state; each parameter in exactly one group."""
+    """Muon and AdamW with their state; each parameter is in exactly one group."""
 
     def __init__(self, weights: Weights, cfg: Config):
         embeddings = [n for n in weights if n in ("tok_emb.weight", "bigram.table.weight")]
         self.matrices = [n for n in weights if n.endswith(".weight") and n not in embeddings]
         scalars = [n for n in weights if not n.endswith(".weight")]
-        self.adam = (
+        self.adam_groups = (
             (embeddings, cfg.tied_embed_lr, cfg.embed_wd),
             (scalars, cfg.scalar_lr, cfg.adam_wd),
         )
         assert sorted(self.matrices + embeddings + scalars) == sorted(weights), "each exactly once"
-        self.cfg, self.count = cfg, 0  # of AdamW's steps, for its bias correction
+        self.cfg, self.count = cfg, 0  # count: AdamW's steps, for its bias correction
         zeros = {n: mx.zeros_like(w) for n, w in weights.items()}
         self.momentum = {n: zeros[n] for n in self.matrices}
         self.first, self.second = ({n: zeros[n] for n in embeddings + scalars} for _ in range(2))
 
     def step(self, weights: Weights, gradients: Weights, scale: float, momentum: float) -> Weights:
-        """New weights, in the old order; `scale` is the schedule's part of the learning rates."""
+        """Return the new weights, in the same order. `scale` multiplies all learning rates."""
         self.count += 1
         new = dict(weights)
-        self.muon(new, gradients, self.cfg.matrix_lr * scale, momentum)
-        for names, lr, wd in self.adam:
-            self.adamw(new, gradients, names, lr * scale, wd)
+        self.update_by_muon(new, gradients, self.cfg.matrix_lr * scale, momentum)
+        for names, lr, wd in self.adam_groups:
+            self.update_by_adamw(new, gradients, names, lr * scale, wd)
         return new
 
-    def muon(self, new: Weights, gradients: Weights, lr: float, momentum: float) -> None:
-        """Nesterov momentum, orthogonalised, with decoupled weight decay; matrices of a shape go together."""
+    def update_by_muon(self, new: Weights, gradients: Weights, lr: float, momentum: float) -> None:
+        """Take a step of orthogonalised Nesterov momentum with decoupled weight decay."""
         cfg, by_shape = self.cfg, {}
         coefficients = POLAR_EXPRESS if cfg.muon_polar_express else NEWTON_SCHULZ
         for n in self.matrices:
             self.momentum[n] = momentum * self.momentum[n] + gradients[n]
-            moved = gradients[n] + momentum * self.momentum[n]
+            direction = gradients[n] + momentum * self.momentum[n]
             if cfg.muon_row_normalize:
-                moved = moved / (mx.sqrt(mx.sum(mx.square(moved), axis=1, keepdims=True)) + 1e-7)
-            by_shape.setdefault(moved.shape, []).append((n, moved))
-        for shape, own in by_shape.items():
-            directions = orthogonalised(
-                mx.stack([moved for _, moved in own]), cfg.muon_backend_steps, coefficients
-            )
-            for (n, _), direction in zip(own, directions, strict=True):
-                new[n] = (
-                    new[n] * (1 - lr * cfg.muon_wd)
-                    - lr * max(1, shape[0] / shape[1]) ** 0.5 * direction
-                )
+                norm = mx.sqrt(mx.sum(mx.square(direction), axis=1, keepdims=True))
+                direction = direction / (norm + 1e-7)
+            by_shape.setdefault(direction.shape, {})[n] = direction
+        for (rows, columns), group in by_shape.items():  # one batched product for each shape
+            stack = mx.stack(list(group.values()))
+            directions = orthogonalised(stack, cfg.muon_backend_steps, coefficients)
+            rate = lr * max(1, rows / columns) ** 0.5
+            for n, direction in zip(group, directions, strict=True):
+                new[n] = new[n] * (1 - lr * cfg.muon_wd) - rate * direction
 
-    def adamw(
+    def update_by_adamw(
         self, new: Weights, gradients: Weights, names: list[str], lr: float, wd: float
     ) -> None:
+        """Take a step of AdamW for the parameters `names`."""
         cfg = self.cfg
         first, second = 1 - cfg.beta1**self.count, math.sqrt(1 - cfg.beta2**self.count)
         for n in names:
@@ -452,31 +476,35 @@ class Optimiser:
             )
 
     def state(self) -> dict[str, Any]:
+        """Return the state as a checkpoint stores it."""
         return {"count": self.count} | {
-            part: tensors(getattr(self, part)) for part in ("momentum", "first", "second")
+            part: to_tensors(getattr(self, part)) for part in ("momentum", "first", "second")
         }
 
     def load(self, state: dict[str, Any]) -> None:
+        """Take over a state that `state()` returned."""
         self.count = state["count"]
         for part in ("momentum", "first", "second"):
-            setattr(self, part, arrays(state[part]))
+            setattr(self, part, to_arrays(state[part]))
 
 
-# ==== RUNTIME =========================================================================================================
+# ==== RUNTIME =====================================================================================
+# One process and one device: the Mac's GPU if MLX finds one, else the CPU.
 def set_up_runtime(cfg: Config, env: Mapping[str, str]) -> Runtime:
-    """The Mac's GPU where there is one. train_gpt's Runtime: one rank, and a CPU for the tensors in between."""
+    """Choose MLX's device. The Runtime's own device is a CPU, where the tensors lie."""
     world = env.get("WORLD_SIZE", "1")
-    need(
-        world == "1",
-        f"WORLD_SIZE is {world}; one Mac trains alone: start train_gpt_mlx.py without torchrun, or "
-        "train_gpt.py with it",
-    )
-    need(
-        cfg.device != "cuda",
-        "DEVICE is cuda; this trainer is for Apple Silicon: use train_gpt.py, or unset DEVICE",
-    )
+    if world != "1":
+        raise UserError(
+            f"WORLD_SIZE is {world}; this trainer uses one Mac: start train_gpt_mlx.py without "
+            "torchrun, or train_gpt.py with it"
+        )
+    if cfg.device == "cuda":
+        raise UserError(
+            "DEVICE is cuda; this trainer is for Apple Silicon: use train_gpt.py, or unset DEVICE"
+        )
     metal = mx.metal.is_available()
-    need(cfg.device != "mps" or metal, "DEVICE is mps, but MLX sees no GPU of a Mac; unset it")
+    if cfg.device == "mps" and not metal:
+        raise UserError("DEVICE is mps, but MLX finds no Apple GPU; unset DEVICE")
     gpu = metal and cfg.device != "cpu"
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
     name = mx.device_info()["device_name"] if gpu else platform.machine()
@@ -484,11 +512,13 @@ def set_up_runtime(cfg: Config, env: Mapping[str, str]) -> Runtime:
 
 
 def log_header(log: Log, cfg: Config, rt: Runtime, data: Data, preset: str) -> None:
-    """As train_gpt's: source, versions and hardware into the file; hashes of all that decides the run, everywhere."""
+    """Log source, versions and settings to the file, and the hashes of all inputs everywhere."""
     source, settings = Path(__file__).read_text(encoding="utf-8"), dataclasses.asdict(cfg)
+    rule = "=" * 100
     log(
-        f"{source}\n{'=' * 100}\nRunning Python {sys.version}\nRunning MLX {mx.__version__}\nRunning PyTorch "
-        f"{torch.__version__}\n{platform.platform()}\n{'=' * 100}\nsettings: {json.dumps(settings)}",
+        f"{source}\n{rule}\nRunning Python {sys.version}\nRunning MLX {mx.__version__}\n"
+        f"Running PyTorch {torch.__version__}\n{platform.platform()}\n{rule}\n"
+        f"settings: {json.dumps(settings)}",
         screen=False,
     )
     texts = {
@@ -497,9 +527,8 @@ def log_header(log: Log, cfg: Config, rt: Runtime, data: Data, preset: str) -> N
         "tokenizer": data.tokenizer_path.read_bytes(),
         "train_gpt": Path(train_gpt.__file__).read_bytes(),
     }
-    hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()} | {
-        "data": data.fingerprint
-    }
+    hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+    hashes["data"] = data.fingerprint
     start = dict(
         run_id=log.run_id,
         preset=preset,
@@ -519,212 +548,219 @@ def log_header(log: Log, cfg: Config, rt: Runtime, data: Data, preset: str) -> N
     )
 
 
-def progress_lines(label: str) -> Callable[[float], None]:
-    """Tells on the screen how far something is, every five seconds, as train_gpt.mean_nats does."""
-    began, said = time.perf_counter(), 0
+def progress_printer(label: str) -> Callable[[float], None]:
+    """Return `on_progress(fraction)`, which prints LABEL, percent and ETA every ten seconds."""
+    start, printed = time.perf_counter(), 0
 
-    def tell(part: float) -> None:
-        nonlocal said
-        seconds = time.perf_counter() - began
-        if seconds < 5 * (said + 1):
+    def on_progress(fraction: float) -> None:
+        nonlocal printed
+        seconds = time.perf_counter() - start
+        if seconds < 10 * (printed + 1):
             return
-        said = seconds // 5
-        print(
-            f"{label} {100 * part:.0f}% eta:{seconds / part - seconds:.0f}s",
-            file=sys.stderr,
-            flush=True,
-        )
+        printed = seconds // 10
+        eta = seconds / fraction - seconds
+        print(f"{label} {100 * fraction:.0f}% eta:{eta:.0f}s", file=sys.stderr, flush=True)
 
-    return tell
+    return on_progress
 
 
-# ==== MICRO-BATCHES ===================================================================================================
+# ==== MICRO-BATCHES ===============================================================================
+# A Mac's memory is smaller than an H100's, so a pass gets as many sequences as fit in it.
 def activation_bytes(cfg: Config) -> int:
-    """Memory that a token takes in a forward and backward pass: what each layer keeps, attention's scores included, as
-    much again while one is at work, and six copies of the logits. Fitted on MLX's CPU build: 2 to 18 % too much; of
-    consensus, a sequence of 2,048 is given 3.5 GB and took 3.1."""
-    layers, hidden = (
-        len(GPT.passes(SimpleNamespace(cfg=cfg), True)),
-        int(cfg.mlp_mult * cfg.model_dim),
-    )
-    kept = 16 * cfg.model_dim + 4 * hidden + 5 * cfg.num_heads * cfg.train_seq_len // 4
-    return 4 * ((layers + 1) * kept + 6 * cfg.vocab_size)
+    """Estimate the memory that one token needs in a forward and backward pass.
+
+    Each layer keeps its activations and attention scores. One layer at a time needs as much again.
+    The logits exist six times. Fitted on MLX's CPU build, the estimate is 2 to 18 % too high: for
+    a sequence of 2,048 tokens of the consensus preset it says 3.5 GB, and 3.1 GB were used.
+    """
+    layers = len(GPT.passes(SimpleNamespace(cfg=cfg), True))
+    hidden = int(cfg.mlp_mult * cfg.model_dim)
+    per_layer = 16 * cfg.model_dim + 4 * hidden + 5 * cfg.num_heads * cfg.train_seq_len // 4
+    return 4 * ((layers + 1) * per_layer + 6 * cfg.vocab_size)
 
 
 def micro_tokens(cfg: Config) -> int:
-    """Tokens of a pass: whole sequences, at most an eighth of the batch, as in train_gpt."""
-    most = cfg.micro_batch_tokens or ACTIVATION_BYTES // activation_bytes(cfg)
-    return min(cfg.train_batch_tokens // 8, max(1, most // cfg.train_seq_len) * cfg.train_seq_len)
+    """Return the tokens of a pass: whole sequences, at most an eighth of the batch."""
+    limit = cfg.micro_batch_tokens or ACTIVATION_BYTES // activation_bytes(cfg)
+    sequences = max(1, limit // cfg.train_seq_len)
+    return min(cfg.train_batch_tokens // 8, sequences * cfg.train_seq_len)
 
 
-# ==== TRAINING ========================================================================================================
+# ==== TRAINING ====================================================================================
+# The loop of train_gpt with two differences. A step may take minutes, so a signal ends it between
+# micro-batches, and a line is logged at least once a minute.
 @dataclass
 class Run:
-    """What a run holds; a checkpoint keeps what is needed to go on from it. train_gpt's functions read it too."""
+    """The state of a run; a checkpoint stores what is needed to continue it.
+
+    Some of train_gpt's functions take a Run of this class as their own.
+    """
 
     cfg: Config
     rt: Runtime
     log: Log
     data: Data
-    model: GPT  # the structure; the numbers are in `weights`
+    model: GPT  # the structure; `weights` has the numbers
     weights: Weights
     optimiser: Optimiser
     stream: TokenStream
     averages: Averages = field(default_factory=Averages)
-    passes: dict[bool, Callable] = field(
-        default_factory=dict
-    )  # loss and gradients, without and with loops
+    # Loss and gradients, by whether depth recurrence is on.
+    gradient_functions: dict[bool, Callable] = field(default_factory=dict)
     step: int = 0
-    train_s: float = 0.0  # until the clock was last started
-    k: float = 0.0  # of the quantiser: predicted, then measured on the way
+    train_s: float = 0.0  # seconds until the clock was last started
+    k: float = 0.0  # the quantiser's: predicted first, then measured during the run
     qat: bool = False
-    measured: bool = False  # the size, at mid-run
+    measured: bool = False  # the size, in the middle of the run
     clock: float | None = None
     loss: Tensor | None = None  # of the last step
     signum: int = 0
     saved_at: float = field(default_factory=time.perf_counter)
 
-    def elapsed(self) -> float:
-        return self.train_s + (time.perf_counter() - self.clock if self.clock is not None else 0.0)
+    elapsed = train_gpt.Run.elapsed
 
     def set_clock(self, running: bool) -> None:
+        """Start or stop the clock of the training time, after MLX has finished its work."""
         mx.synchronize()
         self.train_s, self.clock = self.elapsed(), time.perf_counter() if running else None
 
     @property
     def params(self) -> list[Tensor]:
-        return list(tensors(self.weights).values())
+        """The weights as tensors, in the order of the names."""
+        return list(to_tensors(self.weights).values())
 
     @property
     def loss_fn(self) -> Callable[[Tensor, Tensor], Tensor]:
-        return loss_of(self.model, self.weights)
+        """The loss at the current weights, for train_gpt.mean_nats."""
+        return loss_function(self.model, self.weights)
 
 
 def set_up(cfg: Config, rt: Runtime, data: Data, log: Log) -> Run:
+    """Build the run, log its shapes, and check that its artifact can fit."""
     weights = first_weights(cfg)
-    run = Run(
-        cfg, rt, log, data, GPT(cfg), weights, Optimiser(weights, cfg), TokenStream(data.train)
-    )
-    assert {n for n, _ in tree_flatten(run.model.parameters())} == set(weights), (
-        "the names of train_gpt.GPT"
-    )
+    optimiser, stream = Optimiser(weights, cfg), TokenStream(data.train)
+    run = Run(cfg, rt, log, data, GPT(cfg), weights, optimiser, stream)
+    names = {n for n, _ in tree_flatten(run.model.parameters())}
+    assert names == set(weights), "the names of train_gpt.GPT"
     shapes = {n: [*w.shape] for n, w in weights.items()}
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={data.tokenizer_path}")
     log(
-        f"train_loader:dataset:{data.folder.name} train_shards:{len(data.train)} tokens:{sum(map(len, data.train))}"
+        f"train_loader:dataset:{data.folder.name} train_shards:{len(data.train)} "
+        f"tokens:{sum(map(len, data.train))}"
     )
     log(
-        f"val_loader:shards pattern={data.folder}/*_val_*.bin tokens:{len(data.val) - 1} bytes:{data.val_bytes}"
+        f"val_loader:shards pattern={data.folder}/*_val_*.bin tokens:{len(data.val) - 1} "
+        f"bytes:{data.val_bytes}"
     )
     count, size = sum(w.size for w in weights.values()), micro_tokens(cfg)
     log(f"model_params:{count}", "model", parameters=count, tensors=shapes)
+    passes = 8 * -(-cfg.train_batch_tokens // 8 // size)
     log(
-        f"world_size:1 grad_accum_steps:{8 * -(-cfg.train_batch_tokens // 8 // size)} micro_batch_tokens:{size}\n"
-        f"sdp_backends:mlx\nattention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}\n"
+        f"world_size:1 grad_accum_steps:{passes} micro_batch_tokens:{size}\nsdp_backends:mlx\n"
+        f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}\n"
         f"tie_embeddings:True embed_lr:{cfg.tied_embed_lr} head_lr:0.0 matrix_lr:{cfg.matrix_lr} "
-        f"scalar_lr:{cfg.scalar_lr}\n"
-        f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} iterations:{cfg.iterations} "
-        f"warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\nseed:{cfg.seed}"
+        f"scalar_lr:{cfg.scalar_lr}\ntrain_batch_tokens:{cfg.train_batch_tokens} "
+        f"train_seq_len:{cfg.train_seq_len} iterations:{cfg.iterations} "
+        f"warmup_steps:{cfg.warmup_steps} "
+        f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\nseed:{cfg.seed}"
     )
-    noise = torch.Generator().manual_seed(
-        0
-    )  # rows as they will be once trained: codes depend on shape, not on scale
-    look_at_size(
-        run,
-        "before training",
-        {n: torch.randn(shape, generator=noise) for n, shape in shapes.items()},
-    )
+    # Normal rows, as after training: initial zeros would compress too well.
+    noise = torch.Generator().manual_seed(0)
+    weights_like_trained = {n: torch.randn(s, generator=noise) for n, s in shapes.items()}
+    update_k(run, "before training", weights_like_trained)
     if cfg.compile:
         log("compile:mx.compile runs with the first step")
     return run
 
 
-def as_sized(run: Run) -> SimpleNamespace:
-    """A run as train_gpt's functions on sizes read it: this file is code that counts, too."""
+def size_inputs(run: Run) -> SimpleNamespace:
+    """Return the run as train_gpt's functions on sizes read it, with this file as counted code."""
     files = ",".join(filter(None, (str(Path(__file__)), run.cfg.extra_code_files)))
-    held = SimpleNamespace(
-        named_parameters=lambda: tensors(run.weights).items(), looping=run.model.looping
+    model = SimpleNamespace(
+        named_parameters=lambda: to_tensors(run.weights).items(), looping=run.model.looping
     )
-    return SimpleNamespace(
-        cfg=dataclasses.replace(run.cfg, extra_code_files=files),
-        model=held,
-        data=run.data,
-        log=run.log,
-        k=run.k,
-    )
+    cfg = dataclasses.replace(run.cfg, extra_code_files=files)
+    return SimpleNamespace(cfg=cfg, model=model, data=run.data, log=run.log, k=run.k)
 
 
-def look_at_size(run: Run, when: str, state: Mapping[str, Tensor]) -> None:
-    sized = as_sized(run)
-    predict_size(sized, when, state)
-    run.k = sized.k
+def update_k(run: Run, when: str, tensors: Mapping[str, Tensor]) -> None:
+    """Set `run.k` to the finest step whose predicted artifact fits, and log the prediction."""
+    inputs = size_inputs(run)
+    predict_size(inputs, when, tensors)
+    run.k = inputs.k
 
 
 def gradient_function(run: Run) -> Callable:
-    """(loss that is minimised, nats in all), gradients: of weights, inputs, targets, and the weights of these."""
+    """Return a function of weights, inputs, targets and the targets' shares in the loss.
+
+    It returns ((loss that is minimised, plain sum of nats), gradients).
+    """
     looping, model, count = run.model.looping, run.model, run.cfg.train_batch_tokens
 
     def losses(
-        weights: Weights, x: mx.array, y: mx.array, share: mx.array
+        weights: Weights, x: mx.array, y: mx.array, shares: mx.array
     ) -> tuple[mx.array, mx.array]:
         nats = model.holding(weights)(x, y)
-        return mx.sum(nats * share) / count, mx.sum(nats)
+        return mx.sum(nats * shares) / count, mx.sum(nats)
 
-    if (
-        looping not in run.passes
-    ):  # one each: compiled code keeps the layers that it was traced with
-        found = mx.value_and_grad(losses)
-        run.passes[looping] = mx.compile(found) if run.cfg.compile else found
-    return run.passes[looping]
+    # One for each value of `looping`: compiled code keeps the layers that it was traced with.
+    if looping not in run.gradient_functions:
+        function = mx.value_and_grad(losses)
+        run.gradient_functions[looping] = mx.compile(function) if run.cfg.compile else function
+    return run.gradient_functions[looping]
+
+
+def loss_shares(run: Run, tokens: np.ndarray) -> np.ndarray | None:
+    """Return each target's weight in the loss, or None if all weights are 1.
+
+    BYTE_LOSS_ALPHA blends 1 with the target's bytes, as a multiple of their mean in the batch.
+    """
+    alpha = run.cfg.byte_loss_alpha
+    if not alpha:
+        return None
+    count = run.data.table.count(tokens).astype(np.float32)
+    return 1 - alpha + alpha * count / max(count.mean(), 1e-6)
 
 
 def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights] | None:
-    """The batch's plain mean loss, and the gradients of the mean that is minimised, one micro-batch at a time; None
-    after a signal, since a step may take minutes."""
-    cfg, length, eighth, size = (
-        run.cfg,
-        run.cfg.train_seq_len,
-        run.cfg.train_batch_tokens // 8,
-        micro_tokens(run.cfg),
-    )
-    tokens, shares, gradients_of = (
-        run.stream.take(cfg.train_batch_tokens),
-        None,
-        gradient_function(run),
-    )
-    if cfg.byte_loss_alpha:  # a target's bytes over the batch's mean, blended with one
-        count = run.data.table.count(tokens).astype(np.float32)
-        shares = 1 - cfg.byte_loss_alpha + cfg.byte_loss_alpha * count / max(count.mean(), 1e-6)
+    """Return the batch's plain mean loss and the gradients of the loss that is minimised.
+
+    Return None as soon as a signal has come.
+    """
+    cfg, length = run.cfg, run.cfg.train_seq_len
+    eighth, size = cfg.train_batch_tokens // 8, micro_tokens(cfg)
+    tokens, gradients_of = run.stream.take(cfg.train_batch_tokens), gradient_function(run)
+    shares = loss_shares(run, tokens)
     sums, plain = {n: mx.zeros_like(w) for n, w in weights.items()}, 0.0
-    tell = progress_lines("first step")
+    on_progress = progress_printer("first step")
     for start in (i for part in range(8) for i in range(part * eighth, (part + 1) * eighth, size)):
         if run.signum:
             return None
         end = min(start + size, (start // eighth + 1) * eighth)
-        x, y = (ids(a[start:end].reshape(-1, length)) for a in (tokens, tokens[1:]))
+        x, y = (to_ids(a[start:end].reshape(-1, length)) for a in (tokens, tokens[1:]))
         share = mx.array(1.0) if shares is None else mx.array(shares[start:end].reshape(-1, length))
         (_, nats), gradients = gradients_of(weights, x, y, share)
         sums = {n: total + gradients[n] for n, total in sums.items()}
-        mx.eval(sums, nats)  # now: what is not evaluated keeps the activations of every micro-batch
+        # Without it, MLX would keep the activations of every micro-batch until the sums are read.
+        mx.eval(sums, nats)
         plain += nats.item()
-        if run.step == 0:
-            tell(end / cfg.train_batch_tokens)  # later ones have lines of their own
+        if run.step == 0:  # later steps have log lines
+            on_progress(end / cfg.train_batch_tokens)
     return torch.tensor(plain / cfg.train_batch_tokens), sums
 
 
 def take_step(run: Run, progress: float) -> bool:
-    """One optimiser step; or none, and nothing changed, because a signal came."""
-    # Straight-through: gradients at the rounded weights, the update to those behind them.
-    seen, at = (
-        rounded_weights(run.weights, run.k, run.cfg) if run.qat else run.weights,
-        run.stream.at,
-    )
-    if (found := accumulate_gradients(run, seen)) is None:
-        run.stream.at = at
+    """Take one optimiser step and return True; after a signal, change nothing and return False."""
+    # Straight-through estimator: gradients at the rounded weights update the exact ones.
+    weights = round_weights(run.weights, run.k, run.cfg) if run.qat else run.weights
+    position = run.stream.at
+    result = accumulate_gradients(run, weights)
+    if result is None:
+        run.stream.at = position
         return False
-    run.loss, gradients = found
+    run.loss, gradients = result
     if run.cfg.grad_clip_norm:
-        gradients = clipped(gradients, run.cfg.grad_clip_norm)
+        gradients = clip_gradients(gradients, run.cfg.grad_clip_norm)
     scale, momentum = lr_scale(progress, run.cfg), momentum_at(run.step, run.cfg)
     run.weights = run.optimiser.step(run.weights, gradients, scale, momentum)
     mx.eval(run.weights, run.optimiser.momentum, run.optimiser.first, run.optimiser.second)
@@ -733,41 +769,36 @@ def take_step(run: Run, progress: float) -> bool:
 
 
 def warm_up(run: Run) -> None:
-    """Steps that compile kernels and fill caches outside the clock, then are undone to the bit."""
-    cfg, kept = run.cfg, run.weights
+    """Take WARMUP_STEPS steps that compile kernels outside the clock, then undo them exactly."""
+    cfg, weights = run.cfg, run.weights
     for i in range(cfg.warmup_steps):
         run.model.looping = bool(cfg.num_loops) and 2 * i >= cfg.warmup_steps
         take_step(run, 0.0)
         if i == 0 or (i + 1) % 10 == 0 or i + 1 == cfg.warmup_steps:
             run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps}")
-    run.weights, run.optimiser, run.stream = kept, Optimiser(kept, cfg), TokenStream(run.data.train)
+    run.weights, run.optimiser = weights, Optimiser(weights, cfg)
+    run.stream = TokenStream(run.data.train)
     run.model.looping, run.step, run.loss = False, 0, None
 
 
 def train(run: Run) -> None:
-    cfg, last, saved = run.cfg, (run.step, run.elapsed()), checkpoint_path(run.cfg)
+    """Train until ITERATIONS or the clock ends the run, then write a checkpoint."""
+    cfg, last_logged = run.cfg, (run.step, run.elapsed())
     run.set_clock(True)
     while True:
         elapsed, signum = run.elapsed(), run.signum
         progress = progress_of(run.step, elapsed, cfg)
-        need(
-            run.loss is None or math.isfinite(run.loss.item()),
-            f"the loss of step {run.step} is not finite; the "
-            f"last checkpoint: {saved if saved.exists() else None}; lower MATRIX_LR or set GRAD_CLIP_NORM",
-        )
-        due = (
-            run.step % cfg.train_log_every == 0
-            or run.step <= 10
-            or progress >= 1
-            or elapsed - last[1] > 60
-        )
-        if run.step > last[0] and due:
-            last = log_step(run, elapsed, progress, last)
-        if (
-            signum
-            or cfg.checkpoint_seconds
-            and time.perf_counter() - run.saved_at >= cfg.checkpoint_seconds
-        ):
+        if run.loss is not None and not math.isfinite(run.loss.item()):
+            path = checkpoint_path(cfg)
+            raise UserError(
+                f"the loss of step {run.step} is not finite; the last checkpoint: "
+                f"{path if path.exists() else None}; lower MATRIX_LR or set GRAD_CLIP_NORM"
+            )
+        log_now = run.step % cfg.train_log_every == 0 or run.step <= 10 or progress >= 1
+        if run.step > last_logged[0] and (log_now or elapsed - last_logged[1] > 60):
+            last_logged = log_step(run, elapsed, progress, last_logged)
+        since_saved = time.perf_counter() - run.saved_at
+        if signum or 0 < cfg.checkpoint_seconds <= since_saved:
             save_checkpoint(run)
         if signum:
             run.log(f"stopped by {signal.Signals(signum).name}: RESUME=1 continues")
@@ -781,41 +812,37 @@ def train(run: Run) -> None:
             run.averages.update(run.params, run.step, progress_of(run.step, elapsed, cfg), cfg)
     if run.step < cfg.iterations:
         run.log(
-            f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{run.step}/{cfg.iterations}"
+            f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms "
+            f"step:{run.step}/{cfg.iterations}"
         )
-    save_checkpoint(run)  # whatever happens to the export, the weights are safe
+    save_checkpoint(run)  # before the export: if that fails, the weights are safe
     run.set_clock(False)
 
 
 def switch(run: Run, progress: float) -> None:
-    """What changes on the way: depth recurrence, the mid-run look at the size, rounding."""
-    cfg, rounds = (
-        run.cfg,
-        not run.qat and run.cfg.qat_start_frac < 1 and progress >= run.cfg.qat_start_frac,
-    )
+    """Turn on depth recurrence and rounding at their fractions; predict the size at half time."""
+    cfg = run.cfg
+    round_now = not run.qat and cfg.qat_start_frac < 1 and progress >= cfg.qat_start_frac
     if cfg.num_loops and not run.model.looping and progress >= cfg.loop_at_frac:
         run.model.looping = True
-        run.log(
-            f"layer_loop:enabled step:{run.step} passes:{len(run.model.passes(True))}",
-            "loop",
-            step=run.step,
-        )
-    if run.step and (rounds or not run.measured and progress >= 0.5):
+        passes = len(run.model.passes(True))
+        run.log(f"layer_loop:enabled step:{run.step} passes:{passes}", "loop", step=run.step)
+    if run.step and (round_now or not run.measured and progress >= 0.5):
         run.measured = progress >= 0.5
-        look_at_size(run, "on the way", tensors(run.weights))
-    if rounds:
+        update_k(run, "on the way", to_tensors(run.weights))
+    if round_now:
         run.qat = True
         log_rounding(run)
 
 
 def log_rounding(run: Run) -> None:
-    """Proof that rounding reaches the forward pass: the difference that it makes there."""
-    tokens = ids(run.stream.peek(run.cfg.train_seq_len + 1))[None]
-    plain, seen = (
-        run.model.holding(w)(tokens[:, :-1], tokens[:, 1:])
-        for w in (run.weights, rounded_weights(run.weights, run.k, run.cfg))
+    """Log the largest difference in a token's loss that rounding makes in the forward pass."""
+    tokens = to_ids(run.stream.peek(run.cfg.train_seq_len + 1))[None]
+    exact, rounded = (
+        run.model.holding(weights)(tokens[:, :-1], tokens[:, 1:])
+        for weights in (run.weights, round_weights(run.weights, run.k, run.cfg))
     )
-    worst = mx.max(mx.abs(plain - seen)).item()
+    worst = mx.max(mx.abs(exact - rounded)).item()
     run.log(
         f"qat:on step:{run.step} k:{run.k:.3f} max_loss_difference:{worst:.6f}",
         "qat",
@@ -825,51 +852,47 @@ def log_rounding(run: Run) -> None:
     )
 
 
-# ==== CHECKPOINTS =====================================================================================================
+# ==== CHECKPOINTS =================================================================================
+# A full disk costs the checkpoint, never the run.
 def checkpoint_path(cfg: Config) -> Path:
-    return (
-        Path(cfg.out_dir) / "checkpoint_mlx.pt"
-    )  # not train_gpt's: neither takes the other's for its own
+    """Return a path that is not train_gpt's: neither trainer reads the other's checkpoint."""
+    return Path(cfg.out_dir) / "checkpoint_mlx.pt"
 
 
 def save_checkpoint(run: Run) -> None:
-    """All state, replaced in one move. A full disk costs the checkpoint, never the run."""
+    """Replace the checkpoint by the current state, unless a weight is not finite."""
     run.set_clock(False)
     if all(bool(mx.all(mx.isfinite(w))) for w in run.weights.values()):
+        scalars = ("step", "train_s", "k", "qat", "measured", "loss")
         state = dict(
             settings=dataclasses.asdict(run.cfg),
             run_id=run.log.run_id,
             data=run.data.fingerprint,
-            scalars={
-                name: getattr(run, name)
-                for name in ("step", "train_s", "k", "qat", "measured", "loss")
-            },
+            scalars={name: getattr(run, name) for name in scalars},
             looping=run.model.looping,
             stream=run.stream.at,
-            model=tensors(run.weights),
+            model=to_tensors(run.weights),
             averages=vars(run.averages),
             optimiser=run.optimiser.state(),
         )
+        path = checkpoint_path(run.cfg)
         try:
-            save(checkpoint_path(run.cfg), state)
-            run.log(
-                f"checkpoint:{checkpoint_path(run.cfg)} step:{run.step}",
-                "checkpoint",
-                step=run.step,
-            )
+            save(path, state)
+            run.log(f"checkpoint:{path} step:{run.step}", "checkpoint", step=run.step)
         except OSError as e:
-            run.log(f"warning: no checkpoint written, the last one stays ({e})")
+            run.log(f"warning: no checkpoint written, the previous one stays ({e})")
     run.saved_at = time.perf_counter()
     run.set_clock(True)
 
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
-    need(
-        saved["data"] == run.data.fingerprint,
-        f"{run.data.folder} has other shards than the checkpoint's run; set "
-        "DATA_PATH, or start again without RESUME",
-    )
-    run.weights = arrays(saved["model"])
+    """Continue from a checkpoint that train_gpt.read_checkpoint has read."""
+    if saved["data"] != run.data.fingerprint:
+        raise UserError(
+            f"{run.data.folder} has other shards than the checkpoint's run; set DATA_PATH, or "
+            "start again without RESUME"
+        )
+    run.weights = to_arrays(saved["model"])
     run.optimiser.load(saved["optimiser"])
     vars(run).update(saved["scalars"])
     vars(run.averages).update(saved["averages"])
@@ -879,33 +902,30 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     )
 
 
-# ==== EXPORT ==========================================================================================================
-def as_shipped(
+# ==== EXPORT ======================================================================================
+# Averages and GPTQ ship only if they lower the loss on training tokens that were held out.
+def exported_weights(
     weights: Mapping[str, Tensor], run: Run, hessians: Mapping[str, Tensor] | None = None
 ) -> Weights:
-    """What the artifact would hold at this k."""
-    return arrays(
-        {n: r.weight() for n, r in quantised(weights, run.k, run.cfg, hessians or {}).items()}
-    )
+    """Return the values that the artifact would hold for these weights at the current k."""
+    rounded = quantised(weights, run.k, run.cfg, hessians or {})
+    return to_arrays({n: r.weight() for n, r in rounded.items()})
 
 
-def best_on_holdout(run: Run, tried: dict[str, Weights], what: str) -> str:
-    score = {
-        name: mean_nats(loss_of(run.model, weights), run.data.holdout, run.cfg, run.rt, what)
-        for name, weights in tried.items()
+def best_on_holdout(run: Run, candidates: dict[str, Weights], event: str) -> str:
+    """Return the name of the candidate with the lowest loss, and log all losses."""
+    losses = {
+        name: mean_nats(loss_function(run.model, weights), run.data.holdout, run.cfg, run.rt, event)
+        for name, weights in candidates.items()
     }
-    kept = min(score, key=score.get)
-    run.log(
-        f"{what}:" + " ".join(f"{n}:{v:.4f}" for n, v in score.items()) + f" kept:{kept}",
-        what,
-        kept=kept,
-        **score,
-    )
-    return kept
+    best = min(losses, key=losses.get)
+    text = " ".join(f"{n}:{v:.4f}" for n, v in losses.items())
+    run.log(f"{event}:{text} kept:{best}", event, kept=best, **losses)
+    return best
 
 
 def settle_weights(run: Run) -> None:
-    """Last, SWA or EMA: whichever, rounded as it would ship, does best."""
+    """Keep the last weights, SWA or EMA, whichever has the lowest loss when rounded."""
     averages = {
         name: dict(zip(run.weights, values, strict=True))
         for name, values in run.averages.candidates().items()
@@ -914,136 +934,120 @@ def settle_weights(run: Run) -> None:
         return
     if run.averages.swa_count:
         run.log(f"swa:averaged {run.averages.swa_count} checkpoints")
-    tried = {"last": tensors(run.weights)} | averages
-    kept = best_on_holdout(
-        run, {name: as_shipped(weights, run) for name, weights in tried.items()}, "averages"
-    )
-    run.weights = arrays(tried[kept])
+    candidates = {"last": to_tensors(run.weights)} | averages
+    rounded = {name: exported_weights(weights, run) for name, weights in candidates.items()}
+    run.weights = to_arrays(candidates[best_on_holdout(run, rounded, "averages")])
 
 
 def collect_hessians(run: Run) -> dict[str, Tensor]:
-    """sum of x x^T over training tokens, for every matrix that multiplies activations."""
-    watched = {f"{n}.weight": m for n, m in run.model.named_modules() if isinstance(m, Linear)}
-    hessians = {n: mx.zeros((m.weight.shape[1], m.weight.shape[1])) for n, m in watched.items()}
+    """Return, for each matrix, the sum of x x^T over its inputs x of GPTQ_BATCHES batches."""
+    matrices = {f"{n}.weight": m for n, m in run.model.named_modules() if isinstance(m, Linear)}
+    hessians = {n: mx.zeros((m.weight.shape[1], m.weight.shape[1])) for n, m in matrices.items()}
 
-    def watch(name: str, x: mx.array) -> None:
+    def add(name: str, x: mx.array) -> None:
         x = x.reshape(-1, x.shape[-1])
         hessians[name] = hessians[name] + x.T @ x
 
-    for n, m in watched.items():
-        m.watch = lambda x, n=n: watch(n, x)
+    for name, matrix in matrices.items():
+        matrix.watch = functools.partial(add, name)
     model, length = run.model.holding(run.weights), run.cfg.train_seq_len
     batches = [run.stream.take(8 * length)[:-1].reshape(8, -1) for _ in range(run.cfg.gptq_batches)]
     for batch in batches:
-        model.logits(ids(batch))
+        model.logits(to_ids(batch))
         mx.eval(hessians)
-    for m in watched.values():
-        m.watch = None
-    return tensors(hessians)
+    for matrix in matrices.values():
+        matrix.watch = None
+    return to_tensors(hessians)
 
 
 def choose_rounding(run: Run) -> dict[str, Tensor]:
-    """Hessians, made inside the training clock, if GPTQ pays on held-out training tokens; else none."""
+    """Return Hessians if GPTQ has the lower loss, else none. Their time counts as training time."""
     if not run.cfg.gptq:
         return {}
     run.set_clock(True)
     hessians, cap = collect_hessians(run), run.cfg.max_wallclock_seconds
-    gptq = as_shipped(tensors(run.weights), run, hessians)
+    gptq = exported_weights(to_tensors(run.weights), run, hessians)
     run.set_clock(False)
+    late = f" (over MAX_WALLCLOCK_SECONDS={cap}; raise GPTQ_RESERVE_SECONDS)"
     run.log(
         f"gptq:collected {len(hessians)} Hessians train_time:{1000 * run.train_s:.0f}ms"
-        + (
-            f" (over MAX_WALLCLOCK_SECONDS={cap}; raise GPTQ_RESERVE_SECONDS)"
-            if 0 < cap < run.train_s
-            else ""
-        )
+        + (late if 0 < cap < run.train_s else "")
     )
-    kept = best_on_holdout(
-        run, {"nearest": as_shipped(tensors(run.weights), run), "gptq": gptq}, "rounding"
-    )
-    return hessians if kept == "gptq" else {}
+    nearest = exported_weights(to_tensors(run.weights), run)
+    best = best_on_holdout(run, {"nearest": nearest, "gptq": gptq}, "rounding")
+    return hessians if best == "gptq" else {}
 
 
 def export(run: Run) -> Path:
-    """Choose the weights and their rounding, write the artifact."""
+    """Choose the weights and their rounding, write the artifact, and return its path."""
     settle_weights(run)
-    hessians, cfg, log, bits = (
-        choose_rounding(run),
-        run.cfg,
-        run.log,
-        max(run.cfg.attn_bits, run.cfg.mlp_bits),
-    )
-    sized, path = as_sized(run), Path(cfg.out_dir) / f"final_model.int{bits}.ptz"
-    code, raw = (
-        code_bytes(sized.cfg),
-        save(Path(cfg.out_dir) / "final_model.pt", tensors(run.weights)),
-    )
-    log(f"Serialized model: {raw} bytes\nCode size: {code} bytes")
-    blob, kept, codec = fit_artifact(sized, hessians)
-    run.k = sized.k
+    hessians, inputs, out = choose_rounding(run), size_inputs(run), Path(run.cfg.out_dir)
+    bits, budget = max(run.cfg.attn_bits, run.cfg.mlp_bits), run.cfg.size_budget_bytes
+    path = out / f"final_model.int{bits}.ptz"
+    code = code_bytes(inputs.cfg)
+    plain = save(out / "final_model.pt", to_tensors(run.weights))
+    run.log(f"Serialized model: {plain} bytes\nCode size: {code} bytes packed")
+    blob, rounded, codec = fit_artifact(inputs, hessians)
+    run.k = inputs.k
     with replacing(path) as f:
         f.write(blob)
-    log_errors(sized, kept)
-    log(
-        f"Serialized model int{bits}+{codec}: {len(blob)} bytes (k:{run.k:.3f} ratio:{raw / len(blob):.2f}x)"
+    log_errors(inputs, rounded)
+    run.log(
+        f"Serialized model int{bits}+{codec}: {len(blob)} bytes "
+        f"(k:{run.k:.3f} ratio:{plain / len(blob):.2f}x)"
     )
-    log(
-        f"Total submission size int{bits}+{codec}: {len(blob) + code} bytes (budget:{cfg.size_budget_bytes} "
-        f"left:{cfg.size_budget_bytes - len(blob) - code})",
+    total = len(blob) + code
+    run.log(
+        f"Total submission size int{bits}+{codec}: {total} bytes "
+        f"(budget:{budget} left:{budget - total})",
         "artifact",
         path=str(path),
         codec=codec,
         k=run.k,
         bytes=len(blob),
         code_bytes=code,
-        budget_bytes=cfg.size_budget_bytes,
+        budget_bytes=budget,
         sha256=file_sha256(path),
     )
     return path
 
 
-# ==== SCORES ==========================================================================================================
-def sliding_nats(model: GPT, tokens: np.ndarray, cfg: Config, judged: EvalConfig) -> float:
-    """Mean cross-entropy of tokens[1:], each scored once, in the windows that eval_final.py slides."""
-    length, total, tell = cfg.train_seq_len, 0.0, progress_lines("sliding windows")
-    windows = plan(tokens, length, min(judged.eval_stride, length), judged.eval_documents)
+# ==== SCORES ======================================================================================
+# Only the bytes on disk count: the artifact is read back and its model built again.
+def sliding_nats(model: GPT, tokens: np.ndarray, cfg: Config, scoring: EvalConfig) -> float:
+    """Return the mean cross-entropy of tokens[1:], each scored once, in eval_final.py's windows."""
+    length, total, on_progress = cfg.train_seq_len, 0.0, progress_printer("sliding windows")
+    windows = plan(tokens, length, min(scoring.eval_stride, length), scoring.eval_documents)
     rows = max(1, cfg.val_batch_size // 8 // length)
     for i in range(0, len(windows.start), rows):
         start, first, end = (part[i : i + rows, None] for part in windows)
-        places = start + np.arange(length + 1)
-        data = tokens[np.minimum(places, len(tokens) - 1)]
-        nats = np.asarray(model(ids(data[:, :-1]), ids(data[:, 1:])))
-        total += nats[(places[:, :-1] >= first) & (places[:, :-1] < end)].sum(dtype=np.float64)
-        tell(min(1.0, (i + rows) / len(windows.start)))
+        positions = start + np.arange(length + 1)
+        batch = tokens[np.minimum(positions, len(tokens) - 1)]
+        nats = np.asarray(model(to_ids(batch[:, :-1]), to_ids(batch[:, 1:])))
+        scored = (positions[:, :-1] >= first) & (positions[:, :-1] < end)
+        total += nats[scored].sum(dtype=np.float64)
+        on_progress(min(1.0, (i + rows) / len(windows.start)))
     return float(total) / (len(tokens) - 1)
 
 
-def score_artifact(run: Run, path: Path, judged: EvalConfig) -> None:
-    """The score of the run: of the bytes on disk, read back and rebuilt; windows side by side, then sliding."""
+def score_artifact(run: Run, path: Path, scoring: EvalConfig) -> None:
+    """Log the artifact's score, first in windows side by side, then in sliding windows."""
     artifact = read_artifact(path)
-    model, val = build_model(artifact), run.data.val
+    model, tokens = build_model(artifact), run.data.val
     label = f"final_{path.suffixes[0][1:]}_{artifact.header['codec']}"
-    ways = (
-        (
-            "roundtrip",
-            "final",
-            "",
-            lambda: mean_nats(loss_of(model), val, run.cfg, run.rt, "scoring the artifact"),
-        ),
-        (
-            "sliding_window",
-            "sliding",
-            f" stride:{judged.eval_stride}",
-            lambda: sliding_nats(model, val, run.cfg, judged),
-        ),
-    )
-    for way, event, extra, score in ways:
-        began, nats = time.perf_counter(), score()
-        name, bpb, seconds = (
-            f"{label}_{way}",
-            bits_per_byte(nats, run.data),
-            time.perf_counter() - began,
-        )
+
+    def side_by_side() -> float:
+        return mean_nats(loss_function(model), tokens, run.cfg, run.rt, "scoring the artifact")
+
+    def sliding() -> float:
+        return sliding_nats(model, tokens, run.cfg, scoring)
+
+    for name, event, extra, score in (
+        (f"{label}_roundtrip", "final", "", side_by_side),
+        (f"{label}_sliding_window", "sliding", f" stride:{scoring.eval_stride}", sliding),
+    ):
+        start, nats = time.perf_counter(), score()
+        bpb, seconds = bits_per_byte(nats, run.data), time.perf_counter() - start
         run.log(
             f"{name} val_loss:{nats:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * seconds:.0f}ms{extra}"
         )
@@ -1054,49 +1058,49 @@ def score_artifact(run: Run, path: Path, judged: EvalConfig) -> None:
             loss=nats,
             bpb=bpb,
             eval_seconds=seconds,
-            tokens=len(val) - 1,
+            tokens=len(tokens) - 1,
             bytes=run.data.val_bytes,
         )
 
 
-# ==== MAIN ============================================================================================================
-HELP = {  # what a setting does here, where that is not what it does in train_gpt
+# ==== MAIN ========================================================================================
+HELP = {  # settings whose meaning here differs from train_gpt's
     "resume": "1 continues from OUT_DIR/checkpoint_mlx.pt",
     "compile": "mx.compile of loss and gradients",
     "device": "unset: the GPU of a Mac, else the CPU; mps: that GPU",
-    "micro_batch_tokens": f"tokens a forward pass at most; 0 = what {ACTIVATION_BYTES >> 30} GiB of activations hold",
+    "micro_batch_tokens": "most tokens in a forward pass; 0 = as many as fit in "
+    f"{ACTIVATION_BYTES >> 30} GiB of activations",
     "eval_stride": "tokens between the sliding windows of the final score",
-    "eval_documents": "those windows start anew at each BOS",
+    "eval_documents": "those windows start again at each BOS",
 }
 
 
-def print_help() -> None:
-    shown = lambda value: int(value) if type(value) is bool else value  # noqa: E731
-    print(
-        f"{__doc__}\nPRESET  one of {', '.join(PRESETS)} (unset: cpu); their values: train_gpt.py --help\n"
-    )
-    judging = [f for f in fields(EvalConfig) if f.name in ("eval_stride", "eval_documents")]
-    for f in [*fields(Config), *judging]:
-        print(
-            f"{f.name.upper():27} {shown(f.default)!s:>9}  {HELP.get(f.name, f.metadata['help'])}"
-        )
+def help_text() -> str:
+    """Return this file's description and a line for each setting: name, default, meaning."""
+    scoring = [f for f in fields(EvalConfig) if f.name in ("eval_stride", "eval_documents")]
+    lines = [f"PRESET  one of {', '.join(PRESETS)} (unset: cpu); values: train_gpt.py --help\n"]
+    for f in [*fields(Config), *scoring]:
+        default = int(f.default) if type(f.default) is bool else f.default
+        lines.append(f"{f.name.upper():27} {default!s:>9}  {HELP.get(f.name, f.metadata['help'])}")
+    return "\n".join([__doc__, *lines])
 
 
-def read_judging(env: Mapping[str, str]) -> EvalConfig:
-    """How the final score slides: as eval_final.py would by default."""
-    judged = EvalConfig.from_env(env)
+def read_scoring_settings(env: Mapping[str, str]) -> EvalConfig:
+    """Return the settings of the final sliding windows, with eval_final.py's defaults."""
+    scoring = EvalConfig.from_env(env)
     for name, value in (("eval_mode", "sliding"), ("eval_seq_len", 0)):
-        need(
-            getattr(judged, name) == value,
-            f"{name.upper()} is {getattr(judged, name)}, but this trainer scores its "
-            "artifact in sliding windows of TRAIN_SEQ_LEN; unset it here, and give it to eval_final.py",
-        )
-    return judged
+        if getattr(scoring, name) != value:
+            raise UserError(
+                f"{name.upper()} is {getattr(scoring, name)}, but this trainer scores its artifact "
+                "in sliding windows of TRAIN_SEQ_LEN; unset it here and set it for eval_final.py"
+            )
+    return scoring
 
 
 def main(env: Mapping[str, str] = os.environ) -> None:
+    """Train, export and score one model, as the settings in `env` say."""
     preset = env.get("PRESET") or "cpu"
-    cfg, judged = Config.from_env(env, preset), read_judging(env)
+    cfg, scoring = Config.from_env(env, preset), read_scoring_settings(env)
     saved = read_checkpoint(cfg, checkpoint_path(cfg)) if cfg.resume else None
     data, rt = load_data(cfg), set_up_runtime(cfg, env)
     log = Log(cfg, rt, saved["run_id"] if saved else cfg.run_id or uuid.uuid4().hex[:12])
@@ -1111,45 +1115,37 @@ def main(env: Mapping[str, str] = os.environ) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_DFL)
     path = export(run)
-    score_artifact(run, path, judged)
+    score_artifact(run, path, scoring)
     log.close(path)
 
 
-def run_main() -> int:
-    if len(sys.argv) > 1:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends in silence
-        print_help()
-        return 0 if sys.argv[1] in ("-h", "--help") else 2
-    less = "; set MICRO_BATCH_TOKENS to half of what a pass takes"
-    advice = {
-        (RuntimeError, "allocate"): less,
-        (RuntimeError, "Insufficient Memory"): less,
-        (MemoryError, ""): less,
-        (UserError, ""): "",
-        (OSError, ""): "",
-        (ModuleNotFoundError, ""): "; pip install -r requirements.txt",
-    }
+def command() -> int:
+    """Parse the command line, run `main`, and add advice to errors of memory and packages."""
+    usage = "[SETTING=VALUE ...] python train_gpt_mlx.py"
+    Parser(prog="train_gpt_mlx.py", usage=usage, description=help_text()).parse_args()
+    if MLX_MISSING:
+        raise UserError(MLX_MISSING)
+    # run_reporting lets a closed pipe end the process; here it may only cost lines of the log.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
         main()
-    except SystemExit as stop:
-        return int(stop.code)
-    except Exception as e:
-        text = next(
-            (
-                text
-                for (kind, part), text in advice.items()
-                if isinstance(e, kind) and part in str(e)
-            ),
-            None,
-        )
-        if text is None:
-            raise  # a bug of ours: show where
-        print(
-            f"train_gpt_mlx: error: {(str(e) or 'out of memory').splitlines()[0]}{text}",
-            file=sys.stderr,
-        )
-        return 1
+    except ModuleNotFoundError as e:
+        raise UserError(f"{e}; pip install -r requirements.txt") from e
+    except (MemoryError, RuntimeError) as e:
+        texts = ("allocate", "Insufficient Memory")  # MLX raises RuntimeError on either platform
+        if not isinstance(e, MemoryError) and not any(text in str(e) for text in texts):
+            raise
+        message = (str(e) or "out of memory").splitlines()[0]
+        raise UserError(f"{message}; set MICRO_BATCH_TOKENS to half of the log's value") from e
     return 0
+
+
+def run_main() -> int:
+    """Return the exit code of `command`, with its errors reported as one line each."""
+    try:
+        return run_reporting("train_gpt_mlx", command)
+    except SystemExit as stop:  # after --help, or a signal
+        return int(stop.code or 0)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The same run by PyTorch and by MLX, and each artifact's score by the other.
+"""Train the same run with PyTorch and with MLX, and compare the scores of the artifacts.
 
-    python bench/mlx.py [PRESET]      (default: smoke; two to three minutes on MLX's Linux CPU build)
+    python bench/mlx.py [PRESET]      (default: smoke; two to three minutes with MLX's CPU build)
 
-Trains both from the same first weights on the embedded corpus, then lets eval_final.py score MLX's artifact: its
-neural windows side by side and sliding must be the trainer's own. On Linux the seconds say nothing of a Mac.
+Both start from the same weights and read the embedded corpus. eval_final.py then scores MLX's
+artifact: its neural scores, side by side and sliding, must equal the trainer's own. The seconds
+that it prints on Linux say nothing about a Mac.
 """
 
 import os
@@ -17,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(script: str, out: Path, **settings: str) -> tuple[str, float]:
-    """What a script printed, and the seconds it took."""
+def run_script(script: str, out: Path, **settings: str) -> tuple[str, float]:
+    """Run a script of the root; return what it printed and the seconds it took."""
     env = dict(
         os.environ,
         OUT_DIR=str(out),
@@ -29,36 +30,38 @@ def run(script: str, out: Path, **settings: str) -> tuple[str, float]:
         RUN_ID="bench",
         **settings,
     )
-    began = time.perf_counter()
+    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(ROOT / script)], env=env, capture_output=True, text=True
     )
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stderr}")
-    return done.stdout, time.perf_counter() - began
+    return done.stdout, time.perf_counter() - start
 
 
-def bpb(pattern: str, text: str) -> float:
+def read_bpb(pattern: str, text: str) -> float:
+    """Return the val_bpb of the first line in which `pattern` matches."""
     return float(re.search(pattern + r".*?val_bpb:([0-9.]+)", text)[1])
 
 
 def main() -> None:
     preset = sys.argv[1] if len(sys.argv) > 1 else "smoke"
     with tempfile.TemporaryDirectory() as folder:
-        torch_says, torch_s = run("train_gpt.py", Path(folder) / "torch", PRESET=preset)
-        mlx_says, mlx_s = run("train_gpt_mlx.py", Path(folder) / "mlx", PRESET=preset)
-        artifact = next((Path(folder) / "mlx").glob("final_model.*.ptz"))
-        scored, _ = run("eval_final.py", Path(folder) / "mlx", CHECKPOINT=str(artifact))
-    print(f"PRESET={preset}, embedded corpus, validation BPB of the artifact read back\n")
+        torch_out, mlx_out = Path(folder) / "torch", Path(folder) / "mlx"
+        torch_text, torch_s = run_script("train_gpt.py", torch_out, PRESET=preset)
+        mlx_text, mlx_s = run_script("train_gpt_mlx.py", mlx_out, PRESET=preset)
+        artifact = next(mlx_out.glob("final_model.*.ptz"))
+        eval_text, _ = run_script("eval_final.py", mlx_out, CHECKPOINT=str(artifact))
+    print(f"PRESET={preset}, embedded corpus, validation BPB of the artifact as read from disk\n")
     rows = (
-        ("train_gpt.py, side by side", bpb("roundtrip_exact", torch_says)),
-        ("train_gpt_mlx.py, side by side", bpb("roundtrip_exact", mlx_says)),
-        ("  its artifact by eval_final.py", bpb("ladder:neural, windows side by side", scored)),
-        ("train_gpt_mlx.py, sliding", bpb("sliding_window_exact", mlx_says)),
-        ("  its artifact by eval_final.py", bpb("ladder:neural, sliding", scored)),
+        ("train_gpt.py, side by side", read_bpb("roundtrip_exact", torch_text)),
+        ("train_gpt_mlx.py, side by side", read_bpb("roundtrip_exact", mlx_text)),
+        ("  its artifact by eval_final.py", read_bpb("ladder:neural, windows side", eval_text)),
+        ("train_gpt_mlx.py, sliding", read_bpb("sliding_window_exact", mlx_text)),
+        ("  its artifact by eval_final.py", read_bpb("ladder:neural, sliding", eval_text)),
     )
-    for name, value in rows:
-        print(f"{name:34} {value:.8f}")
+    for name, bpb in rows:
+        print(f"{name:34} {bpb:.8f}")
     print(f"seconds, scoring included: train_gpt.py {torch_s:.0f}, train_gpt_mlx.py {mlx_s:.0f}")
 
 

@@ -1,4 +1,4 @@
-"""train_gpt_mlx.py: the numbers of PyTorch, and a run as its users run it."""
+"""Test train_gpt_mlx.py: its numbers against PyTorch's, and whole runs as users start them."""
 
 import ast
 import contextlib
@@ -29,15 +29,14 @@ from fairway.records.logs import read_log
 from fairway.records.run import read_run
 from train_gpt import GPT, PRESETS, Config, Runtime, UserError
 
-os.environ["MLX_DISABLE_COMPILE"] = (
-    "1"  # it compiles with g++ on Linux: a minute and a half for two layers
-)
+# On Linux MLX compiles each kernel with g++, which takes 85 s for a model of two layers.
+os.environ["MLX_DISABLE_COMPILE"] = "1"
 mx = pytest.importorskip(
     "mlx.core", reason="mlx is not installed: pip install -r requirements-apple.txt"
 )
 
 import train_gpt_mlx as ours  # noqa: E402
-from train_gpt_mlx import Optimiser, Run, arrays, ids, tensors  # noqa: E402
+from train_gpt_mlx import Optimiser, Run, to_arrays, to_ids, to_tensors  # noqa: E402
 
 pytestmark = pytest.mark.apple
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +53,7 @@ QUICK = dict(
     DEVICE="cpu",
     MLX_DISABLE_COMPILE=1,
 )
-# Resuming must bring back all of this: loops, rounding, averages, momentum, the order of the data.
+# A resumed run must restore all of this: loops, rounding, averages, momentum, order of the data.
 LONG = QUICK | dict(
     ITERATIONS=12,
     QAT_START_FRAC=0.3,
@@ -100,14 +99,15 @@ ALL_ON = QUICK | dict(
 
 
 def twin(model: GPT) -> "ours.GPT":
-    """The same model in MLX."""
-    made = ours.GPT(model.cfg)
-    made.load_weights(list(arrays(dict(model.named_parameters())).items()), strict=True)
-    made.looping = model.looping
-    return made
+    """Return the same model in MLX."""
+    copy = ours.GPT(model.cfg)
+    copy.load_weights(list(to_arrays(dict(model.named_parameters())).items()), strict=True)
+    copy.looping = model.looping
+    return copy
 
 
-def a_run(cfg: Config, weights: dict, tokens: np.ndarray, data=None) -> Run:
+def make_run(cfg: Config, weights: dict, tokens: np.ndarray, data=None) -> Run:
+    """Return a run without a log that reads its batches from `tokens`."""
     mx.set_default_device(mx.cpu)
     return Run(
         cfg,
@@ -123,17 +123,18 @@ def a_run(cfg: Config, weights: dict, tokens: np.ndarray, data=None) -> Run:
 
 
 def normal(*shape, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Return normal random numbers of this seed."""
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- The oracle and the model ----------------------------------------------------------------------------------------
+# ---- The oracle and the model ------------------------------------------------------------------
 def test_mlx_matches_the_golden_file():
     golden = oracle.read()
     cfg, run = (
         golden.cfg,
-        a_run(golden.cfg, {n: mx.array(w) for n, w in golden.weights.items()}, golden.tokens),
+        make_run(golden.cfg, {n: mx.array(w) for n, w in golden.weights.items()}, golden.tokens),
     )
-    logits = np.array(run.model.holding(run.weights).logits(ids(golden.batch(0)[0])))
+    logits = np.array(run.model.holding(run.weights).logits(to_ids(golden.batch(0)[0])))
     loss, gradients = ours.accumulate_gradients(run, run.weights)
     run.stream.at, steps, losses = 0, [], []
     for step in range(cfg.iterations):
@@ -143,7 +144,7 @@ def test_mlx_matches_the_golden_file():
         losses.append(run.loss.item())
         if step < 3:
             steps.append({n: np.array(w) for n, w in run.weights.items()})
-    off = oracle.differences(
+    errors = oracle.differences(
         golden,
         golden._replace(
             logits=logits,
@@ -153,39 +154,39 @@ def test_mlx_matches_the_golden_file():
             losses=np.array(losses),
         ),
     )
-    assert all(off[what] <= most for what, most in oracle.TOLERANCES.items()), off
+    assert all(errors[name] <= limit for name, limit in oracle.TOLERANCES.items()), errors
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_logits_are_pytorchs_whatever_is_switched_on(name):
+def test_logits_match_pytorch_for_each_feature(name):
     model, tokens = trained(looping=name != "loops_off", **FEATURES[name]), some_tokens()
     with torch.no_grad():
         wanted = model.logits(tokens).numpy()
-    assert np.abs(np.array(twin(model).logits(ids(tokens.numpy()))) - wanted).max() <= 1e-5
+    assert np.abs(np.array(twin(model).logits(to_ids(tokens.numpy()))) - wanted).max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["plain", "all", "xsa"])
-def test_gradients_are_pytorchs(name):
+def test_gradients_match_pytorch(name):
     model, tokens = trained(looping=True, **FEATURES[name]), some_tokens(8, 17)
     params = dict(model.named_parameters())
     loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
     wanted = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
-    run = a_run(model.cfg, arrays(params), tokens.flatten().numpy())
+    run = make_run(model.cfg, to_arrays(params), tokens.flatten().numpy())
     run.model.looping = True
-    x, y = (ids(t.numpy()) for t in (tokens[:, :-1], tokens[:, 1:]))
+    x, y = (to_ids(t.numpy()) for t in (tokens[:, :-1], tokens[:, 1:]))
     got = ours.gradient_function(run)(run.weights, x, y, mx.array(1.0))
     assert np.allclose(got[0][0].item(), loss.item(), atol=1e-6)
-    for (n, g), w in zip(tensors(got[1]).items(), wanted, strict=True):
+    for (n, g), w in zip(to_tensors(got[1]).items(), wanted, strict=True):
         assert (g - w).abs().max() <= 1e-4 * w.abs().max().clamp(min=1e-6), n
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_names_and_shapes_of_parameters_are_pytorchs(preset):
+def test_names_and_shapes_of_parameters_match_pytorch(preset):
     cfg = Config(**PRESETS[preset])
     with torch.device("meta"):
         wanted = {n: tuple(p.shape) for n, p in GPT(cfg).named_parameters()}
-    found = {n: w.shape for n, w in ours.tree_flatten(ours.GPT(cfg).parameters())}
-    assert found == wanted
+    shapes = {n: w.shape for n, w in ours.tree_flatten(ours.GPT(cfg).parameters())}
+    assert shapes == wanted
     state = Optimiser({n: mx.zeros(s) for n, s in wanted.items()}, cfg)
     assert set(state.momentum) | set(state.first) == set(wanted) and not set(state.momentum) & set(
         state.first
@@ -195,20 +196,20 @@ def test_names_and_shapes_of_parameters_are_pytorchs(preset):
 def test_both_trainers_start_from_the_same_bits():
     model = GPT(config(**FEATURES["all"]))
     train_gpt.initialise(model, model.cfg)
-    made = tensors(ours.first_weights(model.cfg))
-    assert list(made) == [n for n, _ in model.named_parameters()]
-    assert all(torch.equal(made[n], p) for n, p in model.named_parameters())
+    weights = to_tensors(ours.first_weights(model.cfg))
+    assert list(weights) == [n for n, _ in model.named_parameters()]
+    assert all(torch.equal(weights[n], p) for n, p in model.named_parameters())
 
 
-def test_bigram_buckets_hold_the_largest_tokens():
+def test_bigram_buckets_of_the_largest_tokens_do_not_overflow():
     cfg = config(vocab_size=65_536, bigram_vocab_size=1 << 20, bigram_dim=8)
     tokens = np.random.default_rng(0).integers(0, 65_536, (2, 50))
     tokens[0, :3] = 65_535
     wanted = train_gpt.BigramHash(cfg).buckets(torch.from_numpy(tokens)).numpy()
-    assert np.array_equal(np.array(ours.BigramHash(cfg).buckets(ids(tokens))), wanted)
+    assert np.array_equal(np.array(ours.BigramHash(cfg).buckets(to_ids(tokens))), wanted)
 
 
-def test_xsa_of_small_values_is_pytorchs_and_of_none_has_a_gradient():
+def test_xsa_matches_pytorch_for_small_values_and_its_gradient_is_finite_for_zeros():
     y, v = normal(1, 4, 3, 8), normal(1, 2, 3, 8, seed=1)
     v[0, 0], v[0, 1, 0] = 1e-4 * v[0, 0], 0.0
     wanted = train_gpt.without_own_value(y, v)
@@ -220,7 +221,7 @@ def test_xsa_of_small_values_is_pytorchs_and_of_none_has_a_gradient():
     assert np.isfinite(np.array(slope)).all()
 
 
-# ---- Rounding --------------------------------------------------------------------------------------------------------
+# ---- Rounding ----------------------------------------------------------------------------------
 @given(
     st.integers(0, 2**20),
     st.sampled_from([4, 5, 6, 7, 8, train_gpt.PLAIN_BITS]),
@@ -228,16 +229,16 @@ def test_xsa_of_small_values_is_pytorchs_and_of_none_has_a_gradient():
     st.integers(-12, 6),
     st.sampled_from([1, 2, 7, 64, 300]),
 )
-def test_rounding_in_training_is_the_exports(seed, bits, k, power, columns):
-    """To the bit where a row's step is the same; steps are the same, or neighbours in bf16."""
+def test_rounding_in_training_equals_the_exports(seed, bits, k, power, columns):
+    """Rows of equal steps are equal to the bit; steps are equal, or neighbours in bf16."""
     weight = normal(5, columns, seed=seed) * normal(5, 1, seed=seed + 1).exp() * 10.0**power
     weight[seed % 5] *= seed % 3
     wanted = train_gpt.quantise(weight, k, bits)
-    got = tensors({"w": ours.rounded(mx.array(weight.numpy()), k, bits)})["w"]
+    got = to_tensors({"w": ours.round_weight(mx.array(weight.numpy()), k, bits)})["w"]
     if bits == train_gpt.PLAIN_BITS:
         assert torch.equal(got, wanted.weight())
         return
-    steps = tensors({"s": ours.row_steps(mx.array(weight.numpy()), k, bits)})["s"]
+    steps = to_tensors({"s": ours.row_steps(mx.array(weight.numpy()), k, bits)})["s"]
     assert ((steps - wanted.steps).abs() <= wanted.steps * 2.0**-7).all()
     same = (steps == wanted.steps)[:, 0]
     assert same.float().mean() >= 0.6 and torch.equal(got[same], wanted.weight()[same])
@@ -245,14 +246,14 @@ def test_rounding_in_training_is_the_exports(seed, bits, k, power, columns):
     assert torch.equal(got, codes * steps)
 
 
-def test_what_is_no_matrix_is_never_infinite():
+def test_vectors_are_clipped_to_the_range_of_fp16():
     assert np.array_equal(
-        np.array(ours.rounded(mx.array([1e9, -1e9, 0.1]), 3.0, 16)),
+        np.array(ours.round_weight(mx.array([1e9, -1e9, 0.1]), 3.0, 16)),
         np.array([65504, -65504, np.float16(0.1)], np.float32),
     )
 
 
-# ---- Optimisers ------------------------------------------------------------------------------------------------------
+# ---- Optimisers --------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "changed",
     [
@@ -265,77 +266,77 @@ def test_what_is_no_matrix_is_never_infinite():
     ],
     ids=str,
 )
-def test_steps_are_pytorchs_for_the_same_gradients(changed):
+def test_optimiser_steps_match_pytorch_for_the_same_gradients(changed):
     cfg = config(**FEATURES["all"] | changed)
     model = trained(**FEATURES["all"])
     params = dict(model.named_parameters())
     optimisers = train_gpt.make_optimisers(model, cfg, CPU)
-    weights = arrays(params)
-    mine = Optimiser(weights, cfg)
+    weights = to_arrays(params)
+    optimiser = Optimiser(weights, cfg)
     for step in range(4):
         gradients = {
             n: normal(*p.shape, seed=7 * step + i, scale=0.1)
             for i, (n, p) in enumerate(params.items())
         }
-        own = arrays(gradients)
+        own = to_arrays(gradients)
         for n, p in params.items():
             p.grad = gradients[n].clone()
         if cfg.grad_clip_norm:
             torch.nn.utils.clip_grad_norm_(params.values(), cfg.grad_clip_norm)
-            own = ours.clipped(own, cfg.grad_clip_norm)
-        for optimiser in optimisers:
-            for group in optimiser.param_groups:
+            own = ours.clip_gradients(own, cfg.grad_clip_norm)
+        for theirs in optimisers:
+            for group in theirs.param_groups:
                 group["lr"] = group["peak_lr"] * 0.5
                 group["momentum"] = 0.9
-            optimiser.step()
-        weights = mine.step(weights, own, 0.5, 0.9)
+            theirs.step()
+        weights = optimiser.step(weights, own, 0.5, 0.9)
     assert list(weights) == list(params)
-    for n, w in tensors(weights).items():
+    for n, w in to_tensors(weights).items():
         assert (w - params[n]).abs().max() <= 2e-5 * params[n].abs().max(), n
 
 
-# ---- Micro-batches ---------------------------------------------------------------------------------------------------
+# ---- Micro-batches -----------------------------------------------------------------------------
 def test_a_step_does_not_depend_on_micro_batches():
-    golden, ends = oracle.read(), []
-    for size in (16, 0):  # a sequence, an eighth
+    golden, results = oracle.read(), []
+    for size in (16, 0):  # one sequence; an eighth of the batch
         cfg = dataclasses.replace(golden.cfg, train_batch_tokens=640, micro_batch_tokens=size)
-        run = a_run(cfg, {n: mx.array(w) for n, w in golden.weights.items()}, golden.tokens)
+        run = make_run(cfg, {n: mx.array(w) for n, w in golden.weights.items()}, golden.tokens)
         assert ours.micro_tokens(cfg) == (size or 80)
         ours.take_step(run, 0.0)
-        ends.append((run.loss.item(), tensors(run.weights)))
-    (one, first), (other, second) = ends
+        results.append((run.loss.item(), to_tensors(run.weights)))
+    (one, first), (other, second) = results
     assert one == pytest.approx(other, abs=1e-6)
     assert all((first[n] - second[n]).abs().max() < 1e-5 for n in first)
 
 
-def test_a_signal_ends_a_step_between_micro_batches_and_nothing_has_happened():
+def test_a_signal_ends_a_step_between_micro_batches_and_changes_nothing():
     golden = oracle.read()
-    run = a_run(
+    run = make_run(
         dataclasses.replace(golden.cfg, micro_batch_tokens=16),
         {n: mx.array(w) for n, w in golden.weights.items()},
         golden.tokens,
     )
     ours.take_step(run, 0.0)
-    before, passes = dict(vars(run)), []
+    before, calls = dict(vars(run)), []
     gradients_of = ours.gradient_function(run)
 
-    def third(*inputs):
-        passes.append(inputs)
-        run.signum = signal.SIGINT if len(passes) == 3 else 0
+    def interrupt_third(*inputs):
+        calls.append(inputs)
+        run.signum = signal.SIGINT if len(calls) == 3 else 0
         return gradients_of(*inputs)
 
-    run.passes[False] = third
+    run.gradient_functions[False] = interrupt_third
     momentum = dict(run.optimiser.momentum)
-    assert not ours.take_step(run, 0.0) and len(passes) == 3
+    assert not ours.take_step(run, 0.0) and len(calls) == 3
     assert {n: v for n, v in vars(run).items() if n != "signum"} == {
         n: v for n, v in before.items() if n != "signum"
     }
     assert run.stream.at == 128 and all(run.optimiser.momentum[n] is m for n, m in momentum.items())
-    run.signum, run.passes[False] = 0, gradients_of
+    run.signum, run.gradient_functions[False] = 0, gradients_of
     assert ours.take_step(run, 0.0)
 
 
-def test_micro_batches_are_whole_sequences_that_fit():
+def test_micro_batches_are_whole_sequences_that_fit_in_memory():
     for preset in PRESETS:
         cfg = Config(**PRESETS[preset])
         size = ours.micro_tokens(cfg)
@@ -360,15 +361,15 @@ def test_micro_batches_are_whole_sequences_that_fit():
     ],
     ids=str,
 )
-def test_the_estimate_of_activations_is_what_mlx_takes(changed):
-    """What four sequences take more than two, since the weights' gradients do not grow."""
+def test_the_estimate_of_activations_matches_mlx(changed):
+    """Measure how much more a pass of twice as many sequences needs: weights need no more."""
     length = changed.get("train_seq_len", 64)
     cfg = config(
         **dict(num_layers=4, model_dim=64, train_seq_len=length, vocab_size=256)
         | changed
         | dict(train_batch_tokens=8 * length)
     )
-    run, peaks = a_run(cfg, ours.first_weights(cfg), np.zeros(1, np.uint16)), []
+    run, peaks = make_run(cfg, ours.first_weights(cfg), np.zeros(1, np.uint16)), []
     run.model.looping = bool(cfg.num_loops)
     for rows in (512 // length, 1024 // length):
         x = mx.zeros((rows, length), mx.int32)
@@ -378,31 +379,31 @@ def test_the_estimate_of_activations_is_what_mlx_takes(changed):
         mx.reset_peak_memory()
         mx.eval(ours.gradient_function(run)(run.weights, x, x, mx.array(1.0)))
         peaks.append(mx.get_peak_memory() - before)
-    taken = (peaks[1] - peaks[0]) / 512
-    assert 0.95 * taken <= ours.activation_bytes(cfg) <= 1.3 * taken
+    measured = (peaks[1] - peaks[0]) / 512
+    assert 0.95 * measured <= ours.activation_bytes(cfg) <= 1.3 * measured
 
 
-def test_what_takes_long_says_how_far_it_is(monkeypatch, capsys):
-    clock = iter([0.0, 4.0, 6.0, 9.0, 20.0, 21.0])
+def test_progress_is_printed_every_ten_seconds(monkeypatch, capsys):
+    clock = iter([0.0, 8.0, 12.0, 18.0, 40.0, 42.0])
     monkeypatch.setattr(ours.time, "perf_counter", lambda: next(clock))
-    tell = ours.progress_lines("scoring")
-    for part in (0.2, 0.3, 0.45, 0.8, 0.84):
-        tell(part)
-    assert capsys.readouterr().err == "scoring 30% eta:14s\nscoring 80% eta:5s\n"
+    on_progress = ours.progress_printer("scoring")
+    for fraction in (0.2, 0.3, 0.45, 0.8, 0.84):
+        on_progress(fraction)
+    assert capsys.readouterr().err == "scoring 30% eta:28s\nscoring 80% eta:10s\n"
 
 
-def test_the_first_step_alone_says_how_far_it_is(monkeypatch):
-    golden, told = oracle.read(), []
-    run = a_run(golden.cfg, {n: mx.array(w) for n, w in golden.weights.items()}, golden.tokens)
+def test_only_the_first_step_prints_progress(monkeypatch):
+    golden, calls = oracle.read(), []
+    run = make_run(golden.cfg, {n: mx.array(w) for n, w in golden.weights.items()}, golden.tokens)
     monkeypatch.setattr(
-        ours, "progress_lines", lambda label: lambda part: told.append((label, part))
+        ours, "progress_printer", lambda label: lambda part: calls.append((label, part))
     )
     for _ in range(2):
         ours.take_step(run, 0.0)
-    assert told == [("first step", (i + 1) / 8) for i in range(8)]
+    assert calls == [("first step", (i + 1) / 8) for i in range(8)]
 
 
-# ---- Artifacts -------------------------------------------------------------------------------------------------------
+# ---- Artifacts ---------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def data(corpus):
     return train_gpt.load_data(
@@ -414,29 +415,32 @@ def data(corpus):
 
 @pytest.mark.parametrize("codec", ["auto", "zstd", "brotli", "ans"])
 def test_equal_weights_give_equal_bytes(codec, data, tmp_path):
-    cfg, said = config(**FEATURES["all"] | dict(codec=codec)), []
+    cfg, lines = config(**FEATURES["all"] | dict(codec=codec)), []
     model = trained(looping=True, **FEATURES["all"])
-    log = lambda line, *_, **__: said.append(line)  # noqa: E731
+
+    def log(line, *_, **__):
+        lines.append(line)
+
     theirs = train_gpt.Run(
         cfg, CPU, log, data, model, model, list(model.parameters()), [], None, None
     )
     mine = dataclasses.replace(
-        a_run(cfg, arrays(dict(model.named_parameters())), data.holdout, data), log=log
+        make_run(cfg, to_arrays(dict(model.named_parameters())), data.holdout, data), log=log
     )
     mine.model.looping = True
-    sized = ours.as_sized(mine)
+    inputs = ours.size_inputs(mine)
     wanted, _, chosen = train_gpt.fit_artifact(theirs, {})
-    got, _, own = train_gpt.fit_artifact(sized, {})
-    assert got == wanted and own == chosen and len(said) == 6 * (codec == "auto")
-    assert train_gpt.code_bytes(sized.cfg) == train_gpt.packed_code_bytes(
+    got, _, own = train_gpt.fit_artifact(inputs, {})
+    assert got == wanted and own == chosen and len(lines) == 6 * (codec == "auto")
+    assert train_gpt.code_bytes(inputs.cfg) == train_gpt.packed_code_bytes(
         [train_gpt.__file__, ours.__file__]
     )
 
 
-def test_artifacts_go_both_ways(tmp_path):
+def test_each_trainer_reads_the_others_artifact(tmp_path):
     model, tokens = trained(looping=True, **FEATURES["all"]), some_tokens()
-    mine = arrays(dict(model.named_parameters()))
-    for weights in (dict(model.named_parameters()), tensors(mine)):
+    mine = to_arrays(dict(model.named_parameters()))
+    for weights in (dict(model.named_parameters()), to_tensors(mine)):
         rounded = train_gpt.quantised(weights, 3.0, model.cfg, {})
         (tmp_path / "a").write_bytes(
             train_gpt.encode_artifact(rounded, 3.0, model.cfg, True, "ans", b"")
@@ -447,11 +451,11 @@ def test_artifacts_go_both_ways(tmp_path):
         built = ours.build_model(artifact)
         assert (
             built.looping
-            and np.abs(np.array(built.logits(ids(tokens.numpy()))) - wanted).max() <= 1e-5
+            and np.abs(np.array(built.logits(to_ids(tokens.numpy()))) - wanted).max() <= 1e-5
         )
 
 
-def test_hessians_are_pytorchs():
+def test_hessians_match_pytorch():
     cfg, tokens = (
         config(**FEATURES["all"], gptq=True, gptq_batches=2),
         some_tokens(1, 600).flatten().numpy(),
@@ -469,7 +473,7 @@ def test_hessians_are_pytorchs():
         train_gpt.TokenStream([tokens]),
         None,
     )
-    run = a_run(cfg, arrays(dict(model.named_parameters())), tokens)
+    run = make_run(cfg, to_arrays(dict(model.named_parameters())), tokens)
     run.model.looping = True
     wanted, got = train_gpt.collect_hessians(theirs), ours.collect_hessians(run)
     assert set(got) == set(wanted) and all(
@@ -478,9 +482,10 @@ def test_hessians_are_pytorchs():
     assert not any(m.watch for _, m in run.model.named_modules() if isinstance(m, ours.Linear))
 
 
-# ---- Whole runs ------------------------------------------------------------------------------------------------------
+# ---- Whole runs --------------------------------------------------------------------------------
 @contextlib.contextmanager
-def own_signals():
+def signals_restored():
+    """Give pytest its signal handlers back afterwards."""
     before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -490,9 +495,9 @@ def own_signals():
 
 
 @pytest.fixture(scope="module")
-def little(corpus, tmp_path_factory) -> Path:
-    """The corpus with ten documents to validate on: without a fast BLAS, MLX scores some 5,000 tokens a second."""
-    folder = tmp_path_factory.mktemp("little")
+def short_corpus(corpus, tmp_path_factory) -> Path:
+    """The corpus with ten validation documents: MLX scores about 5,000 tokens/s on this CPU."""
+    folder = tmp_path_factory.mktemp("short_corpus")
     for path in corpus.folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     path = folder / "tiny_val_000000.bin"
@@ -502,19 +507,24 @@ def little(corpus, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trainer_env(trainer_env, little):
-    return lambda out_dir, **settings: trainer_env(out_dir, **dict(DATA_PATH=little) | settings)
+def trainer_env(trainer_env, short_corpus):
+    """`trainer_env(out_dir, **settings)`: as conftest's, with the short corpus."""
+
+    def build(out_dir, **settings) -> dict[str, str]:
+        return trainer_env(out_dir, **dict(DATA_PATH=short_corpus) | settings)
+
+    return build
 
 
 @pytest.fixture(scope="module")
 def train_here(trainer_env):
-    """`train_here(folder, **settings)`: a whole run in this process; `by` another trainer."""
+    """`train_here(folder, **settings)`: a whole run in this process; `by` chooses the trainer."""
 
     def run(folder: Path, by=ours, **settings) -> Finished:
         folder.mkdir(parents=True, exist_ok=True)
         screen = io.StringIO()
         with (
-            own_signals(),
+            signals_restored(),
             contextlib.redirect_stdout(screen),
             contextlib.redirect_stderr(io.StringIO()),
         ):
@@ -524,11 +534,12 @@ def train_here(trainer_env):
     return run
 
 
-def started(trainer_env, folder: Path, env: dict | None = None, **settings) -> subprocess.Popen:
+def start(trainer_env, folder: Path, **settings) -> subprocess.Popen:
+    """Start a run in a process of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
         [sys.executable, SCRIPT],
-        env=trainer_env(folder, **settings) | (env or {}),
+        env=trainer_env(folder, **settings),
         cwd=folder,
         text=True,
         stdout=subprocess.PIPE,
@@ -537,15 +548,15 @@ def started(trainer_env, folder: Path, env: dict | None = None, **settings) -> s
 
 
 def refusal(trainer_env, folder: Path, **settings) -> str:
-    """The message of a run that is refused; it must leave no file."""
-    before = sorted(p for p in folder.rglob("*"))
+    """Return the error of a run that must be refused and must write no file."""
+    before = sorted(folder.rglob("*"))
     with (
-        own_signals(),
+        signals_restored(),
         pytest.raises(UserError) as caught,
         contextlib.redirect_stdout(io.StringIO()),
     ):
         ours.main(trainer_env(folder, **settings))
-    assert sorted(p for p in folder.rglob("*")) == before and "\n" not in str(caught.value)
+    assert sorted(folder.rglob("*")) == before and "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -556,7 +567,7 @@ def uninterrupted(tmp_path_factory, train_here) -> Finished:
     )
 
 
-def test_a_run_writes_what_train_gpts_writes(uninterrupted):
+def test_a_run_writes_the_files_and_events_of_train_gpt(uninterrupted):
     assert {
         str(p.relative_to(uninterrupted.folder))
         for p in uninterrupted.folder.rglob("*")
@@ -569,25 +580,22 @@ def test_a_run_writes_what_train_gpts_writes(uninterrupted):
         "logs/test.txt",
         "logs/test.jsonl",
     }
-    assert {e["event"] for e in uninterrupted.events} == set(
-        "start model size val train qat loop averages rounding quantised artifact final sliding checkpoint".split()
+    events = (
+        "start model size val train qat loop averages rounding quantised artifact final sliding"
     )
+    assert {e["event"] for e in uninterrupted.events} == {*events.split(), "checkpoint"}
     state = torch.load(uninterrupted.folder / "final_model.pt", weights_only=True)
     GPT(Config(**uninterrupted.one("start")["settings"])).load_state_dict(state, strict=True)
-    said = json.loads((uninterrupted.folder / "runs.jsonl").read_text())
-    assert (
-        said["start"]["mlx"] == mx.__version__
-        and said["final"]["bpb"] == uninterrupted.one("final")["bpb"]
-    )
+    summary = json.loads((uninterrupted.folder / "runs.jsonl").read_text())
+    assert summary["start"]["mlx"] == mx.__version__
+    assert summary["final"]["bpb"] == uninterrupted.one("final")["bpb"]
     size = uninterrupted.artifact.stat().st_size
     assert uninterrupted.one("artifact")["bytes"] == size
-    assert (
-        f": {size + Path(SCRIPT).stat().st_size + Path(train_gpt.__file__).stat().st_size} bytes (budget:"
-        in (uninterrupted.text)
-    )
+    code = train_gpt.packed_code_bytes([train_gpt.__file__, SCRIPT])
+    assert f": {size + code} bytes (budget:" in uninterrupted.text
 
 
-def test_its_log_reads_as_train_gpts_does(uninterrupted):
+def test_its_log_is_read_like_train_gpts(uninterrupted):
     log, run = read_log(uninterrupted.folder / "logs" / "test.txt"), read_run(uninterrupted.folder)
     assert (
         log.dialect == "fairway"
@@ -628,35 +636,43 @@ def test_its_log_reads_as_train_gpts_does(uninterrupted):
         at = found.end()
 
 
-def test_eval_final_says_the_same_of_its_artifact(uninterrupted, little, tmp_path, capsys):
-    """Side by side and sliding, in windows that overlap."""
+def test_eval_final_gives_its_artifact_the_same_scores(
+    uninterrupted, short_corpus, tmp_path, capsys
+):
+    """Compare windows side by side, and sliding windows that overlap."""
     import eval_final
 
     env = dict(
         CHECKPOINT=str(uninterrupted.artifact),
-        DATA_PATH=str(little),
+        DATA_PATH=str(short_corpus),
         OUT_DIR=str(tmp_path),
         DEVICE="cpu",
         EVAL_STRIDE="24",
         PATH=os.environ["PATH"],
     )
     assert eval_final.main(env, []) == 0
-    said = dict(
+    scores = dict(
         re.findall(
             r"^final_int6_(\w+)_exact val_loss:\S+ val_bpb:(\S+)", capsys.readouterr().out, re.M
         )
     )
-    assert float(said["roundtrip"]) == pytest.approx(uninterrupted.one("final")["bpb"], abs=1e-5)
-    assert float(said["sliding_window"]) == pytest.approx(
+    assert float(scores["roundtrip"]) == pytest.approx(uninterrupted.one("final")["bpb"], abs=1e-5)
+    assert float(scores["sliding_window"]) == pytest.approx(
         uninterrupted.one("sliding")["bpb"], abs=1e-5
     )
-    assert abs(float(said["sliding_window"]) - float(said["roundtrip"])) > 1e-4
+    assert abs(float(scores["sliding_window"]) - float(scores["roundtrip"])) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory, train_here) -> Finished:
+    """A run of three steps."""
+    return train_here(tmp_path_factory.mktemp("quick"), **QUICK)
 
 
 @pytest.mark.parametrize("settings", [QUICK, ALL_ON], ids=["smoke", "frontier"])
-def test_a_run_is_pytorchs_step_by_step(settings, train_here, tmp_path):
-    """Its losses, and the score that its artifact has in the end."""
-    mine = train_here(tmp_path / "mlx", **settings)
+def test_a_run_matches_pytorch_step_by_step(settings, quick, train_here, tmp_path):
+    """Compare the losses of all steps and the final score of the artifact."""
+    mine = quick if settings is QUICK else train_here(tmp_path / "mlx", **settings)
     theirs = train_here(tmp_path / "torch", by=train_gpt, **settings)
     assert [e["loss"] for e in mine.all("train")] == pytest.approx(
         [e["loss"] for e in theirs.all("train")], abs=1e-4
@@ -664,30 +680,34 @@ def test_a_run_is_pytorchs_step_by_step(settings, train_here, tmp_path):
     assert [e["loss"] for e in mine.all("val")] == pytest.approx(
         [e["loss"] for e in theirs.all("val")], abs=1e-4
     )
-    # A weight between two codes may round the other way.
+    # The tolerance is wider: a weight half way between two codes may round the other way.
     assert mine.one("final")["loss"] == pytest.approx(theirs.one("final")["loss"], abs=5e-3)
     assert [e["kept"] for e in mine.all("averages")] == [e["kept"] for e in theirs.all("averages")]
 
 
-def test_warm_up_is_undone_to_the_bit(train_here, tmp_path):
-    plain, warmed = (train_here(tmp_path / str(n), **QUICK, WARMUP_STEPS=n) for n in (0, 2))
-    assert [e["loss"] for e in plain.all("train")] == [e["loss"] for e in warmed.all("train")]
-    assert (
-        plain.artifact.read_bytes() == warmed.artifact.read_bytes()
-        and "warmup_step:2/2\n" in warmed.text
-    )
+def test_warm_up_is_undone_exactly(quick, train_here, tmp_path):
+    assert quick.one("start")["settings"]["warmup_steps"] == 0
+    warmed = train_here(tmp_path, **QUICK, WARMUP_STEPS=2)
+    assert [e["loss"] for e in quick.all("train")] == [e["loss"] for e in warmed.all("train")]
+    assert quick.artifact.read_bytes() == warmed.artifact.read_bytes()
+    assert "warmup_step:2/2\n" in warmed.text
 
 
-def test_warm_up_runs_what_will_be_compiled(data):
+def test_warm_up_runs_all_functions_that_will_be_compiled(data):
     cfg = config(vocab_size=384, num_loops=1, loop_end=1, warmup_steps=2)
-    run = a_run(cfg, ours.first_weights(cfg), data.holdout, data)
-    kept, said = run.weights, []
-    ours.warm_up(dataclasses.replace(run, log=said.append, passes=run.passes))
-    assert set(run.passes) == {False, True} and said == ["warmup_step:1/2", "warmup_step:2/2"]
-    assert run.weights is kept and not run.model.looping
+    run = make_run(cfg, ours.first_weights(cfg), data.holdout, data)
+    weights, lines = run.weights, []
+    ours.warm_up(
+        dataclasses.replace(run, log=lines.append, gradient_functions=run.gradient_functions)
+    )
+    assert set(run.gradient_functions) == {False, True} and lines == [
+        "warmup_step:1/2",
+        "warmup_step:2/2",
+    ]
+    assert run.weights is weights and not run.model.looping
 
 
-def test_the_clock_ends_a_run(train_here, tmp_path):
+def test_max_wallclock_seconds_ends_a_run(train_here, tmp_path):
     run = train_here(tmp_path, **QUICK | dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=0.5))
     assert re.search(
         r"^stopping_early: wallclock_cap train_time:\d+ms step:\d+/100000$", run.text, re.M
@@ -699,10 +719,10 @@ def test_the_clock_ends_a_run(train_here, tmp_path):
     [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
     ids=lambda s: s.name,
 )
-def test_a_stopped_run_goes_on_to_the_same_bits(
+def test_a_stopped_run_resumes_to_the_same_bits(
     signum, uninterrupted, trainer_env, train_here, tmp_path
 ):
-    process = started(trainer_env, tmp_path, **LONG)
+    process = start(trainer_env, tmp_path, **LONG)
     try:
         for line in process.stdout:
             if line.startswith("step:5/"):
@@ -740,11 +760,12 @@ def test_resuming_a_finished_run_exports_it_again(uninterrupted, train_here, tmp
     )
 
 
-# ---- What is refused -------------------------------------------------------------------------------------------------
+# ---- Refused runs ------------------------------------------------------------------------------
 def test_resuming_with_other_settings_is_refused(uninterrupted, trainer_env):
     again = LONG | dict(RESUME=1, MATRIX_LR=0.5)
     assert refusal(trainer_env, uninterrupted.folder, **again) == (
-        "MATRIX_LR is 0.5, but the checkpoint was made with 0.025; set it to that, or start again without RESUME"
+        "MATRIX_LR is 0.5, but the checkpoint was made with 0.025; set it to that, or start again "
+        "without RESUME"
     )
 
 
@@ -774,7 +795,7 @@ def test_a_damaged_checkpoint_is_refused(damage, uninterrupted, trainer_env, tmp
     assert "is damaged" in refusal(trainer_env, tmp_path, **LONG, RESUME=1)
 
 
-def test_pytorchs_checkpoint_is_not_taken_for_ours(uninterrupted, trainer_env, tmp_path):
+def test_a_checkpoint_of_train_gpt_is_not_read(uninterrupted, trainer_env, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(
         (uninterrupted.folder / "checkpoint_mlx.pt").read_bytes()
     )
@@ -782,7 +803,7 @@ def test_pytorchs_checkpoint_is_not_taken_for_ours(uninterrupted, trainer_env, t
 
 
 @pytest.mark.parametrize(
-    ("settings", "says"),
+    ("settings", "message"),
     [
         (dict(MUON_WEIGHT_DECAY=0.1), "MUON_WEIGHT_DECAY=0.1 is no setting; did you mean MUON_WD?"),
         (dict(EVAL_STRIDES=8), "EVAL_STRIDES=8 is no setting; did you mean EVAL_STRIDE?"),
@@ -796,7 +817,7 @@ def test_pytorchs_checkpoint_is_not_taken_for_ours(uninterrupted, trainer_env, t
             dict(DEVICE="cuda"),
             "DEVICE is cuda; this trainer is for Apple Silicon: use train_gpt.py",
         ),
-        (dict(WORLD_SIZE=2), "WORLD_SIZE is 2; one Mac trains alone"),
+        (dict(WORLD_SIZE=2), "WORLD_SIZE is 2; this trainer uses one Mac"),
         (dict(PRESET="large"), "PRESET is 'large'; it must be one of cpu, "),
         (dict(MODEL_DIM=65), "MODEL_DIM is 65; it must be a multiple of NUM_HEADS=4"),
         (dict(DATA_PATH="nowhere"), "no train shards (*_train_*.bin) in nowhere"),
@@ -804,25 +825,25 @@ def test_pytorchs_checkpoint_is_not_taken_for_ours(uninterrupted, trainer_env, t
     ],
     ids=lambda v: "" if isinstance(v, str) else str(v),
 )
-def test_what_cannot_be_is_said_in_one_line(settings, says, trainer_env, tmp_path):
-    assert refusal(trainer_env, tmp_path, **QUICK | settings).startswith(says)
+def test_wrong_settings_are_refused_in_one_line(settings, message, trainer_env, tmp_path):
+    assert refusal(trainer_env, tmp_path, **QUICK | settings).startswith(message)
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="this is a Mac")
-def test_a_gpu_that_is_not_there_is_refused(trainer_env, tmp_path):
+def test_a_missing_gpu_is_refused(trainer_env, tmp_path):
     assert refusal(trainer_env, tmp_path, **QUICK | dict(DEVICE="mps")) == (
-        "DEVICE is mps, but MLX sees no GPU of a Mac; unset it"
+        "DEVICE is mps, but MLX finds no Apple GPU; unset DEVICE"
     )
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_trains(trainer_env, train_here, tmp_path):
-    code = sum(Path(m.__file__).stat().st_size for m in (train_gpt, ours))
+    code = train_gpt.packed_code_bytes([train_gpt.__file__, SCRIPT])
     with pytest.raises(UserError, match="more than SIZE_BUDGET_BYTES="):
         train_here(tmp_path, **QUICK, SIZE_BUDGET_BYTES=code + 10_000, SIZE_MARGIN_BYTES=0)
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [
         (
             RuntimeError("[metal::malloc] Attempting to allocate 9 bytes"),
@@ -837,7 +858,7 @@ def test_a_model_that_cannot_fit_is_refused_before_it_trains(trainer_env, train_
     ],
     ids=str,
 )
-def test_errors_are_one_line_with_advice(error, says, monkeypatch, capsys):
+def test_errors_are_one_line_with_advice(error, message, monkeypatch, capsys):
     def fail():
         raise error
 
@@ -845,10 +866,10 @@ def test_errors_are_one_line_with_advice(error, says, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [SCRIPT])
     assert ours.run_main() == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("train_gpt_mlx: error: ") and says in line
+    assert line.startswith("train_gpt_mlx: error: ") and message in line
 
 
-def test_a_bug_shows_where_it_is(monkeypatch):
+def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(ours, "main", lambda: [][0])
     monkeypatch.setattr(sys, "argv", [SCRIPT])
     with pytest.raises(IndexError):
@@ -862,24 +883,37 @@ def test_a_loss_that_is_not_finite_ends_the_run(train_here, tmp_path):
         train_here(tmp_path, **QUICK | dict(MATRIX_LR=1e30, TIED_EMBED_LR=1e30, GRAD_CLIP_NORM=0))
 
 
-# ---- The file itself -------------------------------------------------------------------------------------------------
-def test_without_mlx_one_line_names_what_to_install(tmp_path):
+# ---- The file itself ---------------------------------------------------------------------------
+def test_without_mlx_help_works_and_a_run_says_what_to_install(tmp_path):
+    """One process starts the script three times, because importing torch takes two seconds."""
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "__init__.py").write_text(
         "raise ModuleNotFoundError(\"No module named 'mlx'\")"
     )
-    env = dict(PATH=os.environ["PATH"], PYTHONPATH=str(tmp_path))
+    code = f"""
+import runpy, sys
+for words in (["--help"], ["--hepl"], []):
+    sys.argv[1:] = words
+    try:
+        runpy.run_path({SCRIPT!r}, run_name="__main__")
+    except SystemExit as stop:
+        print(f"exit code {{stop.code}}", flush=True)
+"""
+    env = dict(PATH=os.environ["PATH"], PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     done = subprocess.run(
-        [sys.executable, SCRIPT], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True
     )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert (
-        done.stderr
-        == "train_gpt_mlx: error: No module named 'mlx'; pip install -r requirements-apple.txt\n"
-    )
+    help_text, *exits = re.split(r"exit code ", done.stdout)
+    assert done.returncode == 0 and [int(code) for code in exits] == [0, 2, 1]
+    assert "ITERATIONS" in help_text and "MICRO_BATCH_TOKENS" in help_text
+    assert done.stderr.splitlines() == [
+        "train_gpt_mlx: error: unknown option --hepl; did you mean --help?; "
+        "see train_gpt_mlx.py --help",
+        "train_gpt_mlx: error: No module named 'mlx'; pip install -r requirements-apple.txt",
+    ]
 
 
-def test_importing_reads_no_environment_and_says_nothing(tmp_path):
+def test_importing_reads_no_environment_and_prints_nothing(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt_mlx"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -894,19 +928,19 @@ def test_importing_reads_no_environment_and_says_nothing(tmp_path):
     ) == []
 
 
-def test_help_lists_every_setting_and_what_differs(capsys, monkeypatch):
+def test_help_lists_every_setting_and_the_differences(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [SCRIPT, "--help"])
     assert ours.run_main() == 0
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     assert {f.name.upper() for f in fields(Config)} | {"PRESET", "EVAL_STRIDE"} <= {
-        line.split()[0] for line in said.splitlines() if line.strip()
+        line.split()[0] for line in text.splitlines() if line.strip()
     }
-    assert "checkpoint_mlx.pt" in said and "mx.compile" in said
+    assert "checkpoint_mlx.pt" in text and "mx.compile" in text
     assert set(ours.HELP) <= {f.name for f in fields(Config)} | {"eval_stride", "eval_documents"}
 
 
 def test_every_setting_is_read():
-    """In this file, or in what it calls of train_gpt; its model and optimisers are not what is called."""
+    """A setting counts as read in this file, or in the functions of train_gpt that it calls."""
     trees = {m: ast.parse(inspect.getsource(m)) for m in (ours, train_gpt)}
     theirs = {
         n.name: n for n in trees[train_gpt].body if isinstance(n, ast.FunctionDef | ast.ClassDef)
@@ -926,8 +960,10 @@ def test_every_setting_is_read():
             )
         }
 
-    names = lambda tree: {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}  # noqa: E731
-    found, seen = read(trees[ours]), set()
+    def names(tree):
+        return {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+
+    settings_read, seen = read(trees[ours]), set()
     todo = {
         a.name
         for n in ast.walk(trees[ours])
@@ -943,18 +979,18 @@ def test_every_setting_is_read():
     while todo := (todo & theirs.keys()) - seen - left_out:
         name = todo.pop()
         seen.add(name)
-        found |= read(theirs[name])
+        settings_read |= read(theirs[name])
         todo |= names(theirs[name])
-    assert {f.name for f in fields(Config)} - found == set()
+    assert {f.name for f in fields(Config)} - settings_read == set()
 
 
-def test_sliding_scores_each_token_once_where_the_planner_says(data):
-    """A loss that says which token it was for."""
-    cfg, seen = config(vocab_size=384), []
+def test_sliding_scores_each_token_once_as_planned(data):
+    """The model's loss of a token is the token itself, so the mean shows what was scored."""
+    cfg, shapes = config(vocab_size=384), []
 
     class Model:
         def __call__(self, x, y):
-            seen.append(x.shape)
+            shapes.append(x.shape)
             return y.astype(mx.float32)
 
     for length in (2, 3, 16, 17, 18, 30, 500):
@@ -962,23 +998,23 @@ def test_sliding_scores_each_token_once_where_the_planner_says(data):
         for stride in (1, 3, 16, 64):
             got = ours.sliding_nats(Model(), tokens, cfg, ours.EvalConfig(eval_stride=stride))
             assert got == pytest.approx(np.arange(2, length + 1).mean())
-    assert {shape[1] for shape in seen} == {16}
+    assert {shape[1] for shape in shapes} == {16}
 
 
 @pytest.mark.slow
 def test_compiled_code_takes_the_same_steps(train_here, trainer_env, tmp_path):
-    """Minutes on Linux, where MLX compiles each kernel with g++."""
+    """Slow on Linux only, where MLX compiles each kernel with g++."""
     settings = QUICK | dict(ITERATIONS=2, NUM_LAYERS=1, GPTQ=0, EVAL_STRIDE=64)
-    began, plain = time.monotonic(), train_here(tmp_path / "plain", **settings)
-    process = started(
+    start_time, plain = time.monotonic(), train_here(tmp_path / "plain", **settings)
+    process = start(
         trainer_env, tmp_path / "compiled", **settings | dict(MLX_DISABLE_COMPILE=None, COMPILE=1)
     )
     try:
-        said, error = process.communicate(timeout=900)
+        text, error = process.communicate(timeout=900)
     finally:
         process.kill()
     assert process.returncode == 0, error
-    assert "compile:mx.compile" in said and time.monotonic() - began < 900
-    assert [e["loss"] for e in Finished(tmp_path / "compiled", said).all("train")] == pytest.approx(
+    assert "compile:mx.compile" in text and time.monotonic() - start_time < 900
+    assert [e["loss"] for e in Finished(tmp_path / "compiled", text).all("train")] == pytest.approx(
         [e["loss"] for e in plain.all("train")], abs=1e-5
     )
