@@ -92,7 +92,7 @@ class Text:
         self.columns = {name: table[self.base, follower] for name, table in tables.items()}
         self.columns["entropy"] = -(self.p * self.logp).sum(1)[self.base]
 
-    def inputs(self, first: int, grams: ngram.Evidence, matches: match.Matches) -> Inputs:
+    def inputs(self, first: int, grams: ngram.ContextCounts, matches: match.Matches) -> Inputs:
         rows = np.arange(first, first + len(matches.hint))
         at, copy = rows % len(self.base), (rows + 1) // len(self.base)
         hints = np.empty(len(rows), np.int64)
@@ -144,7 +144,7 @@ def ahead(items: Iterator[Any]) -> Iterator[Any]:
 
 def counted(
     tokens: np.ndarray, grams: ngram.NGram, clock: Clock
-) -> Iterator[tuple[int, str, ngram.Evidence]]:
+) -> Iterator[tuple[int, str, ngram.ContextCounts]]:
     """Chunk by chunk: first row, the expert's digest before it, evidence."""
     for first in range(0, len(tokens) - 1, COMMIT_ROWS):
         with clock.part("ngram"):
@@ -159,7 +159,7 @@ def sums(text: Text, row: int, grams: ngram.NGram, matches: match.Match, mixture
     distributions = (
         grams.distribution(),
         matches.distribution(),
-        mixture.distribution(text.distribution(row), grams.evidence(), matches.hint()),
+        mixture.distribution(text.distribution(row), grams.candidate_counts(), matches.hint()),
     )
     return max(abs(math.fsum(p) - 1) for p in distributions)
 
@@ -272,8 +272,8 @@ def plain_python(n: int) -> dict[str, Any]:
     inputs = text.inputs(0, evidence, found)
     rows = reference_mixing.rows_of(inputs)
     for name, fill, mine in (
-        ("ngram", lambda: grams.fill(targets)[1], ngram.probabilities(evidence, V)),
-        ("match", lambda: matches.fill(targets)[1], match.probabilities(found, targets, V)),
+        ("ngram", lambda: grams.fill(targets)[1], ngram.ngram_probabilities(evidence, V)),
+        ("match", lambda: matches.fill(targets)[1], match.match_probabilities(found, targets, V)),
         (
             "mixture",
             lambda: np.array(mixture.fill(rows)),

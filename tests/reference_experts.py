@@ -54,7 +54,7 @@ class ReferenceNGram:
         return np.array([self.probability(x) for x in range(self.vocab_size)])
 
     def fill(self, tokens) -> tuple[np.ndarray, np.ndarray]:
-        """Evidence [m, orders, 3] and probability [m] of each token before it was seen."""
+        """ContextCounts [m, orders, 3] and probability [m] of each token before it was seen."""
         rows, p = [], []
         for token in np.asarray(tokens).tolist():
             rows.append(self.about(token))

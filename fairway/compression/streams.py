@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fairway.scoring.experts.match import Matches
 from fairway.scoring.experts.mixing import TINY, Inputs, Mixture
-from fairway.scoring.experts.ngram import Evidence
+from fairway.scoring.experts.ngram import ContextCounts
 from fairway.scoring.experts.temperature import TEMPERATURES, tempered
 from fairway.scoring.memory import Memory
 from fairway.scoring.mixed import DEFAULT_EXPERTS, empty_ngram, make_match
@@ -108,7 +108,7 @@ class Mixed:
         self.read(first)
         self.held = neural.probabilities()
 
-    def read(self, tokens: np.ndarray) -> tuple[Evidence, Matches]:
+    def read(self, tokens: np.ndarray) -> tuple[ContextCounts, Matches]:
         """What the experts knew about the tokens that came, one in each stream; they know them now."""
         known = [], []
         for grams, match, token in zip(self.grams, self.matches, tokens[:, None], strict=True):
@@ -117,14 +117,14 @@ class Mixed:
             match.end_at_unread(self.longest)
         return tuple(
             kind(*map(np.concatenate, zip(*parts, strict=True)))
-            for kind, parts in zip((Evidence, Matches), known, strict=True)
+            for kind, parts in zip((ContextCounts, Matches), known, strict=True)
         )
 
     def probabilities(self) -> np.ndarray:
         return np.stack(
             [
                 self.mixture.distribution(
-                    self.held[b], self.grams[b].evidence(), self.matches[b].hint()
+                    self.held[b], self.grams[b].candidate_counts(), self.matches[b].hint()
                 )
                 for b in range(self.streams)
             ]
@@ -136,7 +136,7 @@ class Mixed:
         self.neural.learn(tokens)
         self.held = self.neural.probabilities()
 
-    def inputs(self, tokens: np.ndarray, grams: Evidence, matches: Matches) -> Inputs:
+    def inputs(self, tokens: np.ndarray, grams: ContextCounts, matches: Matches) -> Inputs:
         """What a mixture reads about the tokens that came, one in each stream."""
         logp, rows = np.log(np.maximum(self.held, TINY)), np.arange(self.streams)
         again = {name: tempered(logp, t) for name, t in TEMPERATURES.items()}

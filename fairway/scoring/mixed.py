@@ -159,7 +159,7 @@ class MixedScorer:
         self.score(tokens[:i])
         match = make_match(self.vocab_size, self.cfg)
         match.fill(tokens[:i])
-        return self.mixture.distribution(p, self.grams.evidence(), match.hint())
+        return self.mixture.distribution(p, self.grams.candidate_counts(), match.hint())
 
     def boundaries(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         return {

@@ -14,8 +14,8 @@ from fairway.scoring.experts.match import (
     LONGEST,
     Match,
     Matches,
-    group,
-    probabilities,
+    length_group,
+    match_probabilities,
 )
 from train_gpt import BOS_ID, UserError
 
@@ -78,7 +78,9 @@ def test_equals_plain_python_however_cut(text, least, delay, reset, candidates, 
         tokens
     )
     assert_equal_to(matches, rows)
-    np.testing.assert_allclose(probabilities(matches, tokens, vocab_size), p, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        match_probabilities(matches, tokens, vocab_size), p, rtol=0, atol=1e-12
+    )
 
 
 @given(texts(60), leasts, delays, st.booleans(), st.sampled_from([(1, 1), (2, 3), (64, 1 << 14)]))
@@ -114,7 +116,7 @@ def test_a_distribution_is_one_and_is_what_is_scored(text, least, delay, reset):
         assert expert.digest() == before and expert.hint() == hint
         scored = expert.fill(np.array([token]))
         assert (scored.hint[0], scored.length[0], scored.rate[0]) == hint
-        assert probabilities(scored, [token], vocab_size)[0] == distribution[token]
+        assert match_probabilities(scored, [token], vocab_size)[0] == distribution[token]
 
 
 @given(texts(), leasts, delays, st.booleans(), st.integers(0, 150), st.integers(0, 3))
@@ -178,7 +180,7 @@ def test_blocks_are_no_boundary():
 def test_rates_are_learnt_and_periodic_text_becomes_certain():
     matches = Match(1024).fill(tokens := np.tile([5, 6, 7], 3000))
     assert (matches.hint[11:] == tokens[11:]).all() and matches.length[-1] == LONGEST
-    assert probabilities(matches, tokens, 1024)[-1] > 0.9995
+    assert match_probabilities(matches, tokens, 1024)[-1] > 0.9995
     rng = np.random.default_rng(5)
     context = np.arange(
         10, 18
@@ -193,7 +195,7 @@ def test_rates_are_learnt_and_periodic_text_becomes_certain():
 
 
 def test_groups_of_length_have_their_rates():
-    assert [group(n) for n in (1, 8, 16, 17, 23, 24, 47, 48, 64, 128, 511, 512)] == [
+    assert [length_group(n) for n in (1, 8, 16, 17, 23, 24, 47, 48, 64, 128, 511, 512)] == [
         1,
         8,
         16,
@@ -208,17 +210,17 @@ def test_groups_of_length_have_their_rates():
         24,
     ]
     assert (
-        len(FRESH) == len(GOING_ON) == group(LONGEST) + 1
+        len(FRESH) == len(GOING_ON) == length_group(LONGEST) + 1
         and 0 < min(FRESH + GOING_ON) < max(FRESH + GOING_ON) < 1
     )
 
 
 def test_random_text_stays_dear_and_text_met_again_is_cheap():
     tokens = np.random.default_rng(6).integers(0, 64, 20_000)
-    nats = -np.log(probabilities(Match(64).fill(tokens), tokens, 64))
+    nats = -np.log(match_probabilities(Match(64).fill(tokens), tokens, 64))
     assert nats.mean() > np.log(64) - 4 * nats.std() / np.sqrt(len(nats)) - 1e-12
     again = np.tile(tokens[:2000], 2)
-    assert -np.log(probabilities(Match(64).fill(again), again, 64))[2050:].mean() < 0.1
+    assert -np.log(match_probabilities(Match(64).fill(again), again, 64))[2050:].mean() < 0.1
 
 
 def test_memory_is_bounded_by_the_setting():

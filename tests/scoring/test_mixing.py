@@ -12,7 +12,7 @@ from reference_mixing import ReferenceMixture, rows_of
 
 from fairway.scoring.experts.match import Match, Matches
 from fairway.scoring.experts.mixing import EXPERTS, WEIGHTS, Inputs, Mixture
-from fairway.scoring.experts.ngram import Evidence, NGram
+from fairway.scoring.experts.ngram import ContextCounts, NGram
 from fairway.scoring.experts.temperature import TEMPERATURES
 from fairway.scoring.settings import EvalConfig
 from train_gpt import UserError
@@ -68,7 +68,7 @@ def made(
         some_logp(),
         hint_logp,
         rng.choice([0.0, 0.5, 1.0, 2.99, 3.0, 8.0], rows),
-        Evidence(*(part.astype(np.uint32) for part in (hits, seen, kinds))),
+        ContextCounts(*(part.astype(np.uint32) for part in (hits, seen, kinds))),
         Matches(
             hint.astype(np.int32),
             np.where(hint < 0, 0, rng.choice([8, 12, 20, 512], rows)).astype(np.uint16),
@@ -160,7 +160,7 @@ def test_exponential_weights_by_hand():
     inputs = Inputs(
         np.log(neural),
         *np.zeros((4, 3)),
-        Evidence(none, none, none),
+        ContextCounts(none, none, none),
         Matches(np.array([2, 2, 3], np.int32), np.full(3, 8, np.uint16), np.full(3, 0.6)),
         np.array([2, 2, 1]),
         np.ones(3, int),
@@ -238,7 +238,7 @@ def one_row(p: np.ndarray, grams: NGram, hint: tuple[int, int, float], target: i
         np.array(again[1:]),
         logp[[max(token, 0)]],
         np.array([-(p * logp).sum()]),
-        Evidence(*(part[[target]] for part in grams.evidence())),
+        ContextCounts(*(part[[target]] for part in grams.candidate_counts())),
         Matches(np.array([token], np.int32), np.array([length], np.uint16), np.array([rate])),
         np.array([target]),
         np.array([target % 3]),
@@ -258,7 +258,7 @@ def test_a_distribution_is_one_and_each_entry_is_what_its_target_would_score(mod
         p = np.exp(rng.normal(size=size) * rng.choice([0.1, 1, 8]))
         p /= p.sum()
         hint, before = match.hint(), mixture.digest()
-        held = mixture.distribution(p, grams.evidence(), hint)
+        held = mixture.distribution(p, grams.candidate_counts(), hint)
         assert mixture.digest() == before
         assert abs(held.sum() - 1) < 1e-12 and (held > 0).all() and held.shape == (size,)
         for target in range(size) if at % 7 == 0 else ():
@@ -351,7 +351,7 @@ def hostile(seed: int, rows: int, phase: int, bad_first: bool) -> Inputs:
         np.where(good, logp, -1e3),
         hint_logp,
         np.full(rows, rng.choice([0.0, 2.0])),
-        Evidence(
+        ContextCounts(
             *(
                 x.astype(np.uint32)
                 for x in (np.where(good[:, None], seen, 0), seen * (not none), np.ones_like(seen))

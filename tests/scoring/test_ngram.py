@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference_experts import ReferenceNGram
 
-from fairway.scoring.experts.ngram import Evidence, NGram, bigram_probabilities, probabilities
+from fairway.scoring.experts.ngram import ContextCounts, NGram, ngram_probabilities
 from train_gpt import BOS_ID, UserError
 
 ROOM = 1 << 16  # bytes: more than any text here fills at a small vocabulary
@@ -35,21 +35,23 @@ def pieces(draw_from, tokens):
     return np.split(tokens, cuts)
 
 
-def joined(parts) -> Evidence:
-    return Evidence(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+def joined(parts) -> ContextCounts:
+    return ContextCounts(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def room(vocab_size: int) -> int:
     return ROOM + 20 * vocab_size
 
 
-def assert_same(a: Evidence, b: Evidence) -> None:
-    for name, x, y in zip(Evidence._fields, a, b, strict=True):
+def assert_same(a: ContextCounts, b: ContextCounts) -> None:
+    for name, x, y in zip(ContextCounts._fields, a, b, strict=True):
         np.testing.assert_array_equal(x, y, name)
 
 
 def bits_at_the_end(tokens, vocab_size: int) -> float:
-    return float(-np.log2(probabilities(NGram(vocab_size).fill(tokens), vocab_size))[-20:].mean())
+    return float(
+        -np.log2(ngram_probabilities(NGram(vocab_size).fill(tokens), vocab_size))[-20:].mean()
+    )
 
 
 def test_counts_by_hand():
@@ -66,8 +68,8 @@ def test_equals_dictionaries_however_cut(text, orders, delay, reset, data):
     expert = NGram(vocab_size, orders, room(vocab_size), delay, reset)
     evidence = joined([expert.fill(piece) for piece in pieces(data, tokens)])
     rows, p = ReferenceNGram(vocab_size, orders, delay, reset).fill(tokens)
-    assert_same(evidence, Evidence(rows[..., 0], rows[..., 1], rows[..., 2]))
-    np.testing.assert_allclose(probabilities(evidence, vocab_size), p, rtol=0, atol=1e-12)
+    assert_same(evidence, ContextCounts(rows[..., 0], rows[..., 1], rows[..., 2]))
+    np.testing.assert_allclose(ngram_probabilities(evidence, vocab_size), p, rtol=0, atol=1e-12)
 
 
 @given(texts(40), st.integers(1, 6), delays, st.booleans(), st.sampled_from([0, 100]))
@@ -78,7 +80,7 @@ def test_a_distribution_is_one_and_is_what_is_scored(text, orders, delay, reset,
     for token in [*tokens.tolist()[-12:], 2]:
         distribution = expert.distribution()
         assert abs(distribution.sum() - 1) < 1e-12 and distribution.min() > 0
-        everything = expert.evidence()
+        everything = expert.candidate_counts()
         assert (everything.seen == everything.seen[0]).all() and (
             everything.kinds == everything.kinds[0]
         ).all()
@@ -89,8 +91,8 @@ def test_a_distribution_is_one_and_is_what_is_scored(text, orders, delay, reset,
             assert expert.probability(target) == distribution[target]
         assert expert.digest() == before
         scored = expert.fill(np.array([token]))
-        assert probabilities(scored, vocab_size)[0] == distribution[token]
-        assert_same(scored, Evidence(*(column[token : token + 1] for column in everything)))
+        assert ngram_probabilities(scored, vocab_size)[0] == distribution[token]
+        assert_same(scored, ContextCounts(*(column[token : token + 1] for column in everything)))
 
 
 @given(st.integers(0, 2**32 - 1), delays, st.booleans(), st.integers(0, 2000), st.data())
@@ -105,9 +107,10 @@ def test_a_full_table_goes_on_counting_and_depends_on_no_cut(seed, delay, reset,
     rows, _ = ReferenceNGram(vocab_size, 5, delay, reset).fill(tokens)
     assert (evidence.seen <= rows[..., 1]).all() and (evidence.hits <= rows[..., 0]).all()
     assert_same(
-        Evidence(*(c[:, :1] for c in evidence)), Evidence(*(rows[:, :1, i] for i in range(3)))
+        ContextCounts(*(c[:, :1] for c in evidence)),
+        ContextCounts(*(rows[:, :1, i] for i in range(3))),
     )  # always exact
-    everything = whole.evidence()
+    everything = whole.candidate_counts()
     np.testing.assert_array_equal(everything.hits.sum(axis=0), everything.seen[0])
     np.testing.assert_array_equal((everything.hits > 0).sum(axis=0), everything.kinds[0])
     assert whole.counters[0] <= whole.limit < whole.capacity
@@ -119,7 +122,7 @@ def test_what_follows_changes_nothing_before(text, delay, reset, at, other):
     at, changed = min(at, len(tokens)), tokens.copy()
     changed[at:] = other
     a, b = (NGram(vocab_size, 6, room(vocab_size), delay, reset).fill(x) for x in (tokens, changed))
-    assert_same(*(Evidence(*(column[:at] for column in e)) for e in (a, b)))
+    assert_same(*(ContextCounts(*(column[:at] for column in e)) for e in (a, b)))
 
 
 @given(texts(), texts(), delays)
@@ -132,7 +135,7 @@ def test_after_a_reset_nothing_is_left(first, second, delay):
     a.fill(before)
     a, b = a.fill(document), b.fill(document)
     assert_same(
-        *(Evidence(*(column[1:] for column in e)) for e in (a, b))
+        *(ContextCounts(*(column[1:] for column in e)) for e in (a, b))
     )  # BOS itself is the old document's to tell
 
 
@@ -145,7 +148,7 @@ def test_saved_in_the_middle_it_goes_on(tmp_path_factory, text, orders, delay, r
     expert.save(path)
     again = NGram.load(path)
     assert again.digest() == expert.digest() and again.position == expert.position
-    assert_same(again.evidence(), expert.evidence())
+    assert_same(again.candidate_counts(), expert.candidate_counts())
     assert_same(again.fill(tokens[at:]), expert.fill(tokens[at:]))
     assert again.digest() == expert.digest()
 
@@ -182,7 +185,7 @@ def test_blocks_are_no_boundary():
     for delay, reset in ((0, False), (5, False), (3000, False), (0, True), (5, True)):
         evidence = NGram(8, 4, 1 << 20, delay, reset).fill(tokens)
         rows, _ = ReferenceNGram(8, 4, delay, reset).fill(tokens)
-        assert_same(evidence, Evidence(rows[..., 0], rows[..., 1], rows[..., 2]))
+        assert_same(evidence, ContextCounts(rows[..., 0], rows[..., 1], rows[..., 2]))
 
 
 def test_periodic_text_becomes_certain():
@@ -193,13 +196,13 @@ def test_periodic_text_becomes_certain():
 
 def test_a_bigram_knows_one_token():
     tokens = np.random.default_rng(2).integers(0, 4, 300)
-    p = bigram_probabilities(NGram(16).fill(tokens), 16)
+    p = ngram_probabilities(NGram(16).fill(tokens), 16, 2)
     reference, expected = ReferenceNGram(16), []
     for token in tokens.tolist():
         expected.append(reference.probability(token, orders=2))
         reference.update(token)
     np.testing.assert_allclose(p, expected, rtol=0, atol=1e-12)
-    assert len(bigram_probabilities(NGram(16, orders=1).fill(tokens), 16)) == 300
+    assert len(ngram_probabilities(NGram(16, orders=1).fill(tokens), 16, 2)) == 300
 
 
 def test_memory_is_bounded_by_the_setting_and_by_the_text():
@@ -236,7 +239,7 @@ def test_tokens_that_cannot_be_are_refused_and_leave_no_trace(tokens):
     before = expert.digest()
     with pytest.raises(UserError):
         expert.fill(np.array(tokens))
-    assert expert.digest() == before and expert.evidence().hits.sum() == 0
+    assert expert.digest() == before and expert.candidate_counts().hits.sum() == 0
     with pytest.raises(UserError):
         expert.probability(64)
 
@@ -259,7 +262,7 @@ def test_a_damaged_state_is_refused_or_is_the_same(tmp_path_factory, saved, at, 
     )
     if loaded:
         assert loaded.digest() == expert.digest()
-        assert_same(loaded.evidence(), expert.evidence())
+        assert_same(loaded.candidate_counts(), expert.candidate_counts())
 
 
 def test_foreign_and_missing_states_are_refused(tmp_path, saved):

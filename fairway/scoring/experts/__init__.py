@@ -1,1 +1,1 @@
-"""Experts that learn from the text as it is scored, and the mixture of all of them with the neural model."""
+"""Experts that learn from the text as it is scored, and their mixture with the neural model."""

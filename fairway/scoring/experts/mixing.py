@@ -17,8 +17,8 @@ from numba import njit
 
 from fairway.scoring.experts import match, ngram
 from fairway.scoring.experts.match import Matches
-from fairway.scoring.experts.ngram import Evidence
-from fairway.scoring.experts.state import reading_state, same_shape, write_state
+from fairway.scoring.experts.ngram import ContextCounts
+from fairway.scoring.experts.state import open_state, same_shape, write_state
 from fairway.scoring.experts.temperature import TEMPERATURES, tempered
 from fairway.scoring.settings import EvalConfig
 
@@ -68,7 +68,7 @@ class Inputs(NamedTuple):
     flat: np.ndarray  # and at a higher one
     hint: np.ndarray  # the model's log-probability of the match expert's hint
     entropy: np.ndarray  # of the model's distribution, nats
-    grams: Evidence
+    grams: ContextCounts
     matches: Matches
     targets: np.ndarray  # int64[m]
     sizes: np.ndarray  # int64[m] bytes that each target stands for
@@ -115,7 +115,7 @@ def initial_state(orders: int, experts: tuple[str, ...], neural: float) -> State
 part = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 
 
-# ==== WHAT EACH EXPERT SAYS ===========================================================================================
+# ==== WHAT EACH EXPERT SAYS =======================================================================
 @part
 def bucket(value, edges):
     """How many edges a value has reached."""
@@ -181,13 +181,13 @@ def opinions(inputs: Inputs, vocab_size: int) -> tuple[np.ndarray, ...]:
         np.maximum(np.exp(logp), TINY) for logp in (inputs.logp, inputs.sharp, inputs.flat)
     )
     hint, rate = inputs.matches.hint, np.clip(inputs.matches.rate, LEAST_RATE, 1 - LEAST_RATE)
-    matched = match.probabilities(inputs.matches, inputs.targets, vocab_size)
+    matched = match.match_probabilities(inputs.matches, inputs.targets, vocab_size)
     return (
         neural,
         sharp,
         flat,
-        ngram.probabilities(inputs.grams, vocab_size),
-        ngram.bigram_probabilities(inputs.grams, vocab_size),
+        ngram.ngram_probabilities(inputs.grams, vocab_size),
+        ngram.ngram_probabilities(inputs.grams, vocab_size, 2),
         np.where(hint < 0, neural, matched),
         np.exp(inputs.hint),
         np.log(rate / (1 - rate) * (vocab_size - 1)),
@@ -210,7 +210,7 @@ def situation(j, length, seen, entropy, recent, kind, features):
     return (a * LONGEST + b) * ADVANTAGES + bucket(recent, ADVANTAGE_EDGES) if kind == SETS else 0
 
 
-# ==== WEIGHTS =========================================================================================================
+# ==== WEIGHTS =====================================================================================
 @part
 def dot(a, b):
     """In a loop, as all below: at eight experts an array expression costs more than its arithmetic."""
@@ -376,7 +376,7 @@ def mix(inputs, said, state, kind, pooled, rates, guard, learn, out, used_weight
             account[1] += sizes[j]
 
 
-# ==== THE MIXTURE =====================================================================================================
+# ==== THE MIXTURE =================================================================================
 class Mixture:
     """Streaming: `fill` may be called chunk after chunk, and how the text is cut is no matter."""
 
@@ -408,7 +408,7 @@ class Mixture:
         return self._mix(inputs, learn=True)
 
     def distribution(
-        self, p: np.ndarray, grams: Evidence, hint: tuple[int, int, float]
+        self, p: np.ndarray, grams: ContextCounts, hint: tuple[int, int, float]
     ) -> np.ndarray:
         """float64[V] for the next place, given the neural distribution p, the n-gram's evidence about every candidate,
         and the match expert's (hint, length, rate)."""
@@ -444,7 +444,7 @@ class Mixture:
 
     def restore(self, path: str | Path) -> None:
         """The state as it was saved by a mixture of the same settings."""
-        with reading_state(path, "mixture") as saved:
+        with open_state(path, "mixture") as saved:
             self.state = State(
                 *(same_shape(saved[name], own) for name, own in self.state._asdict().items())
             )

@@ -1,4 +1,4 @@
-"""What the experts' tables share: prefetching, checked tokens, a chained digest, and files of state."""
+"""What the experts share: checks of settings and tokens, a digest of the text, files of state."""
 
 import contextlib
 import hashlib
@@ -10,72 +10,57 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
-from train_gpt import UserError, need, replacing
+from train_gpt import UserError, replacing
 
 SMALLEST_VOCABULARY, LARGEST_VOCABULARY = 4, 1 << 16
 LONGEST_TEXT = (1 << 31) - 1  # tokens: a count has 31 bits
 
 
-@intrinsic
-def prefetch(typing_context, array, index):
-    """Ask for the cache line of array[index] (1-D, index not checked). Changes speed and nothing else."""
-
-    def generate(context, builder, signature, arguments):
-        array_type = signature.args[0]
-        view = context.make_array(array_type)(context, builder, arguments[0])
-        item = cgutils.get_item_pointer(
-            context, builder, array_type, view, [arguments[1]], wraparound=False
-        )
-        pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        hint = builder.module.declare_intrinsic(
-            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
-        )
-        # For writing, kept in every cache, data.
-        builder.call(hint, [builder.bitcast(item, pointer), word(1), word(3), word(1)])
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
-
-
+# ==== CHECKS ======================================================================================
 def check_settings(vocab_size: int, delay: int) -> None:
-    need(
-        SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY,
-        f"VOCAB_SIZE is {vocab_size}, but experts take {SMALLEST_VOCABULARY} to {LARGEST_VOCABULARY}; change it",
-    )
-    need(
-        0 <= delay <= LONGEST_TEXT,
-        f"a delay of {delay} tokens is outside 0 to {LONGEST_TEXT}; change it",
-    )
+    """Refuse a vocabulary size or a delay (in tokens) that no expert can work with."""
+    if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
+        raise UserError(
+            f"VOCAB_SIZE is {vocab_size}, but experts take {SMALLEST_VOCABULARY} to "
+            f"{LARGEST_VOCABULARY}; change it"
+        )
+    if not 0 <= delay <= LONGEST_TEXT:
+        raise UserError(f"a delay of {delay} tokens is outside 0 to {LONGEST_TEXT}; change it")
 
 
 def check_tokens(tokens: np.ndarray, vocab_size: int, position: int) -> np.ndarray:
-    """The tokens as contiguous uint16, each of them below the vocabulary's size, none after LONGEST_TEXT."""
+    """Return the tokens as contiguous uint16 [n]; `position` tokens were read before them.
+
+    Compiled code checks no index, so every token must be below the vocabulary's size.
+    """
     tokens = np.asarray(tokens)
-    need(
-        tokens.ndim == 1 and (tokens.dtype.kind in "iu" or not len(tokens)),
-        f"tokens are {tokens.dtype} of {tokens.ndim} dimensions, but experts read a row of integers; pass token ids",
-    )
-    need(
-        position + len(tokens) <= LONGEST_TEXT,
-        f"{position + len(tokens)} tokens are more than the {LONGEST_TEXT} that counts can hold; score in parts",
-    )
+    if tokens.ndim != 1 or (tokens.dtype.kind not in "iu" and len(tokens)):
+        raise UserError(
+            f"tokens are {tokens.dtype} of {tokens.ndim} dimensions, but experts read a row of "
+            "integers; pass token ids"
+        )
+    if position + len(tokens) > LONGEST_TEXT:
+        raise UserError(
+            f"{position + len(tokens)} tokens are more than the {LONGEST_TEXT} that counts can "
+            "hold; score in parts"
+        )
     low, high = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
-    need(
-        0 <= low and high < vocab_size,
-        f"the text holds token {low if low < 0 else high}, but VOCAB_SIZE is "
-        f"{vocab_size}; set VOCAB_SIZE, or DATA_PATH, so that the two agree",
-    )
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"the text holds token {low if low < 0 else high}, but VOCAB_SIZE is {vocab_size}; "
+            "set VOCAB_SIZE, or DATA_PATH, so that the two agree"
+        )
     return np.ascontiguousarray(tokens, dtype=np.uint16)
 
 
-class Chain:
-    """SHA-256 over settings and every token fed, a block chained to the next: equal for equal histories however they
-    were cut into calls, different after each token, and it can be saved (a running hashlib object cannot)."""
+# ==== DIGEST ======================================================================================
+class TokenDigest:
+    """SHA-256 over settings and every token read: each block is hashed with the hash before it.
+
+    Equal texts give equal digests, whatever the pieces they arrive in. The state can be saved,
+    which a running hashlib object cannot.
+    """
 
     BLOCK = 1 << 13  # bytes: 4,096 tokens
 
@@ -83,69 +68,78 @@ class Chain:
         self.link, self.rest = hashlib.sha256(settings.encode()).digest(), b""
 
     def feed(self, tokens: np.ndarray) -> None:
+        """Add uint16 tokens."""
         data = memoryview(self.rest + tokens.astype("<u2", copy=False).tobytes())
-        whole = len(data) - len(data) % self.BLOCK
-        for at in range(0, whole, self.BLOCK):
+        end = len(data) - len(data) % self.BLOCK
+        for at in range(0, end, self.BLOCK):
             self.link = hashlib.sha256(self.link + data[at : at + self.BLOCK]).digest()
-        self.rest = bytes(data[whole:])
+        self.rest = bytes(data[end:])
 
     def hexdigest(self) -> str:
+        """Return the digest of everything fed so far."""
         return hashlib.sha256(self.link + self.rest).hexdigest()
 
     def arrays(self) -> dict[str, np.ndarray]:
+        """Return the state as arrays, for `write_state`."""
         return {
             "link": np.frombuffer(self.link, np.uint8),
             "rest": np.frombuffer(self.rest, np.uint8),
         }
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over the state that `arrays` returned; ValueError where it cannot be one."""
         link, rest = arrays["link"], arrays["rest"]
-        if (
-            link.dtype != np.uint8
-            or rest.dtype != np.uint8
-            or link.shape != (32,)
-            or len(rest) >= self.BLOCK
-        ):
-            raise ValueError("the chain")
+        if not link.dtype == rest.dtype == np.uint8:
+            raise ValueError("digest: not bytes")
+        if link.shape != (32,) or len(rest) >= self.BLOCK:
+            raise ValueError("digest: wrong size")
         self.link, self.rest = link.tobytes(), rest.tobytes()
 
 
+# ==== FILES =======================================================================================
 def write_state(path: str | Path, kind: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """One file of plain arrays, uncompressed, each with its checksum; replaced, never half-written."""
+    """Write plain arrays, uncompressed, each with its checksum; the file is replaced as a whole."""
     with replacing(path) as f:
         np.savez(f, kind=np.frombuffer(kind.encode(), np.uint8), **arrays)
 
 
+# What numpy and zipfile raise when bytes are damaged, and our own checks.
+DAMAGE = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    OverflowError,
+    SyntaxError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+    UserError,
+)
+
+
 @contextlib.contextmanager
-def reading_state(path: str | Path, kind: str) -> Iterator[Mapping[str, np.ndarray]]:
-    """The arrays of such a file by name. What is missing, damaged, foreign, or found wrong by the reader (ValueError)
-    leaves as a UserError of one line."""
+def open_state(path: str | Path, kind: str) -> Iterator[Mapping[str, np.ndarray]]:
+    """Yield the arrays of a state file by name.
+
+    A missing, damaged or foreign file ends in a UserError of one line. So does a ValueError that
+    the reader raises because the arrays do not fit each other.
+    """
     try:
         with open(path, "rb") as f:
             if not zipfile.is_zipfile(f):
-                raise ValueError("foreign")
+                raise ValueError("not a zip file")
             f.seek(0)
             with np.load(f, allow_pickle=False) as arrays:
                 if arrays["kind"].tobytes() != kind.encode():
-                    raise ValueError("of another kind")
+                    raise ValueError("state of something else")
                 yield arrays
-    except (
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        EOFError,
-        MemoryError,
-        NotImplementedError,
-        RuntimeError,
-        OverflowError,
-        SyntaxError,
-        struct.error,
-        tokenize.TokenError,
-        zipfile.BadZipFile,
-        zlib.error,
-        UserError,
-    ):
+    except DAMAGE:
         raise UserError(
             f"{path}: not a whole file of {kind} state; delete it and score from the start"
         ) from None
@@ -155,13 +149,13 @@ def reading_state(path: str | Path, kind: str) -> Iterator[Mapping[str, np.ndarr
         ) from None
 
 
-def same_shape(found: np.ndarray, ours: np.ndarray) -> np.ndarray:
-    """What was found in a file, if it is of the very shape and type of what would stand there."""
-    if found.shape != ours.shape or found.dtype != ours.dtype:
+def same_shape(saved: np.ndarray, ours: np.ndarray) -> np.ndarray:
+    """Return the saved array, contiguous; ValueError unless its shape and type are those of ours."""
+    if saved.shape != ours.shape or saved.dtype != ours.dtype:
         raise ValueError("shape")
-    return np.ascontiguousarray(found)
+    return np.ascontiguousarray(saved)
 
 
-def inside(places: np.ndarray, low: int, end: int) -> bool:
-    """Whether all places lie in low..end-1. Compiled code checks no index, so what a file holds is checked first."""
-    return not places.size or (low <= int(places.min()) and int(places.max()) < end)
+def all_within(indices: np.ndarray, low: int, end: int) -> bool:
+    """Tell whether all indices lie in low..end-1; compiled code would follow any other one."""
+    return not indices.size or (low <= int(indices.min()) and int(indices.max()) < end)
