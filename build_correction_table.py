@@ -65,7 +65,7 @@ def build(given: argparse.Namespace) -> dict:
     )
     need(given.budget >= -1, f"--budget is {given.budget}; it must be a number of bytes, or 0")
     with tqdm(total=rows, desc="scoring", unit="tok", unit_scale=True, delay=3, leave=False) as bar:
-        neural.fill(text.tokens, columns, told=lambda own, _: bar.update(len(own)))
+        neural.fill(text.tokens, columns, on_progress=lambda own, _: bar.update(len(own)))
     with tqdm(total=rows, desc="tails", unit="tok", unit_scale=True, delay=3, leave=False) as bar:
         table, entries = build_table(
             neural,

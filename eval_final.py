@@ -2,66 +2,114 @@
 
     CHECKPOINT=final_model.int6.ptz python eval_final.py [--certify] [--prove N]
 
-Neural windows, then experts that learn from what has been scored, mixed; --certify then runs the scorer against every
-rule of docs/LEGALITY.md and exits with 1 if it breaks one. --prove N writes the first N tokens at the price that was
-counted for them, and lets a process that sees only the artifact and that file decode them. Under torchrun the windows
-are shared out. USE_CORRECTION=1 adds a correction table's oracle_bpb and charged_bpb, apart from the score. Results:
-OUT_DIR/eval/. Settings:
+The model scores windows; experts that learn from text already scored are mixed in. --certify runs
+the scorer against every rule of docs/LEGALITY.md; the exit code is 1 if it breaks one. --prove N
+encodes the first N tokens at the price that the score counts, and a new process decodes them from
+the artifact and that file alone. USE_CORRECTION=1 adds oracle_bpb and charged_bpb of a correction
+table, which are no part of the score. Under torchrun all ranks share the windows. Results are in
+OUT_DIR/eval/. Settings (environment variables):
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch.distributed as dist
 
+from fairway.command_line import Parser, run_reporting
 from fairway.scoring.evaluation import Evaluation
-from fairway.scoring.settings import EvalConfig, settings_help
+from fairway.scoring.settings import LEAST_CERTIFIED_TOKENS, EvalConfig, settings_help
 from train_gpt import Config, Log, UserError, set_up_runtime
 
+INTERRUPTED = "interrupted; run it again, and it continues from its columns"
 
-def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"{__doc__}\n{settings_help()}",
-    )
+
+def parse(arguments: Sequence[str] | None) -> Any:
+    """Return the options of a command line."""
+    parser = Parser(prog="eval_final.py", description=f"{__doc__.strip()}\n{settings_help()}")
     parser.add_argument("--certify", action="store_true", help="run the scorer against the rules")
     parser.add_argument(
         "--prove",
         type=int,
         default=0,
         metavar="N",
-        help="encode the split's first N tokens, decode "
-        "them elsewhere, compare (about a millisecond a token, twice)",
+        help="encode the first N tokens, decode them in a new process and compare (2 ms a token)",
     )
-    given = parser.parse_args(arguments)
-    try:
-        cfg = EvalConfig.from_env(env)
-        rt = set_up_runtime(Config(device=cfg.device), env)
-        log = Log(Config(out_dir=cfg.out_dir, wandb_mode=cfg.wandb_mode), rt, "eval")
-        certificate = Evaluation(cfg, rt, log).run(given.certify, given.prove)
-        log.close()
-        if dist.is_initialized():
-            dist.barrier()
-        return int(certificate is not None and not certificate.passed)
-    except UserError as e:
-        print(f"eval_final: error: {str(e).splitlines()[0]}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(
-            "eval_final: interrupted; run it again, and it goes on from its columns",
-            file=sys.stderr,
+    return parser.parse_args(arguments)
+
+
+def evaluate(options: Any, env: Mapping[str, str]) -> int:
+    """Score as the environment says, and return the exit code."""
+    cfg = EvalConfig.from_env(env)
+    check_request(cfg, options)
+    rt = set_up_runtime(Config(device=cfg.device), env)
+    log = Log(Config(out_dir=cfg.out_dir, wandb_mode=cfg.wandb_mode), rt, "eval")
+    evaluation = Evaluation(cfg, rt, log)
+    tokens = len(evaluation.text.tokens)
+    if options.certify and tokens < LEAST_CERTIFIED_TOKENS:
+        raise UserError(
+            f"{evaluation.text.name} holds {tokens} tokens; "
+            f"--certify needs {LEAST_CERTIFIED_TOKENS}"
         )
-        return 130
-    except OSError as e:
-        print(
-            f"eval_final: error: {e.filename or 'OUT_DIR'}: {e.strerror or e}; free space, or set OUT_DIR to another "
-            "folder",
-            file=sys.stderr,
-        )
-    return 1
+    certified = None
+    if evaluation.run():
+        certified = accompany(evaluation, options)
+        evaluation.print_summary(certified)
+    log.close()
+    if dist.is_initialized():
+        dist.barrier()
+    return int(certified is False)
+
+
+def check_request(cfg: EvalConfig, options: Any) -> None:
+    """Refuse before the scoring what could not be done after it."""
+    ttt, prove = cfg.ttt, options.prove
+    if prove < 0 or prove == 1:
+        raise UserError(f"--prove is {prove}; it takes 2 tokens or more: the first has no price")
+    if prove and ttt != "none":
+        raise UserError(f"TTT is {ttt}, but --prove decodes with a fixed model; leave one out")
+    optional_parts = (
+        (ttt != "none", f"TTT={ttt}", "fairway.scoring.adaptation"),
+        (cfg.use_correction, "USE_CORRECTION=1", "fairway.correction"),
+        (prove, "--prove", "fairway.compression"),
+        (options.certify, "--certify", "fairway.certificate"),
+    )
+    for wanted, option, part in optional_parts:
+        if wanted and importlib.util.find_spec(part) is None:
+            raise UserError(f"{option} needs {part}, which a record lacks; run it from a checkout")
+
+
+def accompany(evaluation: Evaluation, options: Any) -> bool | None:
+    """Run the rooms that accompany a score, imported once its code is counted; None: no verdict."""
+    if evaluation.cfg.use_correction:
+        from fairway.correction.oracle_stage import correction_section
+
+        evaluation.add_section("correction", correction_section(evaluation))
+    if not options.certify and not options.prove:
+        return None
+    from fairway.certificate.evaluation_verdicts import judge_evaluation
+
+    prove = min(options.prove, len(evaluation.text.tokens))
+    return judge_evaluation(evaluation, options.certify, prove)
+
+
+def main(env: Mapping[str, str] = os.environ, arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 1 for an error or a broken rule, 2 for usage."""
+
+    def command() -> int:
+        try:
+            return evaluate(parse(arguments), env)
+        except OSError as e:
+            raise UserError(
+                f"{e.filename or 'OUT_DIR'}: {e.strerror or e}; free space, or set OUT_DIR to "
+                "another folder"
+            ) from None
+
+    return run_reporting("eval_final", command, INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
-from fairway.scoring.adaptation import adapting  # noqa: E402
 from fairway.scoring.columns import columns_in_memory  # noqa: E402
+from fairway.scoring.neural import make_neural  # noqa: E402
 from fairway.scoring.settings import EvalConfig  # noqa: E402
 
 
@@ -53,7 +53,10 @@ def measured(
     model: train_gpt.GPT, cfg: EvalConfig, tokens: np.ndarray, rt: train_gpt.Runtime
 ) -> tuple[float, float]:
     """Bits of the text, and seconds."""
-    columns, scorer = columns_in_memory(len(tokens) - 1, {"logp": "f8"}), adapting(model, cfg, rt)
+    columns, scorer = (
+        columns_in_memory(len(tokens) - 1, {"logp": "f8"}),
+        make_neural(model, cfg, rt),
+    )
     began = time.perf_counter()
     scorer.fill(tokens, columns)
     assert columns.complete(), "every row is scored once"

@@ -137,7 +137,7 @@ def real(path: str, pattern: str) -> list[dict]:
         text.tokens[1:].astype(np.int64),
     )
     with progress("scoring", len(targets)) as bar:
-        neural.fill(text.tokens, columns, told=lambda own, _: bar.update(len(own)))
+        neural.fill(text.tokens, columns, on_progress=lambda own, _: bar.update(len(own)))
     logp, plain = columns["logp"], text.bpb(columns["logp"])
     print(
         f"{len(logp)} real targets, {text.bytes} bytes, {plain:.6f} bits per byte without a table",

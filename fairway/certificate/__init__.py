@@ -23,10 +23,10 @@ import numpy as np
 from fairway.certificate import rules
 from fairway.certificate.trial import CannotTell, Failed, Trial
 from fairway.scoring.commits import CHAIN_START, Commit, chained, verify_chain
+from fairway.scoring.settings import LEAST_CERTIFIED_TOKENS
 from train_gpt import ByteTable, need
 
 __all__ = ["CHAIN_START", "Certificate", "Commit", "Verdict", "certify", "chained", "verify_chain"]
-LEAST_TOKENS = 128  # of a text to certify on
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def certify(
     """
     start = time.perf_counter()
     need(
-        len(tokens) >= LEAST_TOKENS,
-        f"a certificate needs at least {LEAST_TOKENS} tokens, not {len(tokens)}; give it "
+        len(tokens) >= LEAST_CERTIFIED_TOKENS,
+        f"a certificate needs at least {LEAST_CERTIFIED_TOKENS} tokens, not {len(tokens)}; give it "
         "a longer text",
     )
     trial = Trial(

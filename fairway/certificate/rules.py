@@ -11,7 +11,7 @@ import numpy as np
 
 from fairway.certificate.trial import SHORTEST, CannotTell, Failed, Trial, gap
 from fairway.scoring.commits import verify_chain
-from fairway.scoring.shipped import ROOT, imported_code
+from fairway.scoring.shipped import ROOT, counted_code_bytes, imported_code
 from train_gpt import BOS_ID, ByteTable, ShardError, audit_bytes, document_bounds
 
 EXACT = 1e-9  # of a sum of probabilities, and of a log-probability against its distribution
@@ -19,6 +19,8 @@ TOLERANCE_LIMIT = 1e-4
 CHANCE = math.log(
     1e6
 )  # nats won on random tokens: an honest scorer wins more once in a million runs
+# Rooms that judge or accompany a score once it is known: no part of what computed it.
+NOT_COUNTED = ("fairway/certificate/", "fairway/compression/", "fairway/correction/")
 CANONICAL_BYTES = 151_080_891  # of the challenge's validation text, by whichever tokenizer
 CANONICAL_TARGETS = {
     62_021_632: "SP1024",
@@ -459,7 +461,8 @@ def code_and_artifact(sizes: dict | None, budget_bytes: int) -> tuple[str, dict]
     counted = {
         os.path.relpath(ROOT / path, ROOT).replace(os.sep, "/"): size for path, size in code.items()
     }
-    total = int(sizes["artifact"]) + sum(code.values())
+    packed = counted_code_bytes(code)
+    total = int(sizes["artifact"]) + packed
     details = {
         "artifact": int(sizes["artifact"]),
         "code": code,
@@ -467,7 +470,7 @@ def code_and_artifact(sizes: dict | None, budget_bytes: int) -> tuple[str, dict]
         "budget": budget_bytes,
     }
     for path, size in imported_code().items():
-        if counted.get(path, -1) < size:
+        if counted.get(path, -1) < size and not path.startswith(NOT_COUNTED):
             raise Failed(
                 f"{path} is imported with {size:,} bytes, counted as {counted.get(path, 0):,}",
                 **details,
@@ -478,6 +481,6 @@ def code_and_artifact(sizes: dict | None, budget_bytes: int) -> tuple[str, dict]
             **details,
         )
     return (
-        f"{total:,} of {budget_bytes:,} bytes, {sum(code.values()):,} of them code in {len(code)} files",
+        f"{total:,} of {budget_bytes:,} bytes, {packed:,} of them code, packed, in {len(code)} files",
         details,
     )

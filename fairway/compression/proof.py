@@ -15,14 +15,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from fairway.certificate import Verdict
 from fairway.compression.bitstream import read_bitstream
 from fairway.compression.compressor import Coder
+from fairway.scoring.evaluation import Evaluation
 from fairway.scoring.settings import EvalConfig
 from train_gpt import UserError, read_shard, replacing, write_shard
 
@@ -31,6 +33,25 @@ SLACK, SLACK_BYTES = (
     0.001,
     64,
 )  # what the file may exceed its claim by: a part of it, and the header's bytes
+
+
+class ProofFacts(NamedTuple):
+    """Whether a proof decodes at the claimed price, in one line and in numbers."""
+
+    passed: bool
+    figure: str
+    details: dict[str, Any]
+
+
+def prove_score(evaluation: Evaluation, count: int) -> ProofFacts:
+    """Write eval/proof.fwy, the first tokens of a score at its price, and decode it elsewhere."""
+    # The decoder needs the path of a tokenizer that lies next to the shards.
+    cfg = replace(evaluation.cfg, tokenizer_path=evaluation.text.tokenizer_path)
+    tokens, path = evaluation.text.tokens[:count], evaluation.folder / "proof.fwy"
+    with evaluation.stage("proof"):
+        with evaluation.bar("encoding", count - 1) as bar:
+            write_proof(cfg, tokens, path, bar.update)
+        return prove(cfg, tokens, evaluation.logp[: count - 1], path)
 
 
 def write_proof(
@@ -42,7 +63,7 @@ def write_proof(
         f.write(coded)
 
 
-def prove(cfg: EvalConfig, tokens: np.ndarray, logp: np.ndarray, path: Path) -> Verdict:
+def prove(cfg: EvalConfig, tokens: np.ndarray, logp: np.ndarray, path: Path) -> ProofFacts:
     """Of the bitstream at `path`: whether it gives back the tokens, and for the bits that were counted for all but the
     first."""
     began = time.perf_counter()
@@ -90,7 +111,7 @@ def decoded_elsewhere(cfg: EvalConfig, path: Path) -> np.ndarray | str:
 
 def verdict(
     tokens: np.ndarray, back: np.ndarray | str, claimed: float, real: int, seconds: float
-) -> Verdict:
+) -> ProofFacts:
     """Of a file of `real` bits that was claimed to need `claimed`, and of what came back."""
     ratio, most = real / claimed, (1 + SLACK) * claimed + 8 * SLACK_BYTES
     details = dict(
@@ -101,15 +122,13 @@ def verdict(
         decode_seconds=seconds,
     )
     if isinstance(back, str):
-        return Verdict("decoded", "FAIL", f"another process could not decode: {back}", details)
+        return ProofFacts(False, f"another process could not decode: {back}", details)
     if not np.array_equal(back, tokens):
-        return Verdict(
-            "decoded", "FAIL", "another process decoded other tokens than were written", details
-        )
+        return ProofFacts(False, "another process decoded other tokens than were written", details)
     figure = (
         f"{len(tokens):,} tokens, {claimed:,.0f} bits claimed, {real:,} in the file: {ratio:.5f}x"
     )
-    return Verdict("decoded", "ok" if real <= most else "FAIL", figure, details)
+    return ProofFacts(real <= most, figure, details)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

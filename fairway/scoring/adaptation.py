@@ -21,14 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairway.scoring.columns import Columns
-from fairway.scoring.neural import Neural, Told, Windows, coverage, in_float64, plan
+from fairway.scoring.neural import Neural, OnRows, Windows, coverage, in_float64, plan
 from fairway.scoring.settings import EvalConfig
 from train_gpt import GPT, Runtime, all_reduce_flat, document_bounds, weights_replaced
-
-
-def adapting(model: GPT, cfg: EvalConfig, rt: Runtime) -> Neural:
-    """The scorer that TTT asks for."""
-    return {"none": Neural, "chunks": Chunks, "lora": Lora, "bias": Bias}[cfg.ttt](model, cfg, rt)
 
 
 def clipped(windows: Windows, cuts: np.ndarray) -> Windows:
@@ -165,7 +160,7 @@ class Streaming(Adapting):
         tokens: np.ndarray,
         columns: Columns,
         hints: np.ndarray | None = None,
-        told: Told | None = None,
+        on_progress: OnRows | None = None,
     ) -> None:
         """As Neural's. Chunks that an earlier run filled are learned from again, but not scored."""
         assert (coverage(self.plan(tokens), columns.rows) == 1).all(), (
@@ -179,7 +174,7 @@ class Streaming(Adapting):
                 if done[first:end].all():
                     self.reread(tokens, windows)
                 else:
-                    self.score(tokens, windows, columns, hints, told)
+                    self.score(tokens, windows, columns, hints, on_progress)
         self.wait()
 
     def distributions(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -322,10 +317,10 @@ class Bias(Streaming):
         windows: Windows,
         columns: Columns,
         hints: np.ndarray | None,
-        told: Told | None,
+        on_progress: OnRows | None,
     ) -> None:
         self.expected.zero_()
-        super().score(tokens, windows, columns, hints, told)
+        super().score(tokens, windows, columns, hints, on_progress)
 
     def reread(self, tokens: np.ndarray, windows: Windows) -> None:
         self.expected.zero_()
@@ -475,7 +470,7 @@ class Lora(Adapting):
         tokens: np.ndarray,
         columns: Columns,
         hints: np.ndarray | None = None,
-        told: Told | None = None,
+        on_progress: OnRows | None = None,
     ) -> None:
         """As Neural's. Under torchrun each rank has documents of its own."""
         windows = self.plan(tokens)
@@ -497,16 +492,16 @@ class Lora(Adapting):
                     states[i] = np.frombuffer(bytes.fromhex(hexed(begins[i], state)), np.uint8)
             self.batch = np.where((now >= 0) & left[now], now, -1)
             if (self.batch >= 0).any():
-                self.score(tokens, windows, columns, hints, told)
+                self.score(tokens, windows, columns, hints, on_progress)
             self.batch = now
 
         self.wait()
         self.sweep(tokens, windows, documents[self.rt.mine], see)
-        told_by_all = torch.from_numpy(states).to(self.rt.device)
-        all_reduce_flat([told_by_all], self.rt)
+        all_states = torch.from_numpy(states).to(self.rt.device)
+        all_reduce_flat([all_states], self.rt)
         self.digests = [
             (int(first), bytes(state).hex())
-            for first, state in zip(windows.first, told_by_all.cpu().numpy(), strict=True)
+            for first, state in zip(windows.first, all_states.cpu().numpy(), strict=True)
         ]
         self.wait()
 
@@ -532,3 +527,6 @@ class Lora(Adapting):
 
         self.sweep(tokens, windows, wanted, see)
         return found
+
+
+FORMS = {"chunks": Chunks, "lora": Lora, "bias": Bias}  # by TTT

@@ -1,5 +1,8 @@
-"""The stages of an evaluation, and what it leaves on disk: OUT_DIR/eval/ holds the columns, the final
-log-probabilities, the commit log, score.json and, when asked for, certificate.json."""
+"""Score one artifact on one text, and write the score to OUT_DIR/eval/.
+
+The folder then holds the columns, final_logp.npy, commits.jsonl and score.json. Later rooms judge
+or accompany the score (certificate, correction table, proof): this module imports none of them.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fairway.certificate import LEAST_TOKENS, Certificate, Verdict, certify
 from fairway.scoring.ablation import ablation, as_rows, delayed
-from fairway.scoring.adaptation import adapting
 from fairway.scoring.columns import Columns, open_columns
 from fairway.scoring.experts.match import Matches
 from fairway.scoring.experts.mixing import EXPERTS
 from fairway.scoring.mixed import MixedScorer, find_matches
-from fairway.scoring.neural import KINDS, Neural
+from fairway.scoring.neural import KINDS, Neural, OnRows, make_neural
 from fairway.scoring.settings import EvalConfig
-from fairway.scoring.shipped import code_hashes, code_sizes
+from fairway.scoring.shipped import code_hashes, code_sizes, counted_code_bytes, extra_code
 from fairway.scoring.text import Text, load_text
 from train_gpt import (
     Log,
@@ -34,83 +35,92 @@ from train_gpt import (
     build_model,
     file_sha256,
     names_with_role,
-    need,
     read_artifact,
     replacing,
 )
 
-DELAY = 1024  # tokens: what is left of the experts' gain when they may use older text only
-BESIDE = (
-    "ablation",
-    "delayed",
-    "correction",
-    "certificate",
-    "proof",
-)  # stages that the score does not need
-TRACE_POINTS = 256  # of the weights over the split, in score.json
+DELAY = 1024  # tokens; the last ablation shows what experts gain that know only older text
+# Stages that the score does not need: their seconds are no part of eval_seconds.
+UNCOUNTED_STAGES = ("ablation", "delayed", "correction", "certificate", "proof")
+TRACE_POINTS = 256  # points of the mixture weights over the text, in score.json
 # Settings that decide the neural columns; other values need other columns.
 NEURAL_SETTINGS = names_with_role(EvalConfig, "neural", "ttt")
 
 
 class Evaluation:
-    """One artifact on one split. `run` goes through the stages, printing as it goes; `score` is what score.json holds.
-    Under torchrun all ranks share the neural stages, and the first does the rest alone."""
+    """One artifact on one text. `run` computes the score and writes it.
+
+    What comes later reads `text`, `model`, `columns`, `logp` and `sizes`, times itself with
+    `stage`, and adds its part of score.json with `add_section`; `print_summary` comes last. Under
+    torchrun all ranks share the neural stages, and the first rank does the rest alone.
+    """
+
+    columns: Columns  # of the last neural rung
+    scorer: MixedScorer
+    logp: np.ndarray  # float64[n - 1]: the log-probabilities that are counted
 
     def __init__(self, cfg: EvalConfig, rt: Runtime, log: Log):
-        self.cfg, self.rt, self.log, self.seconds, self.timed = cfg, rt, log, {}, True
+        self.cfg, self.rt, self.log = cfg, rt, log
         self.folder = Path(cfg.out_dir) / "eval"
+        self.seconds: dict[str, float] = {}  # of each stage
+        self.time_known = True  # False once columns are read that a killed run began
+        extra_code(cfg.extra_code_files)  # a wrong name must not show only after the scoring
         with self.stage("load"):
             artifact = read_artifact(cfg.checkpoint)
             self.text: Text = load_text(cfg, artifact)
             self.model = build_model(artifact, rt.device)
-        self.label = f"final_{Path(cfg.checkpoint).suffixes[0][1:] if Path(cfg.checkpoint).suffixes[1:] else 'model'}"
+        suffixes = Path(cfg.checkpoint).suffixes  # final_model.int6.ptz logs as final_int6
+        self.label = f"final_{suffixes[0][1:] if suffixes[1:] else 'model'}"
         self.hashes = dict(
             artifact=file_sha256(cfg.checkpoint),
             data=self.text.sha256,
             tokenizer=artifact.header["tokenizer_sha256"],
         )
         self.ladder: list[dict[str, Any]] = []
-        self.score: dict[str, Any] = {}
+        self.score: dict[str, Any] = {}  # what score.json holds
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Add the time that the body takes to `seconds[name]`."""
         began = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def bar(self, what: str, rows: int) -> tqdm:
-        """A progress bar, on the first rank, for what takes longer than a few seconds."""
+    def bar(self, label: str, rows: int) -> tqdm:
+        """Return a progress bar: shown after 3 s, on the first rank, if stderr is a terminal."""
         return tqdm(
             total=rows,
-            desc=what,
+            desc=label,
             unit="tok",
             unit_scale=True,
             delay=3,
             leave=False,
-            disable=self.rt.rank > 0,
+            disable=True if self.rt.rank else None,  # None: disabled where stderr is a file
         )
 
-    # ==== STAGES ======================================================================================================
-    def run(self, with_certificate: bool, prove: int = 0) -> Certificate | None:
+    # ==== STAGES =================================================================================
+    def run(self) -> bool:
+        """Compute the score and write it; True on the first rank, which alone has the result."""
+        self.log_start()
+        with self.stage("match"):
+            matches = find_matches(self.text.tokens, self.model.cfg.vocab_size, self.cfg)
+        self.columns, neural = self.score_neural(matches)
+        if self.rt.rank > 0:
+            return False
+        self.scorer = MixedScorer(neural, self.cfg, self.text.table)
+        self.mix(matches)
+        self.compare_mixtures(matches)
+        self.save_score()
+        return True
+
+    def log_start(self) -> None:
+        """Log hashes and settings."""
         cfg, text = self.cfg, self.text
-        need(
-            prove == 0 or prove >= 2,
-            f"--prove is {prove}; it takes 2 tokens or more: the first has no price",
-        )
-        need(
-            prove == 0 or cfg.ttt == "none",
-            f"TTT is {cfg.ttt}, but --prove decodes with a model that stays as it "
-            "is; leave one of them out",
-        )
-        need(
-            not with_certificate or len(text.tokens) >= LEAST_TOKENS,
-            f"{text.name} holds {len(text.tokens)} tokens; --certify needs {LEAST_TOKENS}",
-        )
         size, sha256 = Path(cfg.checkpoint).stat().st_size, self.hashes["artifact"]
         self.log(f"artifact:{cfg.checkpoint} bytes:{size} sha256:{sha256}")
         self.log(
-            f"val_loader:shards pattern={text.name} tokens:{len(text.tokens) - 1} bytes:{text.bytes} "
-            f"sha256:{text.sha256}",
+            f"val_loader:shards pattern={text.name} tokens:{len(text.tokens) - 1} "
+            f"bytes:{text.bytes} sha256:{text.sha256}",
             "start",
             settings=dataclasses.asdict(cfg),
             sha256=self.hashes,
@@ -118,116 +128,104 @@ class Evaluation:
             torch=str(torch.__version__),
             world_size=self.rt.world,
         )
-        with self.stage("match"):
-            matches = find_matches(text.tokens, self.model.cfg.vocab_size, cfg)
-        columns, neural = self.neural_stages(matches)
-        if self.rt.rank > 0:
-            return None
-        scorer = MixedScorer(neural, cfg, text.table)
-        logp = self.mix(scorer, columns, matches)
-        self.try_others(columns, matches)
-        if cfg.use_correction:
-            self.correct(columns, logp)
-        certificate = self.judged(logp, with_certificate, prove)
-        self.finish(logp, certificate, scorer)
-        return certificate
 
-    def neural_stages(self, matches: Matches) -> tuple[Columns, Neural]:
-        """The ladder's first rungs, each read from disk where it was computed before; the last one's columns and
-        scorer."""
-        cfg = self.cfg
+    def score_neural(self, matches: Matches) -> tuple[Columns, Neural]:
+        """Fill the columns of each neural rung; return the last one's columns and scorer.
+
+        Columns that an earlier run left on disk are read, not computed again.
+        """
+        cfg, mode = self.cfg, self.cfg.eval_mode
         length = cfg.eval_seq_len or self.model.cfg.train_seq_len
-        plain = replace(
-            cfg, eval_mode="sliding", eval_stride=length, eval_documents=False, ttt="none"
-        )
         frozen = replace(cfg, ttt="none")
+        # Windows that do not overlap: what training's own validation prints.
+        plain = replace(frozen, eval_mode="sliding", eval_stride=length, eval_documents=False)
         rungs = [
             ("blocks", "neural, windows side by side", f"{self.label}_roundtrip", plain),
-            (
-                cfg.eval_mode,
-                f"neural, {cfg.eval_mode}",
-                f"{self.label}_{cfg.eval_mode}_window",
-                frozen,
-            ),
+            (mode, f"neural, {mode}", f"{self.label}_{mode}_window", frozen),
         ]
         if cfg.ttt != "none":
             rungs.append((f"ttt_{cfg.ttt}", f"+ test-time training ({cfg.ttt})", "legal_ttt", cfg))
         for name, rung, label, settings in rungs:
-            wanted = KINDS if name == rungs[-1][0] else {"logp": "f8"}
-            neural = adapting(self.model, settings, self.rt)
-            columns = self.neural(name, neural, wanted, matches)
+            kinds = KINDS if name == rungs[-1][0] else {"logp": "f8"}
+            neural = make_neural(self.model, settings, self.rt)
+            columns = self.fill_columns(name, neural, kinds, matches)
             extra = f" stride:{settings.eval_stride}" if name == "sliding" else ""
-            self.rung(rung, columns["logp"], name, label, extra)
+            self.add_rung(rung, columns["logp"], name, label, extra)
         return columns, neural
 
-    def columns_of(
+    def fill_columns(
         self, name: str, neural: Neural, kinds: dict[str, str], matches: Matches
     ) -> Columns:
-        """The columns of a rung: the first rank makes them or finds them, the others follow."""
+        """Open the columns of a rung and fill the rows that an earlier run did not fill."""
+        rows = len(self.text.tokens) - 1
+        with self.stage(name):
+            columns = self.open_rung(name, neural, kinds, matches)
+            if filled := int(np.count_nonzero(columns.covered)):
+                self.log(f"columns:{name} {100 * filled / rows:.0f}% were there already")
+            with self.bar(name, -(-(rows - filled) // self.rt.world)) as bar:
+                neural.fill(self.text.tokens, columns, matches.hint, self.show_bpb(bar))
+        assert columns.complete(), "each row must be scored exactly once"
+        self.count_earlier_time(name, filled, rows)
+        return columns
+
+    def open_rung(
+        self, name: str, neural: Neural, kinds: dict[str, str], matches: Matches
+    ) -> Columns:
+        """Open a rung's columns: the first rank creates them or finds them, the others follow."""
         key = dict(
             self.hashes,
             **{n: getattr(neural.cfg, n) for n in NEURAL_SETTINGS},
             device=self.rt.device.type,
             hints=hashlib.sha256(matches.hint).hexdigest() if "hint" in kinds else "",
         )
+        folder, rows = self.folder / "columns" / name, len(self.text.tokens) - 1
         for first in (True, False):
             if first == (self.rt.rank == 0):
-                columns = open_columns(
-                    self.folder / "columns" / name, len(self.text.tokens) - 1, kinds, key, first
-                )
+                columns = open_columns(folder, rows, kinds, key, first)
             neural.wait()
         return columns
 
-    def neural(self, name: str, neural: Neural, kinds: dict[str, str], matches: Matches) -> Columns:
-        with self.stage(name):
-            columns, rows = self.columns_of(name, neural, kinds, matches), len(self.text.tokens) - 1
-            if there := int(np.count_nonzero(columns.covered)):
-                self.log(f"columns:{name} {100 * there / rows:.0f}% were there already")
-            with self.bar(name, -(-(rows - there) // self.rt.world)) as bar:
-                bits, size = 0.0, 0
+    def show_bpb(self, bar: tqdm) -> OnRows:
+        """Return a callback that advances the bar and shows the bits per byte up to now."""
+        bits, size = 0.0, 0
 
-                def told(rows: np.ndarray, logp: np.ndarray) -> None:
-                    nonlocal bits, size
-                    bits, size = (
-                        bits - float(logp.sum()) / np.log(2),
-                        size + int(self.text.sizes[rows].sum()),
-                    )
-                    bar.set_postfix_str(f"bpb {bits / max(size, 1):.4f}", refresh=False)
-                    bar.update(len(rows))
+        def on_progress(rows: np.ndarray, logp: np.ndarray) -> None:
+            nonlocal bits, size
+            bits -= float(logp.sum()) / np.log(2)
+            size += int(self.text.sizes[rows].sum())
+            bar.set_postfix_str(f"bpb {bits / max(size, 1):.4f}", refresh=False)
+            bar.update(len(rows))
 
-                neural.fill(self.text.tokens, columns, matches.hint, told)
-        assert columns.complete(), "each row must be scored exactly once"
-        self.count_earlier(name, there == rows, there > 0)
-        return columns
+        return on_progress
 
-    def count_earlier(self, name: str, complete: bool, begun: bool) -> None:
-        """Columns that were read back took time as well: a run that made them alone left its seconds beside them."""
+    def count_earlier_time(self, name: str, filled: int, rows: int) -> None:
+        """Add the seconds that an earlier run took for the `filled` rows that this one found.
+
+        A run that fills all rows itself leaves its seconds next to them; a killed run cannot.
+        """
         path = self.folder / "columns" / name / "seconds.json"
         if self.rt.rank > 0:
             return
-        if not begun:
+        if not filled:
             with replacing(path) as f:
                 f.write(json.dumps(self.seconds[name]).encode())
-        elif complete and path.is_file():
+        elif filled == rows and path.is_file():
             self.seconds[name] += float(json.loads(path.read_text()))
         else:
-            self.timed = False
+            self.time_known = False
 
-    def mix(self, scorer: MixedScorer, columns: Columns, matches: Matches) -> np.ndarray:
-        with self.stage("mixture"), self.bar("mixture", columns.rows) as bar:
-            logp = scorer.mixed(
-                self.text.tokens, columns, matches, lambda done: bar.update(done - bar.n)
+    def mix(self, matches: Matches) -> None:
+        """Mix the columns with the experts: `logp` is the score."""
+        with self.stage("mixture"), self.bar("mixture", self.columns.rows) as bar:
+            self.logp = self.scorer.mixed(
+                self.text.tokens, self.columns, matches, lambda done: bar.update(done - bar.n)
             )
-        self.rung("+ experts, mixed: final", logp, "mixture", "final", "")
-        return logp
+        self.add_rung("+ experts, mixed: final", self.logp, "mixture", "final", "")
 
-    def try_others(self, columns: Columns, matches: Matches) -> None:
-        """Every other mixture on the same columns, and the default one with experts that must not look close by."""
-        text, vocab_size, base = (
-            self.text,
-            self.model.cfg.vocab_size,
-            self.text.bpb(columns["logp"]),
-        )
+    def compare_mixtures(self, matches: Matches) -> None:
+        """Log every other mixture of the same columns, and the default one with delayed experts."""
+        text, columns, vocab_size = self.text, self.columns, self.model.cfg.vocab_size
+        base = text.bpb(columns["logp"])
         with self.stage("ablation"), self.bar("ablation", columns.rows) as bar:
             sums = ablation(
                 text.tokens,
@@ -249,124 +247,21 @@ class Evaluation:
                 "ablation",
                 **row,
             )
-        left, whole = self.score["ablation"][-1]["gain"], base - self.ladder[-1]["bpb"]
-        self.log(f"gain:{whole:.8f} of which {left:.8f} with text older than {DELAY} tokens only")
-
-    def correct(self, columns: Columns, logp: np.ndarray) -> None:
-        """What a correction table would make of the score: an oracle, with its price. The one that lies beside the
-        artifact, or one that is made here."""
-        from fairway.correction import (
-            oracle,
-            table,
-        )  # code that counts where it is used, and only there
-
-        cfg, tokens, path = self.cfg, self.text.tokens, table.sidecar(self.cfg.checkpoint)
-        neural, artifact = (
-            oracle.viewer(self.model, self.rt),
-            bytes.fromhex(self.hashes["artifact"]),
-        )
-        with self.stage("correction"), self.bar("correction", len(logp)) as bar:
-            if path.exists():
-                made, entries = oracle.stored_table(path, neural, tokens, artifact, bar.update)
-            else:
-                budget = {-1: oracle.default_budget(len(logp)), 0: None}.get(
-                    cfg.correction_bytes, cfg.correction_bytes
-                )
-                made, entries = oracle.build_table(
-                    neural,
-                    tokens,
-                    columns["logp"],
-                    cfg.correction_codec,
-                    budget,
-                    artifact,
-                    bar.update,
-                )
-            size = len(table.table_bytes(made))
-            table.apply(
-                logp, entries, tokens[1:]
-            )  # refuses entries that are not this split's targets
-            cost = table.charge(logp, entries, size, self.text.bytes)
-        self.score["correction"] = dict(
-            entries=len(entries.tokens),
-            bytes=size,
-            codec=made.codec,
-            stored=path.exists(),
-            **cost._asdict(),
-        )
+        total_gain, delayed_gain = base - self.ladder[-1]["bpb"], self.score["ablation"][-1]["gain"]
         self.log(
-            f"{table.NOTICE}\ncorrection:{made.codec} entries:{len(entries.tokens)} bytes:{size} "
-            f"saved_bits:{cost.saved_bits:.0f} paid_bits:{cost.paid_bits:.0f}\noracle_bpb:{cost.oracle_bpb:.8f}\n"
-            f"charged_bpb:{cost.charged_bpb:.8f}",
-            "correction",
-            **self.score["correction"],
+            f"gain:{total_gain:.8f} of which {delayed_gain:.8f} with text older than {DELAY} "
+            "tokens only"
         )
 
-    def judged(self, logp: np.ndarray, with_certificate: bool, prove: int) -> Certificate | None:
-        """The verdicts that were asked for: of every rule, and of a decoder that has never seen the text."""
-        found = self.certificate(logp) if with_certificate else None
-        if prove:
-            verdict = self.decoded(logp, min(prove, len(self.text.tokens)))
-            found = replace(
-                found or Certificate([], {}), verdicts=[*(found.verdicts if found else []), verdict]
-            )
-        if found is not None:
-            self.log(found.table(), "certificate", **found.as_json())
-        return found
-
-    def certificate(self, logp: np.ndarray) -> Certificate:
-        """A scorer made anew, run against every rule and against what was counted."""
-        alone = Runtime(
-            0, 1, self.rt.device, self.rt.name
-        )  # its calls follow the clock: no other rank could
-        with (
-            self.stage("certificate"),
-            tqdm(
-                total=1.0,
-                desc="certificate",
-                delay=3,
-                leave=False,
-                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
-            ) as bar,
-        ):
-
-            def told(rule: str, fraction: float) -> None:
-                bar.set_postfix_str(rule, refresh=False)
-                bar.update(fraction - bar.n)
-
-            return certify(
-                MixedScorer(adapting(self.model, self.cfg, alone), self.cfg, self.text.table),
-                self.text.tokens,
-                byte_table=self.text.table,
-                tokenizer=self.text.tokenizer,
-                claimed=logp,
-                sizes=self.sizes(),
-                budget_bytes=self.cfg.size_budget_bytes,
-                seconds=self.cfg.certify_seconds,
-                progress=told,
-            )
-
-    def decoded(self, logp: np.ndarray, count: int) -> Verdict:
-        """eval/proof.fwy: the first tokens at the price that was counted, as another process decodes them."""
-        from fairway.compression import proof  # code that counts where it is used, and only there
-
-        cfg = replace(
-            self.cfg, tokenizer_path=self.text.tokenizer_path
-        )  # it may lie beside the shards
-        tokens, path = self.text.tokens[:count], self.folder / "proof.fwy"
-        with self.stage("proof"):
-            with self.bar("encoding", count - 1) as bar:
-                proof.write_proof(cfg, tokens, path, bar.update)
-            return proof.prove(cfg, tokens, logp[: count - 1], path)
-
-    # ==== WHAT IS SAID AND WRITTEN ====================================================================================
-    def rung(self, name: str, logp: np.ndarray, stage: str, label: str, extra: str) -> None:
+    # ==== RESULTS ================================================================================
+    def add_rung(self, name: str, logp: np.ndarray, stage: str, label: str, extra: str) -> None:
+        """Add a rung to the ladder and log it in the challenge's two lines."""
         loss, bpb = -float(np.mean(logp, dtype=np.float64)), self.text.bpb(logp)
         before = self.ladder[-1]["bpb"] if self.ladder else bpb
-        self.ladder.append(
-            dict(name=name, loss=loss, bpb=bpb, gain=before - bpb, seconds=self.seconds[stage])
-        )
+        seconds = self.seconds[stage]
+        self.ladder.append(dict(name=name, loss=loss, bpb=bpb, gain=before - bpb, seconds=seconds))
         self.log(
-            f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * self.seconds[stage]:.0f}ms{extra}"
+            f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * seconds:.0f}ms{extra}"
         )
         self.log(
             f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}{extra}",
@@ -375,92 +270,86 @@ class Evaluation:
             **self.ladder[-1],
         )
 
-    def sizes(self) -> dict[str, Any]:
-        return dict(
-            artifact=Path(self.cfg.checkpoint).stat().st_size,
-            code=code_sizes(self.cfg.extra_code_files),
-        )
+    def save_score(self) -> None:
+        """Write the score, the commit log and the log-probabilities as soon as they are known.
 
-    def finish(
-        self, logp: np.ndarray, certificate: Certificate | None, scorer: MixedScorer
-    ) -> None:
-        """The ladder on the screen, everything in eval/."""
-        sizes, final = self.sizes(), self.ladder[-1]
-        code = sum(sizes["code"].values())
-        needed = (
-            sum(s for name, s in self.seconds.items() if name not in BESIDE) if self.timed else None
+        The code that counts is what was imported up to here: the score needed no more.
+        """
+        code, final = code_sizes(self.cfg.extra_code_files), self.ladder[-1]
+        trace = self.scorer.mixture.trace
+        points = np.array_split(trace, min(TRACE_POINTS, len(trace)))
+        counted = [s for name, s in self.seconds.items() if name not in UNCOUNTED_STAGES]
+        self.score.update(
+            val_bpb=final["bpb"],
+            val_loss=final["loss"],
+            tokens=len(self.logp),
+            bytes=self.text.bytes,
+            ladder=self.ladder,
+            seconds=self.seconds,
+            eval_seconds=sum(counted) if self.time_known else None,
+            sizes=dict(artifact=Path(self.cfg.checkpoint).stat().st_size, code=code),
+            sha256=self.hashes,
+            code=code_hashes(code),
+            settings=dataclasses.asdict(self.cfg),
+            weights=dict(
+                experts=EXPERTS,
+                trace=[np.round(np.mean(part, axis=0), 4).tolist() for part in points],
+            ),
+            device=self.rt.name,
+            world_size=self.rt.world,
+            torch=str(torch.__version__),
+            certificate=None,
         )
+        self.write("score.json", json.dumps(self.score, indent=1))
+        commits = [json.dumps(commit._asdict()) + "\n" for commit in self.scorer.commits]
+        self.write("commits.jsonl", "".join(commits))
+        with replacing(self.folder / "final_logp.npy") as f:
+            np.save(f, self.logp)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Bytes of the artifact and of each counted file: {"artifact": n, "code": {path: n}}."""
+        return self.score["sizes"]
+
+    def add_section(self, name: str, section: dict[str, Any]) -> None:
+        """Put a section into score.json, and write the file again."""
+        self.score[name] = section
+        self.write("score.json", json.dumps(self.score, indent=1))
+
+    def print_summary(self, certified: bool | None) -> None:
+        """Log the ladder, times and sizes, and the score on the last line."""
+        seconds, final = self.score["eval_seconds"], self.ladder[-1]
         for rung in self.ladder:
             self.log(
                 f"ladder:{rung['name']:32} val_bpb:{rung['bpb']:.8f} gain:{rung['gain']:+.8f} "
                 f"seconds:{rung['seconds']:.1f}"
             )
-        total = (
-            "unknown (an interrupted run made part of the columns)"
-            if needed is None
-            else f"{1000 * needed:.0f}ms"
-        )
+        unknown = "unknown (an interrupted run made part of the columns)"
         self.log(
             "stages:"
             + " ".join(f"{name}:{s:.1f}s" for name, s in self.seconds.items())
-            + f" total_eval_time:{total}"
+            + f" total_eval_time:{unknown if seconds is None else f'{1000 * seconds:.0f}ms'}"
         )
+        artifact, files = self.sizes["artifact"], self.sizes["code"]
+        code = counted_code_bytes(files)
         self.log(
-            f"Total submission size: {sizes['artifact'] + code} bytes (artifact:{sizes['artifact']} code:{code} "
-            f"in {len(sizes['code'])} files, budget:{self.cfg.size_budget_bytes})"
+            f"Total submission size: {artifact + code} bytes (artifact:{artifact} code:{code} "
+            f"packed, in {len(files)} files, budget:{self.cfg.size_budget_bytes})"
         )
-        self.score.update(
-            val_bpb=final["bpb"],
-            val_loss=final["loss"],
-            tokens=len(logp),
-            bytes=self.text.bytes,
-            ladder=self.ladder,
-            seconds=self.seconds,
-            eval_seconds=needed,
-            sizes=sizes,
-            sha256=self.hashes,
-            code=code_hashes(sizes["code"]),
-            settings=dataclasses.asdict(self.cfg),
-            weights=dict(
-                experts=EXPERTS,
-                trace=[
-                    np.round(np.mean(part, axis=0), 4).tolist()
-                    for part in np.array_split(
-                        scorer.mixture.trace, min(TRACE_POINTS, len(scorer.mixture.trace))
-                    )
-                ],
-            ),
-            device=self.rt.name,
-            world_size=self.rt.world,
-            torch=str(torch.__version__),
-            certificate=None
-            if certificate is None
-            else dict(
-                passed=certificate.passed, rules={v.rule: v.verdict for v in certificate.verdicts}
-            ),
-        )
-        self.write("score.json", json.dumps(self.score, indent=1))
-        self.write(
-            "commits.jsonl",
-            "".join(json.dumps(commit._asdict()) + "\n" for commit in scorer.commits),
-        )
-        if certificate is not None:
-            self.write("certificate.json", json.dumps(certificate.as_json(), indent=1))
-        with replacing(self.folder / "final_logp.npy") as f:
-            np.save(f, logp)
         self.log(
             f"val_bpb:{final['bpb']:.8f} val_loss:{final['loss']:.8f}",
             "final",
             bpb=final["bpb"],
             loss=final["loss"],
-            tokens=len(logp),
+            tokens=len(self.logp),
             bytes=self.text.bytes,
-            seconds=needed,
-            artifact_bytes=sizes["artifact"],
+            seconds=seconds,
+            artifact_bytes=artifact,
             code_bytes=code,
-            certified=certificate and certificate.passed,
+            certified=certified,
         )
 
     def write(self, name: str, text: str) -> None:
+        """Replace a file of OUT_DIR/eval/."""
         with replacing(self.folder / name) as f:
             f.write(text.encode())

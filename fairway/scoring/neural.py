@@ -27,9 +27,8 @@ KINDS = {
     "hint": "f8",
     "entropy": "f8",
 }  # what a mixture reads
-Told = Callable[
-    [np.ndarray, np.ndarray], None
-]  # hears of rows and their log-probabilities, for a progress bar
+# Called with the rows that were just filled and their log-probabilities.
+OnRows = Callable[[np.ndarray, np.ndarray], None]
 ROUND = 64  # windows are padded to a multiple of it, so that those of short documents share shapes
 PIECE = 128  # tokens that a cached stream reads at a time: a matter of speed alone
 WARM = 8  # a cached stream scores this many contexts' worth of rows, after reading one to warm up
@@ -196,7 +195,7 @@ class Neural:
         windows: Windows,
         columns: Columns,
         hints: np.ndarray | None,
-        told: Told | None,
+        on_progress: OnRows | None,
     ) -> None:
         """Fill the rows of some windows, this rank's share of them."""
         for batch in self.batches(windows)[self.rt.mine]:
@@ -217,15 +216,15 @@ class Neural:
                     "weights are damaged or too large; train again",
                 )
                 columns.put(rows, found)
-                if told:
-                    told(rows, found["logp"])
+                if on_progress:
+                    on_progress(rows, found["logp"])
 
     def fill(
         self,
         tokens: np.ndarray,
         columns: Columns,
         hints: np.ndarray | None = None,
-        told: Told | None = None,
+        on_progress: OnRows | None = None,
     ) -> None:
         """Fill every row that is not yet filled. Under torchrun each rank does its share, and all wait for the last."""
         windows = self.plan(tokens)
@@ -236,7 +235,7 @@ class Neural:
             if not columns.covered[windows.first[i] : windows.end[i]].all()
         ]
         self.wait()  # every rank has seen what is left before any begins
-        self.score(tokens, Windows(*(part[left] for part in windows)), columns, hints, told)
+        self.score(tokens, Windows(*(part[left] for part in windows)), columns, hints, on_progress)
         self.wait()
 
     def wait(self) -> None:
@@ -259,3 +258,12 @@ class Neural:
                 z = in_float64(self.adjusted(logits)).softmax(dim=1).cpu().numpy()
                 found[np.searchsorted(rows, got)] = z
         return found[places]
+
+
+def make_neural(model: GPT, cfg: EvalConfig, rt: Runtime) -> Neural:
+    """Return the scorer that TTT asks for. Test-time training counts as code only if it is used."""
+    if cfg.ttt == "none":
+        return Neural(model, cfg, rt)
+    from fairway.scoring.adaptation import FORMS
+
+    return FORMS[cfg.ttt](model, cfg, rt)

@@ -1,43 +1,64 @@
-"""The code that a score counts: what this process imported, its size and its hashes."""
+"""The code that a score counts: the files that this process imported, their sizes and hashes."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import train_gpt
-from train_gpt import need
+from train_gpt import UserError, file_sha256, packed_code_bytes
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 
 
 def imported_code() -> dict[str, int]:
-    """This repository's modules that are imported now: path from its root → bytes. Tests and benchmarks are not."""
-    found = {}
+    """Return the imported modules of this repository: path from its root → bytes.
+
+    Tests and benchmarks are left out, and so are environments that lie inside the repository.
+    """
+    sizes = {}
     for module in list(sys.modules.values()):
         path = Path(getattr(module, "__file__", None) or os.devnull).resolve()
         parts = path.relative_to(ROOT).parts if path.is_relative_to(ROOT) else (".",)
         ours = parts[0] not in ("tests", "bench") and not any(
             p[0] == "." or p == "site-packages" for p in parts
         )
-        if ours and path.is_file():  # torch names files that there are not
-            found["/".join(parts)] = path.stat().st_size
-    return found
+        if ours and path.is_file():  # torch has modules whose files do not exist
+            sizes["/".join(parts)] = path.stat().st_size
+    return sizes
+
+
+def extra_code(names: str) -> dict[str, int]:
+    """Return the files of EXTRA_CODE_FILES, separated by commas: path → bytes."""
+    paths = [Path(name.strip()) for name in names.split(",") if name.strip()]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"EXTRA_CODE_FILES names {path}, which is no file")
+    return {str(path): path.stat().st_size for path in paths}
 
 
 def code_sizes(extra: str) -> dict[str, int]:
-    """Bytes of every file of this repository that is imported by now, and of those named besides."""
-    named = [Path(name.strip()) for name in extra.split(",") if name.strip()]
-    for path in named:
-        need(path.is_file(), f"EXTRA_CODE_FILES names {path}, which is no file")
-    return imported_code() | {str(path): path.stat().st_size for path in named}
+    """Return all code that counts now: what is imported, and the files of EXTRA_CODE_FILES."""
+    return imported_code() | extra_code(extra)
 
 
 def code_hashes(names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of each file that `code_sizes` names: a record must ship these and no others."""
-    return {
-        name: train_gpt.file_sha256(ROOT / name if (ROOT / name).is_file() else name)
-        for name in names
-    }
+    """Return the SHA-256 of each counted file: a record must ship these files and no others."""
+    return {name: file_sha256(located(name)) for name in names}
+
+
+def counted_code_bytes(code: Mapping[str, int]) -> int:
+    """Return what code counts in a record, which ships it packed.
+
+    A file that this machine does not have counts with the size that `code` gives.
+    """
+    paths = {name: located(name) for name in sorted(code)}
+    elsewhere = sum(size for name, size in code.items() if not paths[name].is_file())
+    return packed_code_bytes([p for p in paths.values() if p.is_file()]) + elsewhere
+
+
+def located(name: str) -> Path:
+    """Return the path of a counted file: names are relative to the repository, or as given."""
+    return ROOT / name if (ROOT / name).is_file() else Path(name)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fairway.certificate import CHAIN_START, Commit, certify, chained, verify_chain
 from fairway.certificate.__main__ import main, synthetic_tokens
-from fairway.scoring.shipped import imported_code
+from fairway.scoring.shipped import counted_code_bytes, imported_code
 from tests.zoo import CHEATS, HONEST, UNSEEN, verdicts_on, zoo_table
 from tests.zoo.honest import TABLE, TEXT, TOKENIZER, Bigram, Smeared, Uniform, V
 from train_gpt import BOS_ID, ByteTable, UserError, write_shard
@@ -220,14 +220,14 @@ def test_sizes_count_every_module_that_is_imported():
 
     def judge(**change):
         sizes = {"artifact": 1000, "code": code} | change
-        budget = 1000 + sum(code.values())
+        budget = 1000 + counted_code_bytes(code)
         return said(
             certify(Uniform(), TEXT, sizes=sizes, budget_bytes=budget, seconds=0.05), "sizes"
         )
 
     assert judge().verdict == "ok"
     assert judge(artifact=1001).figure.endswith(
-        f"1 over the budget of {1000 + sum(code.values()):,}"
+        f"1 over the budget of {1000 + counted_code_bytes(code):,}"
     )
     assert (
         "train_gpt.py is imported"

@@ -8,12 +8,11 @@ from hypothesis import strategies as st
 from models import trained
 
 from fairway.compression.streams import Mixed, Rolling, Windowed
-from fairway.scoring.adaptation import adapting
 from fairway.scoring.experts.match import POINTER, Match
 from fairway.scoring.experts.ngram import NGram
 from fairway.scoring.memory import Memory
 from fairway.scoring.mixed import MixedScorer
-from fairway.scoring.neural import Neural
+from fairway.scoring.neural import Neural, make_neural
 from fairway.scoring.settings import EvalConfig
 from train_gpt import BOS_ID, ByteTable, Runtime, UserError
 
@@ -91,7 +90,7 @@ def test_one_stream_costs_what_the_score_says(model, settings):
 def test_a_model_that_trains_as_it_reads_is_refused(model):
     cfg = EvalConfig(ttt="bias")
     with pytest.raises(UserError, match="not decoded; unset TTT"):
-        Windowed(adapting(model, cfg, ALONE), np.array([BOS_ID]))
+        Windowed(make_neural(model, cfg, ALONE), np.array([BOS_ID]))
 
 
 # ---- Many streams ----------------------------------------------------------------------------------------------------

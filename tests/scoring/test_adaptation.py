@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.scoring import adaptation as adapt
-from fairway.scoring.adaptation import Adapters, Bias, Chunks, Lora, adapting, clipped, fingerprints
+from fairway.scoring.adaptation import Adapters, Bias, Chunks, Lora, clipped, fingerprints
 from fairway.scoring.columns import columns_in_memory
-from fairway.scoring.neural import KINDS, Neural, coverage, plan
+from fairway.scoring.neural import KINDS, Neural, coverage, make_neural, plan
 from fairway.scoring.settings import EvalConfig
 from train_gpt import BOS_ID, GPT, PRESETS, Config, Runtime, UserError, initialise
 
@@ -60,7 +60,7 @@ def scorer(model: GPT, ttt: str, rt: Runtime = ALONE, **settings) -> Neural:
         ttt_rank=2,
         ttt_lr=5.0 if ttt == "bias" else 0.02,
     )
-    return adapting(model, EvalConfig(ttt=ttt, **{**usual, **settings}), rt)
+    return make_neural(model, EvalConfig(ttt=ttt, **{**usual, **settings}), rt)
 
 
 def filled(scorer: Neural, tokens: np.ndarray) -> np.ndarray:

@@ -18,9 +18,28 @@ import build_correction_table
 import eval_final
 from fairway.certificate import Commit, verify_chain
 from fairway.scoring.settings import EvalConfig
+from fairway.scoring.shipped import counted_code_bytes
 from train_gpt import file_sha256, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
+# What the default settings import until the score is known; the certificate, the correction
+# table and test-time training are no part of it.
+COUNTED = {
+    "train_gpt.py",
+    "eval_final.py",
+    "fairway/__init__.py",
+    "fairway/command_line.py",
+    *(
+        f"fairway/scoring/{name}.py"
+        for name in (
+            "__init__ ablation columns commits evaluation memory mixed neural settings shipped text"
+        ).split()
+    ),
+    *(
+        f"fairway/scoring/experts/{name}.py"
+        for name in ("__init__ match mixing ngram state temperature").split()
+    ),
+}
 LADDER = ["neural, windows side by side", "neural, sliding", "+ experts, mixed: final"]
 
 
@@ -115,11 +134,7 @@ def test_a_run_prints_the_ladder_and_leaves_scores_that_agree_with_it(finished, 
     assert trace.shape[1] == len(score["weights"]["experts"]) and np.allclose(
         trace.sum(axis=1), 1, atol=1e-3
     )
-    assert set(score["sizes"]["code"]) >= {
-        "train_gpt.py",
-        "eval_final.py",
-        "fairway/scoring/neural.py",
-    }
+    assert set(score["sizes"]["code"]) == COUNTED
     assert score["sizes"]["artifact"] == artifact.stat().st_size
     assert score["code"].keys() == score["sizes"]["code"].keys()
     assert score["code"]["fairway/scoring/neural.py"] == file_sha256(
@@ -135,9 +150,8 @@ def test_a_run_adds_a_line_to_the_history_and_weights_and_biases_has_it_too(fini
         line["start"]["sha256"] == score["sha256"]
         and line["start"]["settings"] == score["settings"]
     )
-    assert line["final"]["artifact_bytes"] + line["final"]["code_bytes"] == (
-        score["sizes"]["artifact"] + sum(score["sizes"]["code"].values())
-    )
+    assert line["final"]["artifact_bytes"] == score["sizes"]["artifact"]
+    assert line["final"]["code_bytes"] == counted_code_bytes(score["sizes"]["code"])
     assert len(list(folder.rglob("run-*.wandb"))) == 1
 
 
@@ -282,6 +296,55 @@ def test_mistakes_end_in_one_line(env, tmp_path, here, settings, says):
     done = here(eval_final.main, env(tmp_path, **settings), [])
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("eval_final: error: ") and says in done.stderr
+
+
+@pytest.mark.parametrize(
+    "settings, options, says",
+    [
+        (
+            dict(TTT="bias"),
+            ["--prove", "100"],
+            "TTT is bias, but --prove decodes with a fixed model",
+        ),
+        (dict(), ["--prove", "1"], "--prove is 1; it takes 2 tokens or more"),
+        (dict(), ["--prove", "-5"], "--prove is -5"),
+    ],
+)
+def test_what_cannot_be_proved_is_refused_before_it_is_scored(
+    env, tmp_path, here, settings, options, says
+):
+    done = here(eval_final.main, env(tmp_path, **settings), options)
+    assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "settings, options, part",
+    [
+        (dict(TTT="bias"), [], "TTT=bias needs fairway.scoring.adaptation"),
+        (dict(USE_CORRECTION=1), [], "USE_CORRECTION=1 needs fairway.correction"),
+        (dict(), ["--prove", "9"], "--prove needs fairway.compression"),
+        (dict(), ["--certify"], "--certify needs fairway.certificate"),
+    ],
+)
+def test_a_part_that_a_record_does_not_ship_is_named_before_it_is_scored(
+    env, tmp_path, here, monkeypatch, settings, options, part
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = here(eval_final.main, env(tmp_path, **settings), options)
+    assert done.returncode == 1 and done.stderr.startswith(
+        f"eval_final: error: {part}, which a record lacks"
+    )
+    assert done.stderr.endswith("run it from a checkout\n") and list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_option_is_one_line(here):
+    done = here(eval_final.main, {}, ["--certifi"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "eval_final: error: unknown option --certifi; did you mean --certify?; "
+        "see eval_final.py --help\n"
+    )
 
 
 def test_texts_too_short_for_a_window_or_a_certificate(env, tmp_path, corpus, here):

@@ -10,7 +10,6 @@ from conftest import ROOT, english_like, train_tokenizer
 
 from fairway.certificate import certify, verify_chain
 from fairway.scoring.ablation import VARIANTS, ablation, as_rows, delayed
-from fairway.scoring.adaptation import adapting
 from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.experts.mixing import Mixture
 from fairway.scoring.mixed import (
@@ -21,7 +20,7 @@ from fairway.scoring.mixed import (
     find_matches,
     make_ngram,
 )
-from fairway.scoring.neural import KINDS
+from fairway.scoring.neural import KINDS, make_neural
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.shipped import code_sizes
 from fairway.scoring.text import load_text
@@ -62,7 +61,7 @@ def text(artifact, corpus):
 
 def made(model, text, **settings) -> MixedScorer:
     cfg = EvalConfig(**(dict(eval_stride=32) | settings))
-    return MixedScorer(adapting(model, cfg, ALONE), cfg, text.table)
+    return MixedScorer(make_neural(model, cfg, ALONE), cfg, text.table)
 
 
 def neural_columns(scorer: MixedScorer, tokens: np.ndarray):
