@@ -65,6 +65,12 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
     return parse_json(read_text(path, limit), path)
 
 
+def compact_json(data: dict[str, Any]) -> str:
+    """Return JSON text with one line for each key, however long its value: {"a": 1,\n"b": [2, 3]}."""
+    lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in data.items())
+    return "{" + ",\n".join(lines) + "}\n"
+
+
 def read_events(path: str | Path, limit: int = TEXT_LIMIT) -> tuple[list[dict[str, Any]], int]:
     """Return the JSON objects of a file, one a line, and the number of damaged lines.
 

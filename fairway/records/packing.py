@@ -14,7 +14,7 @@ from typing import Any
 
 from fairway.records.atomic_folder import AtomicFolder, restore_replaced
 from fairway.records.experiment import Result, check_one_experiment, read_result, short_value
-from fairway.records.files import RecordError, read_bytes, sha256
+from fairway.records.files import RecordError, compact_json, read_bytes, sha256
 from fairway.records.folder import TRACKS, read_record_folder
 from fairway.records.markdown import PLACES, markdown_cell, markdown_table
 from fairway.records.packed_code import (
@@ -210,17 +210,15 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def run_files(result: Result) -> dict[str, bytes]:
-    """A run's logs and verdicts, byte for byte."""
+    """Return a run's logs byte for byte, and the values of its score and certificate, a line for each key."""
     run, seed = result.run, result.seed
-    given = {
-        f"train_seed{seed}.log": run.log,
-        f"eval_seed{seed}.log": run.eval_log,
-        f"score_seed{seed}.json": run.folder / "eval" / "score.json" if run.score else None,
-        f"certificate_seed{seed}.json": run.folder / "eval" / "certificate.json"
-        if run.certificate
-        else None,
-    }
-    return {name: read_bytes(path) for name, path in given.items() if path}
+    files = {f"train_seed{seed}.log": read_bytes(run.log)}
+    if run.eval_log:
+        files[f"eval_seed{seed}.log"] = read_bytes(run.eval_log)
+    for kind, data in (("score", run.score), ("certificate", run.certificate)):
+        if data:  # indented, one score with its trace has 2,362 lines
+            files[f"{kind}_seed{seed}.json"] = compact_json(data).encode()
+    return files
 
 
 def hardware_of(results: list[Result]) -> str:

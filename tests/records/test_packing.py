@@ -63,9 +63,10 @@ def test_a_record_holds_logs_code_scores_and_a_picture_of_all_seeds(runs, root, 
         assert (folder / f"train_seed{seed}.log").read_bytes() == (
             run / f"logs/train_seed{seed}.txt"
         ).read_bytes()
-        assert (folder / f"score_seed{seed}.json").read_bytes() == (
-            run / "eval/score.json"
-        ).read_bytes()
+        for kind in ("score", "certificate"):
+            text = (folder / f"{kind}_seed{seed}.json").read_text()
+            assert json.loads(text) == json.loads((run / f"eval/{kind}.json").read_text())
+            assert text.count("\n") == len(json.loads(text))
     assert (folder / "requirements.txt").read_text() == "numpy==2.4.6\ntqdm==4.70.1\n"
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
