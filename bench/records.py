@@ -1,4 +1,5 @@
-"""Run every check of `fairway check` on record folders; print the results and the processor seconds of each folder.
+"""Run every check of `fairway check` on record folders; print the results and the processor seconds
+of each folder.
 
     python bench/records.py [FOLDER…]
 

@@ -1,1 +1,3 @@
-"""From what runs left on disk to a record, and a judgement of anyone's. Reads files; never loads a model."""
+"""Turn finished runs into a record, and judge records of anyone. Reads files only; never loads a
+model.
+"""

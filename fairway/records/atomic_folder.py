@@ -1,4 +1,4 @@
-"""A folder that appears under its name complete or not at all."""
+"""A folder that appears under its name when it is complete, or not at all."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from typing import Any
 
 
 def replaced_path(target: Path) -> Path:
-    """Where a folder lies between two renames."""
+    """Return the hidden place of the old folder between two renames."""
     return target.with_name(f".{target.name}.old")
 
 
 def restore_replaced(target: Path) -> None:
-    """What a kill between two renames left."""
+    """Finish or undo a replacement that was killed between two renames."""
     old = replaced_path(target)
     if old.exists():
         shutil.rmtree(old) if target.exists() else os.rename(old, target)
 
 
 class AtomicFolder:
-    """A folder that takes its name once all of it is on disk. The one that it replaces lies beside, hidden, until
-    then."""
+    """A context manager for a new folder, which takes its name once all of it is on disk.
+
+    The folder that it replaces stays until then.
+    """
 
     def __init__(self, target: Path):
         self.target, self.part, self.old = (

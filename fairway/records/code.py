@@ -1,8 +1,9 @@
-"""Python as a record ships it: what its scripts reach, what that weighs, and what a packed stub really runs.
+"""Python code as a record ships it: what its scripts reach, what that weighs, what a packed stub
+runs.
 
-Nothing here runs or imports the code it reads. What ships is what the entries reach: the files that train_gpt.py and
-eval_final.py import, at any depth, run or read as code. A readable copy beside a packed stub, tests, and scripts that
-only prepared data are reached by no entry, and the model runs without them; so they are not counted.
+Nothing here runs or imports the code it reads. The code that ships is what train_gpt.py and
+eval_final.py import, at any depth, run, or read as code. The model runs without a readable copy
+next to a stub, without tests, and without scripts that only prepared data; these are not counted.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CODE_SUFFIXES = (
 )
 DEEPEST = 8  # stubs within stubs
 MOST_CODE = 2 << 20  # characters of code that are parsed; the largest record has 350,000
-READABLE = "source"  # the folder in which readable code lies beside packed code
+READABLE = "source"  # the folder of readable code next to packed code
 # What the challenge's machine has, by the names under which it is imported (its requirements.txt).
 CHALLENGE = {
     "numpy",
@@ -92,15 +93,16 @@ NAMED_OTHERWISE = {
 
 
 class CodeFile(NamedTuple):
-    """One Python file. `tree` and `nodes` are of the code that runs: of a stub, what it unpacks to."""
+    """One Python file. `text`, `tree` and `nodes` are of the code that runs: a stub's are
+    unpacked.
+    """
 
     name: str
     shipped: bytes
-    text: str  # that runs
-    layers: tuple[
-        str, ...
-    ]  # how a stub is packed, from the outside in: ("b85", "lzma"); () for plain code
-    tree: ast.Module | None  # None: it does not parse
+    text: str  # the code that runs
+    # How a stub is packed, from outside to inside: ("b85", "lzma"); () for plain code.
+    layers: tuple[str, ...]
+    tree: ast.Module | None  # None if it does not parse
     nodes: tuple[ast.AST, ...]
     fault: str  # why it does not parse, or why the packing could not be undone
 
@@ -110,30 +112,33 @@ class CodeFile(NamedTuple):
 
 
 class Absent(NamedTuple):
-    """An import that is answered neither in the folder nor by the standard library."""
+    """An import that neither the folder nor the standard library answers."""
 
     module: str
     file: str
     line: int
-    optional: bool  # stands in a `try` with an `except`
+    optional: bool  # the record works without it
 
 
 class ShippedCode(NamedTuple):
+    """The code of a record folder."""
+
     sources: dict[str, CodeFile]  # every Python file of the folder, readable copies included
     entries: tuple[str, ...]
     shipped: dict[str, int]  # what the entries reach: relative name → bytes
-    absent: tuple[Absent, ...]  # of what ships
+    absent: tuple[Absent, ...]  # among the imports of what ships
 
     @property
     def bytes(self) -> int:
         return sum(self.shipped.values())
 
     def running(self) -> list[CodeFile]:
-        """The sources that ship, in the order of their names."""
+        """Return the sources that ship, sorted by name."""
         return [self.sources[name] for name in sorted(self.shipped) if name in self.sources]
 
 
 def read_code_file(name: str, shipped: bytes) -> CodeFile:
+    """Parse a file, and unpack it first if it is a stub."""
     text = shipped.decode("utf-8", "replace").removeprefix("\ufeff")
     tree, fault = parse_python(text)
     layers: list[str] = []
@@ -150,6 +155,8 @@ def read_code_file(name: str, shipped: bytes) -> CodeFile:
 
 # ==== What is reached =============================================================================
 class Import(NamedTuple):
+    """One import statement, or a module that is run by name."""
+
     module: str  # absolute, dotted
     names: tuple[str, ...]  # of `from module import names`
     line: int
@@ -158,11 +165,13 @@ class Import(NamedTuple):
 
 
 def imports_in(source: CodeFile) -> Iterator[Import]:
-    """All of them, at any depth: lazily in functions too, by importlib and `python -m` where the name is a constant."""
-    if source.tree is None:  # a newer Python's syntax, or none: what lines seem to import
+    """Yield the imports of a file at any depth, also by importlib and `python -m` with a constant
+    name.
+    """
+    if source.tree is None:  # it does not parse: guess from lines
         for number, line in enumerate(source.text.splitlines(), 1):
-            if found := re.match(r"\s*(?:import|from)\s+([A-Za-z_][\w.]*)", line):
-                yield Import(found[1], (), number, True, False)
+            if match := re.match(r"\s*(?:import|from)\s+([A-Za-z_][\w.]*)", line):
+                yield Import(match[1], (), number, True, False)
     package = Path(source.name).parent.parts
     guarded = {
         id(inner)
@@ -213,12 +222,14 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def files_for_import(
-    found: Import, script_folder: str, have: Sequence[str] | set[str]
+    wanted: Import, script_folder: str, have: Sequence[str] | set[str]
 ) -> list[str]:
-    """The files of the folder that an import loads: packages on the way, modules, names that are modules."""
+    """Return the files that an import loads: packages on the way, modules, names that are
+    modules.
+    """
     reached = []
     for home in dict.fromkeys((script_folder, "")):
-        parts = [*filter(None, [home]), *filter(None, found.module.split("."))]
+        parts = [*filter(None, [home]), *filter(None, wanted.module.split("."))]
         start = len(Path(home).parts) if home else 0
         for upto in range(start + 1, len(parts) + 1):
             stem = "/".join(parts[:upto])
@@ -226,7 +237,7 @@ def files_for_import(
         stem = "/".join(parts)
         reached += [
             name
-            for inner in found.names
+            for inner in wanted.names
             for name in (f"{stem}/{inner}.py", f"{stem}/{inner}/__init__.py")
             if name in have
         ]
@@ -236,7 +247,9 @@ def files_for_import(
 
 
 def named_files(source: CodeFile, have: Iterable[str]) -> list[str]:
-    """Files of code that a constant of the source names: run by exec(open(…)), compiled, or loaded as an archive."""
+    """Return the files of code that a constant names: run by exec(open(…)), compiled, or
+    unpacked.
+    """
     code = {
         name
         for name in have
@@ -247,7 +260,7 @@ def named_files(source: CodeFile, have: Iterable[str]) -> list[str]:
     by_name: dict[str, list[str]] = {}
     for name in code:
         by_name.setdefault(name.split("/")[-1], []).append(name)
-    found = (
+    names = (
         []
         if source.tree
         else [
@@ -264,14 +277,15 @@ def named_files(source: CodeFile, have: Iterable[str]) -> list[str]:
             and len(node.value) < 200
             and id(node) not in docstrings
         ):
-            found += by_name.get(node.value.split("/")[-1], [])
-    return found
+            names += by_name.get(node.value.split("/")[-1], [])
+    return names
 
 
 def import_closure(
     root: str | Path, entries: Sequence[str] = ENTRIES, *, lazy: bool = True
 ) -> list[str]:
-    """Return the relative names of the Python files that these scripts import, themselves included, sorted.
+    """Return the relative names of the Python files that these scripts import, themselves included,
+    sorted.
 
     With lazy=False, only what they import when they start: imports inside functions are left out.
     """
@@ -288,7 +302,9 @@ def import_closure(
 
 
 class Present:
-    """`name in present`: is it a file of this folder? Asked one by one, so that a large folder is not walked."""
+    """The files of a folder: `name in present`. Asked one by one, so a large folder is not
+    listed.
+    """
 
     def __init__(self, root: Path):
         self.root, self.known = root, {}
@@ -306,25 +322,26 @@ def reached_files(
     lazy: bool = True,
 ) -> dict[str, CodeFile]:
     """Return the files among `have` that these scripts import, at any depth."""
-    todo, found = list(entries), {}
+    todo, reached = list(entries), {}
     while todo:
         name = todo.pop()
-        source = source_of(name) if name not in found else None
+        source = source_of(name) if name not in reached else None
         if source is not None:
-            found[name] = source
+            reached[name] = source
             for wanted in imports_in(source):
                 if lazy or not wanted.lazy:
                     todo += files_for_import(wanted, script_folder(name), have)
-    return found
+    return reached
 
 
 def script_folder(name: str) -> str:
+    """Return the folder part of a relative name: "a/b" for "a/b/c.py"."""
     return "/".join(name.split("/")[:-1])
 
 
 # ==== The code of a record folder =================================================================
 def read_code(root: Path, files: dict[str, int]) -> ShippedCode:
-    """`files`: relative name → bytes of all regular files of the folder."""
+    """Read the code of a folder; `files` maps each regular file to its bytes."""
     sources: dict[str, CodeFile] = {}
     for name in sorted((n for n in files if n.endswith(".py")), key=lambda n: (n.count("/"), n))[
         :MOST
@@ -365,7 +382,7 @@ def read_code(root: Path, files: dict[str, int]) -> ShippedCode:
 
 
 def entry_scripts(files: Iterable[str]) -> tuple[str, ...]:
-    """train_gpt.py and eval_final.py; without the former, every train*.py beside submission.json."""
+    """Return train_gpt.py and eval_final.py; without the former, every train*.py at the top."""
     names = {name for name in files if "/" not in name and name.endswith(".py")}
     if "train_gpt.py" in names:
         return tuple(name for name in ENTRIES if name in names)
@@ -377,12 +394,13 @@ def entry_scripts(files: Iterable[str]) -> tuple[str, ...]:
 def absent_from(sources: Iterable[CodeFile], have: set[str]) -> tuple[Absent, ...]:
     """Return the imports that nothing answers.
 
-    A part of the folder's own package that only a function imports is optional: the record ships what its run used.
+    A part of the folder's own package that only a function imports is optional: the record ships
+    what its run used.
     """
     sources = list(sources)
     inner = {source.name.split("!")[1] for source in sources if "!" in source.name}
     packages = {name.split("/")[0] for name in have | inner if "/" in name}
-    found = []
+    absent = []
     for source in sources:
         home = script_folder(source.name.split("!")[-1])
         for wanted in imports_in(source):
@@ -393,12 +411,14 @@ def absent_from(sources: Iterable[CodeFile], have: set[str]) -> tuple[Absent, ..
                 and not folder_holds(wanted.module, home, have | inner)
             ):
                 optional = wanted.optional or (wanted.lazy and first in packages)
-                found.append(Absent(wanted.module, source.name, wanted.line, optional))
-    return tuple(found)
+                absent.append(Absent(wanted.module, source.name, wanted.line, optional))
+    return tuple(absent)
 
 
 def folder_holds(module: str, home: str, have: set[str]) -> bool:
-    """Whether the folder holds all of `a.b.c`: that file, that package, or that folder of files."""
+    """Tell whether the folder holds all of module `a.b.c` as a file, a package or a folder of
+    files.
+    """
     stems = ["/".join([*filter(None, [at]), *module.split(".")]) for at in {home, ""}]
     return any(
         f"{stem}.py" in have or any(name.startswith(f"{stem}/") for name in have) for stem in stems
@@ -406,6 +426,6 @@ def folder_holds(module: str, home: str, have: set[str]) -> bool:
 
 
 def distribution_of(module: str) -> str:
-    """The package under which requirements.txt would name an import."""
+    """Return the package name under which requirements.txt would list an import."""
     first = module.split(".")[0]
     return NAMED_OTHERWISE.get(first, first)

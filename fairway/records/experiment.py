@@ -1,4 +1,4 @@
-"""The runs of one record: what each measured, and that they are one experiment."""
+"""The runs of one record: what each measured, and whether they are one experiment."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from fairway.records.run import RunFiles, dict_at, read_run
 
 
 class Result(NamedTuple):
-    """What one run measured. Losses in nats a token, times in seconds."""
+    """The figures of one run: losses in nats per token, times in seconds."""
 
     run: RunFiles
     seed: int
-    loss: (
-        float  # these four: of the evaluation, or of the trainer's own scoring where there was none
-    )
+    # These five are of the evaluation, or of the trainer's own scoring if there was none.
+    loss: float
     bpb: float
     tokens: int
     bytes: int
     eval_seconds: float
-    raw_bpb: float  # the model before it was quantised
-    plain_bpb: float  # the artifact in windows side by side, as training ends
+    raw_bpb: float  # of the model before quantisation
+    plain_bpb: float  # of the artifact in windows without overlap, at the end of training
     steps: int
     train_seconds: float
     artifact_bytes: int
@@ -36,11 +35,12 @@ class Result(NamedTuple):
 
 
 def is_figure(value: Any) -> bool:
-    """A number that a run can have measured."""
+    """Tell whether a value is a number that a run can have measured."""
     return type(value) in (int, float) and 0 <= value < 1e15
 
 
 def event_number(run: RunFiles, event: str, key: str) -> float:
+    """Return a number of a run's last event of that name; an error names what is missing."""
     value = run.event(event).get(key)
     if not is_figure(value):
         raise RecordError(
@@ -51,7 +51,7 @@ def event_number(run: RunFiles, event: str, key: str) -> float:
 
 
 def read_result(path: Path) -> Result:
-    """A run's figures, or what it lacks."""
+    """Return the figures of a run; an error names what is missing."""
     run = read_run(path)
     if not run.event("final"):
         raise RecordError(
@@ -78,8 +78,8 @@ def read_result(path: Path) -> Result:
         figures = {name: run.score.get(key) for name, key in names.items()}
         if figures["eval_seconds"] is None:
             raise RecordError(
-                f"{run.folder}/eval/score.json knows no time of scoring (an "
-                f"interrupted run made part of its columns); remove {run.folder}/eval and run eval_final.py again"
+                f"{run.folder}/eval/score.json knows no time of scoring (an interrupted run made "
+                f"part of its columns); remove {run.folder}/eval and run eval_final.py again"
             )
         bad = next((name for name, value in figures.items() if not is_figure(value)), "")
         if bad:
@@ -99,8 +99,8 @@ def read_result(path: Path) -> Result:
 
 
 def check_artifact(run: RunFiles) -> None:
-    """What lies in OUT_DIR must be what the log is about."""
-    logged, there = (
+    """Refuse an OUT_DIR whose artifact or score is not the one that the log is about."""
+    logged, artifacts = (
         run.event("artifact").get("sha256"),
         sorted(run.folder.glob("final_model.*.ptz")),
     )
@@ -108,10 +108,10 @@ def check_artifact(run: RunFiles) -> None:
         raise RecordError(
             f"{run.log.with_suffix('.jsonl')} names no artifact; finish the run, or leave it out"
         )
-    if not run.artifact and there:
+    if not run.artifact and artifacts:
         raise RecordError(
-            f"{there[0]} has sha256 {sha256(there[0])[:12]}, "
-            f"the log {run.log} has {logged[:12]}: another run wrote over it; train again in an OUT_DIR of its own"
+            f"{artifacts[0]} has sha256 {sha256(artifacts[0])[:12]}, the log {run.log} has "
+            f"{logged[:12]}: another run wrote over it; train again in an OUT_DIR of its own"
         )
     scored = run.folder / "eval" / "score.json"
     if not run.score and scored.is_file():
@@ -122,18 +122,19 @@ def check_artifact(run: RunFiles) -> None:
 
 
 def require_same(results: list[Result], field: str, of: Callable[[Result], Any]) -> None:
-    """One value in all runs, or the two that differ."""
+    """Refuse runs whose values differ; the error names the first two that do."""
     first = results[0]
     for other in results[1:]:
         a, b = of(first), of(other)
         if a != b:
             raise RecordError(
-                f"{first.run.log} and {other.run.log} differ in {field}: {short_value(a)} and {short_value(b)}; a record is "
-                "one experiment, so that only the seed may differ"
+                f"{first.run.log} and {other.run.log} differ in {field}: {short_value(a)} and "
+                f"{short_value(b)}; a record is one experiment, so that only the seed may differ"
             )
 
 
 def short_value(value: Any) -> str:
+    """Return a value for an error line: 12 digits of a hash, 60 characters of JSON."""
     return value[:12] if type(value) is str and len(value) == 64 else json.dumps(value)[:60]
 
 

@@ -1,4 +1,6 @@
-"""Files that may come from anyone: read within limits, written complete or not at all, errors of one line."""
+"""Files that may come from anyone: read within limits, written complete or not at all, errors of
+one line.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ JSON_LIMIT = 8 << 20
 
 
 class RecordError(Exception):
-    """An error that the user can repair, in one line: the file or option, both values, the next step."""
+    """An error that the user can repair, in one line: the file or option, both values, the next
+    step.
+    """
 
 
 def read_bytes(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
@@ -38,7 +42,9 @@ def read_bytes(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
 
 
 def read_text(path: str | Path, limit: int = TEXT_LIMIT) -> str:
-    """Return a file as UTF-8 text; damaged bytes become U+FFFD, so that the rest can still be read."""
+    """Return a file as UTF-8 text; damaged bytes become U+FFFD, so that the rest can still be
+    read.
+    """
     return read_bytes(path, limit).decode("utf-8", "replace")
 
 
@@ -66,7 +72,7 @@ def read_json(path: str | Path, limit: int = JSON_LIMIT) -> Any:
 
 
 def compact_json(data: dict[str, Any]) -> str:
-    """Return JSON text with one line for each key, however long its value: {"a": 1,\n"b": [2, 3]}."""
+    """Return JSON text with one line for each key, however long its value."""
     lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in data.items())
     return "{" + ",\n".join(lines) + "}\n"
 
@@ -96,7 +102,9 @@ def sha256(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Write a file next to `path`, then rename it: readers see the old file or the new one, never half of one."""
+    """Write a file next to `path`, then rename it: readers see the old file or the new one, never
+    half of one.
+    """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise RecordError(f"{path} is no regular file, so it cannot be replaced; name another")

@@ -1,4 +1,4 @@
-"""A record folder as data, whoever wrote it: what can be read is read within limits, what cannot is named a fault."""
+"""A record folder as data, whoever wrote it: read within limits; a fault is noted, never raised."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ TRACKS = ("10min_16mb", "non_record_16mb")
 
 
 class SeedRun(NamedTuple):
-    """One training run of the record and, where there was one, its evaluation."""
+    """One training run of the record and, if there is one, its evaluation."""
 
-    seed: int | None  # as the log states it, else as its name does
-    name: str  # of the training log
+    seed: int | None  # from the log, else from its name
+    name: str  # file name of the training log
     log: RunLog
     eval_log: RunLog | None
     score: dict[str, Any] | None
@@ -38,31 +38,33 @@ class Claim(NamedTuple):
 
 
 class Claims(NamedTuple):
-    """submission.json, whatever its keys are called."""
+    """The claims of submission.json, whatever its keys are called."""
 
     record: Claim
     code: int | None
-    seeds: dict[int, Claim]  # every seed that is named
+    seeds: dict[int, Claim]  # every seed that submission.json names
     data: dict[str, Any]
 
 
 class RecordFolder(NamedTuple):
+    """A record folder, read once for all checks."""
+
     path: Path
     track: str  # one of TRACKS
     files: dict[str, int]  # regular files: relative name → bytes
-    submission: Any  # None where there is none
+    submission: Any  # None if there is none
     readme: str
     runs: list[SeedRun]
     code: ShippedCode
-    faults: dict[str, str]  # relative name → why it could not be read, or should not be there
+    faults: dict[str, str]  # relative name → why it cannot be read, or must not be there
     submission_name: str
-    texts: dict[str, str]  # of the logs: relative name → text
+    texts: dict[str, str]  # logs: relative name → text
     claims: Claims
     record: list[SeedRun]  # the runs that the claim is about
 
 
 def read_record_folder(path: str | Path) -> RecordFolder:
-    """Never raises for what lies in the folder."""
+    """Read a folder; nothing in it raises an error."""
     path = Path(path)
     faults: dict[str, str] = {}
     files = dict(regular_files(path, faults))
@@ -72,7 +74,7 @@ def read_record_folder(path: str | Path) -> RecordFolder:
     text = read_or_fault(read_text, path, readme, faults, 4 << 20) if readme else ""
     texts: dict[str, str] = {}
     runs = read_seed_runs(path, files, faults, texts)
-    said = read_claims(submission)
+    claims = read_claims(submission)
     return RecordFolder(
         path,
         track_of(path, submission),
@@ -84,13 +86,13 @@ def read_record_folder(path: str | Path) -> RecordFolder:
         faults,
         name,
         texts,
-        said,
-        runs_claimed(runs, said),
+        claims,
+        runs_claimed(runs, claims),
     )
 
 
 def read_or_fault(read: Any, root: Path, name: str, faults: dict[str, str], *limit: int) -> Any:
-    """None where it cannot be read; why is noted in `faults`."""
+    """Return `read(root / name, *limit)`; on failure None, with the reason in `faults`."""
     try:
         return read(root / name, *limit)
     except RecordError as e:
@@ -99,9 +101,12 @@ def read_or_fault(read: Any, root: Path, name: str, faults: dict[str, str], *lim
 
 
 def regular_files(root: Path, faults: dict[str, str]) -> Iterator[tuple[str, int]]:
-    """Names with / and bytes, sorted; links are not followed, and named with pipes and devices in `faults`."""
+    """Yield (name, bytes) of all regular files, sorted.
+
+    Links are not followed; links, pipes and devices are noted in `faults`.
+    """
     todo, count = [("", 0)], 0
-    found: list[tuple[str, int]] = []
+    sizes: list[tuple[str, int]] = []
     while todo:
         folder, depth = todo.pop()
         try:
@@ -117,7 +122,7 @@ def regular_files(root: Path, faults: dict[str, str]) -> Iterator[tuple[str, int
             if stat.S_ISDIR(mode):
                 todo += [(name, depth + 1)] * (depth < DEEPEST)
             elif stat.S_ISREG(mode):
-                found.append((name, entry.stat(follow_symlinks=False).st_size))
+                sizes.append((name, entry.stat(follow_symlinks=False).st_size))
             else:
                 faults[name] = (
                     "a link; a record holds the file itself"
@@ -126,32 +131,36 @@ def regular_files(root: Path, faults: dict[str, str]) -> Iterator[tuple[str, int
                 )
     if count > MOST_FILES:
         faults["."] = f"{count} files, of which {MOST_FILES} were looked at"
-    yield from sorted(found)
+    yield from sorted(sizes)
 
 
 def submission_name(files: dict[str, int]) -> str:
-    """submission.json, else the only submission*.json."""
-    found = [name for name in files if re.fullmatch(r"submission\w*\.json", name)]
-    return "submission.json" if "submission.json" in found else found[0] if len(found) == 1 else ""
+    """Return submission.json, else the only submission*.json, else ""."""
+    names = [name for name in files if re.fullmatch(r"submission\w*\.json", name)]
+    return "submission.json" if "submission.json" in names else names[0] if len(names) == 1 else ""
 
 
 def track_of(path: Path, submission: Any) -> str:
-    """Of the folder above; else as submission.json has it; else the record track, whose rules are the stricter ones."""
+    """Return the track by the folder above, else by submission.json, else the stricter record
+    track.
+    """
     above = path.resolve().parent.name
-    said = submission.get("track") if isinstance(submission, dict) else None
-    name = above if above.startswith("track_") else said if isinstance(said, str) else ""
+    stated = submission.get("track") if isinstance(submission, dict) else None
+    name = above if above.startswith("track_") else stated if isinstance(stated, str) else ""
     return TRACKS[1] if "non" in name and "record" in name else TRACKS[0]
 
 
 # ==== Logs ========================================================================================
 def seed_in(name: str) -> int | None:
-    found = re.search(r"seed[_-]?(\d{1,18})(?!\d)", name) or re.search(r"_s?(\d{1,18})\.\w+$", name)
-    return int(found[1]) if found else None
+    """`seed_in("train_seed42.log")` is 42; None if the name holds no seed."""
+    match = re.search(r"seed[_-]?(\d{1,18})(?!\d)", name) or re.search(r"_s?(\d{1,18})\.\w+$", name)
+    return int(match[1]) if match else None
 
 
 def read_seed_runs(
     root: Path, files: dict[str, int], faults: dict[str, str], texts: dict[str, str]
 ) -> list[SeedRun]:
+    """Read every training log of the folder, with the evaluation files of the same seed."""
     names = [
         n
         for n in files
@@ -163,20 +172,22 @@ def read_seed_runs(
     runs = []
     for name in names:
         log = read_log_in(root, name, faults, texts)
-        # A .log that tells nothing is damaged; a .txt that tells nothing is some other text.
+        # A .log without steps and scores is damaged; such a .txt is some other text.
         if log is None or not (log.steps or log.scores or name.endswith(".log")):
             continue
         seed, called = log.seed, seed_in(name)
         key = called if called is not None else seed
-        beside = {
+        siblings = {
             kind: f"{kind}_seed{key}.{suffix}"
             for kind, suffix in (("eval", "log"), ("score", "json"), ("certificate", "json"))
         }
         score, certificate = (
-            json_object(root, beside[kind], files, faults) for kind in ("score", "certificate")
+            json_object(root, siblings[kind], files, faults) for kind in ("score", "certificate")
         )
         eval_log = (
-            read_log_in(root, beside["eval"], faults, texts) if beside["eval"] in files else None
+            read_log_in(root, siblings["eval"], faults, texts)
+            if siblings["eval"] in files
+            else None
         )
         runs.append(
             SeedRun(seed if seed is not None else called, name, log, eval_log, score, certificate)
@@ -187,6 +198,7 @@ def read_seed_runs(
 def read_log_in(
     root: Path, name: str, faults: dict[str, str], texts: dict[str, str]
 ) -> RunLog | None:
+    """Read a log; None, with a fault noted, if it is no text."""
     left = LOG_LIMIT - sum(map(len, texts.values()))
     text = read_or_fault(read_text, root, name, faults, left)
     if text is None:
@@ -200,6 +212,7 @@ def read_log_in(
 def json_object(
     root: Path, name: str, files: dict[str, int], faults: dict[str, str]
 ) -> dict[str, Any] | None:
+    """Read a JSON object; None, with a fault noted, if it is none."""
     data = read_or_fault(read_json, root, name, faults) if name in files else None
     if data is not None and not isinstance(data, dict):
         faults[name] = f"a JSON {type(data).__name__}, no object"
@@ -208,32 +221,46 @@ def json_object(
 
 # ==== What is claimed, and of which runs ==========================================================
 def decimals_in(text: str) -> int:
+    """`decimals_in("1.14")` is 2."""
     return len(text.partition(".")[2]) if "e" not in text else 8
 
 
-def equals_rounded(said: float, real: float, said_text: str = "") -> bool:
-    """Whether `said` is `real`, rounded or cut to the decimals that it is written with."""
-    return abs(said - real) <= 1.01 * 10.0 ** -min(max(decimals_in(said_text or repr(said)), 2), 8)
+def equals_rounded(stated: float, real: float, stated_text: str = "") -> bool:
+    """Tell whether `said` is `real`, rounded or cut to the decimals that it is written with."""
+    return abs(stated - real) <= 1.01 * 10.0 ** -min(
+        max(decimals_in(stated_text or repr(stated)), 2), 8
+    )
 
 
 def read_claims(submission: Any) -> Claims:
+    """Return the claims of a submission.json."""
     data = submission if isinstance(submission, dict) else {}
-    said = read_submission(data)
+    submission_values = read_submission(data)
     alone = (
         [json_count(data.get("seed"))]
-        if json_count(data.get("seed")) is not None and not said.seeds
+        if json_count(data.get("seed")) is not None and not submission_values.seeds
         else []
     )
-    record = Claim(said.val_bpb, said.val_loss, said.bytes_total)
+    record = Claim(
+        submission_values.val_bpb, submission_values.val_loss, submission_values.bytes_total
+    )
     seeds = {
-        seed: record if alone else Claim(None, None, None) for seed in [*(said.seeds or []), *alone]
+        seed: record if alone else Claim(None, None, None)
+        for seed in [*(submission_values.seeds or []), *alone]
     }
-    seeds |= {seed: Claim(r.val_bpb, r.val_loss, r.bytes) for seed, r in said.seed_results.items()}
-    return Claims(record, said.bytes_code, dict(list(seeds.items())[:MOST_SEEDS]), data)
+    seeds |= {
+        seed: Claim(r.val_bpb, r.val_loss, r.bytes)
+        for seed, r in submission_values.seed_results.items()
+    }
+    return Claims(
+        record, submission_values.bytes_code, dict(list(seeds.items())[:MOST_SEEDS]), data
+    )
 
 
 def scoring_log(run: SeedRun) -> RunLog:
-    """The log that holds the run's score."""
+    """Return the log that holds the run's score: the evaluation's if it has one, else
+    training's.
+    """
     return run.eval_log if run.eval_log is not None and run.eval_log.final is not None else run.log
 
 
@@ -242,6 +269,7 @@ def final_score(run: SeedRun) -> LoggedScore | None:
 
 
 def scoring_log_name(run: SeedRun) -> str:
+    """Return the file name of `scoring_log(run)`."""
     return (
         run.name
         if scoring_log(run) is run.log
@@ -249,18 +277,21 @@ def scoring_log_name(run: SeedRun) -> str:
     )
 
 
-def runs_claimed(runs: list[SeedRun], said: Claims) -> list[SeedRun]:
-    """The runs that the claim is about: one for each claimed seed, or else one for each seed; the other logs are of
-    what was tried beside it. Of a claimed seed it is the run with its score, if need be under another seed."""
+def runs_claimed(runs: list[SeedRun], claims: Claims) -> list[SeedRun]:
+    """Return the runs that the claim is about, one for each claimed seed.
+
+    Without claimed seeds it is one for each seed logged. Other logs are of experiments. If the run
+    of a claimed seed has another score, the run with the claimed score counts, under whatever seed.
+    """
     left = list(runs)
-    if not said.seeds:
+    if not claims.seeds:
         return [
-            nearest_run(left, seed, said.record.bpb)
+            nearest_run(left, seed, claims.record.bpb)
             for seed in dict.fromkeys(map(named_seed, left))
         ]
     chosen = []
-    for seed, claim in said.seeds.items():
-        claimed = said.record.bpb if claim.bpb is None else claim.bpb
+    for seed, claim in claims.seeds.items():
+        claimed = claims.record.bpb if claim.bpb is None else claim.bpb
         same = [run for run in left if named_seed(run) == seed]
         run = nearest_run(same, seed, claimed) if same else None
         if claim.bpb is not None and (run is None or not has_score(run, claim.bpb)):
@@ -269,28 +300,32 @@ def runs_claimed(runs: list[SeedRun], said: Claims) -> list[SeedRun]:
             chosen.append(run)
             left.remove(run)
     return chosen or [
-        nearest_run(left, seed, said.record.bpb) for seed in dict.fromkeys(map(named_seed, left))
+        nearest_run(left, seed, claims.record.bpb) for seed in dict.fromkeys(map(named_seed, left))
     ]
 
 
 def named_seed(run: SeedRun) -> int | None:
-    """By the name of its log, since that is what people compare; where the log says otherwise, `seeds` fails."""
+    """Return the seed in the name of the log, else the one logged; if they differ, `seeds`
+    fails.
+    """
     called = seed_in(run.name) if "seed" in run.name else None
     return run.seed if called is None else called
 
 
 def has_score(run: SeedRun, bpb: float) -> bool:
-    said = final_score(run)
-    return said is not None and said.bpb is not None and equals_rounded(bpb, said.bpb)
+    """Tell whether the run's final score is `bpb`."""
+    score = final_score(run)
+    return score is not None and score.bpb is not None and equals_rounded(bpb, score.bpb)
 
 
 def nearest_run(runs: list[SeedRun], seed: int | None, bpb: float | None) -> SeedRun:
+    """Return the run of this seed whose score is nearest to `bpb`."""
     return min((run for run in runs if named_seed(run) == seed), key=lambda run: distance(run, bpb))
 
 
 def distance(run: SeedRun, bpb: float | None) -> tuple[bool, float, bool, str]:
-    """For sorting: runs with a score first, then by how far it is from `bpb`, then those that a seed names."""
-    said = final_score(run)
-    known = said is not None and said.bpb is not None
-    far = round(abs(said.bpb - bpb), 6) if known and bpb is not None else 0.0
+    """Return a sort key: runs with a score first, then by distance to `bpb`, then by name."""
+    score = final_score(run)
+    known = score is not None and score.bpb is not None
+    far = round(abs(score.bpb - bpb), 6) if known and bpb is not None else 0.0
     return not known, far, "seed" not in run.name, run.name

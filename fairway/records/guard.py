@@ -1,8 +1,8 @@
-"""Put in front of every Python process that a record starts: no connection, no file outside its own folders.
+"""Guard every Python process that a record starts: no connection, no file outside its own folders.
 
-Copied into a sitecustomize.py by the sandbox, and imports nothing of this project. It stops mistakes and plain
-cheats; what goes round Python (ctypes, a program in C) meets the kernel's limits instead: no network, and the limits of
-resources.
+The sandbox copies this file into a sitecustomize.py, so it imports nothing of this project. It
+stops mistakes and plain cheats. What avoids Python (ctypes, a C program) meets the kernel's limits
+instead.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+# Event → number of its arguments that are changed paths.
 CHANGES = {
     "os.remove": 1,
     "os.rmdir": 1,
@@ -24,7 +25,7 @@ CHANGES = {
     "os.rename": 2,
     "os.link": 2,
     "shutil.rmtree": 1,
-}  # event: how many of its arguments are paths that change
+}
 CONNECTIONS = (
     "socket.connect",
     "socket.bind",
@@ -56,23 +57,26 @@ LOCAL = ("127.0.0.1", "localhost", "::1", "", None)
 
 
 class Guard:
-    """What may be read and changed. What is refused is a line of the file `told` as well as a PermissionError."""
+    """Refuse files, programs and connections: each refusal is a PermissionError and a line of
+    `log`.
+    """
 
-    def __init__(self, readable: Iterable[str], writable: Iterable[str], told: str):
+    def __init__(self, readable: Iterable[str], writable: Iterable[str], log: str):
         self.writable = tuple(os.path.realpath(p) + os.sep for p in writable)
         self.readable = self.writable + tuple(os.path.realpath(p) + os.sep for p in readable)
-        self.lines = os.open(told, os.O_WRONLY | os.O_APPEND)
-        self.home = os.path.dirname(told) + os.sep
+        self.lines = os.open(log, os.O_WRONLY | os.O_APPEND)
+        self.home = os.path.dirname(log) + os.sep
 
     def refuse(self, what: str) -> None:
         os.write(self.lines, (what[:300].replace("\n", " ") + "\n").encode("utf-8", "replace"))
         raise PermissionError(f"not in a record: {what}")
 
     def file(self, path: object, writes: bool) -> None:
+        """Refuse a path outside the folders that may be read or written."""
         if isinstance(path, bytes):
             path = os.fsdecode(path)
         if not isinstance(path, str | os.PathLike) or not os.fspath(path):
-            return  # an open file's number
+            return  # the number of an open file
         path = os.path.abspath(os.fspath(path))
         real = os.path.realpath(path)
         if real in ("/dev/null", "/dev/tty") or (real + os.sep).startswith(
@@ -83,6 +87,9 @@ class Guard:
             self.refuse(f"{'writes' if writes else 'reads'} {path}")
 
     def program(self, event: str, args: tuple) -> None:
+        """Refuse any program but Python under this guard, compilers, and those that describe the
+        machine.
+        """
         command = args[1] if event == "os.spawn" else args[0]
         words = (
             [os.fsdecode(w) for w in args[1]]
@@ -98,7 +105,7 @@ class Guard:
             self.refuse(f"runs {' '.join(words)[:100]} past the guard")
 
     def guarded(self, options: list[str], env: Mapping[str, str] | None) -> bool:
-        """Python reads sitecustomize.py unless an option or an environment of its own keeps it from that."""
+        """Tell whether a Python started this way reads sitecustomize.py, and so this guard."""
         own = list(
             itertools.takewhile(lambda word: word[:1] == "-" and word not in ("-c", "-m"), options)
         )
@@ -114,6 +121,7 @@ class Guard:
         )
 
     def connection(self, event: str, args: tuple) -> None:
+        """Refuse look-ups and connections beyond this machine."""
         if event in ("socket.getaddrinfo", "socket.gethostbyname"):
             if args[0] not in LOCAL and args[0] != os.uname().nodename:
                 self.refuse(f"looks up {args[0]}")
@@ -121,6 +129,7 @@ class Guard:
             self.refuse(f"connects to {':'.join(map(str, args[1][:2]))}")
 
     def hook(self, event: str, args: tuple) -> None:
+        """Judge one audit event of Python."""
         if event == "open":
             mode, flags = args[1], args[2] or 0
             self.file(
@@ -138,6 +147,6 @@ class Guard:
             self.program(event, args)
 
 
-def install(readable: Iterable[str], writable: Iterable[str], told: str) -> None:
-    """From here on, and in every process that this one starts with its environment."""
-    sys.addaudithook(Guard(readable, writable, told).hook)
+def install(readable: Iterable[str], writable: Iterable[str], log: str) -> None:
+    """Guard this process from here on, and every process that it starts with its environment."""
+    sys.addaudithook(Guard(readable, writable, log).hook)

@@ -1,4 +1,4 @@
-"""What was run here: runs.jsonl, one line a finished training or evaluation, as a list to filter and to compare."""
+"""The history of runs: runs.jsonl, one line for each finished training or evaluation."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ from fairway.records.files import RecordError, parse_json, read_text
 from fairway.records.run import dict_at, read_run
 
 HISTORY_FILE = "runs.jsonl"
-SHOWN_LINES = 2000  # of a difference of code
+SHOWN_LINES = 2000  # at most, of a diff of code
 
 
 class RunRow(NamedTuple):
-    """A training with one evaluation of its artifact, or with none; or an evaluation whose training is not here."""
+    """A training with one evaluation of its artifact or none, or an evaluation without its
+    training.
+    """
 
-    columns: dict[str, Any]  # COLUMNS, None where unknown
-    training: dict[str, Any]  # the lines of runs.jsonl; {} where there is none
+    columns: dict[str, Any]  # the keys of COLUMNS; None if unknown
+    training: dict[str, Any]  # lines of runs.jsonl; {} if there is none
     evaluation: dict[str, Any]
     folder: Path  # OUT_DIR of the training, else of the evaluation
 
     def get(self, key: str) -> Any:
-        """A column, a setting of the training, or one of the evaluation (`eval.device`, where both have that name)."""
+        """Return a column, a setting of the training, or one of the evaluation.
+
+        `eval.device` is the evaluation's where both have that name.
+        """
         for values in (self.columns, line_settings(self.training)):
             if key in values:
                 return values[key]
@@ -54,22 +59,25 @@ COLUMNS = {
 
 
 class History(NamedTuple):
+    """All rows, and the lines that are no run."""
+
     rows: list[RunRow]  # oldest first
-    damaged: list[str]  # `file:line` of what is no run
+    damaged: list[str]  # `file:line` of lines that are no run
 
 
 # ==== READING =====================================================================================
 def find_files(root: Path) -> list[Path]:
-    """runs.jsonl in a folder, and anywhere below its out/; links are not followed."""
-    found = [root / HISTORY_FILE] + [
+    """Return runs.jsonl in a folder and anywhere below its out/; links are not followed."""
+    paths = [root / HISTORY_FILE] + [
         Path(folder) / HISTORY_FILE
         for folder, folders, names in os.walk(root / "out")
         if HISTORY_FILE in names and folders.sort() is None
     ]
-    return [path for path in found if path.is_file()]
+    return [path for path in paths if path.is_file()]
 
 
 def read_history(files: Sequence[Path]) -> History:
+    """Read these files, each once."""
     trainings, evaluations, damaged = [], [], []
     for path in dict.fromkeys(path.resolve() for path in files):
         for number, text in enumerate(read_text(path).splitlines(), 1):
@@ -96,7 +104,10 @@ def damage_text(history: History) -> str:
 
 
 def limit_line(data: Any, depth: int = 3) -> Any:
-    """As much of a line as a run writes: {"start": {"settings": {name: value}}}; numbers that can be computed with."""
+    """Return as much of a line as a run writes: {"start": {"settings": {name: value}}}.
+
+    Deeper values are dropped, and numbers too large to compute with become None.
+    """
     if isinstance(data, dict):
         return (
             {name: limit_line(value, depth - 1) for name, value in data.items()}
@@ -111,7 +122,10 @@ def limit_line(data: Any, depth: int = 3) -> Any:
 def join_rows(
     trainings: list[tuple[dict, Path]], evaluations: list[tuple[dict, Path]]
 ) -> list[RunRow]:
-    """Evaluations beside the trainings whose artifact they scored; of one made twice with equal settings, the last."""
+    """Pair evaluations with the training whose artifact they scored.
+
+    Of evaluations with equal settings the last counts.
+    """
     last: dict[tuple[str, str], tuple[dict, Path]] = {}
     for line, folder in sorted(evaluations, key=lambda e: e[0]["time"]):
         last[
@@ -134,6 +148,7 @@ def join_rows(
 def make_row(
     number: int | None, training: dict[str, Any], evaluation: dict[str, Any], folder: Path
 ) -> RunRow:
+    """Return the row of a training, an evaluation, or both."""
     start, final = dict_at(training or evaluation, "start"), dict_at(evaluation, "final")
     artifact, val = dict_at(training, "artifact"), dict_at(training, "val")
     when = max(training.get("time", 0), evaluation.get("time", 0))
@@ -163,7 +178,7 @@ def make_row(
 
 
 def local_time(seconds: float) -> str:
-    """Local time, which sorts as text; an absurd one is shown as it is."""
+    """Return local time as text that sorts; an absurd time is shown as the number it is."""
     try:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
     except (OverflowError, ValueError, OSError):
@@ -176,12 +191,15 @@ def line_settings(line: dict[str, Any]) -> dict[str, Any]:
 
 # ==== FILTERS =====================================================================================
 class Filter(NamedTuple):
+    """One condition of `fairway runs`: key, sign, value."""
+
     key: str
     sign: str
     value: str
 
 
 def parse_filter(text: str, rows: Sequence[RunRow]) -> Filter:
+    """`parse_filter("num_layers=6", rows)` is Filter("num_layers", "=", "6")."""
     match = re.fullmatch(r"([A-Za-z_][\w.]*)(!=|=|<|>)(.*)", text, re.DOTALL)
     if not match:
         raise RecordError(
@@ -206,16 +224,19 @@ def parse_filter(text: str, rows: Sequence[RunRow]) -> Filter:
 
 
 def passes(row: RunRow, wanted: Filter) -> bool:
-    """Numbers compare as numbers, all else as text; what a run does not have differs from every value."""
-    there, value = row.get(wanted.key), wanted.value
-    if there is None:
+    """Tell whether a row meets a condition.
+
+    Numbers compare as numbers, everything else as text; a missing value differs from every value.
+    """
+    actual, value = row.get(wanted.key), wanted.value
+    if actual is None:
         return wanted.sign == "!="
-    if type(there) is bool:
-        there, value = int(there), {"true": "1", "false": "0"}.get(value.lower(), value)
+    if type(actual) is bool:
+        actual, value = int(actual), {"true": "1", "false": "0"}.get(value.lower(), value)
     try:
-        pair: tuple[Any, Any] = float(there), float(value)
+        pair: tuple[Any, Any] = float(actual), float(value)
     except (ValueError, OverflowError):
-        pair = str(there), value
+        pair = str(actual), value
     return {
         "=": pair[0] == pair[1],
         "!=": pair[0] != pair[1],
@@ -225,14 +246,18 @@ def passes(row: RunRow, wanted: Filter) -> bool:
 
 
 def filter_rows(rows: list[RunRow], filters: Sequence[str]) -> list[RunRow]:
+    """Return the rows that meet all conditions."""
     parsed = [parse_filter(text, rows) for text in filters]
     return [row for row in rows if all(passes(row, wanted) for wanted in parsed)]
 
 
 def listing(rows: Sequence[RunRow]) -> str:
-    """A table for a terminal, newest last."""
+    """Return a table for a terminal, newest last."""
     if not rows:
-        return "no such run: each that ends adds a line to OUT_DIR/runs.jsonl, looked for here and below out/"
+        return (
+            "no such run: each that ends adds a line to OUT_DIR/runs.jsonl, looked for here and "
+            "below out/"
+        )
     lines = [
         list(COLUMNS),
         *([cell_text(form, row.columns[name]) for name, form in COLUMNS.items()] for row in rows),
@@ -245,6 +270,7 @@ def listing(rows: Sequence[RunRow]) -> str:
 
 
 def cell_text(form: str, value: Any) -> str:
+    """Return a value as a cell of the table; "-" for None."""
     if value is None:
         return "-"
     if type(value) in (str, bool):
@@ -253,7 +279,7 @@ def cell_text(form: str, value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    """Without what could move the cursor of a terminal."""
+    """Replace characters that could move the cursor of a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -274,36 +300,41 @@ def rows_json(rows: Sequence[RunRow]) -> str:
 
 # ==== TWO RUNS ====================================================================================
 def find_row(name: str, history: History) -> RunRow:
-    """By number of the list, by OUT_DIR or log, or by run id; of several the newest."""
+    """Return the row of a number in the list, an OUT_DIR, a log, or a run id; of several the
+    newest.
+    """
     path = Path(name)
     if re.fullmatch(r"[0-9]{1,9}", name) and 1 <= int(name) <= len(history.rows):
         return history.rows[int(name) - 1]
     if path.exists():
         return row_at(path, history)
-    found = [row for row in history.rows if row.columns["run_id"] == name]
+    matching = [row for row in history.rows if row.columns["run_id"] == name]
     near = difflib.get_close_matches(
         name, sorted({str(row.columns["run_id"]) for row in history.rows}), 3, 0.5
     )
-    if not found:
+    if not matching:
         raise RecordError(
             f"{name} is no number of the list, no run id in it, and no folder or log"
             + (f"; did you mean {' or '.join(near)}?" if near else "; `fairway runs` lists them")
         )
-    return found[-1]
+    return matching[-1]
 
 
 def row_at(path: Path, history: History) -> RunRow:
-    """The newest of a folder, or that of a log; a run of before there was a runs.jsonl is read from its own log."""
+    """Return the newest row of a folder, or the row of a log.
+
+    A run from before runs.jsonl existed is read from its own log.
+    """
     run = read_run(path)
-    beside = [run.folder / HISTORY_FILE] if (run.folder / HISTORY_FILE).is_file() else []
-    known = history.rows + read_history(beside).rows
-    found = [
+    files = [run.folder / HISTORY_FILE] if (run.folder / HISTORY_FILE).is_file() else []
+    known = history.rows + read_history(files).rows
+    matching = [
         row
         for row in known
         if row.folder == run.folder.resolve() and row.columns["run_id"] == run.run_id
     ]
-    if found:
-        return max(found, key=lambda row: (row.columns["time"], bool(row.evaluation)))
+    if matching:
+        return max(matching, key=lambda row: (row.columns["time"], bool(row.evaluation)))
     names = ("start", "val", "artifact", "final")
     line = limit_line({name: run.event(name) for name in names})
     if not line_settings(line):
@@ -317,7 +348,7 @@ def row_at(path: Path, history: History) -> RunRow:
 
 
 def compare_runs(a: RunRow, b: RunRow) -> str:
-    """What differs between two runs, and what it did to score, bytes and time."""
+    """Return how two runs differ, and how their scores, bytes and times do."""
     parts = [
         f"A  {row_title(a)}",
         f"B  {row_title(b)}",
@@ -333,11 +364,15 @@ def compare_runs(a: RunRow, b: RunRow) -> str:
 
 
 def row_title(row: RunRow) -> str:
-    return f"{cell_text('{}', row.columns['run_id'])}  {row.columns['time']}  {printable(str(row.folder))}"
+    """Return the line that names a run in a comparison."""
+    return (
+        f"{cell_text('{}', row.columns['run_id'])}  {row.columns['time']}  "
+        f"{printable(str(row.folder))}"
+    )
 
 
 def settings_between(a: RunRow, b: RunRow) -> list[str]:
-    """A line a setting with another value; of the evaluation too, if both have one."""
+    """Return one line for each setting that differs; of the evaluation too if both have one."""
     lines = []
     for label, one, other in (("", a.training, b.training), ("eval.", a.evaluation, b.evaluation)):
         first, second = line_settings(one), line_settings(other)
@@ -358,6 +393,7 @@ def value(of: Any) -> str:
 
 
 def hashes_between(a: RunRow, b: RunRow) -> list[str]:
+    """Return one line for each hash that differs."""
     first, second = (
         dict_at(row.training, "start", "sha256")
         | {
@@ -374,7 +410,7 @@ def hashes_between(a: RunRow, b: RunRow) -> list[str]:
 
 
 def outcome(a: RunRow, b: RunRow) -> list[str]:
-    """Scores, bytes and times of both, and the difference with its sign."""
+    """Return scores, bytes and times of both, each with the signed difference."""
     lines, pair = [], (a, b)
     rows = [
         (label, a.columns[name], b.columns[name], form)
@@ -399,9 +435,8 @@ def outcome(a: RunRow, b: RunRow) -> list[str]:
             ",.0f",
         )
     )
-    if bool(a.evaluation) == bool(
-        b.evaluation
-    ):  # training counts its own code, an evaluation all that it imports
+    # Training counts only its own code; an evaluation counts all that it imports.
+    if bool(a.evaluation) == bool(b.evaluation):
         rows.append(("bytes with code", a.columns["bytes"], b.columns["bytes"], ",.0f"))
     for label, x, y, form in rows:
         if all(type(v) in (int, float) for v in (x, y)):
@@ -410,7 +445,7 @@ def outcome(a: RunRow, b: RunRow) -> list[str]:
 
 
 def code_between(a: RunRow, b: RunRow) -> list[str]:
-    """A unified difference of the code that the logs show, or why there is none."""
+    """Return a unified diff of the code that the logs print, or the reason why there is none."""
     hashes = [dict_at(row.training, "start", "sha256").get("code") for row in (a, b)]
     if None in hashes:
         return ["no code to compare: one of them is an evaluation without its training"]
@@ -421,8 +456,8 @@ def code_between(a: RunRow, b: RunRow) -> list[str]:
         source = source_of(row)
         if hashlib.sha256(source.encode()).hexdigest() != wanted:
             return [
-                f"the code of {cell_text('{}', row.columns['run_id'])} ({str(wanted)[:12]}) is gone: "
-                f"{log_of(row)} is missing, or another run's by now"
+                f"the code of {cell_text('{}', row.columns['run_id'])} ({str(wanted)[:12]}) is "
+                f"gone: {log_of(row)} is missing, or another run's by now"
             ]
         sources.append(source.splitlines())
     lines = list(difflib.unified_diff(*sources, "A/train_gpt.py", "B/train_gpt.py", lineterm=""))

@@ -1,4 +1,6 @@
-"""records/README.md: every record of a folder in a table, best score first, made of their submission.json files."""
+"""records/README.md: all records in a table, best score first, written from their
+submission.json.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,8 @@ HEAD = ("rank", "BPB", "record", "date", "author", "hardware", "bytes")
 
 
 class LeaderboardLine(NamedTuple):
+    """One record. Lines sort by score, then date."""
+
     bpb: float
     date: str
     link: str  # relative to records/
@@ -28,7 +32,7 @@ class LeaderboardLine(NamedTuple):
 
 
 def read_line(folder: Path, records: Path) -> LeaderboardLine:
-    """One record, or which one cannot be read and why."""
+    """Read one record; the error names the folder and its fault."""
     path = folder / "submission.json"
     if not path.is_file():
         raise RecordError(f"{folder} has no submission.json; pack it again, or remove it")
@@ -47,11 +51,11 @@ def read_line(folder: Path, records: Path) -> LeaderboardLine:
 
 
 def leaderboard_text(records: Path) -> str:
-    """The text of records/README.md: the same folders give the same bytes."""
+    """Return the text of records/README.md; the same folders give the same bytes."""
     parts = [
         "# Records",
         "Made by `fairway table` from each record's submission.json, not typed by hand. "
-        "BPB: bits a byte, the mean over seeds; lower is better.",
+        "BPB: bits per byte, the mean over seeds; lower is better.",
     ]
     tracks = sorted(path for path in records.glob("track_*") if path.is_dir())
     for track in tracks:
@@ -85,7 +89,7 @@ def leaderboard_row(rank: int, line: LeaderboardLine) -> str:
 
 
 def is_stale(records: Path) -> bool:
-    """Whether the file on disk is another than the folders give."""
+    """Tell whether the file on disk differs from what the folders give."""
     path = records / "README.md"
     return not path.is_file() or read_text(path) != leaderboard_text(records)
 

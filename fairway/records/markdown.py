@@ -1,15 +1,15 @@
-"""Markdown that no text of others can break."""
+"""Markdown that nobody's text can break."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Sequence
 
-PLACES = 6  # decimals of every score that is written: a thousandth of what seeds differ by
+PLACES = 6  # decimals of every score; seeds differ by a thousand times the last one
 
 
 def markdown_cell(text: object) -> str:
-    """Anyone's text as text of a markdown page or table: one line, without HTML, links or cell ends of its own."""
+    """Return text for a page or a table: one line, its HTML, links and cell ends escaped."""
     plain = html.escape("".join(c if c.isprintable() else " " for c in str(text)), quote=False)
     return " ".join(plain.split()).translate({ord(c): f"&#{ord(c)};" for c in "|[]\\"})
 
@@ -22,7 +22,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str
 
 
 def score_text(value: float) -> str:
-    """As submission.json has it."""
+    """Return a score with the decimals of submission.json."""
     return f"{value:.{PLACES}f}"
 
 

@@ -1,7 +1,8 @@
 """The code that a record ships: which files, and how they are packed.
 
-Packed code is an archive `code.xz` (LZMA over JSON {name: text}), two stubs under the names of the scripts, and the
-readable files in source/. Stubs and archive count as code; source/ does not, since no script reads it.
+Packed code is an archive `code.xz` (LZMA over JSON {name: text}), two stubs under the names of the
+scripts, and the readable files in source/. Stubs and archive count as code; source/ does not, since
+no script reads it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ ARCHIVE = "code.xz"
 def shipped_files(root: Path, runs: Sequence[RunFiles] = ()) -> list[str]:
     """Return the names of the Python files that a record ships, relative to `root`, sorted.
 
-    A scored run's score.json names what the score used. Without a score these are the files that both scripts import
-    when they start; parts that functions import (certificate, proof, correction table) stay out.
+    A scored run's score.json names what the score used. Without a score these are the files that
+    both scripts import when they start; parts that functions import (certificate, proof, correction
+    table) stay out.
     """
     if not all((root / name).is_file() for name in ENTRIES):
         raise RecordError(
@@ -40,13 +42,14 @@ def shipped_files(root: Path, runs: Sequence[RunFiles] = ()) -> list[str]:
 def requirements_text(root: Path, names: Sequence[str]) -> str:
     """Return the lines of requirements.txt for the packages that these files import.
 
-    A package that comes with another and has no line of its own (llvmlite with numba) gets no version.
+    A package that comes with another and has no line of its own (llvmlite with numba) gets no
+    version.
     """
     own = {name.split("/")[0].removesuffix(".py") for name in names} | {""}
     wanted = {
-        found.module.split(".")[0]
+        wanted_import.module.split(".")[0]
         for name in names
-        for found in imports_in(read_code_file(name, read_bytes(root / name)))
+        for wanted_import in imports_in(read_code_file(name, read_bytes(root / name)))
     }
     lines = read_bytes(root / "requirements.txt").decode("utf-8", "replace").splitlines()
     pinned = {
@@ -56,7 +59,7 @@ def requirements_text(root: Path, names: Sequence[str]) -> str:
     return "".join(f"{pinned.get(name.lower(), name)}\n" for name in packages)
 
 
-STUB = '''"""Run {script} out of {archive}, which lies next to this file. To read it: {readable}/{script}."""
+STUB = '''"""Run {script} from the archive {archive}. Its readable copy is {readable}/{script}."""
 
 import atexit
 import hashlib
@@ -76,7 +79,8 @@ def run(archive: str, script: str) -> None:
     path = Path(__file__).resolve().parent / archive
     packed = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(packed).hexdigest() != SHA256:
-        sys.exit(f"{{script}}: error: {{path}} is missing, or its sha256 is not {{SHA256[:12]}}; get it again")
+        fault = f"{{path}} is missing, or its sha256 is not {{SHA256[:12]}}"
+        sys.exit(f"{{script}}: error: {{fault}}; get it again")
     folder, owner, leave = Path(tempfile.mkdtemp(prefix="code-")), os.getpid(), os._exit
 
     def clean() -> None:

@@ -1,4 +1,6 @@
-"""Write a record folder from finished runs: refused unless they are one experiment, complete or not at all."""
+"""Write a record folder from finished runs: refused unless they are one experiment, complete or not
+at all.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def pack_record(
     replace: bool = False,
     on_progress: Callable[[str], object] = print,
 ) -> Path:
-    """Write `out`/track_<track>/<date>_<slug>/ from finished runs and the code in `root`; return that folder."""
+    """Write `out`/track_<track>/<date>_<slug>/ from finished runs and the code in `root`; return
+    that folder.
+    """
     entry = entry._replace(
         date=entry.date or datetime.date.today().isoformat(),
         name=entry.name or re.sub(r"[-_]+", " ", entry.slug).strip(),
@@ -126,7 +130,9 @@ def check_entry(entry: Entry) -> None:
 
 
 def check_code(root: Path, names: list[str], results: list[Result]) -> None:
-    """Refuse code in `root` that is not, by its hashes, the code that trained and scored the runs."""
+    """Refuse code in `root` that is not, by its hashes, the code that trained and scored the
+    runs.
+    """
     run = results[0].run
     logged = dict_at(run.event("start"), "sha256").get("code")
     here = hashlib.sha256(read_bytes(root / "train_gpt.py")).hexdigest()
@@ -187,7 +193,9 @@ def write_record(
     draw: Draw,
     on_progress: Callable[[str], object],
 ) -> None:
-    """Write the files, then the picture, then the README: significance tests read the folder as anyone would."""
+    """Write the files, then the picture, then the README: significance tests read the folder as
+    anyone would.
+    """
     for name, content in files.items():
         write_file(folder / name, content)
     on_progress("drawing picture.png")
@@ -210,13 +218,15 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def run_files(result: Result) -> dict[str, bytes]:
-    """Return a run's logs byte for byte, and the values of its score and certificate, a line for each key."""
+    """Return a run's logs byte for byte, and the values of its score and certificate, a line for
+    each key.
+    """
     run, seed = result.run, result.seed
     files = {f"train_seed{seed}.log": read_bytes(run.log)}
     if run.eval_log:
         files[f"eval_seed{seed}.log"] = read_bytes(run.eval_log)
     for kind, data in (("score", run.score), ("certificate", run.certificate)):
-        if data:  # indented, one score with its trace has 2,362 lines
+        if data:  # indented, one score with its trace would take 2,362 lines
             files[f"{kind}_seed{seed}.json"] = compact_json(data).encode()
     return files
 
@@ -230,7 +240,7 @@ def hardware_of(results: list[Result]) -> str:
 
 
 def submission_json(entry: Entry, results: list[Result], files: dict[str, bytes]) -> dict[str, Any]:
-    """submission.json: the keys that records have in common, every figure the mean, or the largest, over seeds."""
+    """Return submission.json: each figure is the mean over seeds, or the largest."""
 
     def mean(values: list[float]) -> float:
         return round(statistics.fmean(values), PLACES)
@@ -284,7 +294,7 @@ def submission_json(entry: Entry, results: list[Result], files: dict[str, bytes]
 
 
 def changes_since(folder: Path, against: Path, result: Result, trainer: str) -> str:
-    """Which settings differ from the record before, and both significance tests."""
+    """List the settings that differ from the record before, and run both significance tests."""
     before = read_record_folder(against)
     if not before.runs:
         raise RecordError(f"--against {against} holds no log of a run")
@@ -297,17 +307,18 @@ def changes_since(folder: Path, against: Path, result: Result, trainer: str) -> 
         and comparable(value) != (was := comparable(old[name]))
         and type(was) is type(comparable(value))
     ]
-    said = (
+    settings_text = (
         markdown_table(("setting", "before", "now"), rows)
         if rows
         else "No setting that both log differs."
     )
     tests = significance_text(read_seeds(folder), read_seeds(against)).rstrip()
-    return f"Against `{markdown_cell(against.resolve().name)}`:\n\n{said}\n\n```\n{tests}\n```"
+    title = f"Against `{markdown_cell(against.resolve().name)}`:"
+    return f"{title}\n\n{settings_text}\n\n```\n{tests}\n```"
 
 
 def comparable(value: Any) -> Any:
-    """A setting in the way that logs of any dialect share: 1, 1.0 and True are one."""
+    """Return a setting in a form that all dialects of logs share: 1, 1.0 and True are equal."""
     text = {"true": "1", "false": "0"}.get(str(value).lower(), str(value))
     try:
         return float(text)

@@ -55,7 +55,9 @@ def pull_request_text(folder: Path) -> str:
 
 
 def check_repository(folder: Path) -> None:
-    """In a git repository, refuse any change outside this folder, and any file of it that git would leave out."""
+    """In a git repository, refuse any change outside this folder, and any file of it that git would
+    leave out.
+    """
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""The README of a record, written from its runs: no figure in it was typed."""
+"""The README of a record, written from its runs: no figure in it is typed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fairway.records.trainer_source import (
     trainer_presets,
 )
 
-VAL_BYTES = 151_080_891  # of the challenge's validation split, whatever the tokenizer
+VAL_BYTES = 151_080_891  # bytes of the challenge's validation split, for any tokenizer
 # The four conditions of #1017, and the certificate's rules that test each.
 CONDITIONS = (
     ("C1 causal", ("causal", "target-blind")),
@@ -44,15 +44,15 @@ CONDITIONS = (
 
 
 class Entry(NamedTuple):
-    """What no run can know: everything else in a record is read from the runs."""
+    """The options of a packing: what cannot be read from the runs."""
 
     track: str
     slug: str
     author: str
     github_id: str
-    name: str = ""  # unset: the slug's words
-    blurb: str = ""  # unset: a sentence made of the settings
-    date: str = ""  # unset: today
+    name: str = ""  # default: the slug's words
+    blurb: str = ""  # default: a sentence written from the settings
+    date: str = ""  # default: today
     against: Path | None = None  # the record that this one follows
     pack_code: str = "lzma"  # two stubs and an archive; "none": plain files
 
@@ -67,9 +67,9 @@ class Record(NamedTuple):
     entry: Entry
     results: list[Result]
     submission: dict[str, Any]
-    files: dict[str, bytes]  # of the folder, by relative name
-    plain_bytes: int  # of the code, readable
-    parent: str  # what changed against the record before, as text; "" without one
+    files: dict[str, bytes]  # relative name → content
+    plain_bytes: int  # bytes of the readable code
+    parent: str  # text: what changed since the record before; "" without one
 
 
 # ==== SECTIONS ====================================================================================
@@ -106,41 +106,44 @@ def summary_section(record: Record) -> str:
         [
             f"# {markdown_cell(data['name'])}: {score_text(data['val_bpb'])} BPB",
             markdown_cell(data["blurb"]),
-            f"**{score_text(data['val_bpb'])}{spread} bits a byte**, the mean of {count} seed{'s' * (count > 1)} "
-            f"({score_text(data['val_loss'])} nats a token); {data['bytes_total']:,} bytes at most, "
-            f"{data['bytes_code']:,} of them code; trained on {markdown_cell(data['hardware'])} in "
-            f"{data['compliance']['train_time_max_s']} s at most.",
+            f"**{score_text(data['val_bpb'])}{spread} bits per byte**, the mean of {count} "
+            f"seed{'s' * (count > 1)} ({score_text(data['val_loss'])} nats per token); "
+            f"{data['bytes_total']:,} bytes at most, {data['bytes_code']:,} of them code; trained "
+            f"on {markdown_cell(data['hardware'])} in {data['compliance']['train_time_max_s']} s "
+            "at most.",
         ]
     )
 
 
 def limits_section(record: Record) -> str:
-    """What a reader might take for granted, and must not."""
-    data, first, said = record.submission, record.results[0], []
+    """Say what a reader might assume, and must not."""
+    data, first, sentences = record.submission, record.results[0], []
     if first.bytes != VAL_BYTES:
-        said.append(
-            f"This is not the challenge's FineWeb split: {first.tokens:,} tokens, {first.bytes:,} bytes of the "
-            f"corpus `{corpus_name(first)}` were scored, so that no figure here compares with the challenge's."
+        sentences.append(
+            f"This is not the challenge's FineWeb split: {first.tokens:,} tokens, {first.bytes:,} "
+            f"bytes of the corpus `{corpus_name(first)}` were scored, so that no figure here "
+            "compares with the challenge's."
         )
     if not all("H100" in part and part.startswith("8x ") for part in data["hardware"].split("; ")):
-        said.append(f"It was not run on 8×H100, but on {markdown_cell(data['hardware'])}.")
+        sentences.append(f"It was not run on 8×H100, but on {markdown_cell(data['hardware'])}.")
     if first.run.score is None:
-        said.append(
+        sentences.append(
             "eval_final.py was not run: the score is that of the artifact as training ended."
         )
     elif lacking := [str(r.seed) for r in record.results if certified([r]) is None]:
-        said.append(
-            f"The four conditions were not all tested by a certificate for seed {', '.join(lacking)}."
+        sentences.append(
+            "The four conditions were not all tested by a certificate for seed "
+            f"{', '.join(lacking)}."
         )
     if len(record.results) < 3:
-        said.append(f"Runs: {len(record.results)}; three seeds are the custom.")
+        sentences.append(f"Runs: {len(record.results)}; three seeds are the custom.")
     if not record.parent:
-        said.append("No significance test was made.")
-    return markdown_section("What was not done", " ".join(said)) if said else ""
+        sentences.append("No significance test was made.")
+    return markdown_section("What was not done", " ".join(sentences)) if sentences else ""
 
 
 def certificate_verdicts(result: Result) -> dict[str, str]:
-    """What the certificate says of each rule; {} without one."""
+    """Return the certificate's verdict for each rule; {} without a certificate."""
     rules = (result.run.certificate or {}).get("rules")
     return (
         {str(r.get("rule")): str(r.get("verdict")) for r in rules if isinstance(r, dict)}
@@ -150,7 +153,9 @@ def certificate_verdicts(result: Result) -> dict[str, str]:
 
 
 def certified(results: list[Result]) -> bool | None:
-    """Whether every rule that was run held, in every run; None where a run's certificate lacks one of C1 to C4."""
+    """Tell whether every rule that was run held in every run; None if a run lacks one of C1 to
+    C4.
+    """
     asked = {rule for condition, rules in CONDITIONS if condition.startswith("C") for rule in rules}
     if any(asked - certificate_verdicts(r).keys() for r in results):
         return None
@@ -222,16 +227,16 @@ def results_section(record: Record) -> str:
     return markdown_section(
         "Results",
         markdown_table(head, rows),
-        f"Artifact: its score in windows side by side, read back from disk. "
-        f"Scored: {record.results[0].tokens:,} tokens, {record.results[0].bytes:,} bytes, each token once.",
+        "Artifact: its score in windows side by side, read back from disk. Scored: "
+        f"{record.results[0].tokens:,} tokens, {record.results[0].bytes:,} bytes, each token once.",
     )
 
 
 def picture_markdown(record: Record) -> str:
     return (
         (
-            f"![Training loss of seeds {seed_list(record)}, and what each part of the evaluation gained]"
-            "(picture.png)"
+            f"![Training loss of seeds {seed_list(record)}, and what each part of the evaluation "
+            "gained](picture.png)"
         )
         if "picture.png" in record.files
         else ""
@@ -260,11 +265,13 @@ def training_section(record: Record) -> str:
         "Training",
         bullets(
             [
-                f"{s.get('train_batch_tokens')} tokens a step in sequences of {s.get('train_seq_len')}, at most "
-                f"{s.get('iterations')} steps and {s.get('max_wallclock_seconds')} s; the rate falls over the last "
+                f"{s.get('train_batch_tokens')} tokens a step in sequences of "
+                f"{s.get('train_seq_len')}, at most {s.get('iterations')} steps and "
+                f"{s.get('max_wallclock_seconds')} s; the rate falls over the last "
                 f"{s.get('warmdown_frac')} of the run",
-                f"Muon {s.get('matrix_lr')} (momentum {s.get('muon_momentum')}, weight decay {s.get('muon_wd')}), AdamW "
-                f"{s.get('scalar_lr')} (weight decay {s.get('adam_wd')}), embeddings {s.get('tied_embed_lr')} (weight decay "
+                f"Muon {s.get('matrix_lr')} (momentum {s.get('muon_momentum')}, weight decay "
+                f"{s.get('muon_wd')}), AdamW {s.get('scalar_lr')} (weight decay "
+                f"{s.get('adam_wd')}), embeddings {s.get('tied_embed_lr')} (weight decay "
                 f"{s.get('embed_wd')}), gradients clipped at {s.get('grad_clip_norm')}",
                 *(words for words, _ in training_features(s)),
             ]
@@ -279,14 +286,14 @@ def quantisation_section(record: Record) -> str:
     rows = []
     for result in record.results:
         gap = result.plain_bpb - result.raw_bpb
-        made = result.run.event("artifact")
-        kept = result.run.event("averages").get("kept", "last")
+        exported = result.run.event("artifact")
+        weights = result.run.event("averages").get("kept", "last")
         rows.append(
             [
                 result.seed,
-                kept,
-                made.get("codec"),
-                made.get("k"),
+                weights,
+                exported.get("codec"),
+                exported.get("k"),
                 f"{result.artifact_bytes:,}",
                 f"{gap:+.6f}",
             ]
@@ -300,7 +307,9 @@ def quantisation_section(record: Record) -> str:
 
 
 def ladder_section(record: Record) -> str:
-    """What each part of the evaluation gained, the mean over seeds, and how the mixture's weights moved."""
+    """List what each part of the evaluation gained, as the mean over seeds, and the mixture's
+    weights.
+    """
     ladders = [r.run.score.get("ladder") for r in record.results if r.run.score]
     if not ladders or not all(
         isinstance(rungs, list) and len(rungs) == len(ladders[0]) for rungs in ladders
@@ -333,21 +342,22 @@ def mixture_paragraph(record: Record) -> str:
     ]
     rows = [[name, f"{a:.3f}", f"{b:.3f}"] for name, a, b in zip(experts, *ends, strict=True)]
     return (
-        f"Pool: {markdown_cell(s.get('mix_mode'))}; weights: {markdown_cell(s.get('mix_weights'))}; seed {record.results[0].seed}, "
-        "mean weight over the first and the last tenth of the split:\n\n"
+        f"Pool: {markdown_cell(s.get('mix_mode'))}; weights: "
+        f"{markdown_cell(s.get('mix_weights'))}; seed {record.results[0].seed}, mean weight over "
+        "the first and the last tenth of the split:\n\n"
         + markdown_table(("expert", "first tenth", "last tenth"), rows)
     )
 
 
 def compliance_section(record: Record) -> str:
-    """C1 to C4, and what the certificate found on each seed."""
-    found, s = (
+    """List C1 to C4, and the certificate's verdicts for each seed."""
+    by_seed, s = (
         [certificate_verdicts(result) for result in record.results],
         record.results[0].run.settings,
     )
     head = ("condition", "rule", *(f"seed {r.seed}" for r in record.results))
     rows = [
-        [condition, rule, *(given.get(rule, "not run") for given in found)]
+        [condition, rule, *(seed_verdicts.get(rule, "not run") for seed_verdicts in by_seed)]
         for condition, rules in CONDITIONS
         for rule in rules
     ]
@@ -369,16 +379,16 @@ def compliance_section(record: Record) -> str:
             "The certificate runs the scorer against each rule: it replaces the future, swaps "
             "targets, sums distributions, and scores the text again."
         )
-        if any(found)
+        if any(by_seed)
         else "No certificate was made."
     )
     return markdown_section(
-        "Rule compliance", facts, text, markdown_table(head, rows) if any(found) else ""
+        "Rule compliance", facts, text, markdown_table(head, rows) if any(by_seed) else ""
     )
 
 
 def commands_section(record: Record) -> str:
-    """What repeats it, from inside this folder."""
+    """Give the commands that repeat the record from inside its folder."""
     first, data = record.results[0], record.submission
     start = first.run.event("start")
     world = start.get("world_size", 1)
@@ -387,8 +397,8 @@ def commands_section(record: Record) -> str:
     artifact = str(first.run.event("artifact").get("path", "final_model.int6.ptz")).split("/")[-1]
     lines = [
         "pip install -r requirements.txt",
-        f"export DATA_PATH=../../../{where}/{shlex.quote(corpus_name(first))}  # its data_sha256 is "
-        f"{str(dict_at(start, 'sha256').get('data'))[:12]}…",
+        f"export DATA_PATH=../../../{where}/{shlex.quote(corpus_name(first))}  # its data_sha256 "
+        f"is {str(dict_at(start, 'sha256').get('data'))[:12]}…",
         f"for seed in {' '.join(map(str, data['seeds']))}; do",
         "  export OUT_DIR=out/seed$seed",
         f"  {' '.join([*training_words(record), python])} train_gpt.py",
@@ -399,8 +409,8 @@ def commands_section(record: Record) -> str:
         lines.append(f"  {' '.join([*words, python])} eval_final.py")
         if any(result.run.certificate for result in record.results):
             certificate = (
-                "The certificate's rules are no part of the score, so they do not ship here. From a "
-                "checkout of the repository, eval_final.py --certify makes it again."
+                "The certificate's rules are no part of the score, so they do not ship here. From "
+                "a checkout of the repository, eval_final.py --certify makes it again."
             )
     return "\n\n".join(
         [
@@ -413,15 +423,16 @@ def commands_section(record: Record) -> str:
             ),
             markdown_section(
                 "Requirements",
-                f"Python 3.11 or newer; the pinned packages of requirements.txt; PyTorch "
-                f"{markdown_cell(data['pytorch_version'])} was used, on {markdown_cell(data['hardware'])}.",
+                "Python 3.11 or newer; the pinned packages of requirements.txt; PyTorch "
+                f"{markdown_cell(data['pytorch_version'])} was used, on "
+                f"{markdown_cell(data['hardware'])}.",
             ),
             markdown_section(
                 "Reproduction",
                 "The commands above train each seed and score it. Each log opens with the source "
-                "that ran, and with hashes of code, settings, tokenizer and data; compare them with "
-                "yours. Scores repeat exactly only on the same machine: a faster one takes more "
-                "steps in the same time.",
+                "that ran, and with hashes of code, settings, tokenizer and data; compare them "
+                "with yours. Scores repeat exactly only on the same machine: a faster one takes "
+                "more steps in the same time.",
             ),
         ]
     )
@@ -452,9 +463,8 @@ def training_words(record: Record) -> list[str]:
     chosen = trainer_presets(source).get(preset)
     usual = setting_defaults(source, "Config") | (chosen or {})
     extra = str(settings.get("extra_code_files") or "")
-    if (
-        record.entry.pack_code == "lzma"
-    ):  # the readable files reserve the bytes that the run reserved
+    # Naming the readable files makes training reserve the same bytes again.
+    if record.entry.pack_code == "lzma":
         extra = ",".join(f"{READABLE}/{name}" for name in filter(None, extra.split(",")))
     return [
         "SEED=$seed RUN_ID=train_seed$seed",
@@ -465,6 +475,7 @@ def training_words(record: Record) -> list[str]:
 
 
 def evaluation_overrides(record: Record) -> list[str]:
+    """Return the settings of the evaluation that differ from their defaults."""
     source = shipped_source(record, EVAL_SETTINGS)
     return setting_assignments(
         dict_at(record.results[0].run.score, "settings"),

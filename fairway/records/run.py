@@ -1,4 +1,4 @@
-"""What one run left in its OUT_DIR: logs/RUN_ID.txt and .jsonl, the artifact, and eval/ once it was scored."""
+"""The files that one run left in its OUT_DIR: logs, artifact, and eval/ once it was scored."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ EVALUATION = "eval"  # the run id under which eval_final.py logs
 
 
 class RunFiles(NamedTuple):
+    """A run on disk. Score, certificate and eval_log are None unless they are of this artifact."""
+
     folder: Path  # OUT_DIR
     run_id: str
     log: Path
     events: list[dict[str, Any]]
-    eval_log: (
-        Path | None
-    )  # these three: of an evaluation of this run's artifact, None where there was none
+    # These three are of an evaluation of this run's artifact.
+    eval_log: Path | None
     score: dict[str, Any] | None
     certificate: dict[str, Any] | None
-    artifact: Path | None  # None where it is gone, or is another run's by now
+    artifact: Path | None  # None if it is gone, or another run has replaced it
 
     def event(self, name: str) -> dict[str, Any]:
-        """The last event of that name; {} where there is none."""
+        """Return the last event of that name; {} if there is none."""
         return next((e for e in reversed(self.events) if e.get("event") == name), {})
 
     def all_events(self, name: str) -> list[dict[str, Any]]:
@@ -35,19 +36,20 @@ class RunFiles(NamedTuple):
 
     @property
     def seed(self) -> int | None:
+        """The seed that the log states; None if it is none that the trainer takes."""
         seed = self.settings.get("seed")
         return seed if type(seed) is int and 0 <= seed < 1 << 63 else None
 
 
 def dict_at(data: Any, *keys: str) -> dict[str, Any]:
-    """data[keys[0]][keys[1]]…, where every step is a dict; else {}."""
+    """Return data[keys[0]][keys[1]]… if every step is a dict, else {}."""
     for key in keys:
         data = data.get(key) if isinstance(data, dict) else None
     return data if isinstance(data, dict) else {}
 
 
 def read_run(path: str | Path) -> RunFiles:
-    """The run of an OUT_DIR, or of a log in its logs/."""
+    """Read the run of an OUT_DIR, or of a log in its logs/."""
     path = Path(path)
     if path.suffix in (".txt", ".jsonl") and path.parent.name == "logs":
         folder, log = path.parent.parent, path.with_suffix(".txt")
@@ -66,10 +68,10 @@ def read_run(path: str | Path) -> RunFiles:
         object_or_none(folder / "eval" / "score.json"),
     )
     if wanted is not None:
-        found = next(
+        artifact = next(
             (a for a in sorted(folder.glob("final_model.*.ptz")) if sha256(a) == wanted), None
         )
-        run = run._replace(artifact=found)
+        run = run._replace(artifact=artifact)
     if wanted is not None and dict_at(score, "sha256").get("artifact") == wanted:
         eval_log = folder / "logs" / f"{EVALUATION}.txt"
         run = run._replace(
@@ -83,21 +85,25 @@ def read_run(path: str | Path) -> RunFiles:
 
 
 def training_log(folder: Path) -> Path:
-    """The training log of an OUT_DIR; of several, the one whose artifact lies there, else the newest."""
+    """Return the training log of an OUT_DIR.
+
+    Of several, it is the one whose artifact is still there, else the newest.
+    """
     logs = [p for p in (folder / "logs").glob("*.txt") if p.stem != EVALUATION and p.is_file()]
     if not logs:
         raise RecordError(
-            f"{folder}/logs holds no log of a training run; name a run's OUT_DIR, or its logs/RUN_ID.txt"
+            f"{folder}/logs holds no log of a training run; name a run's OUT_DIR, or its "
+            "logs/RUN_ID.txt"
         )
     logs.sort(key=lambda p: p.stat().st_mtime)
     if len(logs) > 1:
-        there = {sha256(a) for a in folder.glob("final_model.*.ptz")}
+        hashes = {sha256(a) for a in folder.glob("final_model.*.ptz")}
         own = [
             p
             for p in logs
             if p.with_suffix(".jsonl").is_file()
             and any(
-                e.get("event") == "artifact" and e.get("sha256") in there
+                e.get("event") == "artifact" and e.get("sha256") in hashes
                 for e in read_events(p.with_suffix(".jsonl"))[0]
             )
         ]
@@ -106,7 +112,7 @@ def training_log(folder: Path) -> Path:
 
 
 def object_or_none(path: Path) -> dict[str, Any] | None:
-    """A JSON object, None where there is none or it is damaged."""
+    """Read a JSON object; None if there is none or it is damaged."""
     try:
         data = read_json(path) if path.is_file() else None
     except RecordError:

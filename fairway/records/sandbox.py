@@ -1,7 +1,8 @@
-"""`check --run`: a record runs from inside itself, in a copy, on a little text, with nothing else in reach.
+"""`check --run`: run a copy of a record on a little text, with nothing else in reach.
 
-A few steps of train_gpt.py and then eval_final.py, as a child with limits of time, memory and file size, without
-network, without a file outside its copy. It trains on a tokenizer and shards made of the folder's own texts.
+A child process trains a few steps with train_gpt.py and then runs eval_final.py, with limits of
+time, memory and file size, no network, and no file outside its copy. Tokenizer and shards are made
+from the folder's own texts.
 """
 
 from __future__ import annotations
@@ -36,10 +37,9 @@ from fairway.records.folder import RecordFolder
 from fairway.records.logs import parse_log
 from fairway.records.syntax import constant_value
 
-RUN_SECONDS = (
-    240.0  # of training and evaluation together: a few times what two busy cores take for ours
-)
-MEMORY_BYTES, FILE_BYTES = 12 << 30, 1 << 30  # bytes: of one process's data, of one file
+# Seconds for training and evaluation together: a few times what ours take on two busy cores.
+RUN_SECONDS = 240.0
+MEMORY_BYTES, FILE_BYTES = 12 << 30, 1 << 30  # bytes of one process's data, and of one file
 LARGEST_COPY = 256 << 20
 SMALLEST_VOCABULARY = 320  # 256 bytes and the control pieces, and a few more
 SYSTEM = (
@@ -62,24 +62,26 @@ NO_CUDA = re.compile(r"(?i)cuda|nvidia|flash.?attn|triton|nccl|no gpu")
 
 
 class Ending(NamedTuple):
-    code: int | None  # None: it was stopped at the limit
-    output: str  # the last of what it printed
+    """How a process ended."""
+
+    code: int | None  # None if it was stopped at the limit
+    output: str  # the end of what it printed
     seconds: float
-    refused: list[str]  # what it tried and was refused
+    refused: list[str]  # what the guard refused
 
 
 # ==== One process within limits ===================================================================
 class Sandbox:
-    """A folder of which `copy` may be changed; `run` starts Python there."""
+    """A folder whose `copy` may be changed; `run` starts Python in it."""
 
     def __init__(self, root: Path):
         self.root = root
-        self.copy, self.home, self.temporary, self.guard, self.told = (
+        self.copy, self.home, self.temporary, self.guard, self.refusals = (
             root / name for name in ("copy", "home", "tmp", "guard", "refused.txt")
         )
         for folder in (self.copy, self.home, self.temporary, self.guard):
             folder.mkdir(parents=True)
-        self.told.touch()
+        self.refusals.touch()
         python = {
             sys.prefix,
             sys.base_prefix,
@@ -92,12 +94,14 @@ class Sandbox:
         )
         (self.guard / "sitecustomize.py").write_text(
             f"{Path(guard.__file__).read_text('utf-8')}\n\ninstall({[str(p) for p in readable]!r}, "
-            f"{[str(p) for p in writable]!r}, {str(self.told)!r})\n",
+            f"{[str(p) for p in writable]!r}, {str(self.refusals)!r})\n",
             "utf-8",
         )
 
     def run(self, arguments: Sequence[str], env: Mapping[str, str], seconds: float) -> Ending:
-        """`python ARGUMENTS` in the copy. Its output goes to a file, so that it cannot fill our memory."""
+        """Run `python ARGUMENTS` in the copy. Output goes to a file, so that it cannot fill our
+        memory.
+        """
         env = (
             dict(
                 PATH=os.environ.get("PATH", os.defpath),
@@ -131,41 +135,42 @@ class Sandbox:
                 stop(child)
             output.seek(max(0, output.seek(0, io.SEEK_END) - (64 << 10)))
             text = output.read().decode("utf-8", "replace")
-        refused = list(dict.fromkeys(self.told.read_text("utf-8", "replace").splitlines()))
+        refused = list(dict.fromkeys(self.refusals.read_text("utf-8", "replace").splitlines()))
         return Ending(code, text, time.monotonic() - start, refused)
 
 
 def limits(seconds: float) -> Callable[[], None]:
+    """Return a function that sets the limits of resources in a child before it starts."""
+
     def apply() -> None:
         cpu = int(seconds * (os.cpu_count() or 1)) + 5
-        data = (
-            resource.RLIM_INFINITY if has_cuda() else MEMORY_BYTES
-        )  # CUDA reserves addresses by the terabyte
+        # CUDA reserves terabytes of addresses.
+        data = resource.RLIM_INFINITY if has_cuda() else MEMORY_BYTES
         for what, most in (
             (resource.RLIMIT_DATA, data),
             (resource.RLIMIT_FSIZE, FILE_BYTES),
             (resource.RLIMIT_CORE, 0),
             (resource.RLIMIT_CPU, cpu),
         ):
-            with contextlib.suppress(
-                ValueError, OSError
-            ):  # lower already, or not known to this kernel
+            # The limit is lower already, or this kernel does not know it.
+            with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(what, (most, most))
 
     return apply
 
 
 def stop(child: subprocess.Popen) -> None:
-    """It, and all that it started."""
-    try:
+    """Kill a child and everything it started."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 
 def without_network() -> list[str]:
-    """Linux: namespaces of its own for network and processes, where the kernel lets us; else the guard alone."""
+    """Return the command for own namespaces of network and processes, if this kernel allows it.
+
+    Without one, only the guard refuses connections.
+    """
     command = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]
     try:
         works = subprocess.run([*command, "true"], capture_output=True, timeout=10).returncode == 0
@@ -176,24 +181,28 @@ def without_network() -> list[str]:
 
 # ==== Text to train on ============================================================================
 def training_texts(folder: RecordFolder, most: int = 240_000) -> list[str]:
-    """Paragraphs of the folder's README, code and logs: at most so many characters."""
-    whole = [folder.readme, *(s.text for s in folder.code.sources.values()), *folder.texts.values()]
+    """Return paragraphs of the folder's README, code and logs, of `most` characters in all."""
+    sources = [
+        folder.readme,
+        *(s.text for s in folder.code.sources.values()),
+        *folder.texts.values(),
+    ]
     parts = [
         part.strip()[:2000]
-        for text in whole
+        for text in sources
         for part in re.split(r"\n\s*\n", text[: most // 2])
         if part.strip()
     ]
-    found, size = [], 0
+    chosen, size = [], 0
     for part in [*parts, "A text of one line, in case that there is none."]:
         if size < most:
-            found.append(part.replace("\0", " "))
+            chosen.append(part.replace("\0", " "))
             size += len(part)
-    return found
+    return chosen
 
 
 def tokenizer_of(texts: list[str], vocabulary: int) -> tuple[bytes, int]:
-    """A SentencePiece model of that many pieces, or of as many as the texts give."""
+    """Train a SentencePiece model of that many pieces, or of as many as the texts allow."""
     import sentencepiece
 
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
@@ -227,15 +236,16 @@ def tokenizer_of(texts: list[str], vocabulary: int) -> tuple[bytes, int]:
 
 
 def write_shards(data: Path, model: bytes, texts: list[str]) -> None:
+    """Write a training and a validation shard of the texts, and tokenizer.model next to them."""
     import sentencepiece
 
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
     ids = [[1, *one] for one in tokenizer.encode(texts)]
     flat = np.array([token for one in ids for token in one], "<u2")
-    held = max(len(flat) // 8, 1)
+    validation_size = max(len(flat) // 8, 1)
     for kind, tokens in (
-        ("train", np.resize(flat[held:], max(len(flat), 200_000))),
-        ("val", np.resize(flat[:held], 9_000)),
+        ("train", np.resize(flat[validation_size:], max(len(flat), 200_000))),
+        ("val", np.resize(flat[:validation_size], 9_000)),
     ):
         header = np.zeros(256, "<i4")
         header[:3] = 20240520, 1, len(tokens)
@@ -245,7 +255,9 @@ def write_shards(data: Path, model: bytes, texts: list[str]) -> None:
 
 # ==== The record ==================================================================================
 def check_run(folder: RecordFolder) -> str:
-    """Trains a few steps and evaluates, from inside a copy; the artifact fits, and there is a score."""
+    """Train a few steps and evaluate, in a copy: the artifact must fit, and there must be a
+    score.
+    """
     trainer = next((name for name in folder.code.entries if name != "eval_final.py"), None)
     if trainer is None:
         raise CheckUndecided("there is no trainer to run")
@@ -254,6 +266,7 @@ def check_run(folder: RecordFolder) -> str:
 
 
 def run_in(box: Sandbox, folder: RecordFolder, trainer: str) -> str:
+    """Run trainer and evaluation in a sandbox; return the line that `check_run` prints."""
     copy_folder(folder, box.copy)
     env, started = environment(folder, box, trainer), time.monotonic()
     trained = box.run([trainer], env, RUN_SECONDS)
@@ -266,8 +279,8 @@ def run_in(box: Sandbox, folder: RecordFolder, trainer: str) -> str:
     size = artifact.stat().st_size + code_bytes_in_use(folder)
     if size > BUDGET:
         raise CheckFailed(
-            f"{artifact.name} of {artifact.stat().st_size:,} bytes + code {code_bytes_in_use(folder):,} = "
-            f"{size:,}; {BUDGET:,} are allowed"
+            f"{artifact.name} of {artifact.stat().st_size:,} bytes + code "
+            f"{code_bytes_in_use(folder):,} = {size:,}; {BUDGET:,} are allowed"
         )
     output = trained.output
     if "eval_final.py" in folder.code.entries:
@@ -279,12 +292,14 @@ def run_in(box: Sandbox, folder: RecordFolder, trainer: str) -> str:
     if score is None or score.bpb is None:
         raise CheckFailed(f"no final score was printed; the last line is {last_line(output)}")
     return (
-        f"trained{' and evaluated' * ('eval_final.py' in folder.code.entries)} in {time.monotonic() - started:.0f} "
-        f"s on {machine()}: {artifact.name} and code {size:,} bytes, val_bpb:{score.bpb}"
+        f"trained{' and evaluated' * ('eval_final.py' in folder.code.entries)} in "
+        f"{time.monotonic() - started:.0f} s on {machine()}: {artifact.name} and code {size:,} "
+        f"bytes, val_bpb:{score.bpb}"
     )
 
 
 def copy_folder(folder: RecordFolder, copy: Path) -> None:
+    """Copy the folder's regular files; a huge folder is not run."""
     size = sum(folder.files.values())
     if size > LARGEST_COPY:
         raise CheckUndecided(
@@ -296,7 +311,7 @@ def copy_folder(folder: RecordFolder, copy: Path) -> None:
 
 
 def environment(folder: RecordFolder, box: Sandbox, trainer: str) -> dict[str, str]:
-    """The challenge's names; where the trainer has a preset for tests, that and the data alone."""
+    """Return the settings: the challenge's names, or PRESET=smoke where the trainer has it."""
     log = folder.runs[0].log if folder.runs else None
     wanted = min((log.vocab_size or vocabulary_of(log)) if log else 1024, 8192) or 1024
     texts = training_texts(folder)
@@ -333,16 +348,16 @@ def reads_smoke(source: CodeFile) -> bool:
 
 
 def newest_artifact(copy: Path, folder: RecordFolder) -> Path | None:
-    made: Iterator[Path] = (
+    new: Iterator[Path] = (
         p
         for p in copy.rglob("*.ptz")
         if p.is_file() and not p.is_symlink() and p.relative_to(copy).as_posix() not in folder.files
     )
-    return max(made, key=lambda p: p.stat().st_mtime, default=None)
+    return max(new, key=lambda p: p.stat().st_mtime, default=None)
 
 
 def judge_ending(folder: RecordFolder, script: str, ended: Ending) -> None:
-    """Nothing if it ended well; else why not, and whether the folder is to blame."""
+    """Return if a script ended well; else say why not, and whether the folder is to blame."""
     if ended.refused:
         raise CheckFailed(f"{script} {'; '.join(ended.refused[:3])}")
     last = last_line(ended.output)
@@ -358,7 +373,8 @@ def judge_ending(folder: RecordFolder, script: str, ended: Ending) -> None:
     newer = "SyntaxError" in ended.output and any(s.tree is None for s in folder.code.running())
     if newer:
         raise CheckUndecided(
-            f"{script} does not parse with Python {sys.version_info.major}.{sys.version_info.minor}: {last}"
+            f"{script} does not parse with Python "
+            f"{sys.version_info.major}.{sys.version_info.minor}: {last}"
         )
     if ended.code is None and not has_cuda():
         raise CheckUndecided(

@@ -1,7 +1,8 @@
-"""submission.json: what we write, and what anybody's says.
+"""submission.json: the keys that we write, and the keys that others write.
 
-55 real files use 139 different keys, so `normal` understands the usual other names, and `problems` asks of anyone only
-what a table needs. BPB is a number of bits for each byte, a loss one of nats for each token; both are means over seeds.
+55 real files use 139 different keys. So `read_submission` knows the usual other names, and
+`problems` asks of a foreign file only what a table of records needs. BPB is bits per byte, a loss
+is nats per token; both are means over seeds.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import re
 import statistics
 from typing import Any, NamedTuple
 
+# No compressor of text gets below the first; 8 bits store a byte as it is.
 LOWEST_BPB, HIGHEST_BPB = (
     0.2,
     8.0,
-)  # below: no compressor of text gets there; 8: a byte is stored as it is
+)
 LN2 = math.log(2)
 
 
 class Key(NamedTuple):
+    """One key of submission.json: the kind of its value, and its meaning."""
+
     kind: str  # "text", "number", "count", "seeds", "results" or "table"
     meaning: str
-    ours: bool = True  # in every file that we write
+    ours: bool = True  # whether every file of ours has it
 
 
 KEYS = {
@@ -32,7 +36,7 @@ KEYS = {
     "date": Key("text", "YYYY-MM-DD, or with a time after it"),
     "track": Key("text", "10min_16mb or non_record_16mb"),
     "val_loss": Key("number", "nats for each token of the validation split: mean over the seeds"),
-    "val_bpb": Key("number", "bits for each byte: mean over the seeds, the headline"),
+    "val_bpb": Key("number", "bits per byte: mean over the seeds, the headline"),
     "val_loss_std": Key("number", "standard deviation over the seeds (n - 1); with one seed, 0"),
     "val_bpb_std": Key("number", "standard deviation over the seeds (n - 1); with one seed, 0"),
     "seeds": Key("seeds", "all that were run"),
@@ -46,7 +50,7 @@ KEYS = {
     "technique_summary": Key("text", "the techniques by name", ours=False),
     "compliance": Key("table", "what was verified, by name", ours=False),
 }
-FIRST_OF = {  # the other names of a key, in the order in which they are believed
+FIRST_OF = {  # the names of a key in other files; the first one found counts
     "val_bpb": ("val_bpb", "mean_val_bpb", "mean_bpb"),
     "val_loss": (
         "val_loss",
@@ -73,18 +77,19 @@ SEED = {
 
 
 class SeedResult(NamedTuple):
+    """The figures of one seed; None for each that is not stated."""
+
     val_loss: float | None
     val_bpb: float | None
-    bytes: (
-        int | None
-    )  # artifact_bytes as given: most mean artifact and code, some the artifact alone
+    # `artifact_bytes` as stated: usually artifact and code, in some files the artifact alone.
+    bytes: int | None
     steps: int | None
     step_avg_ms: float | None
     eval_seconds: float | None
 
 
 class Submission(NamedTuple):
-    """None where the file does not say, or says no such thing."""
+    """A submission.json; None for each value that is missing or of the wrong type."""
 
     author: str | None
     github_id: str | None
@@ -97,7 +102,7 @@ class Submission(NamedTuple):
     val_loss_std: float | None
     val_bpb_std: float | None
     seeds: list[int] | None
-    seed_results: dict[int, SeedResult]  # {} where there are none
+    seed_results: dict[int, SeedResult]  # {} if there are none
     bytes_total: int | None
     bytes_code: int | None
     hardware: str | None
@@ -106,35 +111,41 @@ class Submission(NamedTuple):
 
 # ==== Reading =====================================================================================
 def json_number(value: Any) -> float | None:
-    """Of a JSON number that a float can hold; true is none."""
+    """Return a JSON number as a float; None for true, texts, and integers above 2^53."""
     if type(value) not in (int, float) or (type(value) is int and abs(value) > 2**53):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def json_count(value: Any) -> int | None:
+    """Return a whole number of 0 or more; None for anything else."""
     value = json_number(value)
     return int(value) if value is not None and value >= 0 and value == int(value) else None
 
 
 def json_text(value: Any) -> str | None:
+    """Return a text that is not blank; None for anything else."""
     return value if isinstance(value, str) and value.strip() else None
 
 
 def json_seed(value: Any) -> int | None:
+    """Return a seed given as a number or as digits; None for anything else."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 15:
         return int(value)
     return json_count(value)
 
 
 def first_known(data: dict[str, Any], names: tuple[str, ...], read: Any) -> Any:
+    """Return the first value under one of these names that `read` accepts; None if there is
+    none.
+    """
     return next(
-        (found for found in (read(data.get(name)) for name in names) if found is not None), None
+        (value for value in (read(data.get(name)) for name in names) if value is not None), None
     )
 
 
 def seed_result(value: Any) -> SeedResult:
-    """Of an object, or of a bare BPB."""
+    """Read one entry of seed_results: an object, or a bare BPB."""
     if not isinstance(value, dict):
         return SeedResult(None, json_number(value), None, None, None, None)
     readers = dict(bytes=json_count, steps=json_count)
@@ -147,7 +158,9 @@ def seed_result(value: Any) -> SeedResult:
 
 
 def results_of(data: dict[str, Any]) -> dict[int, SeedResult]:
-    """`seed_results`, or `seeds` where that is a table of the same (#1413)."""
+    """Return the results by seed: `seed_results`, or `seeds` if that is a table of results
+    (#1413).
+    """
     table = next(
         (v for v in (data.get("seed_results"), data.get("seeds")) if isinstance(v, dict)), {}
     )
@@ -159,7 +172,7 @@ def results_of(data: dict[str, Any]) -> dict[int, SeedResult]:
 
 
 def read_submission(data: Any) -> Submission:
-    """What a submission.json says, whatever it is."""
+    """Return the values of a submission.json of anyone; any JSON value gives a Submission."""
     data = data if isinstance(data, dict) else {}
     results, listed = results_of(data), data.get("seeds")
     seeds = (
@@ -188,21 +201,24 @@ VALUE_KINDS = {
 
 
 def problems(data: Any, complete: bool = False) -> list[str]:
-    """What is wrong, a sentence each: the key, the value found, the value wanted. `complete` asks for all that our own
-    files have; without it, for what a table of records needs."""
+    """Return one sentence for each fault: the key, the value found, the value wanted.
+
+    `complete` asks for every key that our own files have; otherwise for what a table needs.
+    """
     if not isinstance(data, dict):
         return [f"submission.json holds {describe(data)}, wanted an object"]
-    found = read_submission(data)
+    values = read_submission(data)
     return [
         *wrong_types(data),
-        *missing_keys(data, found, complete),
-        *wrong_scores(found),
-        *wrong_seeds(data, found),
-        *wrong_bytes(data, found),
+        *missing_keys(data, values, complete),
+        *wrong_scores(values),
+        *wrong_seeds(data, values),
+        *wrong_bytes(data, values),
     ]
 
 
 def describe(value: Any) -> str:
+    """Return a JSON value as short text; a long list or object by its length."""
     if isinstance(value, dict):
         return f"an object of {len(value)}"
     if isinstance(value, list) and not (
@@ -211,12 +227,12 @@ def describe(value: Any) -> str:
         return f"a list of {len(value)}"
     if type(value) is int and abs(value) >= 2**63:
         return f"a whole number of {value.bit_length()} bits"
-    said = repr(value[:60] if isinstance(value, str) else value)
-    return said if len(said) <= 60 else said[:57] + "..."
+    text = repr(value[:60] if isinstance(value, str) else value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def wrong_types(data: dict[str, Any]) -> list[str]:
-    """null is taken for absent."""
+    """Return the keys with values of a wrong type; null counts as absent."""
     return [
         f"{name} is {describe(data[name])}, wanted {VALUE_KINDS[key.kind][1]}"
         for name, key in KEYS.items()
@@ -224,47 +240,50 @@ def wrong_types(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def missing_keys(data: dict[str, Any], found: Submission, complete: bool) -> list[str]:
-    said = [
+def missing_keys(data: dict[str, Any], values: Submission, complete: bool) -> list[str]:
+    """Return the keys that are absent, and a date of the wrong form."""
+    faults = [
         f"{name} is missing: {key.meaning}"
         for name, key in KEYS.items()
         if complete and key.ours and data.get(name) in (None, "", {}, [])
     ]
     if not complete:
-        said += [
+        faults += [
             f"{name} is missing: {KEYS[name].meaning}"
             for name in ("name", "date", "val_bpb")
-            if getattr(found, name) is None and data.get(name) in (None, "")
+            if getattr(values, name) is None and data.get(name) in (None, "")
         ]
-        if found.author is None and found.github_id is None:
-            said.append("author and github_id are missing; one of them is wanted")
-    if found.date is not None and not re.match(
-        r"20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])([T ].{0,40})?$", found.date
+        if values.author is None and values.github_id is None:
+            faults.append("author and github_id are missing; one of them is wanted")
+    if values.date is not None and not re.match(
+        r"20[0-9]{2}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])([T ].{0,40})?$", values.date
     ):
-        said.append(f"date is {describe(found.date)}, wanted YYYY-MM-DD")
-    return said
+        faults.append(f"date is {describe(values.date)}, wanted YYYY-MM-DD")
+    return faults
 
 
-def wrong_scores(found: Submission) -> list[str]:
-    said, bpb, loss = [], found.val_bpb, found.val_loss
+def wrong_scores(values: Submission) -> list[str]:
+    """Return scores that cannot be, alone or together."""
+    faults, bpb, loss = [], values.val_bpb, values.val_loss
     if bpb is not None and not LOWEST_BPB < bpb < HIGHEST_BPB:
-        said.append(
+        faults.append(
             f"val_bpb is {bpb:g}, wanted bits for each byte, {LOWEST_BPB} to {HIGHEST_BPB:g}"
         )
     if loss is not None and not 0 < loss < 25:
-        said.append(f"val_loss is {loss:g}, wanted nats for each token, 0 to 25")
+        faults.append(f"val_loss is {loss:g}, wanted nats for each token, 0 to 25")
     elif loss is not None and bpb is None:
-        said.append(
-            f"val_loss is {loss:g} and val_bpb is missing: is it BPB under the wrong key? wanted both"
+        faults.append(
+            f"val_loss is {loss:g} and val_bpb is missing: is it BPB under the wrong key? wanted "
+            "both"
         )
-    elif loss is not None and bpb and loss / bpb < LN2 * 0.98:  # a token has a byte at least
-        said.append(
-            f"val_loss is {loss:g} with val_bpb {bpb:g}: that is {loss / bpb / LN2:.2f} bytes a token; wanted "
-            "nats for each token under val_loss, not BPB"
+    elif loss is not None and bpb and loss / bpb < LN2 * 0.98:  # a token has at least one byte
+        faults.append(
+            f"val_loss is {loss:g} with val_bpb {bpb:g}: that is {loss / bpb / LN2:.2f} bytes per "
+            "token; wanted nats for each token under val_loss, not BPB"
         )
     ratios = {
         seed: r.val_loss / r.val_bpb
-        for seed, r in found.seed_results.items()
+        for seed, r in values.seed_results.items()
         if r.val_loss and r.val_bpb
     }
     typical = statistics.median(ratios.values()) if ratios else loss / bpb if loss and bpb else 0
@@ -272,28 +291,32 @@ def wrong_scores(found: Submission) -> list[str]:
         ("val_loss and val_bpb", loss / bpb if loss and bpb else typical),
         *((f"seed {s}'s val_loss and val_bpb", r) for s, r in ratios.items()),
     ]:
-        if typical > 0 and abs(ratio / typical - 1) > 0.002:  # five digits each
-            said.append(
-                f"{name} are in the ratio {ratio:.4f}, wanted {typical:.4f} as the other seeds: one split has "
-                "one number of bytes a token"
+        if typical > 0 and abs(ratio / typical - 1) > 0.002:  # both have five digits
+            faults.append(
+                f"{name} are in the ratio {ratio:.4f}, wanted {typical:.4f} as the other seeds: "
+                "one split has one number of bytes per token"
             )
-    return said
+    return faults
 
 
 def rounding_of(value: Any) -> float:
-    """Half a unit of the last digit that a number was written with, and a little."""
+    """Return half a unit of the last digit a number was written with, and a little."""
     digits = repr(value).partition(".")[2] if type(value) is float else ""
     return 0.51 * 10.0 ** -(len(digits) if digits.isdigit() else 0 if type(value) is int else 9)
 
 
-def wrong_seeds(data: dict[str, Any], found: Submission) -> list[str]:
-    """Headline = mean over the seeds; standard deviation with n - 1, or with n."""
-    said, results = [], found.seed_results
-    if found.seeds and len(set(found.seeds)) < len(found.seeds):
-        said.append(f"seeds are {describe(found.seeds)}, wanted distinct ones")
-    if found.seeds and results and set(found.seeds) != set(results):
-        said.append(
-            f"seeds are {describe(sorted(set(found.seeds)))} but seed_results has {describe(sorted(results))}"
+def wrong_seeds(data: dict[str, Any], submission: Submission) -> list[str]:
+    """Return seeds listed twice, and means and deviations that the seeds do not give.
+
+    A standard deviation may be taken with n - 1 or with n.
+    """
+    faults, results = [], submission.seed_results
+    if submission.seeds and len(set(submission.seeds)) < len(submission.seeds):
+        faults.append(f"seeds are {describe(submission.seeds)}, wanted distinct ones")
+    if submission.seeds and results and set(submission.seeds) != set(results):
+        faults.append(
+            f"seeds are {describe(sorted(set(submission.seeds)))} but seed_results has "
+            f"{describe(sorted(results))}"
         )
     for name in ("val_bpb", "val_loss"):
         values = [getattr(r, name) for r in results.values()]
@@ -301,38 +324,39 @@ def wrong_seeds(data: dict[str, Any], found: Submission) -> list[str]:
         if key is None or not values or None in values:
             continue
         mean = statistics.fmean(values)
-        digits = min(
-            rounding_of(v) for v in values
-        )  # JSON drops zeros at the end: the longest shows how many were kept
+        # JSON drops trailing zeros, so the longest value shows the number of decimals.
+        digits = min(rounding_of(v) for v in values)
         slack = min(rounding_of(data[key]), 6e-4) + digits
         if abs(data[key] - mean) > slack:
             best = " (that is the best seed)" if abs(data[key] - min(values)) <= slack else ""
-            said.append(
-                f"{key} is {data[key]:.8g}{best}, wanted the mean of {len(values)} seeds, {mean:.8g}"
+            faults.append(
+                f"{key} is {data[key]:.8g}{best}, wanted the mean of {len(values)} seeds, "
+                f"{mean:.8g}"
             )
-        std = getattr(found, f"{name}_std")
+        std = getattr(submission, f"{name}_std")
         if std is None or len(values) < 2:
             continue
         wanted, other = statistics.stdev(values), statistics.pstdev(values)
         slack = max(0.05 * wanted, min(rounding_of(std), 6e-4)) + digits
         if min(abs(std - wanted), abs(std - other)) > slack:
-            said.append(f"{name}_std is {std:.4g}, wanted {wanted:.4g} from {len(values)} seeds")
-    return said
+            faults.append(f"{name}_std is {std:.4g}, wanted {wanted:.4g} from {len(values)} seeds")
+    return faults
 
 
-def wrong_bytes(data: dict[str, Any], found: Submission) -> list[str]:
-    said, total, code = [], found.bytes_total, found.bytes_code
+def wrong_bytes(data: dict[str, Any], values: Submission) -> list[str]:
+    """Return byte counts that cannot be, alone or together."""
+    faults, total, code = [], values.bytes_total, values.bytes_code
     for name, value in (("bytes_total", total), ("bytes_code", code)):
         if value is not None and 0 < value < (100_000 if name == "bytes_total" else 100):
-            said.append(f"{name} is {value}, wanted bytes")
+            faults.append(f"{name} is {value}, wanted bytes")
     largest = max(
-        (r.bytes for r in found.seed_results.values() if r.bytes is not None), default=None
+        (r.bytes for r in values.seed_results.values() if r.bytes is not None), default=None
     )
     top = json_count(data.get("artifact_bytes_max"))
     if total is not None and code is not None and code >= total:
-        said.append(f"bytes_code is {code}, wanted less than bytes_total, {total}")
+        faults.append(f"bytes_code is {code}, wanted less than bytes_total, {total}")
     if total is not None and largest is not None and total < largest:
-        said.append(f"bytes_total is {total}, wanted the largest seed's, at least {largest}")
+        faults.append(f"bytes_total is {total}, wanted the largest seed's, at least {largest}")
     if total is not None and top is not None and total < top:
-        said.append(f"bytes_total is {total}, wanted at least artifact_bytes_max, {top}")
-    return said
+        faults.append(f"bytes_total is {total}, wanted at least artifact_bytes_max, {top}")
+    return faults

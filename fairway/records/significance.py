@@ -1,12 +1,14 @@
-"""Is a new record better than the old one by more than chance? In nats, since the rule is in nats.
+"""Significance: is a new record better than the old one by more than chance, in nats per token?
 
-The rule: at least 0.005 nats a token better than the standing record at p < 0.01. Two tests are in use, and both are
-printed: the new seeds against the old mean less the bar (one sample, n - 1 degrees of freedom), and the new seeds
-against the old ones without a bar (Welch: two samples, each with its own spread). Both ask in one direction only, and
-a positive t is an improvement; #1019 printed Welch's with the other sign.
+The rule asks for 0.005 nats per token better than the standing record at p < 0.01. Two tests are in
+use, and both are printed. The one-sample test holds the new seeds against the old mean less the
+bar, with n - 1 degrees of freedom. Welch's test holds the new seeds against the old ones, without a
+bar. Both are one-sided, and a positive t is an improvement; #1019 printed Welch's with the other
+sign.
 
-Nats a token and bits a byte differ by a factor that the validation split has: tokens, bytes, and so the tokenizer.
-It comes from the logs, never from a table. Under another tokenizer the old scores count in tokens of the new one.
+A factor of the validation split turns bits per byte into nats per token: tokens, bytes, and so the
+tokenizer. It comes from the logs, never from a table. Under another tokenizer, the old scores are
+converted to tokens of the new one.
 """
 
 from __future__ import annotations
@@ -22,42 +24,45 @@ from fairway.records.files import RecordError, read_json
 from fairway.records.logs import LoggedScore, RunLog, read_log
 from fairway.records.schema import read_submission
 
-BAR = 0.005  # nats a token
+BAR = 0.005  # nats per token
 LEVEL = 0.01
-MOST_SEEDS = 1000  # of an outlook
-MOST_LOGS = 64  # of a folder
-NEAR = 6e-5  # BPB: a score of four digits is within that of its eight
+MOST_SEEDS = 1000  # seeds that an outlook tries at most
+MOST_LOGS = 64  # logs of a folder that are read at most
+NEAR = 6e-5  # BPB; a score cut to four digits is this near to its eight digits
 
 
-Errors = Callable[
-    [int], tuple[float, float]
-]  # seeds -> standard error of the gain, degrees of freedom
+# Number of seeds → (standard error of the gain, degrees of freedom).
+Errors = Callable[[int], tuple[float, float]]
 
 
 class SeedScores(NamedTuple):
-    nats: list[float]  # a token, by seed
+    """The scores of a record by seed, and the size of the split they were measured on."""
+
+    nats: list[float]  # per token, one for each seed
     bpb: list[float]
-    tokens: int  # that were scored, and their bytes: as logged; 0 where no log says
+    tokens: int  # scored tokens of the split; 0 if no log states them
     bytes: int
 
     @property
     def factor(self) -> float:
-        """Nats a token for one bit a byte."""
+        """Nats per token that equal one bit per byte."""
         return sum(self.nats) / sum(self.bpb)
 
 
 class TTest(NamedTuple):
+    """The result of one test; `missing` says what p < 0.01 still needs."""
+
     name: str
-    t: float | None  # None: no such test with so few seeds, which `missing` says
+    t: float | None  # None if there are too few seeds for this test
     df: float | None
     p: float | None
-    difference: tuple[float, float]  # old mean - new mean, in nats and in BPB: positive is better
-    missing: str  # until p < 0.01; "" if reached
+    difference: tuple[float, float]  # old mean - new mean, in nats and BPB; positive is better
+    missing: str  # what p < 0.01 still needs; "" if it is reached
 
 
 # ==== The tests ===================================================================================
 def one_sample(new: SeedScores, old_mean_nats: float, bar: float = BAR) -> TTest:
-    """The new seeds against (old mean - bar)."""
+    """Test the new seeds against (old mean - bar)."""
     n, mean = len(new.nats), statistics.fmean(new.nats)
     better = old_mean_nats - mean
     difference = (better, better / new.factor)
@@ -75,7 +80,7 @@ def one_sample(new: SeedScores, old_mean_nats: float, bar: float = BAR) -> TTest
 
 
 def welch(new: SeedScores, old: SeedScores) -> TTest:
-    """The new seeds against the old ones, which may differ in number and in spread."""
+    """Test the new seeds against the old ones, which may differ in number and spread."""
     old_nats = in_tokens_of(new, old)
     n, m = len(new.nats), len(old_nats)
     better = statistics.fmean(old_nats) - statistics.fmean(new.nats)
@@ -94,6 +99,7 @@ def welch(new: SeedScores, old: SeedScores) -> TTest:
 
 
 def make_test(name: str, gain: float, n: int, at: Errors, difference: tuple[float, float]) -> TTest:
+    """Return the test of a gain with the standard error and degrees of freedom of n seeds."""
     error, df = at(n)
     t = t_of(gain, error)
     p = upper_tail(t, df)
@@ -101,18 +107,21 @@ def make_test(name: str, gain: float, n: int, at: Errors, difference: tuple[floa
 
 
 def t_of(gain: float, error: float) -> float:
-    """Without spread, any gain is certain."""
+    """Return gain / error; without spread, any gain is certain."""
     return gain / error if error > 0 else math.copysign(math.inf, gain) if gain else 0.0
 
 
 def upper_tail(t: float, df: float) -> float:
+    """Return the probability that Student's t with `df` degrees of freedom exceeds `t`."""
     from scipy.special import stdtr
 
     return float(stdtr(df, -t))
 
 
 def outlook(gain: float, n: int, at: Errors) -> str:
-    """How many seeds of this mean and spread reach p < 0.01, or how many nats more with these."""
+    """Say how many seeds of this mean and spread reach p < 0.01, or how many nats more these seeds
+    need.
+    """
     from scipy.special import stdtrit
 
     error, df = at(n)
@@ -135,44 +144,47 @@ def outlook(gain: float, n: int, at: Errors) -> str:
 
 
 def in_tokens_of(new: SeedScores, old: SeedScores) -> list[float]:
-    """The old scores in nats a token of the new tokenizer, through BPB; as they are where the two are one."""
-    if abs(old.factor / new.factor - 1) < 0.001:  # scores of four digits are that far off
+    """Return the old scores in nats per token of the new tokenizer, converted through BPB."""
+    if abs(old.factor / new.factor - 1) < 0.001:  # four-digit scores differ by as much
         return old.nats
     return [bpb * new.factor for bpb in old.bpb]
 
 
 # ==== Seeds of a record folder ====================================================================
 def read_seeds(folder: Path) -> SeedScores:
-    """The seeds that submission.json names, with the digits of their logs where these show the same score. Of a file
-    that lists no scores of seeds: the logs' scores of one label that have its headline among them, by seed; failing
-    that, its headline as one seed. RecordError names what is missing to have all of them in nats."""
+    """Return the scores by seed of a record folder, in nats and BPB.
+
+    They are the seeds of submission.json, with all digits of a log that shows the same score. If it
+    lists no seeds: the logged scores of one label that include the headline, else the headline as
+    one seed.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise RecordError(f"{folder} is no folder; name one with a submission.json and logs in it")
     file = next(iter(sorted(folder.glob("submission*.json"))), None)
-    said, logs = read_submission(read_json(file) if file else None), logs_by_seed(folder)
-    if said.seed_results:
-        found = {
+    submission, logs = read_submission(read_json(file) if file else None), logs_by_seed(folder)
+    if submission.seed_results:
+        scores = {
             s: claimed_score(r.val_loss, r.val_bpb, logs.get(s, []))
-            for s, r in said.seed_results.items()
+            for s, r in submission.seed_results.items()
         }
     else:
-        found = logged_scores(logs, said.val_bpb) or {
-            -1: claimed_score(said.val_loss, said.val_bpb, [])
+        scores = logged_scores(logs, submission.val_bpb) or {
+            -1: claimed_score(submission.val_loss, submission.val_bpb, [])
         }
-    if not any(s.bpb is not None or s.loss is not None for s in found.values()):
+    if not any(s.bpb is not None or s.loss is not None for s in scores.values()):
         raise RecordError(
             f"{folder} names no score: neither its submission.json nor a log in it has val_bpb"
         )
     tokens, size = split_size([log for seed in logs.values() for log in seed])
-    factor = nats_per_bit(list(found.values()), tokens, size)
-    pairs = [nats_and_bpb(folder, seed, score, factor) for seed, score in found.items()]
+    factor = nats_per_bit(list(scores.values()), tokens, size)
+    pairs = [nats_and_bpb(folder, seed, score, factor) for seed, score in scores.items()]
     return SeedScores([nats for nats, _ in pairs], [bpb for _, bpb in pairs], tokens, size)
 
 
 def logs_by_seed(folder: Path) -> dict[int, list[RunLog]]:
-    """By seed, -1 where none is named: the file's name says it, else the log. Evaluations come first."""
-    found: dict[int, list[RunLog]] = {}
+    """Return the logs by seed, evaluations first; -1 is for logs without a seed."""
+    by_seed: dict[int, list[RunLog]] = {}
     paths = sorted(
         p
         for pattern in ("*.log", "*.txt", "logs/*.log", "logs/*.txt")
@@ -186,12 +198,12 @@ def logs_by_seed(folder: Path) -> dict[int, list[RunLog]]:
         named = re.search(r"seed[_-]?([0-9]{1,15})", path.name)
         seed = int(named[1]) if named else log.seed
         if log.final is not None:
-            found.setdefault(-1 if seed is None else seed, []).append(log)
-    return found
+            by_seed.setdefault(-1 if seed is None else seed, []).append(log)
+    return by_seed
 
 
 def claimed_score(loss: float | None, bpb: float | None, logs: list[RunLog]) -> LoggedScore:
-    """What is claimed, in full digits where one of the logs has it."""
+    """Return the claimed score, with all digits if one of the logs has it."""
     near = [
         s
         for log in logs
@@ -202,7 +214,9 @@ def claimed_score(loss: float | None, bpb: float | None, logs: list[RunLog]) -> 
 
 
 def logged_scores(logs: dict[int, list[RunLog]], headline: float | None) -> dict[int, LoggedScore]:
-    """Of the labels that logs end with, the last one whose scores have the headline among them; {} where none has."""
+    """Return the scores by seed under the last label that includes the headline; {} if none
+    does.
+    """
     labels = dict.fromkeys(
         s.label
         for log in [log for group in logs.values() for log in group]
@@ -210,7 +224,7 @@ def logged_scores(logs: dict[int, list[RunLog]], headline: float | None) -> dict
         if s is not None
     )
     for label in labels:
-        found = {}
+        by_seed = {}
         for seed, group in logs.items():
             scores = [
                 s
@@ -219,17 +233,17 @@ def logged_scores(logs: dict[int, list[RunLog]], headline: float | None) -> dict
                 if s.label == label and s.loss and s.bpb
             ]
             if scores:
-                found[seed] = (
+                by_seed[seed] = (
                     min(scores, key=lambda s: abs(s.bpb - headline)) if headline else scores[0]
                 )
-        bpbs = [s.bpb for s in found.values()]
+        bpbs = [s.bpb for s in by_seed.values()]
         if bpbs and (headline is None or min(bpbs) - NEAR < headline < max(bpbs) + NEAR):
-            return found
+            return by_seed
     return {}
 
 
 def split_size(logs: list[RunLog]) -> tuple[int, int]:
-    """Tokens and bytes of the validation split; 0 where no log says."""
+    """Return tokens and bytes of the validation split; 0 if no log states them."""
     tokens = next((log.tokens for log in logs if log.tokens), 0)
     return tokens, next(
         (log.val_bytes for log in logs if log.val_bytes and log.tokens == tokens), 0
@@ -237,6 +251,9 @@ def split_size(logs: list[RunLog]) -> tuple[int, int]:
 
 
 def nats_per_bit(scores: list[LoggedScore], tokens: int, size: int) -> float | None:
+    """Return nats per token for one bit per byte, from the split's size, else from scores with
+    both.
+    """
     if tokens and size:
         return math.log(2) * size / tokens
     pairs = [s.loss / s.bpb for s in scores if s.loss and s.bpb]
@@ -246,7 +263,7 @@ def nats_per_bit(scores: list[LoggedScore], tokens: int, size: int) -> float | N
 def nats_and_bpb(
     folder: Path, seed: int, score: LoggedScore, factor: float | None
 ) -> tuple[float, float]:
-    """(nats, BPB)"""
+    """Return (nats, BPB) of a score; the one that is missing is computed by the factor."""
     whose = f"{folder.name}: seed {seed}" if seed >= 0 else f"{folder.name}: its one run"
     if not score.loss and (not score.bpb):
         raise RecordError(
@@ -257,22 +274,22 @@ def nats_and_bpb(
     have, lack = ("val_bpb", "val_loss") if score.bpb else ("val_loss", "val_bpb")
     if factor is None:
         raise RecordError(
-            f"{whose} has {have} but no {lack}, and no log says how many tokens and bytes of validation "
-            f"text it scored; add its log, or {lack} to submission.json"
+            f"{whose} has {have} but no {lack}, and no log says how many tokens and bytes of "
+            f"validation text it scored; add its log, or {lack} to submission.json"
         )
     return (score.bpb * factor, score.bpb) if score.bpb else (score.loss, score.loss / factor)
 
 
 # ==== The table ===================================================================================
 def significance_text(new: SeedScores, old: SeedScores) -> str:
-    """Both records and both tests, for a terminal or a README."""
+    """Return both records and both tests as text, for a terminal or a README."""
     converted = in_tokens_of(new, old)
     lines = ["         seeds  nats      std       BPB       std       each (BPB)"]
     for name, nats, bpb in (("new", new.nats, new.bpb), ("old", converted, old.bpb)):
         spread = [f"{statistics.stdev(v):.6f}" if len(v) > 1 else "-       " for v in (nats, bpb)]
         lines.append(
-            f"{name:8} {len(nats):5}  {statistics.fmean(nats):.6f}  {spread[0]}  {statistics.fmean(bpb):.6f}  "
-            f"{spread[1]}  {' '.join(f'{v:.6f}' for v in bpb)}"
+            f"{name:8} {len(nats):5}  {statistics.fmean(nats):.6f}  {spread[0]}  "
+            f"{statistics.fmean(bpb):.6f}  {spread[1]}  {' '.join(f'{v:.6f}' for v in bpb)}"
         )
     if converted is not old.nats:
         lines.append(
@@ -281,13 +298,15 @@ def significance_text(new: SeedScores, old: SeedScores) -> str:
         )
     for test in (one_sample(new, statistics.fmean(converted)), welch(new, old)):
         nats, bpb = test.difference
-        said = (
+        statistic = (
             "no test"
             if test.t is None
             else f"t = {test.t:.2f}, df = {test.df:.2f}, p = {p_value_text(test.p)}"
         )
         verdict = "" if test.t is None else ", p < 0.01" if not test.missing else ", not p < 0.01"
-        lines.append(f"{test.name}: {said}{verdict}; better by {nats:+.6f} nats, {bpb:+.6f} BPB")
+        lines.append(
+            f"{test.name}: {statistic}{verdict}; better by {nats:+.6f} nats, {bpb:+.6f} BPB"
+        )
         lines += [f"    missing: {test.missing}"] if test.missing else []
     return "\n".join(lines)
 

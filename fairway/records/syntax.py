@@ -9,11 +9,12 @@ from typing import Any
 
 
 def constant_value(node: ast.AST | None) -> Any:
+    """Return the value of a constant; None for any other node."""
     return node.value if isinstance(node, ast.Constant) else None
 
 
 def dotted_name(node: ast.AST | None) -> str:
-    """`a.b.c` of a name or an attribute of names; "" of anything else."""
+    """Return `a.b.c` for a name or an attribute of names; "" for anything else."""
     parts: list[str] = []
     while isinstance(node, ast.Attribute):
         parts.append(node.attr)
@@ -22,7 +23,7 @@ def dotted_name(node: ast.AST | None) -> str:
 
 
 def names_in(node: ast.AST) -> set[str]:
-    """Every name and attribute in an expression."""
+    """Return every name and attribute in an expression."""
     return {
         n.id if isinstance(n, ast.Name) else n.attr
         for n in ast.walk(node)
@@ -31,12 +32,18 @@ def names_in(node: ast.AST) -> set[str]:
 
 
 def parse_python(text: str) -> tuple[ast.Module | None, str]:
-    """The tree, or None and why. Python 3.11 cannot read f-strings within f-strings as 3.12 writes them, and minified
-    records have them: then it reads their expressions as tuples."""
+    """Return the tree and "", or None and the reason.
+
+    Python 3.11 cannot parse the nested f-strings that 3.12 allows, and minified records have them.
+    Their expressions are then parsed as tuples.
+    """
     try:
         return parse_quietly(text), ""
     except (SyntaxError, ValueError, RecursionError, MemoryError) as e:
-        why = f"line {getattr(e, 'lineno', None) or '?'}: {getattr(e, 'msg', None) or e or type(e).__name__}"
+        why = (
+            f"line {getattr(e, 'lineno', None) or '?'}: "
+            f"{getattr(e, 'msg', None) or e or type(e).__name__}"
+        )
         if not isinstance(e, SyntaxError):
             return None, why
     if re.search(r"[fF][rR]?[\"']", text):
@@ -48,7 +55,7 @@ def parse_python(text: str) -> tuple[ast.Module | None, str]:
 
 
 def parse_quietly(text: str) -> ast.Module:
-    """Without Python's warnings about other people's escape sequences."""
+    """Parse without Python's warnings about other people's escape sequences."""
     with warnings.catch_warnings(action="ignore"):
         return ast.parse(text)
 
@@ -57,42 +64,46 @@ QUOTE = re.compile(r"(?<!\w)([rRbBuUfF]{0,2})(\"\"\"|\'\'\'|\"|\')|#[^\n]*")
 
 
 def without_f_strings(text: str) -> str:
-    """f"a{b}{c:d}" → ("",b,c): the same names, calls and lines."""
+    """Replace each f-string by a tuple: f"a{b}{c:d}" becomes ("",b,c). Names, calls and lines
+    stay.
+    """
     parts, at = [], 0
-    while found := QUOTE.search(text, at):
-        parts.append(text[at : found.start()])
-        part, at = string_literal(text, found)
+    while match := QUOTE.search(text, at):
+        parts.append(text[at : match.start()])
+        part, at = string_literal(text, match)
         parts.append(part)
     return "".join([*parts, text[at:]])
 
 
-def string_literal(text: str, found: re.Match[str]) -> tuple[str, int]:
-    """A comment, a string or an f-string as it is to be read, and where it ends."""
-    at, quote = found.end(), found[2]
-    if quote and "f" in found[1].lower():
+def string_literal(text: str, match: re.Match[str]) -> tuple[str, int]:
+    """Return a comment, a string or a replaced f-string, and the place where it ends."""
+    at, quote = match.end(), match[2]
+    if quote and "f" in match[1].lower():
         inner, at = f_string(text, at, quote)
         return "(" + ",".join(['""', *inner]) + ",)", at
     while quote and at < len(text) and not text.startswith(quote, at):
         at += 2 if text[at] == "\\" else 1
-    return text[found.start() : at] + (quote or ""), at + len(quote or "")
+    return text[match.start() : at] + (quote or ""), at + len(quote or "")
 
 
 def f_string(text: str, at: int, quote: str) -> tuple[list[str], int]:
-    """The expressions of an f-string whose content starts at `at`, and where it ends."""
-    found: list[str] = []
+    """Return the expressions of an f-string whose content starts at `at`, and the place where it
+    ends.
+    """
+    expressions: list[str] = []
     while at < len(text) and not text.startswith(quote, at):
         if text.startswith(("{{", "}}", "\\"), at):
             at += 2
         elif text[at] == "{":
             inner, at = replacement_field(text, at + 1)
-            found += inner
+            expressions += inner
         else:
             at += 1
-    return found, at + len(quote)
+    return expressions, at + len(quote)
 
 
 def replacement_field(text: str, at: int) -> tuple[list[str], int]:
-    """What stands between { and }: an expression, and those of its format."""
+    """Return the expression between { and }, those of its format, and the place where it ends."""
     parts, depth = [], 0
     while at < len(text) and (
         depth or not (text[at] in "}:" or (text[at] == "!" and text[at + 1 : at + 2] != "="))
@@ -105,8 +116,8 @@ def replacement_field(text: str, at: int) -> tuple[list[str], int]:
         depth += 0 if quoted else (part in "([{") - (part in ")]}")
         parts.append(part)
         at = end
-    found = ["".join(parts).strip().removesuffix("=")]
+    expressions = ["".join(parts).strip().removesuffix("=")]
     while at < len(text) and text[at] != "}":
         inner, at = replacement_field(text, at + 1) if text[at] == "{" else ([], at + 1)
-        found += inner
-    return found, at + 1
+        expressions += inner
+    return expressions, at + 1

@@ -1,4 +1,6 @@
-"""Settings of a run in the words of the field, and the pull requests from which a technique is known."""
+"""Settings of a run in the words of the field, with the pull requests that introduced a
+technique.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from fairway.records.run import dict_at
 
 
 def features(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What a model has beyond the plain one, and the pull requests from which it is known."""
+    """Yield what a model adds to the plain one, and where that is from."""
     on = s.get
     if on("smear_gate"):
         yield "SmearGate that stops at document starts", "#65, #162, #1851"
@@ -38,6 +40,7 @@ def features(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def training_features(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what training adds to the plain one, and where that is from."""
     on = s.get
     if on("muon_row_normalize"):
         yield "rows normalised before Muon", "#1285"
@@ -57,6 +60,7 @@ def training_features(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def scoring_features(result: Result) -> Iterator[tuple[str, str]]:
+    """Yield what the evaluation does, and where that is from."""
     s = dict_at(result.run.score, "settings")
     if s.get("eval_mode") == "sliding":
         yield f"sliding windows, stride {s.get('eval_stride')}", "#50"
@@ -73,18 +77,21 @@ def shape_text(result: Result) -> str:
     count = result.run.event("model").get("parameters")
     parameters = f", {count:,} parameters" if type(count) is int else ""
     return (
-        f"{s.get('num_layers')} layers of width {s.get('model_dim')}, {s.get('num_heads')} heads on "
-        f"{s.get('num_kv_heads')} of keys and values, MLP {s.get('mlp_mult')}×, vocabulary {s.get('vocab_size')}"
-        f"{parameters}"
+        f"{s.get('num_layers')} layers of width {s.get('model_dim')}, {s.get('num_heads')} heads "
+        f"on {s.get('num_kv_heads')} of keys and values, MLP {s.get('mlp_mult')}×, vocabulary "
+        f"{s.get('vocab_size')}{parameters}"
     )
 
 
 def bits_text(s: dict[str, Any]) -> str:
-    return f"attention int{s.get('attn_bits')}, MLP int{s.get('mlp_bits')}, embeddings int{s.get('embed_bits')}"
+    return (
+        f"attention int{s.get('attn_bits')}, MLP int{s.get('mlp_bits')}, embeddings "
+        f"int{s.get('embed_bits')}"
+    )
 
 
 def technique_line(result: Result) -> str:
-    """One line: shape, what is special, how it is packed and scored."""
+    """Return one line: shape, techniques, quantisation, scoring."""
     s, artifact = result.run.settings, result.run.event("artifact")
     parts = [
         shape_text(result),
@@ -96,7 +103,7 @@ def technique_line(result: Result) -> str:
 
 
 def default_blurb(results: list[Result]) -> str:
-    """The summary, where the author gave none."""
+    """Return the summary of a record whose author gave none."""
     first = results[0]
     special = [
         words

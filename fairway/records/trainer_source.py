@@ -1,7 +1,7 @@
 """Settings as a shipped trainer declares them, read from its syntax tree; nothing is run.
 
-A declaration is `name: type = knob(default, help, …, role="place")` in a class of settings. Presets are dicts or texts
-of NAME=value words.
+A declaration is `name: type = knob(default, help, …, role="place")` in a class of settings. Presets
+are dicts or texts of NAME=value words.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def preset_of_text(text: Any, defaults: dict[str, Any]) -> dict[str, Any] | None
 
 
 def literal_value(node: ast.expr, names: dict[str, Any]) -> Any:
-    """Return the value of constants, known names, dict(…), {…}, `a | b`, and texts joined by + or f"…"; else None."""
+    """Return the value of constants, known names, dict(…), {…}, `a | b`, and texts joined by + or
+    f"…"; else None.
+    """
     if isinstance(node, ast.Name):
         return names.get(node.id)
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "dict" and not node.args:

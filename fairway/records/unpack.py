@@ -1,6 +1,6 @@
-"""Packed code, undone without running it: stubs that execute what they decompress, and archives of sources.
+"""Packed code, unpacked without running it: stubs that execute what they decompress, and archives.
 
-Whatever a stub holds, the work is bounded: in bytes, in depth, and in the memory of a decompressor's dictionary.
+Whatever a stub holds, the work is limited: in bytes, in depth, and in a decompressor's dictionary.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 from fairway.records.files import RecordError, parse_json
 from fairway.records.syntax import constant_value, dotted_name
 
-LIMIT, MOST = 16 << 20, 2000  # bytes that anything unpacks to, files of one archive
+LIMIT, MOST = 16 << 20, 2000  # unpacked bytes, files of one archive
 
 
 class Unreadable(Exception):
-    """Not a constant that a known decoder turns into text within the limits."""
+    """Raised for anything but constants that known decoders turn into text within the limits."""
 
 
 def readable(holds: Any, why: str) -> None:
@@ -34,13 +34,15 @@ def readable(holds: Any, why: str) -> None:
 
 
 def unpack_stub(tree: ast.Module, layers: list[str]) -> str | None:
-    """The text that a stub's `exec(decompress(decode("…")))` would run; None if the module is no such stub."""
+    """Return the text that a stub's `exec(decompress(decode("…")))` would run; None if it is no
+    stub.
+    """
     for statement in tree.body:
         call = statement.value if isinstance(statement, ast.Expr) else None
         if isinstance(call, ast.Call) and dotted_name(call.func) == "exec" and call.args:
-            found: list[str] = []
+            undone: list[str] = []
             try:
-                value = Evaluator(tree, found).value(call.args[0])
+                value = Evaluator(tree, undone).value(call.args[0])
             except (
                 Unreadable,
                 ValueError,
@@ -53,13 +55,15 @@ def unpack_stub(tree: ast.Module, layers: list[str]) -> str | None:
                 OSError,
             ):
                 continue
-            layers += found
+            layers += undone
             return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
     return None
 
 
 class Evaluator:
-    """Constants, names bound to them at the top of the module, decoders and decompressors: nothing else."""
+    """Evaluate constants, names bound to them at the top of a module, decoders and
+    decompressors.
+    """
 
     def __init__(self, tree: ast.Module, layers: list[str]):
         self.layers, self.known, self.bound = layers, {}, {}
@@ -75,6 +79,7 @@ class Evaluator:
                 self.bound[node.targets[0].id] = node.value
 
     def value(self, node: ast.AST | None, depth: int = 0) -> Any:
+        """Return the text or bytes of an expression."""
         if depth >= 40:
             raise Unreadable("packed too deep")
         if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
@@ -88,6 +93,9 @@ class Evaluator:
         raise Unreadable
 
     def call(self, node: ast.Call, depth: int) -> Any:
+        """Return the value of a call: str.encode, bytes.decode, compile, a decoder or a
+        decompressor.
+        """
         if (
             isinstance(node.func, ast.Attribute)
             and node.func.attr in ("decode", "encode")
@@ -122,6 +130,9 @@ class Evaluator:
         return DECOMPRESSORS[module](value, {key: self.option(v) for key, v in options.items()})
 
     def dotted(self, node: ast.AST) -> str:
+        """Return the full name of a function: `L.decompress` after `import lzma as L` is
+        lzma.decompress.
+        """
         if (
             isinstance(node, ast.Attribute)
             and isinstance(node.value, ast.Call)
@@ -133,7 +144,7 @@ class Evaluator:
         return ".".join(filter(None, [self.known.get(first, first), rest]))
 
     def option(self, node: ast.AST) -> Any:
-        """lzma's constants, and the filters made of them; numbers."""
+        """Return a number, one of lzma's constants, or a list of its filters."""
         name = self.dotted(node).removeprefix("lzma.")
         if re.fullmatch(r"(FORMAT|FILTER|MF|MODE|CHECK)_\w+|PRESET_\w+", name):
             return getattr(lzma, name)
@@ -154,6 +165,7 @@ class Evaluator:
 
 
 def limited(data: bytes) -> bytes:
+    """Return the data, or raise Unreadable if there is more than LIMIT bytes of it."""
     if len(data) > LIMIT:
         raise Unreadable(f"unpacks to more than {LIMIT} bytes")
     return data
@@ -161,7 +173,7 @@ def limited(data: bytes) -> bytes:
 
 def unpack_lzma(data: bytes, options: dict[str, Any]) -> bytes:
     filters = options.get("filters")
-    for one in filters or []:  # a raw stream's dictionary is allocated as its filter says
+    for one in filters or []:  # the filter of a raw stream sets its memory
         if not 0 < one.get("dict_size", 1) <= 256 << 20:
             raise Unreadable("a dictionary too large")
     raw = options.get("format") == lzma.FORMAT_RAW
@@ -219,11 +231,13 @@ DECOMPRESSORS = {
 
 
 def archive_members(name: str, data: bytes) -> dict[str, bytes]:
-    """The Python files in an archive of code: zip, tar, or JSON of names and texts. {} where it is none of them."""
+    """Return the Python files in a zip, a tar, or JSON of names and texts; {} if it is none of
+    them.
+    """
     for unpack in (data.__getitem__, *DECOMPRESSORS.values()):
         try:
             plain = data if unpack == data.__getitem__ else unpack(data, {})
-            found = (
+            members = (
                 zip_members(plain)
                 if zipfile.is_zipfile(io.BytesIO(plain))
                 else json_members(plain, name)
@@ -245,8 +259,8 @@ def archive_members(name: str, data: bytes) -> dict[str, bytes]:
             RuntimeError,
         ):
             continue
-        if found:
-            return {f"{name}!{inner}": content for inner, content in found.items()}
+        if members:
+            return {f"{name}!{inner}": content for inner, content in members.items()}
     return {}
 
 
@@ -266,9 +280,9 @@ def json_members(data: bytes, name: str) -> dict[str, bytes]:
 
 
 def tar_members(data: bytes) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
+    members: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
-        while (info := archive.next()) is not None and len(found) < MOST:
+        while (info := archive.next()) is not None and len(members) < MOST:
             if info.isfile() and info.name.endswith(".py"):
-                found[info.name] = archive.extractfile(info).read(LIMIT)
-    return found
+                members[info.name] = archive.extractfile(info).read(LIMIT)
+    return members

@@ -1,6 +1,8 @@
-"""A report on runs: one HTML page that opens from disk, pictures beside it, and one picture for a record's README.
+"""A report on runs: one HTML page that opens from disk, a PNG for each figure, and a picture for a
+README.
 
-Reads what runs left behind; never loads a model. What a run lacks costs its figure only, and the page says what it was.
+Everything is read from files; no model is loaded. If a run lacks something, only the figure that
+needs it is missing, and the page says what it needs.
 """
 
 from __future__ import annotations
@@ -26,24 +28,26 @@ from fairway.report.figures import (
 )
 from fairway.report.split import ScoredSplit
 
-MOST_RUNS = 8  # that a figure can tell apart
+MOST_RUNS = 8  # a figure has colours and marks for so many
 PASSAGES = 10
 PNG_PREFIX = "report_"
 
 
 def write_report(runs: list[Path], out: Path) -> Path:
-    """out/report.html on these OUT_DIRs (or logs in them), and out/report_<figure>.png; the page's path."""
-    found, out = read_all_runs(runs), Path(out)
-    names = data.run_names(found)
+    """Write out/report.html and out/report_<figure>.png for these OUT_DIRs or logs; return the
+    page's path.
+    """
+    run_files, out = read_all_runs(runs), Path(out)
+    names = data.run_names(run_files)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (
-            tqdm(total=len(found) + len(FIGURES), desc="report", delay=2, leave=False) as bar,
+            tqdm(total=len(run_files) + len(FIGURES), desc="report", delay=2, leave=False) as bar,
             style.drawing(),
         ):
             taken = []
-            for run in found:
-                taken.append(take_figures(run, max(1, PASSAGES // len(found))))
+            for run in run_files:
+                taken.append(take_figures(run, max(1, PASSAGES // len(run_files))))
                 bar.update()
             sections = []
             for figure in FIGURES:
@@ -51,9 +55,9 @@ def write_report(runs: list[Path], out: Path) -> Path:
                 bar.update()
         html = page.page_html(
             page_title(names),
-            page_lead(found),
+            page_lead(run_files),
             sections,
-            page_tables(found, names, [t["passages"] for t in taken]),
+            page_tables(run_files, names, [t["passages"] for t in taken]),
         )
         write_text(out / "report.html", html)
     except OSError as e:
@@ -64,23 +68,23 @@ def write_report(runs: list[Path], out: Path) -> Path:
 
 
 def draw_picture(runs: list[Path], path: Path) -> None:
-    """One PNG: loss against tokens, and the ladder of the score."""
-    found = read_all_runs(runs)
-    names, sources = data.run_names(found), [ScoredSplit(run) for run in found]
+    """Draw one PNG: loss against tokens, and the ladder of the score."""
+    run_files = read_all_runs(runs)
+    names, sources = data.run_names(run_files), [ScoredSplit(run) for run in run_files]
     by_key = {figure.key: figure for figure in FIGURES}
     with style.drawing():
         figure, (left, right) = style.new_figure(style.WIDE, 6.5, 1, 2)
         for axes, key in ((left, "loss_tokens"), (right, "ladder")):
             taken = [take_or_missing(by_key[key], source) for source in sources]
-            held = [
+            drawn = [
                 (n, t, i)
                 for i, (n, t) in enumerate(zip(names, taken, strict=True))
                 if not isinstance(t, Missing)
             ]
-            if not held and key == "loss_tokens":
-                raise RecordError(f"{found[0].folder}: {taken[0]}")
+            if not drawn and key == "loss_tokens":
+                raise RecordError(f"{run_files[0].folder}: {taken[0]}")
             axes.set_title(by_key[key].title)
-            draw_half(axes, key, held)
+            draw_half(axes, key, drawn)
         style.settle(figure)
         try:
             with replacing(path) as f:
@@ -89,9 +93,10 @@ def draw_picture(runs: list[Path], path: Path) -> None:
             raise RecordError(f"{path}: {e.strerror or e}; name another file") from None
 
 
-def draw_half(axes: Any, key: str, held: list[tuple[str, Any, int]]) -> None:
-    runs, styles = [(name, taken) for name, taken, _ in held], [i for _, _, i in held]
-    if not held:
+def draw_half(axes: Any, key: str, drawn: list[tuple[str, Any, int]]) -> None:
+    """Draw the loss curves or the ladder into one half of the picture."""
+    runs, styles = [(name, taken) for name, taken, _ in drawn], [i for _, _, i in drawn]
+    if not drawn:
         axes.text(0.5, 0.5, "not evaluated", transform=axes.transAxes, ha="center")
         axes.axis("off")
     elif key == "ladder":
@@ -123,7 +128,7 @@ def read_all_runs(runs: list[Path]) -> list[RunFiles]:
 
 
 def take_or_missing(figure: Figure, source: ScoredSplit) -> Any:
-    """What a figure takes of a run, or the Missing that says why there is nothing to take."""
+    """Return a figure's data of one run, or the Missing that says why it has none."""
     try:
         return figure.take(source)
     except Missing as lacking:
@@ -131,7 +136,7 @@ def take_or_missing(figure: Figure, source: ScoredSplit) -> Any:
 
 
 def take_figures(run: RunFiles, count: int) -> dict[str, Any]:
-    """All that the page shows of a run, so that its split need not stay in memory."""
+    """Return all data that the page shows of a run, so that its split need not stay in memory."""
     source = ScoredSplit(run)
     taken = {figure.key: take_or_missing(figure, source) for figure in FIGURES}
     try:
@@ -142,30 +147,31 @@ def take_figures(run: RunFiles, count: int) -> dict[str, Any]:
 
 
 def draw_section(figure: Figure, names: list[str], taken: list[Any], out: Path) -> page.Section:
-    held = [(name, t) for name, t in zip(names, taken, strict=True) if not isinstance(t, Missing)]
+    """Draw one figure in both shapes, and write its PNG."""
+    runs = [(name, t) for name, t in zip(names, taken, strict=True) if not isinstance(t, Missing)]
     styles = [i for i, t in enumerate(taken) if not isinstance(t, Missing)]
     lacking = [
         (name, str(t)) for name, t in zip(names, taken, strict=True) if isinstance(t, Missing)
     ]
-    beside = out / f"{PNG_PREFIX}{figure.key}.png"
-    if not held:
-        beside.unlink(missing_ok=True)  # an older report's
+    png_path = out / f"{PNG_PREFIX}{figure.key}.png"
+    if not runs:
+        png_path.unlink(missing_ok=True)  # left by an older report
         return page.Section(figure.key, figure.title, [], "", "", "", lacking, "")
-    wide, narrow = (figure.draw(held, shape, styles) for shape in (style.WIDE, style.NARROW))
+    wide, narrow = (figure.draw(runs, shape, styles) for shape in (style.WIDE, style.NARROW))
     for drawn in (wide, narrow):
         style.settle(drawn)
-    with replacing(beside) as f:
+    with replacing(png_path) as f:
         f.write(style.png(wide))
     more = {
-        "ladder": lambda: page.ladder_table(ladder_rows(held), [name for name, _ in held]),
-        "bytes": lambda: page.bytes_table(held),
-        "errors": lambda: page.matrices_table(held),
+        "ladder": lambda: page.ladder_table(ladder_rows(runs), [name for name, _ in runs]),
+        "bytes": lambda: page.bytes_table(runs),
+        "errors": lambda: page.matrices_table(runs),
     }
-    said = [(name, figure.say(t)) for name, t in held]
+    findings = [(name, figure.say(t)) for name, t in runs]
     return page.Section(
         figure.key,
         figure.title,
-        said,
+        findings,
         figure.caption,
         style.svg(wide, f"{figure.key}-w-"),
         style.svg(narrow, f"{figure.key}-n-"),
@@ -177,13 +183,16 @@ def draw_section(figure: Figure, names: list[str], taken: list[Any], out: Path) 
 def page_tables(
     runs: list[RunFiles], names: list[str], taken: list[Any]
 ) -> list[tuple[str, str, str]]:
-    found = [(name, *t) for name, t in zip(names, taken, strict=True) if not isinstance(t, Missing)]
+    """Return (key, title, HTML) of the three tables."""
+    with_passages = [
+        (name, *t) for name, t in zip(names, taken, strict=True) if not isinstance(t, Missing)
+    ]
     lacking = [
         (name, str(t)) for name, t in zip(names, taken, strict=True) if isinstance(t, Missing)
     ]
     return [
         ("summary", "Summary", page.summary_html(runs, names)),
-        ("passages", "The worst predicted passages", page.passages_html(found, lacking)),
+        ("passages", "The worst predicted passages", page.passages_html(with_passages, lacking)),
         ("certificate", "The certificate", page.certificates_html(runs, names)),
     ]
 
@@ -197,6 +206,7 @@ def page_title(names: list[str]) -> str:
 def page_lead(runs: list[RunFiles]) -> str:
     scored = sum(run.score is not None for run in runs)
     return (
-        f"{len(runs)} run{'s' * (len(runs) > 1)}, {scored} of them scored. Bits a byte and nats a token: lower is "
-        "better. Every number comes from the run's own logs and evaluation."
+        f"{len(runs)} run{'s' * (len(runs) > 1)}, {scored} of them scored. Lower is better, for "
+        "bits per byte and nats per token. Every number comes from the run's own logs and "
+        "evaluation."
     )

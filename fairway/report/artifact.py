@@ -1,4 +1,6 @@
-"""What is in an artifact and where the bytes of a submission go; docs/ARTIFACT.md has the format."""
+"""The content of an artifact, and where the bytes of a submission go. docs/ARTIFACT.md has the
+format.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,8 @@ MAGIC, PREFIX_BYTES, MOST_HEADER, MOST_TOKENIZER = b"FAIRWAY\0", 48, 1 << 20, 1 
 
 
 class ArtifactFile(NamedTuple):
+    """Sizes, tensor table and tokenizer of an artifact."""
+
     header_bytes: int
     payload_bytes: int
     tokenizer_bytes: int
@@ -33,7 +37,7 @@ class ArtifactFile(NamedTuple):
 
 
 def read_artifact_file(run: RunFiles) -> ArtifactFile:
-    """The header of an artifact and its tokenizer, every size checked; docs/ARTIFACT.md."""
+    """Read the header and the tokenizer of a run's artifact, and check every size."""
     if run.artifact is None:
         raise Missing("the artifact of this run is gone")
     name = clean_text(run.artifact.name)
@@ -70,7 +74,7 @@ def read_artifact_file(run: RunFiles) -> ArtifactFile:
 
 
 def decompress_brotli(stream: bytes) -> bytes:
-    """A Brotli stream of at most MOST_TOKENIZER bytes; b"" where it is longer or damaged."""
+    """Decompress a stream of at most MOST_TOKENIZER bytes; b"" if it is longer or damaged."""
     import brotli
 
     decoder = brotli.Decompressor()
@@ -83,6 +87,8 @@ def decompress_brotli(stream: bytes) -> bytes:
 
 # ==== WHERE THE BYTES GO ==========================================================================
 class BytePart(NamedTuple):
+    """One part of a submission."""
+
     name: str
     kind: str  # "weights", "file" or "code"
     bytes: float
@@ -90,6 +96,8 @@ class BytePart(NamedTuple):
 
 
 class ByteBreakdown(NamedTuple):
+    """All parts of a submission, and its budget."""
+
     parts: list[BytePart]  # largest first
     budget: int
 
@@ -99,6 +107,7 @@ class ByteBreakdown(NamedTuple):
 
 
 def tensor_class(name: str) -> str:
+    """`tensor_class("blocks.0.mlp.fc.weight")` is "MLP"."""
     for pattern, kind in (
         (r"bigram", "bigram"),
         (r"emb|head\b", "embedding"),
@@ -111,8 +120,11 @@ def tensor_class(name: str) -> str:
 
 
 def bits_by_class(run: RunFiles, tensors: dict[str, Any], skip: int) -> dict[str, float]:
-    """class → bits that its tensors take, by what the quantiser said of each. `skip`: where shapes begin."""
-    said, found = dict_at(run.event("quantised"), "tensors"), {}
+    """Return the bits of each class of tensors, by the quantiser's estimate for each tensor.
+
+    `skip` is the number of items before the shape in a row of the tensor table.
+    """
+    estimates, bits_of = dict_at(run.event("quantised"), "tensors"), {}
     for name, shape in list(tensors.items())[:4096]:
         if (
             not isinstance(shape, list)
@@ -120,10 +132,10 @@ def bits_by_class(run: RunFiles, tensors: dict[str, Any], skip: int) -> dict[str
             or any(whole_number(n) is None for n in shape)
         ):
             continue
-        told = said.get(name)
+        estimate = estimates.get(name)
         bits = (
-            finite_number(told[1])
-            if isinstance(told, list) and len(told) > 1
+            finite_number(estimate[1])
+            if isinstance(estimate, list) and len(estimate) > 1
             else finite_number(shape[0])
             if skip
             else 16.0
@@ -131,12 +143,12 @@ def bits_by_class(run: RunFiles, tensors: dict[str, Any], skip: int) -> dict[str
         size = min(math.prod(shape[skip:]), 1 << 40)
         if 0 <= bits <= 32:
             kind = tensor_class(clean_text(name))
-            found[kind] = found.get(kind, 0.0) + bits * size
-    return {kind: bits for kind, bits in found.items() if bits > 0}
+            bits_of[kind] = bits_of.get(kind, 0.0) + bits * size
+    return {kind: bits for kind, bits in bits_of.items() if bits > 0}
 
 
 def code_groups(run: RunFiles) -> dict[str, int]:
-    """Files at the root by name, others by folder; the smallest together."""
+    """Return bytes of code: files at the root by name, others by folder, the smallest together."""
     groups: dict[str, int] = {}
     for name, size in code_files(run).items():
         folder, _, _ = name.rpartition("/")
@@ -148,7 +160,9 @@ def code_groups(run: RunFiles) -> dict[str, int]:
 
 
 def byte_breakdown(run: RunFiles) -> ByteBreakdown:
-    """Where the bytes go: sizes of files are exact, the classes of tensors share the payload by estimate."""
+    """Return where the bytes go. File sizes are exact; classes of tensors share the payload by
+    estimate.
+    """
     total = whole_number(run.event("artifact").get("bytes")) or whole_number(
         dict_at(run.score, "sizes").get("artifact")
     )
@@ -156,14 +170,14 @@ def byte_breakdown(run: RunFiles) -> ByteBreakdown:
         raise no_export(run, "artifact")
     parts, tensors, skip = [], dict_at(run.event("model"), "tensors"), 0
     try:
-        made = read_artifact_file(run)
+        stored = read_artifact_file(run)
     except Missing:
         payload = total
     else:
-        payload, tensors, skip = made.payload_bytes, made.tensors, 1
+        payload, tensors, skip = stored.payload_bytes, stored.tensors, 1
         parts = [
-            BytePart("tokenizer", "file", made.tokenizer_bytes, True),
-            BytePart("header", "file", made.header_bytes, True),
+            BytePart("tokenizer", "file", stored.tokenizer_bytes, True),
+            BytePart("header", "file", stored.header_bytes, True),
         ]
     bits = bits_by_class(run, tensors, skip) or {"weights": 1.0}
     parts += [

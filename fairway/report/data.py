@@ -1,4 +1,6 @@
-"""What the figures show, taken from a run's files: small arrays and names, every value checked on the way."""
+"""The data of the figures, taken from a run's files: small arrays and names, every value
+checked.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +13,32 @@ import numpy as np
 
 from fairway.records.run import RunFiles, dict_at
 
-DEFAULT_BUDGET = 16_000_000  # bytes, where no setting says otherwise
-MOST_POINTS = 200_000  # of training, that are looked at
-MOST_ROWS = 64  # of any list that comes from a file
+DEFAULT_BUDGET = 16_000_000  # bytes, if no setting says otherwise
+MOST_POINTS = 200_000  # training steps that are read
+MOST_ROWS = 64  # items that are read of any list in a file
 
 
 class Missing(Exception):
-    """In one line: what a figure lacks, and the command that makes it."""
+    """One line: what a figure lacks, and the command that makes it."""
 
 
 # ==== VALUES ======================================================================================
 def finite_number(value: Any) -> float:
-    """A finite number; NaN for anything else that JSON may hold."""
+    """Return a JSON number as a float; NaN for anything else."""
     if type(value) not in (int, float) or abs(value) > 1e18:
         return math.nan
     return float(value)
 
 
 def whole_number(value: Any) -> int | None:
-    """A count or a size; None for anything else."""
+    """Return a count or a size; None for anything else."""
     return value if type(value) is int and 0 <= value < 1 << 53 else None
 
 
 def clean_text(value: Any, limit: int = 80) -> str:
-    """One line of printable text, cut at a limit; lists and objects are none."""
+    """Return one line of printable text of at most `limit` characters; "" for a list or an
+    object.
+    """
     if type(value) not in (str, int, float, bool):
         return ""
     text = "".join(c if c.isprintable() else " " for c in str(value)[: 4 * limit]).strip()
@@ -42,12 +46,14 @@ def clean_text(value: Any, limit: int = 80) -> str:
 
 
 def objects_in(value: Any, limit: int = MOST_ROWS) -> list[dict[str, Any]]:
-    """The objects of a list."""
+    """Return the objects of a list."""
     return [v for v in value[:limit] if isinstance(v, dict)] if isinstance(value, list) else []
 
 
 def run_names(runs: list[RunFiles]) -> list[str]:
-    """What each run is called in legends and tables: its run id; of several alike, with folder or seed."""
+    """Return what legends call each run: its run id, else its folder, seed or number, until all
+    differ.
+    """
     ids = [clean_text(run.run_id, 24) or "run" for run in runs]
     folders = [
         clean_text(run.folder.resolve().name, 24) or name
@@ -60,33 +66,34 @@ def run_names(runs: list[RunFiles]) -> list[str]:
 
 # ==== TRAINING ====================================================================================
 class Curve(NamedTuple):
-    """Training as the log tells it; arrays [n], in the order of tokens seen."""
+    """Training by the log; arrays [n], in the order of tokens seen."""
 
     tokens: np.ndarray
     seconds: np.ndarray
-    loss: np.ndarray  # nats a token
+    loss: np.ndarray  # nats per token
     val: np.ndarray  # [m, 3]: tokens, seconds, loss
     qat: tuple[float, float] | None  # tokens and seconds at which quantisation-aware training began
-    final: float  # loss of the artifact as read back; NaN where it was not scored
+    final: float  # loss of the artifact as read back; NaN if it was not scored
 
 
 def no_export(run: RunFiles, event: str) -> Missing:
     if not run.events:
         return no_events(run)
     return Missing(
-        f"no `{event}` event in logs/{clean_text(run.run_id)}.jsonl: training did not reach its export; RESUME=1 "
-        "python train_gpt.py goes on from its checkpoint"
+        f"no `{event}` event in logs/{clean_text(run.run_id)}.jsonl: training did not reach its "
+        "export; RESUME=1 python train_gpt.py continues from its checkpoint"
     )
 
 
 def no_events(run: RunFiles) -> Missing:
     return Missing(
-        f"no training events in logs/{clean_text(run.run_id)}.jsonl; train_gpt.py writes that file beside the "
-        "log, so copy it too or train again"
+        f"no training events in logs/{clean_text(run.run_id)}.jsonl; train_gpt.py writes that file "
+        "next to the log, so copy it too or train again"
     )
 
 
 def training_curve(run: RunFiles) -> Curve:
+    """Return the curve of a run with at least two logged steps."""
     rows = np.array(
         [
             [finite_number(e.get(name)) for name in ("step", "tokens", "seconds", "loss")]
@@ -99,7 +106,7 @@ def training_curve(run: RunFiles) -> Curve:
     if len(rows) < 2:
         raise no_events(run)
     rows = rows[np.argsort(rows[:, 1], kind="stable")]
-    each = rows[-1, 1] / rows[-1, 0]  # tokens a step
+    each = rows[-1, 1] / rows[-1, 0]  # tokens per step
 
     def place(event: dict[str, Any]) -> tuple[float, float]:
         at = finite_number(event.get("step")) * each
@@ -122,19 +129,24 @@ def training_curve(run: RunFiles) -> Curve:
 def smooth_curve(
     x: np.ndarray, y: np.ndarray, cells: int = 240, decades: float = 0.035
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A weighted mean of neighbours on a logarithmic axis: early points stand alone, of late ones many count."""
+    """Return a weighted mean of neighbours on a logarithmic axis.
+
+    Early points stand alone; late points are averaged over many.
+    """
     log = np.log10(x)
     at = np.linspace(log[0], log[-1], cells)
     cell = np.clip(np.searchsorted(at, log, side="right") - 1, 0, cells - 1)
     count = np.bincount(cell, minlength=cells)
-    held = count > 0
-    place, mean = (np.bincount(cell, v, cells)[held] / count[held] for v in (log, y))
+    filled = count > 0
+    place, mean = (np.bincount(cell, v, cells)[filled] / count[filled] for v in (log, y))
     near = np.exp(-0.5 * ((at[:, None] - at) / decades) ** 2)
     return 10**at, near @ np.interp(at, place, mean) / near.sum(axis=1)
 
 
 # ==== THE LADDER ==================================================================================
 class Rung(NamedTuple):
+    """One row of the ladder."""
+
     group: str  # one of GROUPS
     name: str
     bpb: float
@@ -144,7 +156,7 @@ GROUPS = {
     "score": "The score, step by step",
     "alone": "One expert added to the neural model",
     "other": "Other mixtures, for comparison",
-    "apart": "No score: no record may use it",
+    "apart": "Not a score: no record may use it",
 }
 
 
@@ -155,7 +167,7 @@ def no_score(run: RunFiles) -> Missing:
 
 
 def evaluation_command(run: RunFiles) -> str:
-    """The command that scores a run's artifact."""
+    """Return the command that scores a run's artifact."""
     artifact = run.artifact or run.folder / "final_model.int6.ptz"
     paths = [shlex.quote(clean_text(str(path), 200)) for path in (artifact, run.folder)]
     return f"CHECKPOINT={paths[0]} OUT_DIR={paths[1]} python eval_final.py --certify"
@@ -168,6 +180,9 @@ def score_of(run: RunFiles) -> dict[str, Any]:
 
 
 def ladder_rungs(run: RunFiles) -> list[Rung]:
+    """Return the rungs of the score, of single experts, of other mixtures, and of what is no
+    score.
+    """
     score = score_of(run)
     rungs = [
         Rung("score", clean_text(r.get("name"), 40), finite_number(r.get("bpb")))
@@ -180,7 +195,7 @@ def ladder_rungs(run: RunFiles) -> list[Rung]:
         )
     table = dict_at(score, "correction")
     rungs += [
-        Rung("apart", "oracle: the answers in hand", finite_number(table.get("oracle_bpb"))),
+        Rung("apart", "oracle: knows the answers", finite_number(table.get("oracle_bpb"))),
         Rung("apart", "correction table, bits charged", finite_number(table.get("charged_bpb"))),
     ]
     rungs = list({(r.group, r.name): r for r in rungs if 0 <= r.bpb < 100 and r.name}.values())
@@ -191,33 +206,37 @@ def ladder_rungs(run: RunFiles) -> list[Rung]:
 
 # ==== QUANTISER AND MIXTURE =======================================================================
 class MatrixError(NamedTuple):
+    """The quantisation error of one matrix."""
+
     kind: str  # "attn.q"
-    layer: int  # -1: belongs to none
+    layer: int  # -1: in no layer
     error: float  # relative: |W - Q| / |W|
-    bits: float  # a weight, as estimated from its entropy
+    bits: float  # per weight, estimated from the entropy of its codes
 
 
 def matrix_errors(run: RunFiles) -> list[MatrixError]:
-    found = []
-    for name, told in list(dict_at(run.event("quantised"), "tensors").items())[:2048]:
+    errors = []
+    for name, estimate in list(dict_at(run.event("quantised"), "tensors").items())[:2048]:
         error, bits = (
-            (finite_number(v) for v in told[:2])
-            if isinstance(told, list) and len(told) >= 2
+            (finite_number(v) for v in estimate[:2])
+            if isinstance(estimate, list) and len(estimate) >= 2
             else (math.nan,) * 2
         )
         if 0 <= error < 1e6 and 0 <= bits <= 32:
             place = re.fullmatch(r"blocks\.(\d{1,3})\.(.+?)(?:\.weight)?", name)
             kind = place[2] if place else name.removesuffix(".weight")
-            found.append(
+            errors.append(
                 MatrixError(clean_text(kind, 20), int(place[1]) if place else -1, error, bits)
             )
-    if not found:
+    if not errors:
         raise no_export(run, "quantised")
-    return found
+    return errors
 
 
 class Trace(NamedTuple):
-    experts: list[str]  # those that ever weigh half a per cent
+    """The weights of the mixture along the split."""
+
+    experts: list[str]  # those with a weight of half a per cent anywhere
     weights: np.ndarray  # [points, experts], means over equal parts of the split
     tokens: float
 
@@ -236,10 +255,10 @@ def weight_trace(run: RunFiles) -> Trace:
         grid = grid[np.isfinite(grid).all(axis=1)] if grid.size else grid
         grid = np.clip(grid, 0, 1)
         if len(grid) >= 2 and grid.max() >= 0.005:
-            kept = grid.max(axis=0) >= 0.005
+            heavy = grid.max(axis=0) >= 0.005
             return Trace(
-                [e for e, k in zip(experts, kept, strict=True) if k],
-                grid[:, kept],
+                [e for e, k in zip(experts, heavy, strict=True) if k],
+                grid[:, heavy],
                 finite_number(score_of(run).get("tokens")),
             )
     raise Missing("eval/score.json holds no weights of the mixture; run eval_final.py again")
@@ -263,7 +282,9 @@ def duration_text(seconds: Any) -> str:
 
 
 def code_files(run: RunFiles) -> dict[str, int]:
-    """file → bytes of all code that counts; train_gpt.py alone where the run was not evaluated."""
+    """Return the bytes of each file that counts as code; train_gpt.py alone without an
+    evaluation.
+    """
     files = {
         clean_text(name): whole_number(size) or 0
         for name, size in list(dict_at(run.score, "sizes", "code").items())[:4096]
@@ -273,8 +294,8 @@ def code_files(run: RunFiles) -> dict[str, int]:
 
 
 def summary_values(run: RunFiles) -> dict[str, str]:
-    """The table at the top: what → its value in words; empty where the files do not say."""
-    start, made, final, score = (
+    """Return the rows of the first table: title → text, "" if the files do not say."""
+    start, exported, final, score = (
         run.event("start"),
         run.event("artifact"),
         run.event("final"),
@@ -283,14 +304,14 @@ def summary_values(run: RunFiles) -> dict[str, str]:
     sizes, last = dict_at(score, "sizes"), (run.all_events("train") or [{}])[-1]
     seconds = [finite_number(s) for s in dict_at(score, "seconds").values()]
     code = sum(code_files(run).values()) or None
-    artifact = whole_number(sizes.get("artifact")) or whole_number(made.get("bytes"))
-    budget = whole_number(made.get("budget_bytes")) or DEFAULT_BUDGET
+    artifact = whole_number(sizes.get("artifact")) or whole_number(exported.get("bytes"))
+    budget = whole_number(exported.get("budget_bytes")) or DEFAULT_BUDGET
     rungs = objects_in(score.get("ladder"))
     rows = {
-        "val_bpb (bits a byte)": decimal_text(score.get("val_bpb", final.get("bpb")), 6),
+        "val_bpb (bits per byte)": decimal_text(score.get("val_bpb", final.get("bpb")), 6),
         "counted by": "eval_final.py" if score else "train_gpt.py, neural only" if final else "",
-        "val_loss (nats a token)": decimal_text(score.get("val_loss", final.get("loss")), 6),
-        "neural alone (bits a byte)": decimal_text(rungs[-2].get("bpb"), 6)
+        "val_loss (nats per token)": decimal_text(score.get("val_loss", final.get("loss")), 6),
+        "neural alone (bits per byte)": decimal_text(rungs[-2].get("bpb"), 6)
         if len(rungs) > 1
         else "",
         "certificate": certificate_summary(run),
@@ -299,7 +320,7 @@ def summary_values(run: RunFiles) -> dict[str, str]:
         "artifact": count_text(artifact, " bytes"),
         "code": count_text(code, " bytes"),
         "budget left": count_text(budget - artifact - (code or 0), " bytes") if artifact else "",
-        "codec": clean_text(made.get("codec")),
+        "codec": clean_text(exported.get("codec")),
         "parameters": count_text(whole_number(run.event("model").get("parameters"))),
         "steps": count_text(whole_number(last.get("step"))),
         "training tokens": count_text(whole_number(last.get("tokens"))),
@@ -318,7 +339,7 @@ def summary_values(run: RunFiles) -> dict[str, str]:
         "all data": trained.get("data"),
         "scored split": judged.get("data"),
         "tokenizer": trained.get("tokenizer", judged.get("tokenizer")),
-        "artifact": made.get("sha256"),
+        "artifact": exported.get("sha256"),
     }
     return rows | {
         f"SHA-256 of {name}": clean_text(value, 64)[:16] for name, value in hashes.items()
@@ -336,7 +357,7 @@ def certificate_summary(run: RunFiles) -> str:
 
 
 def rule_verdicts(run: RunFiles) -> list[tuple[str, str, str]]:
-    """(rule, verdict, figure) of the certificate; [] where there is none."""
+    """Return (rule, verdict, figure) of the certificate; [] without one."""
     rows = [
         (
             clean_text(r.get("rule"), 40),

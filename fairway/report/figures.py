@@ -1,4 +1,6 @@
-"""The figures: each takes one run's data from its files, draws several runs at once, and says what it shows."""
+"""The figures. Each takes the data of one run from its files, draws several runs, and says what
+they show.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,17 @@ from fairway.report.style import (
     wrapped,
 )
 
-Named = list[tuple[str, Any]]  # (name of a run, its data), one a run
+Named = list[tuple[str, Any]]  # one (name, data) for each run
 
 
 class Figure(NamedTuple):
-    key: str  # of its anchor and its PNG
+    """One figure of the page."""
+
+    key: str  # names its anchor and its PNG
     title: str
     take: Callable[[ScoredSplit], Any]  # raises Missing
-    draw: Callable[[Named, FigureShape, list[int]], Any]  # list: which style each run has
-    say: Callable[[Any], str]  # what one run's data show, in numbers
+    draw: Callable[[Named, FigureShape, list[int]], Any]  # list: the style of each run
+    say: Callable[[Any], str]  # states in numbers what the data of one run show
     caption: str
 
 
@@ -66,7 +70,7 @@ def grid(axes: Any, axis: str = "both") -> None:
 
 # ==== 1, 2: TRAINING ==============================================================================
 def draw_curves(x: int) -> Callable[[Named, FigureShape, list[int]], Any]:
-    """Loss against field `x` of a Curve: 0 tokens, 1 seconds."""
+    """Return a function that draws loss against field `x` of a Curve: 0 tokens, 1 seconds."""
 
     def draw(runs: Named, shape: FigureShape, styles: list[int]) -> Any:
         figure, (axes,) = new_figure(shape, 6.2 if shape.wide else 6.0)
@@ -85,13 +89,13 @@ def draw_curves(x: int) -> Callable[[Named, FigureShape, list[int]], Any]:
 def loss_curves(axes: Any, runs: Named, styles: list[int], x: int) -> None:
     tops, lows = [], []
     for (_, curve), style in zip(runs, styles, strict=True):
-        own, held = colour(style), curve[x] > 0
+        own, positive = colour(style), curve[x] > 0
         along, loss = data.smooth_curve(curve.tokens, curve.loss)
         along = np.interp(along, curve.tokens, curve[x])
-        step = max(1, int(held.sum()) // 400)
+        step = max(1, int(positive.sum()) // 400)
         axes.plot(
-            curve[x][held][::step],
-            curve.loss[held][::step],
+            curve[x][positive][::step],
+            curve.loss[positive][::step],
             "o",
             ms=4.5,
             color=own,
@@ -123,16 +127,16 @@ def loss_curves(axes: Any, runs: Named, styles: list[int], x: int) -> None:
         axes.set_xscale("log")
         axes.set_xlabel("training tokens (logarithmic)")
         spread_ticks(axes)
-    else:  # the first steps fall from the top of the picture: what matters comes after them
+    else:  # the first steps fall so far that they would flatten the rest of the curve
         axes.set_xlabel("training time (seconds)")
         margin = 0.06 * max(max(tops) - min(lows), 0.01)
         axes.set_ylim(min(lows) - margin, max(tops) + margin)
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     grid(axes)
 
 
 def spread_ticks(axes: Any) -> None:
-    """Powers of ten, or 1-2-5 where the axis spans few of them."""
+    """Put ticks at powers of ten, or at 1-2-5 if the axis spans few of them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_xlim()
@@ -150,7 +154,7 @@ def spread_ticks(axes: Any) -> None:
 
 
 def curve_marks(curves: list[Any]) -> list[tuple[Any, str]]:
-    """What the marks mean, those that are there."""
+    """Return legend entries for the marks that these curves have."""
     ink, surface = light("soft"), light("surface")
     entries = [
         (handle(ls="", marker="o", ms=4.5, color=ink, alpha=0.7), "training, each logged step")
@@ -168,7 +172,10 @@ def say_curves(x: int) -> Callable[[Any], str]:
     def say(curve: data.Curve) -> str:
         place = [lambda v: f"{short(v)} tokens", lambda v: f"{v:.0f} s"][x]
         end = data.smooth_curve(curve.tokens, curve.loss)[1][-1]
-        text = f"training loss goes from {curve.loss[0]:.2f} to {end:.3f} nats a token in {place(curve[x][-1])}"
+        text = (
+            f"training loss goes from {curve.loss[0]:.2f} to {end:.3f} nats per token in "
+            f"{place(curve[x][-1])}"
+        )
         if curve.qat:
             text += f", with QAT from {place(curve.qat[x])} on"
         if len(curve.val):
@@ -182,16 +189,16 @@ def say_curves(x: int) -> Callable[[Any], str]:
 
 # ==== 3: THE LADDER ===============================================================================
 def ladder_rows(runs: Named) -> list[tuple[str, str, list[float]]]:
-    """(group, name, bits a byte of each run or NaN), groups in their order, a row for each name."""
-    found: dict[tuple[str, str], list[float]] = {}
-    above: dict[tuple[str, str], int] = {}  # how many rungs of the score a run has from this one on
+    """Return (group, name, bits per byte of each run or NaN), one row for each name, in order."""
+    values_of: dict[tuple[str, str], list[float]] = {}
+    above: dict[tuple[str, str], int] = {}  # number of rungs of the score from this one on
     for at, (_, rungs) in enumerate(runs):
         for i, rung in enumerate(rungs):
             row, left = rung[:2], sum(r.group == "score" for r in rungs[i:])
-            found.setdefault(row, [math.nan] * len(runs))[at] = rung.bpb
+            values_of.setdefault(row, [math.nan] * len(runs))[at] = rung.bpb
             above[row] = max(above.get(row, 0), left)
-    order = sorted(found, key=lambda row: (list(data.GROUPS).index(row[0]), -above[row]))
-    return [(*row, found[row]) for row in order]
+    order = sorted(values_of, key=lambda row: (list(data.GROUPS).index(row[0]), -above[row]))
+    return [(*row, values_of[row]) for row in order]
 
 
 def draw_ladder(runs: Named, shape: FigureShape, styles: list[int]) -> Any:
@@ -212,16 +219,18 @@ def draw_ladder(runs: Named, shape: FigureShape, styles: list[int]) -> Any:
 
 
 def ladder_dots(
-    axes: Any, rows: list[tuple[str, str, list[float]]], styles: list[int], beside: bool
+    axes: Any, rows: list[tuple[str, str, list[float]]], styles: list[int], wide: bool
 ) -> None:
-    """A row a name, its dots at bits a byte. Names stand beside the axis, or above their rows where room is short."""
+    """Draw one row of dots for each name. Names stand left of the axis if `wide`, else above their
+    rows.
+    """
     low, high = (
         f(v for _, _, values in rows for v in values if math.isfinite(v)) for f in (min, max)
     )
     room = max(high - low, 1e-3)
     axes.set_xlim(
         low - 0.06 * room,
-        high + (0.12 if beside else 0.3) * (1.0 if len(styles) == 1 else 1.6) * room,
+        high + (0.12 if wide else 0.3) * (1.0 if len(styles) == 1 else 1.6) * room,
     )
     left = axes.get_yaxis_transform()
     y, last, ticks = 0.0, "", []
@@ -229,7 +238,7 @@ def ladder_dots(
         if group != last:
             y -= 1.0 if not last else 1.15
             axes.text(
-                0.004 if beside else 0.0,
+                0.004 if wide else 0.0,
                 y,
                 data.GROUPS[group],
                 transform=left,
@@ -258,15 +267,15 @@ def ladder_dots(
             weight="bold" if best else "normal",
             bbox=dict(fc=light("apart"), ec="none", pad=1.5) if group == "apart" else None,
         )
-        ladder_row(axes, y if beside else y - 0.24, values, styles, words)
-        if not beside:
+        ladder_row(axes, y if wide else y - 0.24, values, styles, words)
+        if not wide:
             axes.text(0.0, y + 0.2, name, transform=left, **words)
         ticks.append((y, name))
     axes.set_ylim(y - 0.7, -0.4)
     axes.set_yticks(
-        [at for at, _ in ticks], [label(name) for _, name in ticks] if beside else [""] * len(ticks)
+        [at for at, _ in ticks], [label(name) for _, name in ticks] if wide else [""] * len(ticks)
     )
-    axes.set_xlabel("bits a byte (lower is better)")
+    axes.set_xlabel("bits per byte (lower is better)")
     grid(axes, "x")
     axes.spines["left"].set_visible(False)
 
@@ -274,9 +283,9 @@ def ladder_dots(
 def ladder_row(
     axes: Any, y: float, values: list[float], styles: list[int], words: dict[str, Any]
 ) -> None:
-    """The dots of a row and, beside the last, their mean."""
-    held = [(v, s) for v, s in zip(values, styles, strict=True) if math.isfinite(v)]
-    for value, style in held:
+    """Draw the dots of a row and, next to the last, their mean."""
+    points = [(v, s) for v, s in zip(values, styles, strict=True) if math.isfinite(v)]
+    for value, style in points:
         axes.plot(
             value,
             y,
@@ -287,9 +296,9 @@ def ladder_row(
             mew=0.8,
             zorder=4,
         )
-    mean, last = sum(v for v, _ in held) / len(held), max(v for v, _ in held)
+    mean, last = sum(v for v, _ in points) / len(points), max(v for v, _ in points)
     axes.annotate(
-        f"{mean:.4f}" if len(held) == 1 else f"mean {mean:.4f}",
+        f"{mean:.4f}" if len(points) == 1 else f"mean {mean:.4f}",
         (last, y),
         (12, 0),
         textcoords="offset points",
@@ -298,7 +307,9 @@ def ladder_row(
 
 
 def say_ladder(rungs: list[data.Rung]) -> str:
-    text = "bits a byte: " + ", ".join(f"{r.name} {r.bpb:.4f}" for r in rungs if r.group == "score")
+    text = "bits per byte: " + ", ".join(
+        f"{r.name} {r.bpb:.4f}" for r in rungs if r.group == "score"
+    )
     if alone := min((r for r in rungs if r.group == "alone"), key=lambda r: r.bpb, default=None):
         text += f"; the best single expert is {alone.name.lstrip('+ ')} with {alone.bpb:.4f}"
     return text + "".join(f"; no score: {r.name} {r.bpb:.4f}" for r in rungs if r.group == "apart")
@@ -308,8 +319,11 @@ def say_ladder(rungs: list[data.Rung]) -> str:
 def squarified(
     sizes: list[float], x: float, y: float, w: float, h: float
 ) -> list[tuple[float, float, float, float]]:
-    """Rectangles (x, y, w, h) of these areas, largest first, as near to squares as rows of them can be (Bruls 2000)."""
-    found: list[tuple[float, float, float, float]] = []
+    """Return rectangles (x, y, w, h) of these areas, as near to squares as possible (Bruls 2000).
+
+    `sizes` is sorted, largest first.
+    """
+    boxes: list[tuple[float, float, float, float]] = []
     scale = w * h / sum(sizes)
     left = [size * scale for size in sizes]
     while left:
@@ -324,11 +338,11 @@ def squarified(
         depth, at = sum(left[:take]) / side, 0.0
         for area in left[:take]:
             long = area / depth
-            found.append((x, y + at, depth, long) if w >= h else (x + at, y, long, depth))
+            boxes.append((x, y + at, depth, long) if w >= h else (x + at, y, long, depth))
             at += long
         x, y, w, h = (x + depth, y, w - depth, h) if w >= h else (x, y + depth, w, h - depth)
         left = left[take:]
-    return found
+    return boxes
 
 
 PART_KINDS = {
@@ -366,14 +380,14 @@ def draw_bytes(runs: Named, shape: FigureShape, styles: list[int]) -> Any:
         tree.set_xlim(0, wide)
         tree.set_ylim(high, 0)
         tree.axis("off")
-    there = {p.kind for _, weighed in runs for p in weighed.parts}
+    kinds = {p.kind for _, weighed in runs for p in weighed.parts}
     legend(
         figure,
         shape,
         [
             (Patch(fc=light(fill), ec=light(edge)), text)
             for kind, (fill, edge, text) in PART_KINDS.items()
-            if kind in there
+            if kind in kinds
         ],
     )
     return figure
@@ -386,7 +400,7 @@ def rectangle(x: float, y: float, w: float, h: float, **options: Any) -> Any:
 
 
 def budget_bar(axes: Any, name: str, weighed: Any, shape: FigureShape) -> None:
-    """The whole budget to scale: what is used, and what is left; below it the used part is enlarged."""
+    """Draw the whole budget to scale: the part used, and the part left."""
     used, budget = weighed.used, weighed.budget
     end, part = max(used, budget), used / budget
     axes.add_patch(rectangle(0, 0, end, 1, fc="none", ec=light("soft"), lw=1.2))
@@ -408,23 +422,23 @@ def say_bytes(weighed: artifact.ByteBreakdown) -> str:
         f"{p.name} {'' if p.exact else 'about '}{p.bytes:,.0f}" for p in weighed.parts[:4]
     )
     return (
-        f"{weighed.used:,} of {weighed.budget:,} bytes used, {weighed.budget - weighed.used:,} left; the largest "
-        f"parts are {largest}"
+        f"{weighed.used:,} of {weighed.budget:,} bytes used, {weighed.budget - weighed.used:,} "
+        f"left; the largest parts are {largest}"
     )
 
 
 # ==== 5: QUANTISER ================================================================================
 def draw_errors(runs: Named, shape: FigureShape, styles: list[int]) -> Any:
-    kinds = list(dict.fromkeys(m.kind for _, found in runs for m in found if m.layer >= 0))[:12]
-    single = list(dict.fromkeys(m.kind for _, found in runs for m in found if m.layer < 0))[:8]
+    kinds = list(dict.fromkeys(m.kind for _, errors in runs for m in errors if m.layer >= 0))[:12]
+    single = list(dict.fromkeys(m.kind for _, errors in runs for m in errors if m.layer < 0))[:8]
     panels, columns = len(kinds) + bool(single), 3 if shape.wide else 2
     rows = -(-panels // columns)
     figure, axes = new_figure(shape, 0.9 + 2.7 * rows, rows, columns, sharey=True)
     figure.get_layout_engine().set(h_pad=0.09)
-    top = 115 * max((m.error for _, found in runs for m in found), default=0.01)
+    top = 115 * max((m.error for _, errors in runs for m in errors), default=0.01)
     for kind, panel in zip(kinds, axes, strict=False):
-        for (_, found), style in zip(runs, styles, strict=True):
-            own = sorted((m.layer, m.error) for m in found if m.kind == kind and m.layer >= 0)
+        for (_, errors), style in zip(runs, styles, strict=True):
+            own = sorted((m.layer, m.error) for m in errors if m.kind == kind and m.layer >= 0)
             panel.plot(
                 [a for a, _ in own],
                 [100 * e for _, e in own],
@@ -434,7 +448,7 @@ def draw_errors(runs: Named, shape: FigureShape, styles: list[int]) -> Any:
                 ms=6,
             )
         error_panel(
-            panel, kind, np.mean([m.bits for _, found in runs for m in found if m.kind == kind])
+            panel, kind, np.mean([m.bits for _, errors in runs for m in errors if m.kind == kind])
         )
         panel.set_xlabel("layer")
     if single:
@@ -466,10 +480,12 @@ def error_panel(panel: Any, kind: str, bits: float) -> None:
 
 
 def error_of_singles(panel: Any, single: list[str], runs: Named, styles: list[int]) -> None:
-    """Matrices that belong to no layer, by number; the table below names their errors."""
-    for (_, found), style in zip(runs, styles, strict=True):
+    """Draw the errors of matrices outside the layers; the table below the figure names them."""
+    for (_, errors), style in zip(runs, styles, strict=True):
         own = [
-            (single.index(m.kind), 100 * m.error) for m in found if m.layer < 0 and m.kind in single
+            (single.index(m.kind), 100 * m.error)
+            for m in errors
+            if m.layer < 0 and m.kind in single
         ]
         panel.plot(
             [a for a, _ in own],
@@ -486,13 +502,14 @@ def error_of_singles(panel: Any, single: list[str], runs: Named, styles: list[in
     panel.set_xlim(-0.6, len(single) - 0.4)
 
 
-def say_errors(found: list[data.MatrixError]) -> str:
-    worst, middle = max(found, key=lambda m: m.error), np.median([m.error for m in found])
-    bits = np.mean([m.bits for m in found])
+def say_errors(errors: list[data.MatrixError]) -> str:
+    worst, middle = max(errors, key=lambda m: m.error), np.median([m.error for m in errors])
+    bits = np.mean([m.bits for m in errors])
     where = f"{worst.kind} of layer {worst.layer}" if worst.layer >= 0 else worst.kind
     return (
-        f"the relative error of {len(found)} matrices has median {100 * middle:.1f}\u00a0% and is at most "
-        f"{100 * worst.error:.1f}\u00a0% ({where}); the mean over matrices is {bits:.2f} bits a weight"
+        f"the relative error of {len(errors)} matrices has median {100 * middle:.1f}\u00a0% and is "
+        f"at most {100 * worst.error:.1f}\u00a0% ({where}); the mean over matrices is {bits:.2f} "
+        "bits per weight"
     )
 
 
@@ -565,7 +582,7 @@ def draw_means(label_x: str, log: bool) -> Callable[[Named, FigureShape, list[in
             axes.set_xscale("log")
             spread_ticks(axes)
         axes.set_xlabel(wrapped(label_x, shape.width * 72 - 60))
-        axes.set_ylabel("loss (nats a token)")
+        axes.set_ylabel("loss (nats per token)")
         grid(axes)
         entries = (
             [
@@ -575,11 +592,11 @@ def draw_means(label_x: str, log: bool) -> Callable[[Named, FigureShape, list[in
             if len(runs) > 1
             else []
         )
-        there = {kind for _, kinds in runs for kind in kinds}
+        drawn_kinds = {kind for _, kinds in runs for kind in kinds}
         own = light("soft") if entries else colour(styles[0])
         entries += [
             (handle(color=own, ls="-", marker="" if entries else "o"), "mixture"),
-            *[(handle(color=own, ls=LINES[2]), "neural alone")] * ("neural" in there),
+            *[(handle(color=own, ls=LINES[2]), "neural alone")] * ("neural" in drawn_kinds),
         ]
         legend(figure, shape, entries)
         return figure
@@ -588,7 +605,10 @@ def draw_means(label_x: str, log: bool) -> Callable[[Named, FigureShape, list[in
 
 
 def say_means(first: str, last: str) -> Callable[[dict[str, split.BinnedMeans]], str]:
-    """`first` and `last` say where the first and the last bin lie; the place of the last is put in."""
+    """Return a function that states the first and the last bin of each column.
+
+    `first` and `last` say where these bins are; the place of the last one is inserted.
+    """
 
     def say(kinds: dict[str, split.BinnedMeans]) -> str:
         return "; ".join(
@@ -618,7 +638,7 @@ def say_ranks(kinds: dict[str, split.BinnedMeans]) -> str:
 
 
 # ==== ALL OF THEM, in the order of the page =======================================================
-BAND = "The band is two standard errors either way, as if tokens were independent."
+BAND = "The band is two standard errors to each side, as if tokens were independent."
 FIGURES = (
     Figure(
         "loss_tokens",
@@ -626,7 +646,7 @@ FIGURES = (
         lambda s: data.training_curve(s.run),
         draw_curves(0),
         say_curves(0),
-        "Light points are logged steps, the line is their mean among neighbours.",
+        "Each light point is a logged step; the line is a mean over neighbouring steps.",
     ),
     Figure(
         "loss_time",
@@ -634,8 +654,8 @@ FIGURES = (
         lambda s: data.training_curve(s.run),
         draw_curves(1),
         say_curves(1),
-        "Training time as the trainer counts it, validation left out. The fall in the first 3 % of the time "
-        "lies above the picture.",
+        "Training time as the trainer counts it, without validation. The first 3 % of the time "
+        "lie above the picture.",
     ),
     Figure(
         "ladder",
@@ -643,8 +663,9 @@ FIGURES = (
         lambda s: data.ladder_rungs(s.run),
         draw_ladder,
         say_ladder,
-        "The last rung of the first group is the score. Below it: the neural model with one expert or another "
-        "mixture. A hatched row knows the answers of the split and is never a score.",
+        "The last row of the first group is the score. The groups below show the neural model with "
+        "one expert, and other mixtures. A hatched row knows the answers of the split, so it is "
+        "never a score.",
     ),
     Figure(
         "bytes",
@@ -652,9 +673,10 @@ FIGURES = (
         lambda s: artifact.byte_breakdown(s.run),
         draw_bytes,
         say_bytes,
-        "The bar is the whole budget; below it the used part is enlarged. Files are exact. Classes of "
-        "tensors (≈) share the coded weights by their sizes and estimated bits a weight. The table has what is "
-        "too small for a label.",
+        "The bar is the whole budget; the map below it shows the used part. Sizes of files are "
+        "exact. Packed code is shared out by the sizes of its files, and the coded weights by the "
+        "tensors' sizes and estimated bits per weight (≈). The table lists what is too small for a "
+        "label.",
     ),
     Figure(
         "errors",
@@ -662,8 +684,8 @@ FIGURES = (
         lambda s: data.matrix_errors(s.run),
         draw_errors,
         say_errors,
-        "Relative error of a matrix, the norm of the change over the norm of the weights, and the mean bits a "
-        "weight that its codes need.",
+        "The relative error of a matrix is the norm of the change divided by the norm of the "
+        "weights. The bits are the mean per weight that its codes need.",
     ),
     Figure(
         "weights",
@@ -671,15 +693,16 @@ FIGURES = (
         lambda s: data.weight_trace(s.run),
         draw_weights,
         say_weights,
-        "Mean weights of the experts over equal parts of the split, from its start to its end.",
+        "The mean weight of each expert in equal parts of the split, from start to end.",
     ),
     Figure(
         "by_document",
         "Loss by position in the document",
         split.by_document,
-        draw_means("tokens of the document before (logarithmic)", True),
+        draw_means("earlier tokens of the document (logarithmic)", True),
         say_means("at a document's start", "after about {} tokens"),
-        f"Means of bins. {BAND} The mark that opens a document counts at the end of the one before.",
+        f"Means of bins. {BAND} The token that opens a document counts as the end of the document "
+        "before it.",
     ),
     Figure(
         "by_split",

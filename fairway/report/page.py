@@ -1,4 +1,6 @@
-"""One page of HTML: no script, nothing from elsewhere; light, dark and print by CSS alone."""
+"""One page of HTML without scripts or outside resources. CSS alone makes it light, dark or
+printable.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from fairway.report import artifact, data
 from fairway.report.split import PASSAGE, Passage
 from fairway.report.style import variables
 
-SHADES = (1.0, 3.0, 6.0, 9.0, 13.0)  # bits from which a token is shaded more strongly
+SHADES = (1.0, 3.0, 6.0, 9.0, 13.0)  # bits at which the shade of a token becomes darker
 
 STYLE = """
 :root{color-scheme:light dark;LIGHT}
@@ -22,9 +24,11 @@ STYLE = """
 @media print{:root{color-scheme:light;LIGHT}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1rem;max-width:60rem;background:var(--surface);color:var(--ink);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;overflow-wrap:anywhere}
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;
+overflow-wrap:anywhere}
 h1{font-size:1.6rem;line-height:1.2;margin:.5rem 0}
-h2{font-size:1.25rem;line-height:1.25;margin:2.5rem 0 .5rem;padding-top:.5rem;border-top:1px solid var(--grid)}
+h2{font-size:1.25rem;line-height:1.25;margin:2.5rem 0 .5rem;padding-top:.5rem;
+border-top:1px solid var(--grid)}
 h3{font-size:1rem;margin:1.25rem 0 .25rem}
 p{margin:.5rem 0}
 figcaption ul{margin:.5rem 0;padding:0;list-style:none}
@@ -43,17 +47,21 @@ table{border-collapse:separate;border-spacing:0;font-size:.9rem;line-height:22px
 caption{padding:.25rem 0}
 th,td{padding:5px 12px 5px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--grid)}
 thead th{border-bottom:2px solid var(--soft)}
-tbody th{font-weight:normal;color:var(--soft);min-width:7.5rem;position:sticky;left:0;background:var(--surface)}
+tbody th{font-weight:normal;color:var(--soft);min-width:7.5rem;position:sticky;left:0;
+background:var(--surface)}
 .number{text-align:right;white-space:nowrap}
 .headline td,.headline th{font-weight:bold;color:var(--ink);font-size:1.05rem}
 .bad{color:var(--warn);font-weight:bold}
 .missing{border-left:4px solid var(--warn);padding:.25rem .75rem;font-size:.9rem}
-code,pre,td.code{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.875rem}
+code,pre,td.code{font-family:ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;
+font-size:.875rem}
 details{margin:.5rem 0}
 summary{cursor:pointer}
-.passage{white-space:pre-wrap;line-height:1.9;padding:.5rem .75rem;border:1px solid var(--grid);border-radius:.25rem;
+.passage{white-space:pre-wrap;line-height:1.9;padding:.5rem .75rem;
+border:1px solid var(--grid);border-radius:.25rem;
 font-size:.95rem;margin:.25rem 0 1rem}
-.passage span,.key span{border-radius:.15rem;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+.passage span,.key span{border-radius:.15rem;print-color-adjust:exact;
+-webkit-print-color-adjust:exact}
 .key span{padding:0 .4rem;margin-right:.25rem;white-space:nowrap}
 SHADED
 .verdicts td{min-width:11rem}
@@ -70,9 +78,9 @@ class Section(NamedTuple):
 
     key: str
     title: str
-    said: Sequence[tuple[str, str]]  # (run, what its data show, in numbers)
+    findings: Sequence[tuple[str, str]]  # (run, what its data show, in numbers)
     caption: str
-    wide: str  # SVG without its opening tag, from the viewBox on; "" where no run has what it takes
+    wide: str  # SVG without its opening tag, from the viewBox on; "" if no run has the data
     narrow: str
     missing: Sequence[tuple[str, str]]  # (run, what it lacks)
     more: str  # HTML below the figure
@@ -94,7 +102,7 @@ def style_sheet() -> str:
 def page_html(
     title: str, lead: str, sections: list[Section], tables: list[tuple[str, str, str]]
 ) -> str:
-    """`tables`: (key, title, HTML), the first of which stands before the figures."""
+    """Return the page. `tables` are (key, title, HTML); the first stands before the figures."""
     first, *rest = [
         f'<section id="{key}"><h2>{escape(heading)}</h2>{body}</section>'
         for key, heading, body in tables
@@ -121,7 +129,7 @@ def figure_html(section: Section) -> str:
     body = "".join(missing_html(name, text) for name, text in section.missing)
     if section.wide:
         alt = escape(
-            f"{section.title}. " + " ".join(f"{name}: {text}." for name, text in section.said)
+            f"{section.title}. " + " ".join(f"{name}: {text}." for name, text in section.findings)
         )
         drawn = "".join(
             f'<svg class="{shape}" role="img" aria-label="{alt}" {inside}</svg>'
@@ -129,7 +137,7 @@ def figure_html(section: Section) -> str:
         )
         said = "".join(
             f"<li><strong>{escape(name)}</strong>: {escape(text)}.</li>"
-            for name, text in section.said
+            for name, text in section.findings
         )
         body = (
             f"<figure>{drawn}<figcaption><ul>{said}</ul><p>{escape(section.caption)}</p></figcaption></figure>"
@@ -150,25 +158,31 @@ def table_html(
     numbers: bool = True,
     headline: str = "",
 ) -> str:
-    """Text cells; the first of a row heads it. `headline`: the row that stands out."""
+    """Return a table. The first cell of each row is its heading; `headline` names the row in
+    bold.
+    """
     kind = ' class="number"' if numbers else ""
     top = "".join(
         f'<th scope="col"{kind if i else ""}>{escape(cell)}</th>' for i, cell in enumerate(head)
     )
     body = "".join(
-        f'<tr{" class=headline" if row[0] == headline else ""}><th scope="row">{escape(row[0])}</th>'
+        f"<tr{' class=headline' if row[0] == headline else ''}>"
+        f'<th scope="row">{escape(row[0])}</th>'
         + "".join(f"<td{kind}>{escape(cell)}</td>" for cell in row[1:])
         + "</tr>"
         for row in rows
     )
     return (
-        f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0"><table><caption>'
+        f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0">'
+        "<table><caption>"
         f"{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
 def summary_html(runs: list[RunFiles], names: list[str]) -> str:
-    """Every run beside every other: scores, sizes, times, hashes. Rows that no run fills are left out."""
+    """Return all runs side by side: scores, sizes, times, hashes. Rows that no run fills are left
+    out.
+    """
     columns = [data.summary_values(run) for run in runs]
     rows = [
         [key, *(column[key] or "–" for column in columns)]
@@ -179,11 +193,11 @@ def summary_html(runs: list[RunFiles], names: list[str]) -> str:
     scores, mean = [s for s in scores if s == s], ""
     if len(scores) > 1:
         mean = (
-            f"<p>Mean of {len(scores)} scored runs: <strong>{statistics.mean(scores):.6f}</strong> bits a byte, "
-            f"standard deviation {statistics.stdev(scores):.6f}.</p>"
+            f"<p>Mean of {len(scores)} scored runs: <strong>{statistics.mean(scores):.6f}</strong> "
+            f"bits per byte, standard deviation {statistics.stdev(scores):.6f}.</p>"
         )
     return mean + table_html(
-        "Runs side by side", ["", *names], rows, len(runs) > 1, "val_bpb (bits a byte)"
+        "Runs side by side", ["", *names], rows, len(runs) > 1, "val_bpb (bits per byte)"
     )
 
 
@@ -195,16 +209,16 @@ def ladder_table(rows: list[tuple[str, str, list[float]]], names: list[str]) -> 
         ]
         for group, name, values in rows
     ]
-    return details_html("The same as numbers", table_html("Bits a byte", ["", *names], cells))
+    return details_html("The same in numbers", table_html("Bits per byte", ["", *names], cells))
 
 
 def bytes_table(weighed: list[tuple[str, artifact.ByteBreakdown]]) -> str:
     parts = list(dict.fromkeys(p.name for _, own in weighed for p in own.parts))
-    found = [
+    cells = [
         {p.name: f"{'' if p.exact else '≈ '}{p.bytes:,.0f}" for p in own.parts}
         for _, own in weighed
     ]
-    rows = [[name, *(own.get(name, "–") for own in found)] for name in parts]
+    rows = [[name, *(own.get(name, "–") for own in cells)] for name in parts]
     rows += [
         ["all", *(f"{own.used:,}" for _, own in weighed)],
         ["left of the budget", *(f"{own.budget - own.used:,}" for _, own in weighed)],
@@ -215,20 +229,20 @@ def bytes_table(weighed: list[tuple[str, artifact.ByteBreakdown]]) -> str:
 
 
 def matrices_table(runs: list[tuple[str, list[data.MatrixError]]]) -> str:
-    """Error and bits of each matrix."""
-    found: dict[tuple[int, str], list[str]] = {}
+    """Return error and bits of each matrix."""
+    cells_of: dict[tuple[int, str], list[str]] = {}
     for at, (_, own) in enumerate(runs):
         for m in own[:512]:
-            found.setdefault((m.layer, m.kind), ["–"] * len(runs))[at] = (
+            cells_of.setdefault((m.layer, m.kind), ["–"] * len(runs))[at] = (
                 f"{100 * m.error:.2f} %, {m.bits:.2f}"
             )
     rows = [
         [f"layer {layer} {kind}" if layer >= 0 else kind, *cells]
-        for (layer, kind), cells in found.items()
+        for (layer, kind), cells in cells_of.items()
     ]
     return details_html(
-        "Each matrix as numbers",
-        table_html("Relative error, bits a weight", ["", *(n for n, _ in runs)], rows),
+        "Error and bits of each matrix",
+        table_html("Relative error, bits per weight", ["", *(n for n, _ in runs)], rows),
     )
 
 
@@ -238,9 +252,9 @@ def details_html(title: str, inside: str) -> str:
 
 # ==== PASSAGES AND VERDICTS =======================================================================
 def passages_html(
-    found: list[tuple[str, list[Passage], int]], lacking: list[tuple[str, str]]
+    with_passages: list[tuple[str, list[Passage], int]], lacking: list[tuple[str, str]]
 ) -> str:
-    """`found`: (run, its worst passages, rows of its split)."""
+    """Return the worst passages; each item is (run, passages, rows of its split)."""
     between = [f"{a:.0f}–{b:.0f}" for a, b in pairwise(SHADES)]
     key = "".join(
         f'<span class="b{i}">{text}</span>'
@@ -248,33 +262,34 @@ def passages_html(
     )
     parts = (
         [
-            f"<p>Windows of {PASSAGE} tokens on which the final mixture spends most. Shade of a token: "
+            f"<p>The {PASSAGE}-token windows that cost the final mixture most. Shade of a token: "
             f'<span class="key">{key}</span> bits.</p>'
         ]
-        if found
+        if with_passages
         else []
     )
-    for name, own, rows in found:
-        parts.append(f"<h3>{escape(name)}</h3>" if len(found) > 1 else "")
+    for name, own, rows in with_passages:
+        parts.append(f"<h3>{escape(name)}</h3>" if len(with_passages) > 1 else "")
         parts += [passage_html(p, rows) for p in own]
     return "".join(parts) + "".join(missing_html(name, text) for name, text in lacking)
 
 
-def passage_html(found: Passage, rows: int) -> str:
-    last = min(found.first + PASSAGE, rows)
+def passage_html(passage: Passage, rows: int) -> str:
+    last = min(passage.first + PASSAGE, rows)
     where = (
-        f"{found.mean:.2f} bits a token; targets {found.first + 1:,} to {last:,} of {rows:,} "
-        f"({100 * found.first / rows:.1f} % of the split), document {found.document:,}"
+        f"{passage.mean:.2f} bits per token; targets {passage.first + 1:,} to {last:,} of {rows:,} "
+        f"({100 * passage.first / rows:.1f} % of the split), document {passage.document:,}"
     )
     spans = "".join(
-        f'<span class="b{sum(bits >= s for s in SHADES)}" title="{bits:.1f} bits">{visible_html(text)}</span>'
-        for text, bits in found.pieces
+        f'<span class="b{sum(bits >= s for s in SHADES)}" title="{bits:.1f} bits">'
+        f"{visible_html(text)}</span>"
+        for text, bits in passage.pieces
     )
     return f'<p class="soft">{where}</p><p class="passage">{spans}</p>'
 
 
 def visible_html(text: str) -> str:
-    """Control characters as pictures of themselves, a line's end as a sign and a break, the rest escaped."""
+    """Escape text; control characters become U+FFFD, and a line end gets a visible sign."""
     signs = "".join(
         "↵\n" if c == "\n" else c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text
     )
@@ -282,30 +297,31 @@ def visible_html(text: str) -> str:
 
 
 def certificates_html(runs: list[RunFiles], names: list[str]) -> str:
-    """Rules down, runs across; a rule's figure under its verdict."""
-    found = [
+    """Return a table with one row for each rule and one column for each run."""
+    by_run = [
         (name, {r[0]: r[1:] for r in data.rule_verdicts(run)})
         for name, run in zip(names, runs, strict=True)
     ]
     lacking = "".join(
         missing_html(name, str(data.no_certificate(run)))
-        for (name, rules), run in zip(found, runs, strict=True)
+        for (name, rules), run in zip(by_run, runs, strict=True)
         if not rules
     )
-    found = [(name, rules) for name, rules in found if rules]
-    if not found:
+    by_run = [(name, rules) for name, rules in by_run if rules]
+    if not by_run:
         return lacking
-    rules = list(dict.fromkeys(rule for _, own in found for rule in own))
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in found)
+    rules = list(dict.fromkeys(rule for _, own in by_run for rule in own))
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name, _ in by_run)
     body = "".join(
         f'<tr><th scope="row">{escape(rule)}</th>'
-        + "".join(verdict_html(*own.get(rule, ("–", ""))) for _, own in found)
+        + "".join(verdict_html(*own.get(rule, ("–", ""))) for _, own in by_run)
         + "</tr>"
         for rule in rules
     )
-    caption = "Verdict and figure of each rule; docs/LEGALITY.md explains the rules"
+    caption = "Verdict on each rule, and what was measured; docs/LEGALITY.md explains the rules"
     return (
-        f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table class="verdicts">'
+        f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0">'
+        '<table class="verdicts">'
         f'<caption>{caption}</caption><thead><tr><th scope="col">rule</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>{lacking}"
     )

@@ -1,8 +1,11 @@
-"""The validation split beside its log-probabilities: the shards, the columns of an evaluation, the tokenizer, and what
-figures make of them. Everything is checked against the hashes and sizes in score.json; nothing here runs a model."""
+"""The validation split with its log-probabilities: shards, columns of an evaluation, tokenizer.
+
+Everything is checked against the hashes and sizes in score.json. No model is run.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
 import io
@@ -30,9 +33,9 @@ from fairway.report.data import (
 
 ROOT = Path(__file__).resolve().parents[2]
 BOS_ID = 1  # every document starts with it
-MOST_SPLIT_TOKENS = 1 << 28  # of a split: four times FineWeb's
+MOST_SPLIT_TOKENS = 1 << 28  # four times FineWeb's split
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-PART = 1 << 22  # rows at a time
+PART = 1 << 22  # rows that are read at a time
 PASSAGE = 48  # tokens
 PASSAGE_STRIDE = 12
 RERUN = "run eval_final.py again"
@@ -40,8 +43,9 @@ RERUN = "run eval_final.py again"
 
 # ==== FILES =======================================================================================
 def map_column(folder: Path, name: str, rows: int, loss: float) -> np.ndarray:
-    """A mapped column of log-probabilities in nats: a .npy file of exactly these rows, checked against the loss that
-    was printed for it."""
+    """Map a column of log-probabilities in nats, and check it against the loss that was printed for
+    it.
+    """
     path, start = folder / "eval" / name, io.BytesIO()
     np.lib.format.write_array_header_1_0(
         start, dict(descr="<f8", fortran_order=False, shape=(rows,))
@@ -50,34 +54,33 @@ def map_column(folder: Path, name: str, rows: int, loss: float) -> np.ndarray:
     if header != start.getvalue() or size != len(header) + 8 * rows:
         raise Missing(f"eval/{name} is not there, or not {rows:,} rows; {RERUN}")
     logp = np.memmap(path, "<f8", "r", len(header), (rows,))
-    if not abs(float(np.mean(logp)) + loss) < 1e-6 * max(
-        1.0, abs(loss)
-    ):  # so NaN is refused as well
+    # Written with `not`, this also refuses NaN.
+    if not abs(float(np.mean(logp)) + loss) < 1e-6 * max(1.0, abs(loss)):
         raise Missing(f"eval/{name} is of another evaluation than eval/score.json; {RERUN}")
     return logp
 
 
 def read_start(path: Path, count: int) -> tuple[bytes, int]:
-    """The first bytes of a regular file and its size; b"" and 0 where it is none."""
+    """Return the first bytes of a regular file and its size; (b"", 0) if it is none."""
     try:
         with open(
             path,
             "rb",
             opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)),
         ) as f:
-            found = os.fstat(f.fileno())
-            return (f.read(count), found.st_size) if stat.S_ISREG(found.st_mode) else (b"", 0)
+            status = os.fstat(f.fileno())
+            return (f.read(count), status.st_size) if stat.S_ISREG(status.st_mode) else (b"", 0)
     except (OSError, ValueError):
         return b"", 0
 
 
 def map_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, mapped; an empty array where it is none."""
+    """Map the tokens of a shard; an empty array if it is none."""
     start, size = read_start(path, 12)
     count = (size - SHARD_HEADER_BYTES) // 2
-    said = [int.from_bytes(start[i : i + 4], "little") for i in (0, 4, 8)]
+    header = [int.from_bytes(start[i : i + 4], "little") for i in (0, 4, 8)]
     if (
-        said != [SHARD_MAGIC, SHARD_VERSION, count]
+        header != [SHARD_MAGIC, SHARD_VERSION, count]
         or count <= 0
         or size != SHARD_HEADER_BYTES + 2 * count
     ):
@@ -87,7 +90,7 @@ def map_shard(path: Path) -> np.ndarray:
 
 # ==== ONE RUN =====================================================================================
 class ScoredSplit:
-    """A run with its split and columns, read when first asked for; each may be Missing."""
+    """The split and the columns of a run, each read when first asked for; each may be Missing."""
 
     def __init__(self, run: RunFiles):
         self.run = run
@@ -106,6 +109,7 @@ class ScoredSplit:
 
     @cached_property
     def mixture(self) -> np.ndarray:
+        """The final log-probability of each target, in nats [rows]."""
         return map_column(
             self.run.folder,
             "final_logp.npy",
@@ -115,7 +119,7 @@ class ScoredSplit:
 
     @cached_property
     def neural(self) -> np.ndarray:
-        """The neural scorer's own column, whichever way it scored."""
+        """The column of the neural scorer, whichever way it scored."""
         ttt, mode = clean_text(self.settings.get("ttt")), clean_text(self.settings.get("eval_mode"))
         name = mode if ttt in ("", "none") else f"ttt_{ttt}"
         rungs = objects_in(self.run.score.get("ladder")) if self.rows else []
@@ -130,34 +134,34 @@ class ScoredSplit:
 
     @cached_property
     def columns(self) -> dict[str, np.ndarray]:
-        """mixture and, where it is there, neural: log-probabilities in nats [rows]."""
-        found = {"mixture": self.mixture}
-        try:
-            found["neural"] = self.neural
-        except Missing:
-            pass
-        return found
+        """Log-probabilities in nats [rows] of the mixture and, if it is there, the neural
+        scorer.
+        """
+        columns = {"mixture": self.mixture}
+        with contextlib.suppress(Missing):
+            columns["neural"] = self.neural
+        return columns
 
     @cached_property
     def shards(self) -> list[Path]:
         """The split's files, by the names in the evaluation's settings."""
-        given, folder = (clean_text(self.settings.get(k), 1000) for k in ("val_files", "data_path"))
-        pattern = Path(given or os.path.join(folder or "data/embedded", "*_val_*.bin"))
+        names, folder = (clean_text(self.settings.get(k), 1000) for k in ("val_files", "data_path"))
+        pattern = Path(names or os.path.join(folder or "data/embedded", "*_val_*.bin"))
         for base in dict.fromkeys([Path(), self.run.folder, ROOT]):
             try:
-                there = sorted(fnmatch.filter(os.listdir(base / pattern.parent), pattern.name))
+                matching = sorted(fnmatch.filter(os.listdir(base / pattern.parent), pattern.name))
             except (OSError, ValueError):
                 continue
-            if there:
-                return [base / pattern.parent / name for name in there[:10_000]]
+            if matching:
+                return [base / pattern.parent / name for name in matching[:10_000]]
         raise Missing(
-            f"no shards match {clean_text(str(pattern), 200)} any more; put them back (make data), or score again "
-            "with VAL_FILES"
+            f"no shards match {clean_text(str(pattern), 200)} any more; put them back (make data), "
+            "or score again with VAL_FILES"
         )
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """uint16[rows + 1], as the evaluation saw them."""
+        """The tokens that the evaluation saw: uint16 [rows + 1]."""
         parts, rows = [], self.rows
         for path in self.shards:
             parts.append(map_shard(path))
@@ -166,14 +170,15 @@ class ScoredSplit:
         tokens = np.concatenate(parts)
         if len(tokens) != rows + 1 or hashlib.sha256(tokens).hexdigest() != self.hashes.get("data"):
             raise Missing(
-                f"the shards beside {clean_text(self.shards[0].name)} are not those that were scored ({rows + 1:,}"
-                " tokens, by hash); put them back (make data), or score again with VAL_FILES"
+                f"the shards beside {clean_text(self.shards[0].name)} are not those that were "
+                f"scored ({rows + 1:,} tokens, by hash); put them back (make data), or score again "
+                "with VAL_FILES"
             )
         return tokens
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The SentencePiece model of this split: out of the artifact, or from beside the shards."""
+        """The SentencePiece model of this split, from the artifact or from next to the shards."""
         import sentencepiece
 
         wanted = self.hashes.get("tokenizer")
@@ -181,14 +186,14 @@ class ScoredSplit:
             data = model()
             if data and hashlib.sha256(data).hexdigest() == wanted:
                 try:
-                    found = sentencepiece.SentencePieceProcessor(model_proto=data)
+                    processor = sentencepiece.SentencePieceProcessor(model_proto=data)
                 except (RuntimeError, ValueError):
                     continue
-                if int(self.tokens.max()) < found.vocab_size():
-                    return found
+                if int(self.tokens.max()) < processor.vocab_size():
+                    return processor
         raise Missing(
-            "no tokenizer with the evaluation's hash in the artifact, nor as tokenizer.model beside the "
-            "shards; put it there"
+            "no tokenizer with the evaluation's hash in the artifact, nor as tokenizer.model "
+            "beside the shards; put it there"
         )
 
     def embedded(self) -> bytes:
@@ -211,19 +216,22 @@ class ScoredSplit:
 
 # ==== WHAT FIGURES MAKE OF THEM ===================================================================
 class BinnedMeans(NamedTuple):
-    """Binned means; arrays [bins]."""
+    """Means of bins; arrays [bins]."""
 
     x: np.ndarray  # where a bin lies
-    mean: np.ndarray  # nats a token
+    mean: np.ndarray  # nats per token
     error: np.ndarray  # standard error of the mean, as if tokens were independent
-    share: np.ndarray  # of all tokens
+    share: np.ndarray  # part of all tokens that is in the bin
 
 
 def binned_means(
     source: ScoredSplit, x: np.ndarray, bins: Callable[[int, int], np.ndarray]
 ) -> dict[str, BinnedMeans]:
-    """column → its means. `x` is the place of each bin; `bins` gives those of rows start to stop, asked for in order.
-    A part at a time, since a split may have 60 million rows."""
+    """Return the means of each column. `x` is the place of each bin; `bins(start, stop)` gives the
+    bins of rows.
+
+    Rows are read in parts, in order, since a split may have 60 million of them.
+    """
     totals = {name: np.zeros((3, len(x))) for name in source.columns}
     for start in range(0, source.rows, PART):
         stop = min(start + PART, source.rows)
@@ -232,17 +240,17 @@ def binned_means(
             loss = -logp[start:stop]
             for total, weights in zip(totals[name], (None, loss, np.square(loss)), strict=True):
                 total += np.bincount(own, weights, len(x))
-    found = {}
+    columns = {}
     for name, (count, total, squares) in totals.items():
-        held = count > 0
-        n, mean = count[held], total[held] / count[held]
-        error = np.sqrt(np.maximum(squares[held] / n - mean**2, 0) / n)
-        found[name] = BinnedMeans(np.asarray(x, float)[held], mean, error, n / source.rows)
-    return found
+        filled = count > 0
+        n, mean = count[filled], total[filled] / count[filled]
+        error = np.sqrt(np.maximum(squares[filled] / n - mean**2, 0) / n)
+        columns[name] = BinnedMeans(np.asarray(x, float)[filled], mean, error, n / source.rows)
+    return columns
 
 
 def by_split(source: ScoredSplit) -> dict[str, BinnedMeans]:
-    """column → loss along the split, in percent of it."""
+    """Return loss by place in the split, in percent."""
     count = int(np.clip(source.rows // 512, 2, 64))
     return binned_means(
         source,
@@ -252,11 +260,13 @@ def by_split(source: ScoredSplit) -> dict[str, BinnedMeans]:
 
 
 def by_document(source: ScoredSplit) -> dict[str, BinnedMeans]:
-    """column → loss by how many tokens of its document stand before a token; bins double every three."""
+    """Return loss by the number of tokens of the document before a token; bins double every
+    three.
+    """
     edges = np.unique(
         np.round(2 ** (np.arange(3 * source.rows.bit_length() + 1) / 3)).astype(np.int64)
     )
-    last = 0  # where the document of the row before began
+    last = 0  # row at which the current document began
 
     def bins(start: int, stop: int) -> np.ndarray:
         nonlocal last
@@ -269,7 +279,7 @@ def by_document(source: ScoredSplit) -> dict[str, BinnedMeans]:
 
 
 def by_rank(source: ScoredSplit) -> dict[str, BinnedMeans]:
-    """column → loss by the target's rank in the split, the most frequent token first; bins double."""
+    """Return loss by the target's rank in the split, most frequent first; each bin doubles."""
     targets = source.tokens[1:]
     counts = np.bincount(targets)
     rank = np.empty(len(counts), np.int64)
@@ -284,50 +294,56 @@ def by_rank(source: ScoredSplit) -> dict[str, BinnedMeans]:
 
 
 def bin_middles(edges: np.ndarray, last: int) -> np.ndarray:
-    """The geometric middle of each bin that begins at an edge; the last one ends at `last`."""
+    """Return the geometric middle of each bin that begins at an edge; the last one ends at
+    `last`.
+    """
     ends = np.append(edges[1:] - 1, last).clip(max=last)
     return np.sqrt(edges * np.maximum(ends, edges))
 
 
 class Passage(NamedTuple):
+    """A window of the split with a high loss."""
+
     first: int  # row of the first token
     document: int  # counted from 1
-    mean: float  # bits a token
+    mean: float  # bits per token
     pieces: list[tuple[str, float]]  # text and its bits
 
 
 def worst_passages(source: ScoredSplit, count: int) -> list[Passage]:
-    """The windows with the highest mean, none over another, worst first."""
+    """Return the windows with the highest mean, worst first, none overlapping another."""
     tokens, tokenizer = source.tokens, source.tokenizer
     length = min(PASSAGE, source.rows)
     starts = np.arange(0, source.rows - length + 1, PASSAGE_STRIDE)
     sums = np.concatenate([[0.0], np.cumsum(source.mixture)]) / -math.log(2)
-    dear, found = (sums[starts + length] - sums[starts]) / length, []
+    dear, passages = (sums[starts + length] - sums[starts]) / length, []
     for i in np.argsort(-dear, kind="stable")[: 40 * count]:
         first = int(starts[i])
-        if len(found) < count and all(abs(first - other.first) >= length for other in found):
+        if len(passages) < count and all(abs(first - other.first) >= length for other in passages):
             bits = source.mixture[first : first + length] / -math.log(2)
             document = np.count_nonzero(tokens[: first + 2] == BOS_ID)
             pieces = token_texts(
                 tokenizer, tokens[first + 1 : first + length + 1].tolist(), bits.tolist()
             )
-            found.append(Passage(first, document, float(dear[i]), pieces))
-    return found
+            passages.append(Passage(first, document, float(dear[i]), pieces))
+    return passages
 
 
 def token_texts(tokenizer: Any, tokens: list[int], bits: list[float]) -> list[tuple[str, float]]:
-    """The text of each token; bytes that make one character together stand together, with the mean of their bits."""
-    found: list[tuple[str, float]] = []
-    held: list[float] = []
+    """Return (text, bits) of the tokens. Bytes that form one character become one text with their
+    mean bits.
+    """
+    texts: list[tuple[str, float]] = []
+    costs: list[float] = []
     raw = b""
     for token, cost in zip([*tokens, None], [*bits, 0.0], strict=True):
         if token is not None and tokenizer.is_byte(token):
             raw += bytes([int(tokenizer.id_to_piece(token)[3:5], 16)])
-            held.append(cost)
+            costs.append(cost)
             continue
-        if held:
-            found.append((raw.decode("utf-8", "replace"), sum(held) / len(held)))
-            raw, held = b"", []
+        if costs:
+            texts.append((raw.decode("utf-8", "replace"), sum(costs) / len(costs)))
+            raw, costs = b"", []
         if token is not None:
             control = tokenizer.is_control(token) or tokenizer.is_unknown(token)
             text = (
@@ -337,5 +353,5 @@ def token_texts(tokenizer: Any, tokens: list[int], bits: list[float]) -> list[tu
                 if control
                 else tokenizer.id_to_piece(token)
             )
-            found.append((text[:64].replace("▁", " "), cost))
-    return found
+            texts.append((text[:64].replace("▁", " "), cost))
+    return texts

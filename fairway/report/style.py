@@ -1,4 +1,6 @@
-"""How figures look: one palette under names, two shapes, and SVG that takes its colours from the page."""
+"""The look of the figures: one palette, two shapes, and SVG that takes its colours from the
+page.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-# name → (light, dark). A figure is drawn in the light ones, each of which stands for its name: in the page's SVG they
-# become CSS variables. The lines keep apart for every common kind of colour blindness, and 4.5:1 from the ground.
+# name → (light, dark). A figure is drawn in the light colours; in the page's SVG each becomes the
+# CSS variable of its name. Lines differ for every common kind of colour blindness, and have a
+# contrast of 4.5:1 to the background.
 COLOURS = {
     "surface": ("#fefefe", "#16191d"),
     "ink": ("#1b1f24", "#e8eaed"),
@@ -44,7 +47,9 @@ def light(name: str) -> str:
 
 
 class FigureShape(NamedTuple):
-    """A figure's room: at 72 points an inch one point is one CSS pixel at the width that it is made for."""
+    """The width of a figure. 72 points per inch make a point one CSS pixel at its intended
+    width.
+    """
 
     name: str
     width: float  # inches
@@ -56,15 +61,16 @@ class FigureShape(NamedTuple):
 
 WIDE, NARROW = FigureShape("wide", 12.0), FigureShape("narrow", 4.8)
 PNG_DPI = 100
+# DejaVu Sans comes with matplotlib, and most fonts of readers are narrower.
 FONT, FONT_SIZE = (
     "DejaVu Sans",
     14,
-)  # comes with matplotlib; few fonts that a reader may have are wider
+)
 
 
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """matplotlib set for these figures; as it was, afterwards."""
+    """Set matplotlib up for these figures, and restore it afterwards."""
     import matplotlib
 
     settings = {
@@ -104,9 +110,8 @@ def drawing() -> Iterator[None]:
         "path.simplify_threshold": 0.5,
     }
     with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", module="matplotlib"
-        )  # a glyph that a picture's font lacks
+        # The font of a PNG may lack a glyph.
+        warnings.filterwarnings("ignore", module="matplotlib")
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
 
@@ -114,7 +119,7 @@ def drawing() -> Iterator[None]:
 def new_figure(
     shape: FigureShape, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Any, list[Any]]:
-    """A figure of that height in inches, and its axes in reading order."""
+    """Return a figure of that height in inches, and its axes in reading order."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(shape.width, height), layout="constrained")
@@ -123,7 +128,7 @@ def new_figure(
 
 
 def settle(figure: Any) -> None:
-    """Lay the axes out once, at places that are the same in every process: the solver's last bits are not."""
+    """Lay the axes out once, at rounded places: the solver's last bits differ between processes."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.axes:
@@ -133,7 +138,9 @@ def settle(figure: Any) -> None:
 
 
 def svg(figure: Any, prefix: str) -> str:
-    """The inside of an <svg> element and its viewBox, compact, in the page's colours; ids begin with the prefix."""
+    """Return the inside of an <svg> element from its viewBox on, with page colours and prefixed
+    ids.
+    """
     out = io.StringIO()
     figure.savefig(
         out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
@@ -146,9 +153,8 @@ def svg(figure: Any, prefix: str) -> str:
     text = re.sub(
         r'\b(id=")|(url\(#)|xlink:(href="#)', lambda m: (m[1] or m[2] or m[3]) + prefix, text
     )
-    text = re.sub(
-        r"<[^>]*>", lambda tag: re.sub(r"-?\d+\.\d{2,}", one_place, tag[0]), text
-    )  # never what is said
+    # Only inside tags: never the text.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"-?\d+\.\d{2,}", one_place, tag[0]), text)
     text = re.sub(r"'DejaVu Sans'(, [\w' -]+)*", "inherit", text)
     for name, (colour, _) in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
@@ -173,7 +179,7 @@ def variables(dark: bool) -> str:
 
 
 def text_width(text: str) -> float:
-    """Points, at the size of the figures."""
+    """Return the width of a text in points, at the size of the figures."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import text_to_path
 
@@ -183,7 +189,7 @@ def text_width(text: str) -> float:
 
 
 def wrapped(text: str, width: float) -> str:
-    """Broken at blanks into lines of at most a width in points, where words allow it."""
+    """Break text at spaces into lines of at most `width` points, if words allow it."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".lstrip(" ")
@@ -195,12 +201,12 @@ def wrapped(text: str, width: float) -> str:
 
 
 def label(name: str) -> str:
-    """matplotlib hides legends that begin with an underscore."""
+    """Return a legend label. matplotlib hides labels that begin with an underscore."""
     return f"\u2009{name}" if name.startswith("_") else name
 
 
 def short(value: float, _: object = None) -> str:
-    """1.3M, 20k, 512: a number for an axis."""
+    """`short(1_300_000)` is "1.3M": a number for an axis."""
     for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= scale:
             return f"{value / scale:.3g}{unit}"

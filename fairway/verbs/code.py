@@ -1,7 +1,8 @@
 """List the files that a record ships next to train_gpt.py, separated by commas.
 
-Training reserves their bytes: EXTRA_CODE_FILES=$(fairway code) python train_gpt.py. Without a run, these are the files
-that eval_final.py imports when it starts; with one, the files that its score used.
+Training reserves their bytes: EXTRA_CODE_FILES=$(fairway code) python train_gpt.py. Without a run,
+these are the files that eval_final.py imports when it starts; with one, the files that its score
+used.
 
 Example:
     fairway code

@@ -1,4 +1,5 @@
-"""Show how two runs differ in settings, data and code, and what that changed in score, bytes and time.
+"""Show how two runs differ in settings, data and code, and what that changed in score, bytes and
+time.
 
 A run is named by its number in `fairway runs`, its run id, its OUT_DIR, or its log.
 

@@ -1,7 +1,7 @@
 """List the runs of this folder and of out/, newest last.
 
-Each finished training or evaluation adds a line to OUT_DIR/runs.jsonl. A filter is key=value, key!=value, key<value
-or key>value; the key is a column or a setting. Quote < and >.
+Each finished training or evaluation adds a line to OUT_DIR/runs.jsonl. A filter is key=value,
+key!=value, key<value or key>value; the key is a column or a setting. Quote < and >.
 
 Example:
     fairway runs preset=cpu 'final_bpb<2.5'

@@ -1,4 +1,6 @@
-"""Finished runs as train_gpt.py and eval_final.py leave them, and a small repository that made them."""
+"""Finished runs as train_gpt.py and eval_final.py leave them, and a small repository that made
+them.
+"""
 
 import hashlib
 import json
@@ -48,7 +50,8 @@ CODE = {
     '    print("eval", name())\n',
     "fairway/__init__.py": "",
     "fairway/unused.py": "import torch\n",
-    "fairway/scoring/evaluation.py": "from train_gpt import Config\n\n\ndef name():\n    import tqdm\n    return 'Config'",
+    "fairway/scoring/evaluation.py": "from train_gpt import Config\n\n\n"
+    "def name():\n    import tqdm\n    return 'Config'",
     "requirements.txt": "# pinned\ntorch==2.0\nnumpy==2.4.6\ntqdm==4.70.1\npytest==9.2.0\n",
 }
 
@@ -143,9 +146,10 @@ def made_run(folder: Path, seed: int, evaluated: bool = True, **changes) -> Path
     ]
     line = "=" * 100
     log = (
-        f"{TRAIN}\n{line}\nRunning Python 3\n{line}\nsettings: {json.dumps(settings)}\nseed:{seed}\n"
-        f"val_loader:shards pattern=x tokens:1000 bytes:2885\nstep:{steps}/9000 val_loss:3.5000 val_bpb:{bpb:.4f}\n"
-        f"final_int6_exact val_loss:{2 * bpb:.8f} val_bpb:{bpb:.8f}\n"
+        f"{TRAIN}\n{line}\nRunning Python 3\n{line}\nsettings: "
+        f"{json.dumps(settings)}\nseed:{seed}\nval_loader:shards pattern=x tokens:1000 "
+        f"bytes:2885\nstep:{steps}/9000 val_loss:3.5000 val_bpb:{bpb:.4f}\nfinal_int6_exact "
+        f"val_loss:{2 * bpb:.8f} val_bpb:{bpb:.8f}\n"
     )
     files = {
         f"logs/{run_id}.txt": log,

@@ -71,7 +71,8 @@ def write_log(folder: Path, run_id: str, code: str) -> None:
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(code.encode()).hexdigest()
     (folder / f"logs/{run_id}.txt").write_text(
-        f"{code}\n{LINE}\nRunning Python 3.11\n{LINE}\nrun_id:{run_id}\ncode_sha256:{digest}\nseed:1337\n"
+        f"{code}\n{LINE}\nRunning Python "
+        f"3.11\n{LINE}\nrun_id:{run_id}\ncode_sha256:{digest}\nseed:1337\n"
     )
 
 

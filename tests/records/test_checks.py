@@ -1,4 +1,6 @@
-"""fairway/records/checks: each bad folder of the zoo is caught by its own check, good ones pass, damage breaks none."""
+"""fairway/records/checks: each bad folder of the zoo is caught by its own check, good ones pass,
+damage breaks none.
+"""
 
 import json
 import random
@@ -151,7 +153,8 @@ def test_no_certificate_in_the_folder_silences_a_pattern(tmp_path):
         ("def f(h):\n    return ValidationData(h.val_files)", "validation", "ok"),
         ("def f(h):\n    calib_files = h.val_files\n    return calib_files", "validation", "FAIL"),
         (
-            "def eval_ttt(chunks, opt):\n    loss_sum = 0\n    for c in chunks:\n        loss_sum += c\n        opt.step()",
+            "def eval_ttt(chunks, opt):\n    loss_sum = 0\n    for c in chunks:\n        loss_sum "
+            "+= c\n        opt.step()",
             "patterns",
             "ok",
         ),
@@ -239,11 +242,12 @@ def test_every_file_may_be_missing_empty_binary_or_huge(tmp_path):
     )
 
 
+# By which checks, of much damage
 SEEN = {
     "json": {"schema", "numbers"},
     "md": {"numbers"},
     "log": {"log_whole"},
-}  # by which checks, of much damage
+}
 WRONG = [
     None,
     True,

@@ -1,4 +1,6 @@
-"""fairway/records/code.py: what a folder's scripts reach, and packed code that is read and never run."""
+"""fairway/records/code.py: what a folder's scripts reach, and packed code that is read and never
+run.
+"""
 
 import ast
 import base64
@@ -135,7 +137,8 @@ LAYERS = {
         ("b64", "zlib"),
     ),
     "bz2, from": (
-        f"from bz2 import decompress as d\nexec(compile(d({bz2.compress(TRAINER.encode())!r}),'x','exec'))",
+        "from bz2 import decompress as "
+        f"d\nexec(compile(d({bz2.compress(TRAINER.encode())!r}),'x','exec'))",
         ("bz2",),
     ),
     "brotli, a name": (
@@ -183,8 +186,8 @@ def test_plain_code_is_no_stub():
     "bomb",
     [
         f"import zlib\nexec(zlib.decompress({zlib.compress(bytes(LIMIT + 10), 9)!r}))",
-        "import lzma\nexec(lzma.decompress(b'', format=lzma.FORMAT_RAW, filters=[{'id': lzma.FILTER_LZMA2, "
-        "'dict_size': 4000000000}]))",
+        "import lzma\nexec(lzma.decompress(b'', format=lzma.FORMAT_RAW, filters=[{'id': "
+        "lzma.FILTER_LZMA2, 'dict_size': 4000000000}]))",
         "import lzma\nexec(lzma.decompress(b'abc'))",
         "import base64\nexec(base64.b85decode('\\x00'))",
         "import brotli\nexec(brotli.decompress(b'\\xff\\xff'))",

@@ -1,4 +1,6 @@
-"""Files that may be anyone's: read within limits, refused in one line, written whole or not at all."""
+"""Files that may be anyone's: read within limits, refused in one line, written whole or not at
+all.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,6 @@
-"""The list of runs: found, joined, filtered, compared; damaged lines are named and cost nothing else."""
+"""The list of runs: found, joined, filtered, compared; damaged lines are named and cost nothing
+else.
+"""
 
 import json
 
@@ -44,7 +46,8 @@ def test_files_are_found_here_and_below_out_without_following_links(tmp_path):
 
 def test_an_evaluation_stands_beside_the_training_of_its_artifact(history):
     found = [(r.columns["run_id"], r.columns["final_bpb"]) for r in history.rows]
-    # The same evaluation again replaces the one before; other settings make another row; newest last.
+    # The same evaluation again replaces the one before; other settings make another row; newest
+    # last.
     assert found == [("first", 1.57), ("first", 1.56), ("second", 1.5), ("third", None)]
     last = history.rows[2].columns
     assert (last["number"], last["steps"], last["seconds"], last["bpb"]) == (3, 620, 150.5, 1.62)

@@ -115,9 +115,8 @@ def test_lines_are_numbered_from_one_and_point_at_the_log():
     assert lines[log.final.line - 1].startswith("final_int6_sliding_window_exact")
     assert lines[log.steps[0].line - 1].startswith("step:1/") and log.text_lines == len(lines) - 1
     assert lines[log.lines["gptq:calibrated"] - 1].startswith("gptq:calibrated 66")
-    assert (
-        log.lines["stopping_early"] < log.lines["gptq:calibrated"]
-    )  # calibration came after the last step
+    # Calibration came after the last step
+    assert log.lines["stopping_early"] < log.lines["gptq:calibrated"]
 
 
 # ==== What a log does not say is None =============================================================
@@ -133,7 +132,9 @@ def test_an_empty_log_says_nothing():
 
 
 def test_code_is_not_mistaken_for_log():
-    """Its print(f"…") look like the lines that they print; here one of them, in a docstring, is such a line."""
+    """Its print(f"…") look like the lines that they print; here one of them, in a docstring, is
+    such a line.
+    """
     code = SOURCE.replace(
         "language model.", "model.\nfinal_x val_loss:0.10000000 val_bpb:0.10000000\nseed:5"
     )
@@ -221,13 +222,11 @@ def test_the_claim_is_the_last_score_in_its_exact_form():
 
 def test_evaluation_counts_all_scoring_but_diagnostics():
     text = april(RunFacts(eval_seconds=400))
-    assert (
-        parse_log(text).eval_seconds == 400
-    )  # not the 7.4 s of the diagnostic before quantisation
+    # Not the 7.4 s of the diagnostic before quantisation
+    assert parse_log(text).eval_seconds == 400
     assert parse_log(text + "total_eval_time:700.5s\n").eval_seconds == 700.5
-    assert (
-        parse_log(text + "total_eval_time:1.0s\n").eval_seconds == 400
-    )  # less than its own parts: not believed
+    # Less than its own parts: not believed
+    assert parse_log(text + "total_eval_time:1.0s\n").eval_seconds == 400
 
 
 def test_training_ends_where_the_last_word_on_it_says():
@@ -253,10 +252,11 @@ def test_a_total_with_the_raw_model_is_no_total():
 
 def test_shapes_of_single_records():
     log = parse_log(
-        "params:73 L:10 ws:8 s:7\n--- Hyperparameters ---\nseed=7 vocab_size=8192\n"
-        "step:1000/10000 loss:3.3114 t:91476ms avg:91.5ms\nstep:6530/10000 val_loss:3.05 val_bpb:1.18 "
-        "train_time:599602ms\nartifact:15.92MB code:70853\nbudget:15992753/16000000 (15.99/16.00MB) FITS\n"
-        "final_sliding val_loss:2.9901 val_bpb:1.1578 (stride=16, T=0.90) eval_time:429023ms\n"
+        "params:73 L:10 ws:8 s:7\n--- Hyperparameters ---\nseed=7 vocab_size=8192\nstep:1000/10000 "
+        "loss:3.3114 t:91476ms avg:91.5ms\nstep:6530/10000 val_loss:3.05 val_bpb:1.18 "
+        "train_time:599602ms\nartifact:15.92MB code:70853\nbudget:15992753/16000000 "
+        "(15.99/16.00MB) FITS\nfinal_sliding val_loss:2.9901 val_bpb:1.1578 (stride=16, T=0.90) "
+        "eval_time:429023ms\n"
     )
     assert (log.seed, log.vocab_size, log.parameters, log.world_size) == (7, 8192, 73, 8)
     assert (log.code_bytes, log.total_bytes, log.artifact_bytes, log.step_avg_ms) == (

@@ -1,4 +1,6 @@
-"""Packing: runs must be one experiment, a figure is the same everywhere, a folder is complete or absent."""
+"""Packing: runs must be one experiment, a figure is the same everywhere, a folder is complete or
+absent.
+"""
 
 import json
 import os
@@ -157,8 +159,8 @@ def test_the_run_command_names_the_settings_that_the_preset_lacks(runs, root, tm
     folder = pack_runs(runs, root, tmp_path / "records")
     block = re.search(r"```bash\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
     assert (
-        "PRESET=cpu NUM_LAYERS=5 CODEC='a b' GPTQ=1 NUM_HEADS=4 TRAIN_BATCH_TOKENS=2048 python train_gpt.py"
-        in block
+        "PRESET=cpu NUM_LAYERS=5 CODEC='a b' GPTQ=1 NUM_HEADS=4 TRAIN_BATCH_TOKENS=2048 python "
+        "train_gpt.py" in block
     )
     assert "for seed in 42 1337 2025; do" in block and "python eval_final.py\n" in block
     assert (
@@ -442,7 +444,8 @@ def second(a, b):
     if str(a).endswith(".part"): die()
     rename(a, b)
 os.rename = second
-pack_record([Path(p) for p in {runs!r}], Entry(*{entry!r}), Path({code!r}), Path({out!r}), {draw}, replace=True)
+runs = [Path(p) for p in {runs!r}]
+pack_record(runs, Entry(*{entry!r}), Path({code!r}), Path({out!r}), {draw}, replace=True)
 """
 
 

@@ -1,4 +1,6 @@
-"""What a run left in its OUT_DIR, found by folder or by log: with the evaluation of this artifact and no other."""
+"""What a run left in its OUT_DIR, found by folder or by log: with the evaluation of this artifact
+and no other.
+"""
 
 import hashlib
 import json
@@ -46,11 +48,12 @@ def test_a_folder_and_its_log_name_the_same_run(tmp_path):
     log = lay_out(tmp_path, seed=42)
     run = read_run(tmp_path)
     assert run == read_run(log) == read_run(log.with_suffix(".jsonl"))
+    # The last start: that of a resumed run
     assert (run.run_id, run.seed, run.settings) == (
         "train",
         42,
         {"seed": 42},
-    )  # the last start: that of a resumed run
+    )
     assert (
         run.artifact == tmp_path / "final_model.int6.ptz"
         and run.eval_log == tmp_path / "logs" / "eval.txt"

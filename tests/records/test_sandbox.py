@@ -33,8 +33,10 @@ def ran(tmp_path):
 
 def test_a_script_may_use_its_own_folders(ran):
     ended = ran(
-        "import tempfile, json, os\nopen('made.txt', 'w').write('x')\nos.mkdir('d')\nos.rename('made.txt', "
-        "'d/b')\ntempfile.NamedTemporaryFile().write(b'x')\nprint(os.environ['HOME'], sorted(os.environ))"
+        "import tempfile, json, os\nopen('made.txt', "
+        "'w').write('x')\nos.mkdir('d')\nos.rename('made.txt', "
+        "'d/b')\ntempfile.NamedTemporaryFile().write(b'x')\nprint(os.environ['HOME'], "
+        "sorted(os.environ))"
     )
     assert ended.code == 0 and ended.refused == [] and str(ran.box.home) in ended.output
     assert "SECRET" not in ended.output and (ran.box.copy / "d" / "b").read_text() == "x"

@@ -81,7 +81,7 @@ def test_good_files_have_no_problems():
         (changed(val_loss=1.2), "val_loss is 1.2, wanted the mean of 3 seeds, 2"),
         (
             changed(val_loss=0.5),
-            "val_loss is 0.5 with val_bpb 1.2: that is 0.60 bytes a token; wanted nats",
+            "val_loss is 0.5 with val_bpb 1.2: that is 0.60 bytes per token; wanted nats",
         ),
         (
             {k: v for k, v in FULL.items() if k != "author" and k != "github_id"},

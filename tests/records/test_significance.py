@@ -25,7 +25,9 @@ def seeds(*nats: float, factor: float = 1.69) -> SeedScores:
 
 # ==== By hand =====================================================================================
 def test_one_sample_by_hand():
-    """Mean 2, deviation 1, standard error 1/√3; with 2 degrees of freedom P(T > t) = 1/2 - t / 2√(2 + t²)."""
+    """Mean 2, deviation 1, standard error 1/√3; with 2 degrees of freedom P(T > t) = 1/2 - t / 2√(2
+    + t²).
+    """
     test = one_sample(seeds(1, 2, 3), 4, bar=0)
     assert test.t == pytest.approx(2 * math.sqrt(3)) and test.df == 2
     assert test.p == pytest.approx(0.5 - 2 * math.sqrt(3) / (2 * math.sqrt(14)))
@@ -174,7 +176,7 @@ def test_the_seeds_that_are_missing_are_enough(new, old):
 
 # ==== Between tokenizers ==========================================================================
 def test_another_tokenizer_is_compared_through_bytes():
-    """The same BPB under tokenizers of 2.4 and 3.7 bytes a token is the same score."""
+    """The same BPB under tokenizers of 2.4 and 3.7 bytes per token is the same score."""
     new, old = seeds(2.80, 2.81, 2.82, factor=2.583), seeds(1.84, 1.85, 1.86, factor=1.6885)
     test = welch(new, old)
     assert test.difference[1] == pytest.approx(

@@ -1,4 +1,6 @@
-"""The report: what a page must hold and must not, whatever the runs are; and that a browser shows all of it."""
+"""The report: what a page must hold and must not, whatever the runs are; and that a browser shows
+all of it.
+"""
 
 import hashlib
 import html
@@ -527,14 +529,17 @@ def test_picture_is_one_png_and_needs_events_only(tmp_path, folders):
 
 # ==== A BROWSER ===================================================================================
 PROBE = """<script>addEventListener("load", () => {
-const box = e => e.getBoundingClientRect(), shown = e => box(e).width > 0;
-const scale = e => e.ownerSVGElement ? box(e.ownerSVGElement).width / e.ownerSVGElement.viewBox.baseVal.width : 1;
+const box = e => e.getBoundingClientRect(), visible = e => box(e).width > 0;
+const all = q => [...document.querySelectorAll(q)];
+const scale = e => e.ownerSVGElement
+    ? box(e.ownerSVGElement).width / e.ownerSVGElement.viewBox.baseVal.width : 1;
+const letter = e => parseFloat(getComputedStyle(e).fontSize) * scale(e);
 parent.postMessage("probe:" + JSON.stringify({
     width: innerWidth, scroll: document.documentElement.scrollWidth,
-    figures: [...document.querySelectorAll("figure")].map(f => [...f.querySelectorAll("svg")].filter(shown)
+    figures: all("figure").map(f => [...f.querySelectorAll("svg")].filter(visible)
         .map(s => [box(s).left, box(s).right, box(s).height])),
-    letter: Math.min(...[...document.querySelectorAll("p,td,th,li,svg text")].filter(shown)
-        .map(e => parseFloat(getComputedStyle(e).fontSize) * scale(e)))}) + ":probe", "*")})</script>"""
+    letter: Math.min(...all("p,td,th,li,svg text").filter(visible).map(letter))
+}) + ":probe", "*")})</script>"""
 
 
 @pytest.mark.parametrize("width", [400, 1400])

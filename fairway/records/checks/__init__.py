@@ -1,6 +1,7 @@
-"""A record folder, judged: one verdict a check, FAIL only where the folder itself shows the fault.
+"""Judge a record folder: one result for each check; FAIL only if the folder itself shows the fault.
 
-`check(folder)` takes anyone's folder, in any of the log dialects, and raises for nothing that lies in it.
+`check_record(folder)` takes anyone's folder, in any of the log dialects. Nothing in it raises an
+error.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ CHECKS: dict[str, Callable[[RecordFolder], str]] = (
 
 
 def check_record(folder: str | Path, run: bool = False) -> list[CheckResult]:
-    """One verdict for each of CHECKS; with `run`, one more: `run`, of the folder as it runs in a sandbox."""
+    """Return the result of each check; with `run`, one more for the folder as it runs in a
+    sandbox.
+    """
     if not Path(folder).is_dir():
         raise RecordError(f"{folder} is no folder; name a record's folder")
     read = read_record_folder(folder)
@@ -35,20 +38,21 @@ def check_record(folder: str | Path, run: bool = False) -> list[CheckResult]:
 
 
 def run_check(name: str, folder: RecordFolder) -> CheckResult:
-    """One check alone."""
+    """Run one check alone."""
     return check_result(name, CHECKS[name], folder)
 
 
 def check_result(
     name: str, judging: Callable[[RecordFolder], str], folder: RecordFolder
 ) -> CheckResult:
+    """Run a check and return its result, however it ends."""
     try:
         return CheckResult(name, "ok", printable_line(judging(folder)), [])
     except CheckStopped as e:
         return CheckResult(
             name, e.verdict, printable_line(e.text), [printable_line(w) for w in e.warnings]
         )
-    except Exception as e:  # no folder may end the judgement of the others
+    except Exception as e:  # one folder must not stop the checks of the others
         return CheckResult(
             name,
             "cannot tell",
@@ -58,7 +62,9 @@ def check_result(
 
 
 def results_text(results: Sequence[CheckResult], colours: bool = False) -> str:
-    """Return a line for each result, its warnings below it, and the counts; `colours` are for a terminal."""
+    """Return a line for each result, its warnings below it, and the counts; `colours` are for a
+    terminal.
+    """
     lines = []
     for result in results:
         start, end = (COLOURS.get(result.verdict, ""), "\x1b[0m") if colours else ("", "")
@@ -71,5 +77,5 @@ def results_text(results: Sequence[CheckResult], colours: bool = False) -> str:
 
 
 def printable_line(text: str) -> str:
-    """Printable, without control characters of a hostile file, and no longer than a screen or two."""
+    """Replace control characters of a hostile file, and cut at a screen or two."""
     return "".join(c if c.isprintable() else " " for c in text)[:400]

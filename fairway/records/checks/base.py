@@ -1,4 +1,6 @@
-"""What all checks share: how a check ends, the challenge's limits, and readings of one run or one folder."""
+"""What all checks share: how a check ends, the challenge's limits, and readings of one run or one
+folder.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from fairway.records.logs import RunLog
 BUDGET = 16_000_000  # bytes of artifact and code together; the challenge's MB is decimal
 LIMIT_SECONDS = 600.0  # for training, and again for evaluation
 RECORD_TRACK = "10min_16mb"
-# Bits per byte of FineWeb. No honest model of 16 MB has come below this; the best has 1.0565 (#2135).
+# Bits per byte of FineWeb. No honest model of 16 MB has come below this; the best has 1.0565
+# (#2135).
 PLAUSIBLE = 0.9
 
 
@@ -56,7 +59,9 @@ def number_text(value: float | None) -> str:
 
 
 def claimed_runs(folder: RecordFolder) -> list[SeedRun]:
-    """Return the runs that the claim is about; without a training log no check can tell anything."""
+    """Return the runs that the claim is about; without a training log no check can tell
+    anything.
+    """
     if not folder.record:
         raise CheckUndecided("the folder holds no training log")
     return folder.record
@@ -83,7 +88,9 @@ def artifact_bytes(run: SeedRun) -> int | None:
 
 
 def vocabulary_of(log: RunLog) -> int | None:
-    """Return the vocabulary size in the name of the tokenizer or data set, such as `fineweb10B_sp1024`."""
+    """Return the vocabulary size in the name of the tokenizer or data set, such as
+    `fineweb10B_sp1024`.
+    """
     names = (
         log.settings.get("tokenizer_path", "").split("/")[-1],
         log.settings.get("dataset", ""),
@@ -108,7 +115,8 @@ def code_bytes_in_use(folder: RecordFolder) -> int:
 def printed_code(folder: RecordFolder, run: SeedRun) -> str:
     """Return the code that the log prints at its top.
 
-    Launchers print lines of their own above it. Where the text holds a whole file of the folder, that file is it.
+    Launchers print lines of their own above it. Where the text holds a whole file of the folder,
+    that file is it.
     """
     printed = run.log.source.strip()
     return next((text for text in source_texts(folder) if text in printed), printed)

@@ -1,4 +1,6 @@
-"""What the record says of itself, held against its logs: numbers, seeds, the headline, dates, certificates."""
+"""Hold what the record says of itself against its logs: numbers, seeds, headline, dates,
+certificates.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ from fairway.records.folder import (
 )
 from fairway.records.schema import json_number
 
-# Where a run lies and what it is called: the settings that may differ between the seeds of one record.
+# Where a run lies and what it is called: the settings that may differ between the seeds of one
+# record.
 FREE_NAMES = re.compile(
     r"seed|run_id|.*(path|dir|file|files|folder|url)$|out_.*|logfile|datasets?|local_rank|rank|"
     r"device_name|"
@@ -40,11 +43,11 @@ FREE_NAMES = re.compile(
 
 
 def check_stated_numbers(folder: RecordFolder) -> str:
-    """README, submission.json and logs name the same scores and sizes."""
-    runs, said = claimed_runs(folder), folder.claims
+    """README, submission.json and logs must state the same scores and sizes."""
+    runs, claims = claimed_runs(folder), folder.claims
     compared = 0
     for run in runs:
-        claim, score = said.seeds.get(named_seed(run)), final_score(run)
+        claim, score = claims.seeds.get(named_seed(run)), final_score(run)
         if claim is not None:
             compared += compare_seed(folder, run, claim)
         if score is not None and score.bpb is not None:
@@ -54,27 +57,30 @@ def check_stated_numbers(folder: RecordFolder) -> str:
         raise CheckUndecided(
             "neither submission.json nor README.md names a number that the logs have"
         )
-    return f"{compared} numbers of {folder.submission_name or 'README.md'} and README.md are those of the logs"
+    return (
+        f"{compared} numbers of {folder.submission_name or 'README.md'} and README.md are those of "
+        "the logs"
+    )
 
 
 def compare_seed(folder: RecordFolder, run: SeedRun, claim: Claim) -> int:
-    """One seed of submission.json against its log."""
+    """Compare one seed of submission.json with its log; return how many numbers were compared."""
     score, compared = final_score(run), 0
     pairs = [
         ("val_bpb", claim.bpb, score and score.bpb),
         ("val_loss", claim.loss, score and score.loss),
     ]
-    for name, told, real in pairs:
-        if told is not None and real is not None:
+    for name, stated, real in pairs:
+        if stated is not None and real is not None:
             others = [
                 getattr(s, name[4:])
                 for s in scoring_log(run).scores
                 if not s.diagnostic and getattr(s, name[4:])
             ]
-            if not any(equals_rounded(told, other) for other in others):
+            if not any(equals_rounded(stated, other) for other in others):
                 raise CheckFailed(
-                    f"seed {named_seed(run)}: "
-                    f"{folder.submission_name} has {name} {told:.10g}, {scoring_log_name(run)} has {real:.10g}"
+                    f"seed {named_seed(run)}: {folder.submission_name} has {name} {stated:.10g}, "
+                    f"{scoring_log_name(run)} has {real:.10g}"
                 )
             compared += 1
     sizes = [
@@ -85,25 +91,28 @@ def compare_seed(folder: RecordFolder, run: SeedRun, claim: Claim) -> int:
     if claim.bytes is not None and sizes:
         if claim.bytes not in sizes:
             raise CheckFailed(
-                f"seed {named_seed(run)}: {folder.submission_name} has {claim.bytes:,} "
-                f"bytes, {scoring_log_name(run)} has {' and '.join(f'{size:,}' for size in dict.fromkeys(sizes))}"
+                f"seed {named_seed(run)}: {folder.submission_name} has {claim.bytes:,} bytes, "
+                f"{scoring_log_name(run)} has "
+                f"{' and '.join(f'{size:,}' for size in dict.fromkeys(sizes))}"
             )
         compared += 1
     return compared
 
 
 def compare_row(folder: RecordFolder, run: SeedRun, bpb: float) -> int:
-    """The row of README.md's table that starts with this seed: one of its scores is the log's."""
+    """Compare a seed's row in a table of README.md with its log; return how many scores were
+    compared.
+    """
     for line in folder.readme.splitlines():
         cells = [cell.strip(" *`_") for cell in line[:2000].split("|")]
         if len(cells) < 4 or str(named_seed(run)) not in [
             re.sub(r"(?i)seed|[\s:=]", "", cell) for cell in cells[:3]
         ]:
             continue
-        found = [
+        numbers = [
             text for cell in cells for text in re.findall(r"(?<![\d.,+-])\d\.\d{3,9}(?!\d)", cell)
         ]
-        near = [text for text in found if abs(float(text) - bpb) < 0.2]
+        near = [text for text in numbers if abs(float(text) - bpb) < 0.2]
         compare_row_bytes(folder, run, line)
         if near:
             same = [other for other in folder.runs if named_seed(other) == named_seed(run)]
@@ -126,19 +135,19 @@ def compare_row(folder: RecordFolder, run: SeedRun, bpb: float) -> int:
                 equals_rounded(float(text), value, text) for text in near for value in claimed
             ):
                 raise CheckFailed(
-                    f"seed {named_seed(run)}: README.md has {(strange or near)[-1]}, {scoring_log_name(run)} has {bpb:.8f}"
+                    f"seed {named_seed(run)}: README.md has {(strange or near)[-1]}, "
+                    f"{scoring_log_name(run)} has {bpb:.8f}"
                 )
             return 1
     return 0
 
 
-SIZE = re.compile(
-    r"(?<![\d.,])1\d[, _]?\d{3}[, _]?\d{3}(?![\d,])"
-)  # of an artifact: eight digits, grouped or not
+# The size of an artifact in text: eight digits, grouped or not.
+SIZE = re.compile(r"(?<![\d.,])1\d[, _]?\d{3}[, _]?\d{3}(?![\d,])")
 
 
 def compare_row_bytes(folder: RecordFolder, run: SeedRun, row: str) -> None:
-    """The bytes in a seed's row: its artifact, with code or without."""
+    """Compare the bytes in a seed's row with its artifact, with or without code."""
     artifact = artifact_bytes(run)
     known = {s.bytes for log in (run.log, scoring_log(run)) for s in log.sizes} | {
         (artifact or 0) + folder.code.bytes
@@ -158,36 +167,37 @@ def compare_row_bytes(folder: RecordFolder, run: SeedRun, row: str) -> None:
 
 
 def compare_loss(folder: RecordFolder, runs: list[SeedRun]) -> int:
-    """The record's val_loss is the mean of its runs', or one of them."""
-    told = folder.claims.record.loss
+    """Compare the record's val_loss with the mean of its runs, or with one of them."""
+    stated = folder.claims.record.loss
     losses = [
         s.loss for run in runs for s in [final_score(run)] if s is not None and s.loss is not None
     ]
-    if told is None or len(losses) < len(runs):
+    if stated is None or len(losses) < len(runs):
         return 0
     mean, bpbs = (
         statistics.fmean(losses),
         [s.bpb for run in runs for s in scoring_log(run).scores if s.bpb],
     )
-    if any(equals_rounded(told, b) for b in bpbs):
-        return 0  # loss_field tells that
+    if any(equals_rounded(stated, b) for b in bpbs):
+        return 0  # the check loss_field reports that
     others = [s.loss for run in runs for s in scoring_log(run).scores if s.loss]
-    if not any(equals_rounded(told, value) for value in [mean, *others]):
+    if not any(equals_rounded(stated, value) for value in [mean, *others]):
         raise CheckFailed(
-            f"{folder.submission_name} has val_loss {told:.10g}, the logs' mean is {mean:.8f}"
+            f"{folder.submission_name} has val_loss {stated:.10g}, the logs' mean is {mean:.8f}"
         )
     return 1
 
 
 def compare_code(folder: RecordFolder) -> int:
-    told = folder.claims.code
+    """Compare bytes_code with the code that ships or was logged."""
+    stated = folder.claims.code
     logged = by_run(folder.record, lambda run: scoring_log(run).code_bytes)
     real = {sum(folder.code.shipped.values()), *logged.values(), *folder.code.shipped.values()}
-    if told is None or not folder.code.entries:
+    if stated is None or not folder.code.entries:
         return 0
-    if told not in real:
+    if stated not in real:
         raise CheckFailed(
-            f"{folder.submission_name} has bytes_code {told:,}; what ships has "
+            f"{folder.submission_name} has bytes_code {stated:,}; what ships has "
             f"{sum(folder.code.shipped.values()):,}"
             + "".join(f", {n} has {v:,}" for n, v in list(logged.items())[:1])
         )
@@ -195,18 +205,18 @@ def compare_code(folder: RecordFolder) -> int:
 
 
 def compare_readme(folder: RecordFolder) -> int:
-    """The score and the bytes of submission.json stand in README.md, in as many decimals as that gives."""
-    said, compared = folder.claims.record, 0
-    scores = [text for text in re.findall(r"(?<![\d.,+-])\d\.\d{3,9}(?!\d)", folder.readme)]
-    if said.bpb is not None and scores:
+    """README.md must state the score and the bytes of submission.json, in the decimals it uses."""
+    claim, compared = folder.claims.record, 0
+    scores = re.findall(r"(?<![\d.,+-])\d\.\d{3,9}(?!\d)", folder.readme)
+    if claim.bpb is not None and scores:
         if not any(
-            equals_rounded(float(t), said.bpb, t) or equals_rounded(said.bpb, float(t))
+            equals_rounded(float(t), claim.bpb, t) or equals_rounded(claim.bpb, float(t))
             for t in scores
             if len(t) > 4
         ):
             raise CheckFailed(
-                f"{folder.submission_name} has val_bpb {said.bpb:.10g}, README.md has "
-                f"{min(scores, key=lambda t: abs(float(t) - said.bpb))}"
+                f"{folder.submission_name} has val_bpb {claim.bpb:.10g}, README.md has "
+                f"{min(scores, key=lambda t: abs(float(t) - claim.bpb))}"
             )
         compared += 1
     sizes = {int(re.sub(r"\D", "", text)) for text in SIZE.findall(folder.readme)}
@@ -217,24 +227,24 @@ def compare_readme(folder: RecordFolder) -> int:
     near = [
         size
         for size in sizes - known
-        if said.bytes and size != said.bytes and abs(size / said.bytes - 1) < 0.02
+        if claim.bytes and size != claim.bytes and abs(size / claim.bytes - 1) < 0.02
     ]
-    if said.bytes is not None and sizes:
-        if near and said.bytes not in sizes:
+    if claim.bytes is not None and sizes:
+        if near and claim.bytes not in sizes:
             raise CheckFailed(
-                f"{folder.submission_name} has {said.bytes:,} bytes, README.md has "
+                f"{folder.submission_name} has {claim.bytes:,} bytes, README.md has "
                 f"{near[0]:,}, which no log has"
             )
-        compared += said.bytes in sizes
+        compared += claim.bytes in sizes
     return compared
 
 
 def check_loss_field(folder: RecordFolder) -> str:
-    """val_loss is in nats a token; bits a byte stand under val_bpb (#180)."""
-    said = folder.claims
+    """val_loss must be in nats per token; bits per byte belong under val_bpb (#180)."""
+    claims = folder.claims
     claimed = [
-        ("", said.record),
-        *((f" of seed {seed}", claim) for seed, claim in said.seeds.items()),
+        ("", claims.record),
+        *((f" of seed {seed}", claim) for seed, claim in claims.seeds.items()),
     ]
     scores = [s for run in folder.record for s in scoring_log(run).scores if s.bpb and s.loss]
     for whose, claim in claimed:
@@ -262,9 +272,9 @@ def check_loss_field(folder: RecordFolder) -> str:
 
 # ==== Seeds =======================================================================================
 def check_seeds(folder: RecordFolder) -> str:
-    """A record has three seeds or more, each with its log; none that was run is left out."""
-    said, logged = folder.claims, {run.seed for run in folder.runs if run.seed is not None}
-    listed = said.data.get("seeds")
+    """A record needs three seeds or more, each with its log, and none that ran may be left out."""
+    claims, logged = folder.claims, {run.seed for run in folder.runs if run.seed is not None}
+    listed = claims.data.get("seeds")
     listed = [s for s in listed[:MOST_SEEDS] if type(s) is int] if isinstance(listed, list) else []
     twice = sorted({s for s in listed if listed.count(s) > 1})
     if twice:
@@ -278,12 +288,12 @@ def check_seeds(folder: RecordFolder) -> str:
             raise CheckFailed(
                 f"{run.name} is called seed {called}, its log says seed:{run.log.seed}"
             )
-    claimed = set(said.seeds)
-    for seed, run in zip(said.seeds, folder.record, strict=False):
-        own = said.seeds[seed].bpb is not None and len(folder.record) == len(claimed)
+    claimed = set(claims.seeds)
+    for seed, run in zip(claims.seeds, folder.record, strict=False):
+        own = claims.seeds[seed].bpb is not None and len(folder.record) == len(claimed)
         if own and run.seed not in (None, seed):
             raise CheckFailed(
-                f"{folder.submission_name} has {said.seeds[seed].bpb} for seed "
+                f"{folder.submission_name} has {claims.seeds[seed].bpb} for seed "
                 f"{seed}; the log with that score, {run.name}, has seed {run.seed}"
             )
     absent = sorted(claimed - logged)
@@ -301,21 +311,21 @@ def check_seeds(folder: RecordFolder) -> str:
             f"{folder.submission_name} names only {seeds_text(claimed)}"
         )
     seeds = claimed or logged
-    if is_record_track(folder):
-        if len(seeds) < 3:
-            raise CheckFailed(f"{len(seeds)} seeds ({seeds_text(seeds)}); a record has 3 or more")
+    if is_record_track(folder) and len(seeds) < 3:
+        raise CheckFailed(f"{len(seeds)} seeds ({seeds_text(seeds)}); a record has 3 or more")
     if not seeds:
         raise CheckUndecided("no log states its seed")
     return f"{len(seeds)} seeds: {seeds_text(seeds)}"
 
 
 def seeds_text(seeds: set[int] | list[int]) -> str:
+    """`seeds_text({42, 7})` is "7, 42"; at most eight are listed."""
     shown_seeds = sorted(seeds)
     return ", ".join(map(str, shown_seeds[:8])) + (" …" if len(shown_seeds) > 8 else "") or "none"
 
 
 def same_experiment(folder: RecordFolder) -> set[int]:
-    """Seeds of the logs that lie beside those of the record, under the same kind of name."""
+    """Return the seeds of logs next to those of the record that have the same kind of name."""
     homes = {(run.name.rpartition("/")[0], re.sub(r"\d+", "#", run.name)) for run in folder.record}
     return {
         run.seed
@@ -327,25 +337,25 @@ def same_experiment(folder: RecordFolder) -> set[int]:
 
 
 def seeds_of_readme(folder: RecordFolder) -> set[int]:
-    """Seeds with a row of their own in README.md's first table that has a column called seed, scores beside them."""
-    found: set[int] = set()
+    """Return the seeds that have a row with scores in README.md's first table of seeds."""
+    seeds: set[int] = set()
     inside = False
     for line in folder.readme.splitlines():
         cells = [cell.strip(" *`_") for cell in line.strip().strip("|").split("|")]
         if line.count("|") < 3:
             if inside:
-                return found
+                return seeds
         elif cells[0].lower() in ("seed", "seeds"):
             inside = True
         elif inside and re.fullmatch(r"\d{1,9}", cells[0]) and re.search(r"\d\.\d{3}", line):
-            found.add(int(cells[0]))
-    return found
+            seeds.add(int(cells[0]))
+    return seeds
 
 
 def check_headline(folder: RecordFolder) -> str:
-    """The score is the mean over the seeds, not the best of them (#287)."""
-    runs, told = claimed_runs(folder), folder.claims.record.bpb
-    if told is None:
+    """The score must be the mean over the seeds, not the best of them (#287)."""
+    runs, stated = claimed_runs(folder), folder.claims.record.bpb
+    if stated is None:
         raise CheckUndecided("no val_bpb is stated")
     scores = [
         s.bpb for run in runs for s in [final_score(run)] if s is not None and s.bpb is not None
@@ -354,35 +364,38 @@ def check_headline(folder: RecordFolder) -> str:
         raise CheckUndecided("no log has a final val_bpb")
     mean, best = statistics.fmean(scores), min(scores)
     for label, other in other_means(runs).items():
-        if equals_rounded(told, other) and not equals_rounded(told, mean):
-            return f"val_bpb {told:.8g} is the mean of {len(runs)} runs' {label}, {other:.8f}"
+        if equals_rounded(stated, other) and not equals_rounded(stated, mean):
+            return f"val_bpb {stated:.8g} is the mean of {len(runs)} runs' {label}, {other:.8f}"
     missing = len(folder.claims.seeds) > len(scores)
-    stated = [c.bpb for c in folder.claims.seeds.values() if c.bpb is not None]
-    if missing and stated and equals_rounded(told, statistics.fmean(stated)):
+    seed_scores = [c.bpb for c in folder.claims.seeds.values() if c.bpb is not None]
+    if missing and seed_scores and equals_rounded(stated, statistics.fmean(seed_scores)):
         raise CheckUndecided(
-            f"val_bpb {told:.8g} is the mean of "
-            f"{len(stated)} stated seeds, of which {len(scores)} have a score in their log"
+            f"val_bpb {stated:.8g} is the mean of "
+            f"{len(seed_scores)} stated seeds, of which {len(scores)} have a score in their log"
         )
-    if equals_rounded(told, mean) or (len(scores) < 2 and equals_rounded(told, best)):
-        return f"val_bpb {told:.8g} is the mean of {len(scores)} runs, {mean:.8f}"
-    if len(scores) > 1 and equals_rounded(told, best):
+    if equals_rounded(stated, mean) or (len(scores) < 2 and equals_rounded(stated, best)):
+        return f"val_bpb {stated:.8g} is the mean of {len(scores)} runs, {mean:.8f}"
+    if len(scores) > 1 and equals_rounded(stated, best):
         raise CheckFailed(
-            f"val_bpb {told:.8g} is the best of {len(scores)} runs; their mean is {mean:.8f}"
+            f"val_bpb {stated:.8g} is the best of {len(scores)} runs; their mean is {mean:.8f}"
         )
     if missing:
         raise CheckUndecided(
-            f"val_bpb is {told:.8g}; only {len(scores)} of its {len(folder.claims.seeds)} logs are there"
+            f"val_bpb is {stated:.8g}; only {len(scores)} of its {len(folder.claims.seeds)} logs "
+            "are there"
         )
-    places = 1.5 * 10.0 ** -min(decimals_in(repr(told)), 5)
-    if abs(told - mean) > places and not (
-        stated and equals_rounded(told, statistics.fmean(stated))
+    places = 1.5 * 10.0 ** -min(decimals_in(repr(stated)), 5)
+    if abs(stated - mean) > places and not (
+        seed_scores and equals_rounded(stated, statistics.fmean(seed_scores))
     ):
-        raise CheckFailed(f"val_bpb is {told:.8g}, the mean of the logs is {mean:.8f}")
-    return f"val_bpb {told:.8g} is the mean of {len(scores)} runs, {mean:.8f}"
+        raise CheckFailed(f"val_bpb is {stated:.8g}, the mean of the logs is {mean:.8f}")
+    return f"val_bpb {stated:.8g} is the mean of {len(scores)} runs, {mean:.8f}"
 
 
 def other_means(runs: list[SeedRun]) -> dict[str, float]:
-    """Of scores that every run states under one label, the mean: a record may claim another than the last."""
+    """Return the mean of every score that all runs state under one label; a record may claim any of
+    them.
+    """
     tables = [
         {s.label: s.bpb for s in scoring_log(run).scores if s.bpb is not None} for run in runs
     ]
@@ -394,42 +407,43 @@ def other_means(runs: list[SeedRun]) -> dict[str, float]:
 
 
 def check_same_code(folder: RecordFolder) -> str:
-    """All seeds ran the same code: by its hash, its text or its size as logged."""
+    """All seeds must have run the same code, by its hash, its text or its size as logged."""
     runs = claimed_runs(folder)
     for what, of in (
         ("the code's sha256", lambda r: r.log.hashes.get("code")),
         ("the code it prints", lambda r: printed_code(folder, r) or None),
         ("a code size of", lambda r: r.log.code_bytes),
     ):
-        found = by_run(runs, of)
-        if len(set(found.values())) > 1:
-            (a, x), (b, y) = differing(found)
+        values = by_run(runs, of)
+        if len(set(values.values())) > 1:
+            (a, x), (b, y) = differing(values)
             lines = f"{len(x)} characters" if what == "the code it prints" else str(x)[:12]
             other = f"{len(y)} characters" if what == "the code it prints" else str(y)[:12]
             raise CheckFailed(f"{a} logs {what} {lines}, {b} {other}: one record, one code")
-        if len(found) == len(runs):
+        if len(values) == len(runs):
             return f"{len(runs)} logs have one code, by {what.removesuffix(' of')}"
     raise CheckUndecided("the logs state neither hash nor text nor size of the code")
     return ""
 
 
-def differing(found: dict[str, object]) -> tuple[tuple[str, object], tuple[str, object]]:
-    items = list(found.items())
+def differing(values: dict[str, object]) -> tuple[tuple[str, object], tuple[str, object]]:
+    """Return the first value, and the first one that differs from it."""
+    items = list(values.items())
     return items[0], next(item for item in items if item[1] != items[0][1])
 
 
 def check_same_settings(folder: RecordFolder) -> str:
-    """But for the seed and for names, the runs have the same settings (#2124), in training and in evaluation."""
+    """Apart from seed and names, training and evaluation must have the same settings (#2124)."""
     runs = claimed_runs(folder)
     if len(runs) < 2:
         raise CheckUndecided("one run has nothing to differ from")
     tables = {run.name: logged_settings(run) for run in runs}
     (first, wanted), *others = tables.items()
-    for name, found in others:
-        for key in sorted(wanted.keys() & found.keys()):
-            if wanted[key] != found[key]:
+    for name, settings in others:
+        for key in sorted(wanted.keys() & settings.keys()):
+            if wanted[key] != settings[key]:
                 raise CheckFailed(
-                    f"{key} is {wanted[key][:40]} in {first}, {found[key][:40]} in {name}"
+                    f"{key} is {wanted[key][:40]} in {first}, {settings[key][:40]} in {name}"
                 )
     shared = set.intersection(*map(set, tables.values()))
     if not shared:
@@ -438,37 +452,39 @@ def check_same_settings(folder: RecordFolder) -> str:
 
 
 def logged_settings(run: SeedRun) -> dict[str, str]:
-    """What the log states, and score_seed<N>.json of the evaluation. Of a log without steps any line looks like a
-    setting, so that has none."""
-    found = {
+    """Return the settings of a log and of its score_seed<N>.json.
+
+    In a log without steps, any line looks like a setting, so it has none.
+    """
+    settings = {
         name: value for name, value in run.log.settings.items() if len(name) > 2 and run.log.steps
     }
     scoring = run.score.get("settings") if run.score else None
-    found |= (
+    settings |= (
         {f"evaluation's {name}": str(value) for name, value in scoring.items()}
         if isinstance(scoring, dict)
         else {}
     )
     return {
         name: value
-        for name, value in found.items()
+        for name, value in settings.items()
         if not FREE_NAMES.fullmatch(name.split()[-1].split(".")[-1])
     }
 
 
 # ==== Names and certificates ======================================================================
 def check_date(folder: RecordFolder) -> str:
-    """The folder is called <date>_<what>, and submission.json has that date."""
-    name, told = folder.path.resolve().name, folder.claims.data.get("date")
-    found = re.match(r"(\d{4}-\d\d-\d\d)_\S", name)
-    dated = parse_date(found[1]) if found else None
+    """The folder must be called <date>_<name>, with the date of submission.json."""
+    name, stated_text = folder.path.resolve().name, folder.claims.data.get("date")
+    match = re.match(r"(\d{4}-\d\d-\d\d)_\S", name)
+    dated = parse_date(match[1]) if match else None
     if dated is None:
         raise CheckFailed(f"the folder is called {name!r}; it takes YYYY-MM-DD_Name")
-    if told is None:
+    if stated_text is None:
         raise CheckUndecided(f"no date is stated; the folder's is {dated}")
-    stated = parse_date(told[:10]) if isinstance(told, str) else None
+    stated = parse_date(stated_text[:10]) if isinstance(stated_text, str) else None
     if stated is None:
-        raise CheckFailed(f"date is {str(told)[:40]!r}; it takes YYYY-MM-DD")
+        raise CheckFailed(f"date is {str(stated_text)[:40]!r}; it takes YYYY-MM-DD")
     if stated != dated:
         raise CheckUndecided(f"the folder's date is {dated}, {folder.submission_name} has {stated}")
     return f"{dated}, in the folder's name and in {folder.submission_name}"
@@ -482,7 +498,7 @@ def parse_date(text: str) -> datetime.date | None:
 
 
 def check_certificate(folder: RecordFolder) -> str:
-    """Where there is a certificate: it passed, for this artifact and this score."""
+    """A certificate must have passed, for this artifact and this score."""
     runs = [run for run in folder.record if run.certificate is not None or run.score is not None]
     if not runs:
         raise CheckUndecided("no certificate lies beside the logs")
@@ -492,10 +508,14 @@ def check_certificate(folder: RecordFolder) -> str:
     if bare:
         raise CheckUndecided(f"{', '.join(bare[:3])} has no certificate")
     rules = runs[0].certificate.get("rules") if runs[0].certificate else None
-    return f"{len(runs)} certificates passed, of {len(rules) if isinstance(rules, list) else 0} rules each"
+    return (
+        f"{len(runs)} certificates passed, of {len(rules) if isinstance(rules, list) else 0} rules "
+        "each"
+    )
 
 
 def judge_certificate(run: SeedRun) -> None:
+    """Fail if a rule failed, or if score, certificate and logs are of different artifacts."""
     data, score, logged = run.certificate or {}, run.score or {}, final_score(run)
     rules = data.get("rules")
     broken = (
@@ -522,8 +542,8 @@ def judge_certificate(run: SeedRun) -> None:
     logged_hash = scoring_log(run).hashes.get("artifact")
     if scored_hash is not None and logged_hash is not None and scored_hash != logged_hash:
         raise CheckFailed(
-            f"score_seed{run.seed}.json is of artifact {str(scored_hash)[:12]}, {scoring_log_name(run)} of "
-            f"{str(logged_hash)[:12]}"
+            f"score_seed{run.seed}.json is of artifact {str(scored_hash)[:12]}, "
+            f"{scoring_log_name(run)} of {str(logged_hash)[:12]}"
         )
     trained = run.log.hashes.get("artifact")
     if None not in (trained, logged_hash) and trained != logged_hash:

@@ -1,4 +1,6 @@
-"""What the logs say of the course of a run: times, the split, and whether their figures can be true together."""
+"""Hold the logs against the rules and against themselves: times, the split, figures that
+cannot be.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from fairway.records.code import READABLE, CodeFile
 from fairway.records.folder import RecordFolder, SeedRun, final_score, scoring_log, scoring_log_name
 from fairway.records.logs import RunLog
 
-# Scored targets of the challenge's split by tokenizer, with and without the tail, and its bytes, the same for all.
+# Scored targets of the challenge's split by tokenizer, with and without the tail, and its bytes,
+# the same for all.
 SPLIT_TOKENS = {
     62_021_632: "SP1024",
     40_540_160: "SP8192",
@@ -29,12 +32,12 @@ SPLIT_TOKENS = {
     47_853_343: "CaseOps SP8192",
 }
 SPLIT_BYTES = 151_080_891
-BEFORE_REBUILD = (
-    63_779_840  # SP1024 targets of the split as it was until the data set was rebuilt (#837)
-)
-TAIL = 65_536  # tokens: a split is cut to a multiple of the sequence length, the longest of which is 32,768 so far
-RATIO_SLACK = 3e-3  # of bytes a token: ways of scoring that leave the tail out differ by less
-PART_SLACK = 2e-2  # the same while training, where some validate on a part of the split
+# SP1024 targets of the split before the data set was rebuilt (#837).
+BEFORE_REBUILD = 63_779_840
+# Tokens. A split is cut to a multiple of the sequence length; the longest so far is 32,768.
+TAIL = 65_536
+RATIO_SLACK = 3e-3  # of bytes per token; leaving out the split's tail changes less
+PART_SLACK = 2e-2  # the same in training, where some validate on part of the split
 NO_NUMBER = re.compile(r"(train_loss|val_loss|val_bpb): ?[+-]?(nan|inf)", re.I)
 SELF_MADE = re.compile(
     r"(?i)(gptq|calib|hessian)[^\n]{0,120}(autoregressive|self.?gen|ar_self|random tokens)|"
@@ -46,14 +49,14 @@ ON_VALIDATION = re.compile(
 
 
 def plain_text(folder: RecordFolder, run: SeedRun) -> str:
-    """The log without the code that it may print."""
+    """Return a log without the code that it may print."""
     text = folder.texts.get(run.name, "")
     return text.replace(run.log.source, "", 1) if run.log.source else text
 
 
 # ==== Times =======================================================================================
 def check_train_time(folder: RecordFolder) -> str:
-    """Training ends at 600 s; the step under way then may finish."""
+    """Training must end at 600 s; the step under way may finish."""
     runs = claimed_runs(folder)
     times = by_run(runs, lambda run: run.log.train_seconds)
     if not times:
@@ -78,6 +81,7 @@ def check_train_time(folder: RecordFolder) -> str:
 
 
 def check_eval_time(folder: RecordFolder) -> str:
+    """Evaluation must end within 600 s."""
     runs = claimed_runs(folder)
     times = by_run(runs, lambda run: scoring_log(run).eval_seconds or None)
     if not times:
@@ -93,7 +97,9 @@ def check_eval_time(folder: RecordFolder) -> str:
 
 
 def check_calibration(folder: RecordFolder) -> str:
-    """What calibrates on training text counts as training; nothing calibrates on the validation split (#535, #728)."""
+    """Calibration on training text is training time; none may use the validation split (#535,
+    #728).
+    """
     worst = None
     for run in claimed_runs(folder):
         text = plain_text(folder, run)
@@ -105,7 +111,7 @@ def check_calibration(folder: RecordFolder) -> str:
         took, trained = run.log.calibration_seconds, run.log.train_seconds
         if took is None or trained is None or SELF_MADE.search(text):
             continue
-        # Where the time of training was printed after it, calibration is in that time already.
+        # If the training time was printed after calibration, it includes it.
         called = max(
             (run.log.lines.get(name, 0) for name, s in run.log.times.items() if s == took),
             default=0,
@@ -124,7 +130,9 @@ def check_calibration(folder: RecordFolder) -> str:
 
 
 def check_step_time(folder: RecordFolder) -> str:
-    """Steps × milliseconds a step = time; steps and time only grow (to the precision of the log)."""
+    """Steps × milliseconds per step must be the time, to the log's precision; both must only
+    grow.
+    """
     compared = 0
     for run in claimed_runs(folder):
         before, clock = -1, -1.0
@@ -138,20 +146,21 @@ def check_step_time(folder: RecordFolder) -> str:
                 continue
             if step.seconds < clock - 0.001:
                 raise CheckFailed(
-                    f"{run.name}:{step.line} train_time {step.seconds:.1f} s comes after {clock:.1f} s"
+                    f"{run.name}:{step.line} train_time {step.seconds:.1f} s comes after "
+                    f"{clock:.1f} s"
                 )
             clock = step.seconds
             if step.average_ms is not None and step.step >= 5:
-                made = step.step * step.average_ms / 1000
+                product = step.step * step.average_ms / 1000
                 slack = (
                     0.01 * step.seconds
                     + 0.5
                     + step.step * 0.5 * 10.0 ** -decimal_places(step.average_ms) / 1000
                 )
-                if abs(made - step.seconds) > slack:
+                if abs(product - step.seconds) > slack:
                     raise CheckFailed(
-                        f"{run.name}:{step.line} {step.step} steps × "
-                        f"{step.average_ms} ms = {made:,.1f} s, train_time is {step.seconds:,.1f} s"
+                        f"{run.name}:{step.line} {step.step} steps × {step.average_ms} ms = "
+                        f"{product:,.1f} s, train_time is {step.seconds:,.1f} s"
                     )
                 compared += 1
     if not compared:
@@ -165,17 +174,20 @@ def decimal_places(value: float) -> int:
 
 # ==== The split ===================================================================================
 def implied_bytes(log: RunLog) -> float | None:
-    """Bytes of the split that a score was counted over: tokens × bits a token / bits a byte."""
-    said = log.final
+    """Return the bytes of the split behind a score: tokens × bits per token / bits per byte."""
+    score = log.final
     if log.val_bytes is not None:
         return float(log.val_bytes)
-    if said is None or not said.loss or not said.bpb or log.tokens is None:
+    if score is None or not score.loss or not score.bpb or log.tokens is None:
         return None
-    return log.tokens * said.loss / math.log(2) / said.bpb
+    return log.tokens * score.loss / math.log(2) / score.bpb
 
 
 def check_split(folder: RecordFolder) -> str:
-    """The whole split, at its number of bytes (#1923, #2138); elsewhere one split for all seeds."""
+    """The whole split must be scored, at its number of bytes (#1923, #2138).
+
+    On the other track, all seeds must score one split.
+    """
     runs = claimed_runs(folder)
     tokens = by_run(runs, lambda run: scoring_log(run).tokens or run.log.tokens)
     if len(set(tokens.values())) > 1:
@@ -201,6 +213,7 @@ def check_split(folder: RecordFolder) -> str:
 
 
 def canonical_split(number: int, name: str, split_bytes: dict[str, float]) -> str:
+    """Fail if the bytes are not those of the challenge's split; return the line that names it."""
     known = next((kind for n, kind in SPLIT_TOKENS.items() if 0 <= n - number < TAIL), None)
     if number == BEFORE_REBUILD:
         return f"{number:,} tokens: the SP1024 split before it was rebuilt (#837)"
@@ -221,7 +234,9 @@ def canonical_split(number: int, name: str, split_bytes: dict[str, float]) -> st
 
 
 def check_train_shards(folder: RecordFolder) -> str:
-    """1,499 shards come of a preparation that left 40,000 of the 50,000 validation documents in training (#2127)."""
+    """1,499 shards hold 40,000 of the 50,000 validation documents, by a faulty preparation
+    (#2127).
+    """
     shards = by_run(claimed_runs(folder), lambda run: run.log.train_shards)
     for name, number in shards.items():
         if number == 1499:
@@ -240,52 +255,54 @@ def check_train_shards(folder: RecordFolder) -> str:
 
 # ==== Figures that cannot be ======================================================================
 def loss_pairs(log: RunLog) -> list[tuple[int, float, float, float]]:
-    """(line, nats a token, bits a byte, how far their ratio may be from the others') of every line that has both."""
-    found = [(s.line, s.loss, s.bpb, 5.1e-5, PART_SLACK) for s in log.steps] + [
+    """Return (line, nats per token, bits per byte, allowed deviation of their ratio) of lines with
+    both.
+    """
+    rows = [(s.line, s.loss, s.bpb, 5.1e-5, PART_SLACK) for s in log.steps] + [
         (s.line, s.loss, s.bpb, 1e-8 if s.exact else 5.1e-5, RATIO_SLACK) for s in log.scores
     ]
     return [
         (line, loss, bpb, rounding / bpb + rounding / loss + slack)
-        for line, loss, bpb, rounding, slack in found
+        for line, loss, bpb, rounding, slack in rows
         if loss and bpb and loss > 0 and bpb > 0
     ]
 
 
 def check_arithmetic(folder: RecordFolder) -> str:
-    """Every line's val_loss and val_bpb are one figure: they imply the same bytes a token."""
+    """Every line's val_loss and val_bpb must imply the same bytes per token."""
     compared, last = 0, 0.0
     for run in claimed_runs(folder):
         for log, name in dict.fromkeys(
             [(id(run.log), run.name), (id(scoring_log(run)), scoring_log_name(run))]
         ):
             log = run.log if log == id(run.log) else scoring_log(run)
-            found = loss_pairs(log)
-            if not found:
+            rows = loss_pairs(log)
+            if not rows:
                 continue
             stated = log.val_bytes / log.tokens if log.val_bytes and log.tokens else None
-            exact = [pair for pair in found if pair[3] < PART_SLACK] or found
+            exact = [pair for pair in rows if pair[3] < PART_SLACK] or rows
             middle = sorted(loss / math.log(2) / bpb for _, loss, bpb, _ in exact)[len(exact) // 2]
-            for line, loss, bpb, slack in found:
+            for line, loss, bpb, slack in rows:
                 ratio = loss / math.log(2) / bpb
                 if abs(ratio / middle - 1) > slack:
                     raise CheckFailed(
                         f"{name}:{line} val_loss {loss} and val_bpb {bpb} "
-                        f"imply {ratio:.4f} bytes a token, the other lines {middle:.4f}"
+                        f"imply {ratio:.4f} bytes per token, the other lines {middle:.4f}"
                     )
                 if stated and abs(ratio / stated - 1) > slack:
                     raise CheckFailed(
-                        f"{name}:{line} val_loss {loss} and "
-                        f"val_bpb {bpb} imply {ratio:.4f} bytes a token, its split has {stated:.4f}"
+                        f"{name}:{line} val_loss {loss} and val_bpb {bpb} imply {ratio:.4f} bytes "
+                        f"per token, its split has {stated:.4f}"
                     )
                 compared += 1
             last = middle
     if not compared:
         raise CheckUndecided("no log line has val_loss and val_bpb")
-    return f"{compared} lines imply {last:.4f} bytes a token"
+    return f"{compared} lines imply {last:.4f} bytes per token"
 
 
 def check_loss_range(folder: RecordFolder) -> str:
-    """No loss that is negative or no number, none above ln V once training has begun, none beyond any model."""
+    """No loss may be negative, NaN, above ln V after training began, or below any known model's."""
     lowest = math.inf
     for run in claimed_runs(folder):
         text = plain_text(folder, run)
@@ -309,12 +326,12 @@ def check_loss_range(folder: RecordFolder) -> str:
             for what, value in (("val_loss", score.loss), ("val_bpb", score.bpb)):
                 if value is not None and value <= 0:
                     raise CheckFailed(f"{scoring_log_name(run)}:{score.line} {what} is {value}")
-        said = final_score(run)
-        if said is not None and said.bpb is not None:
-            lowest = min(lowest, said.bpb)
-            if said.loss is not None and said.loss > limit:
+        last = final_score(run)
+        if last is not None and last.bpb is not None:
+            lowest = min(lowest, last.bpb)
+            if last.loss is not None and last.loss > limit:
                 raise CheckFailed(
-                    f"{scoring_log_name(run)}:{said.line} val_loss {said.loss} is "
+                    f"{scoring_log_name(run)}:{last.line} val_loss {last.loss} is "
                     f"above ln {vocabulary} = {limit - 0.05:.4f}"
                 )
     if lowest == math.inf:
@@ -328,7 +345,7 @@ def check_loss_range(folder: RecordFolder) -> str:
 
 
 def check_log_whole(folder: RecordFolder) -> str:
-    """Each log, of training and of evaluation, goes on to its final score."""
+    """Each log, of training and of evaluation, must reach its final score."""
     logs = [
         (name, log)
         for run in claimed_runs(folder)
@@ -354,11 +371,11 @@ def check_log_whole(folder: RecordFolder) -> str:
 
 # ==== Code and machine ============================================================================
 def check_shipped_code(folder: RecordFolder) -> str:
-    """The code that was logged, by its text, hash or size, is the code that ships (#1594, #1835)."""
+    """The code that the logs show must be the code that ships (#1594, #1835)."""
     runs = claimed_runs(folder)
     if not folder.code.entries:
         raise CheckUndecided("no code ships")
-    # Of a packed script, the code inside and its readable copy are compared as well: which of them ran, a hash tells.
+    # A packed script's inner code and readable copy count too: a hash shows which of them ran.
     kin = [
         s
         for s in folder.code.sources.values()
@@ -366,19 +383,24 @@ def check_shipped_code(folder: RecordFolder) -> str:
         or s.name in folder.code.shipped
         or s.name.startswith(f"{READABLE}/")
     ]
-    told = [
+    ways = [
         stated
         for run in runs
         for stated in [compare_trainer(folder, run, kin), compare_scorer(folder, run)]
         if stated
     ]
-    if not told:
+    if not ways:
         raise CheckUndecided("the logs state neither text nor hash nor size of the code")
-    return f"the code of {len(runs)} logs is the code that ships, by its {', '.join(dict.fromkeys(told))}"
+    return (
+        f"the code of {len(runs)} logs is the code that ships, by its "
+        f"{', '.join(dict.fromkeys(ways))}"
+    )
 
 
 def compare_trainer(folder: RecordFolder, run: SeedRun, kin: list[CodeFile]) -> str:
-    """By what the run's code is known to ship; "" where its log does not tell."""
+    """Return how the trainer was compared (sha256, text or size); "" if the log shows none of
+    them.
+    """
     entry, logged = folder.code.entries[0], run.log.hashes.get("code")
     if logged:
         hashes = {
@@ -400,12 +422,12 @@ def compare_trainer(folder: RecordFolder, run: SeedRun, kin: list[CodeFile]) -> 
         if source not in texts:
             raise CheckFailed(
                 f"{run.name} prints code of {len(source):,} characters; {entry} as it ships "
-                f"({len(folder.code.sources[entry].text):,}) differs {first_difference(source, kin)}"
+                f"({len(folder.code.sources[entry].text):,}) differs "
+                f"{first_difference(source, kin)}"
             )
         return "text"
-    stated = {
-        s.bytes for s in run.log.sizes if s.kind == "code"
-    }  # some also state it as they would pack it
+    # Some logs also state the size that packing would give.
+    stated = {s.bytes for s in run.log.sizes if s.kind == "code"}
     sizes = {size for s in kin for size in (len(s.shipped), len(s.text.encode()), len(s.text))} | {
         folder.code.bytes
     }
@@ -418,11 +440,10 @@ def compare_trainer(folder: RecordFolder, run: SeedRun, kin: list[CodeFile]) -> 
 
 
 def compare_scorer(folder: RecordFolder, run: SeedRun) -> str:
-    """The files that an evaluation of ours ran, by their hashes in score_seed<N>.json; "" where there are none."""
+    """Compare the hashes in score_seed<N>.json with the files that ship; "" if it has none."""
     named = run.score.get("code") if run.score else None
-    inner = [
-        s for name, s in folder.code.sources.items() if "!" in name
-    ]  # of an archive: these run, not the stubs
+    # The files inside an archive run, not the stubs.
+    inner = [s for name, s in folder.code.sources.items() if "!" in name]
     ships = {
         s.name.split("!")[-1]: hashlib.sha256(s.shipped).hexdigest()
         for s in [*folder.code.running(), *inner]
@@ -435,14 +456,14 @@ def compare_scorer(folder: RecordFolder, run: SeedRun) -> str:
     for name, ran, here in compared:
         if ran != here:
             raise CheckFailed(
-                f"score_seed{run.seed}.json was made by a {name} of sha256 {str(ran)[:12]}; it ships as "
-                f"{here[:12]}"
+                f"score_seed{run.seed}.json was made by a {name} of sha256 {str(ran)[:12]}; it "
+                f"ships as {here[:12]}"
             )
     return "sha256 file by file" if compared else ""
 
 
 def first_difference(text: str, kin: list[CodeFile]) -> str:
-    """`from line N on` of the nearest of the shipped sources."""
+    """Return "from line N on", for the shipped source that is most alike."""
     lines = text.splitlines()
     same = max(
         (
@@ -464,16 +485,16 @@ def first_difference(text: str, kin: list[CodeFile]) -> str:
 
 
 def check_hardware(folder: RecordFolder) -> str:
-    """A record is trained on eight H100."""
+    """A record must be trained on eight H100."""
     runs = claimed_runs(folder)
     worlds, machines = (
         by_run(runs, lambda r: r.log.world_size),
         by_run(runs, lambda r: r.log.hardware),
     )
     ranks = ", ".join(sorted({str(world) for world in worlds.values()})) or "no"
-    said = f"{ranks} ranks, {next(iter(machines.values()), 'unnamed')}"
+    summary = f"{ranks} ranks, {next(iter(machines.values()), 'unnamed')}"
     if not is_record_track(folder):
-        return f"{said}, on a track for any machine"
+        return f"{summary}, on a track for any machine"
     for name, world in worlds.items():
         if world != 8:
             raise CheckFailed(f"{name} has world_size {world}; a record is trained on 8")
@@ -483,11 +504,12 @@ def check_hardware(folder: RecordFolder) -> str:
     claimed = folder.submission.get("hardware") if isinstance(folder.submission, dict) else None
     if isinstance(claimed, str) and "H100" not in claimed:
         raise CheckFailed(
-            f"{folder.submission_name} has hardware {str(claimed)[:60]}; a record is trained on 8xH100"
+            f"{folder.submission_name} has hardware {str(claimed)[:60]}; a record is trained on "
+            "8xH100"
         )
     if not machines:
-        raise CheckUndecided(f"{said}: the logs name no machine")
-    return said
+        raise CheckUndecided(f"{summary}: the logs name no machine")
+    return summary
 
 
 COURSE_CHECKS = {

@@ -1,4 +1,4 @@
-"""Files and bytes: is all there, is it counted, and does it fit."""
+"""Files and bytes: is everything there, is it counted, and does it fit?"""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ MIB_LIMIT = re.compile(
 
 
 def check_folder_files(folder: RecordFolder) -> str:
-    """README, submission.json, code and a log are there and can be read; nothing but regular files."""
+    """README, submission.json, code and a log must be there and readable, as regular files."""
     lacking = [
         what
-        for what, there in (
+        for what, present in (
             ("README.md", folder.readme.strip()),
             ("submission.json", folder.submission_name),
             ("a Python file", folder.code.entries),
             ("a training log", folder.runs),
         )
-        if not there
+        if not present
     ]
     asked = {
         "README.md",
@@ -61,16 +61,17 @@ def check_folder_files(folder: RecordFolder) -> str:
 
 
 def check_schema(folder: RecordFolder) -> str:
+    """submission.json must have the keys and types that records share."""
     from fairway.records.schema import problems
 
     if folder.submission_name in folder.faults:
         raise CheckFailed(f"{folder.submission_name}: {folder.faults.get(folder.submission_name)}")
     if not folder.submission_name:
         raise CheckFailed("there is no submission.json")
-    found = problems(folder.submission)
-    more = f"; {len(found) - 3} more" * (len(found) > 3)
-    if found:
-        raise CheckFailed(f"{folder.submission_name}: {'; '.join(found[:3])}{more}")
+    faults = problems(folder.submission)
+    more = f"; {len(faults) - 3} more" * (len(faults) > 3)
+    if faults:
+        raise CheckFailed(f"{folder.submission_name}: {'; '.join(faults[:3])}{more}")
     return f"{folder.submission_name} has the keys and types that records share"
 
 
@@ -78,8 +79,8 @@ def check_schema(folder: RecordFolder) -> str:
 
 
 def check_bytes(folder: RecordFolder) -> str:
-    """The largest artifact and the code as it ships fit 16,000,000 bytes, whatever the log counted."""
-    artifacts, code, said = (
+    """The largest artifact and the code as it ships must fit, whatever the log counted."""
+    artifacts, code, claims = (
         by_run(folder.record, artifact_bytes),
         code_bytes_in_use(folder),
         folder.claims,
@@ -87,7 +88,7 @@ def check_bytes(folder: RecordFolder) -> str:
     totals = by_run(folder.record, lambda run: scoring_log(run).total_bytes)
     for what, total in [(f"{name} states", t) for name, t in totals.items()] + [
         (f"{folder.submission_name} states", c.bytes)
-        for c in (said.record, *said.seeds.values())
+        for c in (claims.record, *claims.seeds.values())
         if c.bytes
     ]:
         if total > BUDGET:
@@ -96,8 +97,8 @@ def check_bytes(folder: RecordFolder) -> str:
         raise CheckUndecided(
             "no log states the artifact's bytes"
             + (
-                f"; {folder.submission_name} claims {said.record.bytes:,}"
-                if said.record.bytes
+                f"; {folder.submission_name} claims {claims.record.bytes:,}"
+                if claims.record.bytes
                 else ""
             )
         )
@@ -116,20 +117,20 @@ def check_bytes(folder: RecordFolder) -> str:
     biggest, whose = max(
         ((total, log) for log, total in totals.items()), default=(largest + code, name)
     )
-    low = said.record.bytes
+    low = claims.record.bytes
     if low is not None and low < min(biggest, largest + code):
         raise CheckFailed(
             f"{folder.submission_name} states {low:,} "
             f"bytes, {whose} has {biggest:,}: the largest seed counts, with its code"
         )
     return (
-        f"largest artifact {largest:,} + code {code:,} in {len(folder.code.shipped)} files = {largest + code:,} of "
-        f"{BUDGET:,}"
+        f"largest artifact {largest:,} + code {code:,} in {len(folder.code.shipped)} files = "
+        f"{largest + code:,} of {BUDGET:,}"
     )
 
 
 def check_helpers(folder: RecordFolder) -> str:
-    """Everything that is imported is there, and everything there that is imported is counted."""
+    """Every import must be answered, and everything that is imported must be counted."""
     if not folder.code.entries:
         raise CheckUndecided("there is no Python file")
     missing = [
@@ -145,23 +146,24 @@ def check_helpers(folder: RecordFolder) -> str:
     )
     if unnamed:
         raise CheckFailed(
-            f"{'; '.join(unnamed)}: not in the folder, and neither README.md nor requirements.txt names it"
+            f"{'; '.join(unnamed)}: not in the folder, and neither README.md nor requirements.txt "
+            "names it"
         )
     helpers = {
         name: size for name, size in folder.code.shipped.items() if name not in folder.code.entries
     }
     counted, where = counted_code(folder)
-    whole = code_bytes_in_use(folder)
+    in_use = code_bytes_in_use(folder)
     if helpers and counted is not None:
         least, size = min(helpers.items(), key=lambda item: item[1])
         if (
-            counted < whole
-            and counted <= whole - size
+            counted < in_use
+            and counted <= in_use - size
             and counted >= sum(folder.code.shipped[e] for e in folder.code.entries[:1]) - 100
         ):
             raise CheckFailed(
                 f"{where} counts {counted:,} bytes of code; with {', '.join(sorted(helpers)[:3])}"
-                f"{' …' * (len(helpers) > 3)} what ships has {whole:,}"
+                f"{' …' * (len(helpers) > 3)} what ships has {in_use:,}"
             )
     if lost:
         raise CheckUndecided(
@@ -171,7 +173,7 @@ def check_helpers(folder: RecordFolder) -> str:
         )
     if unreadable_source(folder):
         raise CheckUndecided(f"{unreadable_source(folder)}: what it imports could not be read")
-    return f"{len(folder.code.shipped)} files of code ship with {whole:,} bytes" + (
+    return f"{len(folder.code.shipped)} files of code ship with {in_use:,} bytes" + (
         "" if counted is None else f"; {where} counts {counted:,}"
     )
 
@@ -187,15 +189,15 @@ def requirement_texts(folder: RecordFolder) -> list[str]:
 
 
 def unreadable_source(folder: RecordFolder) -> str:
-    """The first running source that does not parse, and why."""
+    """Return the first running source that does not parse, and the reason; "" if all do."""
     return next((f"{s.name} {s.fault}" for s in folder.code.running() if s.tree is None), "")
 
 
 def counted_code(folder: RecordFolder) -> tuple[int | None, str]:
-    """What the record says its code weighs, and where: submission.json, else an evaluation, else training."""
-    said = folder.claims
-    if said.code is not None:
-        return said.code, folder.submission_name
+    """Return the code bytes that the record states, and where: submission.json, else a log."""
+    claims = folder.claims
+    if claims.code is not None:
+        return claims.code, folder.submission_name
     for run in folder.record:
         if scoring_log(run).code_bytes is not None:
             return scoring_log(run).code_bytes, run.name
@@ -204,7 +206,7 @@ def counted_code(folder: RecordFolder) -> tuple[int | None, str]:
 
 # ==== MB and MiB ==================================================================================
 def check_units(folder: RecordFolder) -> str:
-    """A size in MiB (2^20 bytes) that is called MB, and 16 MiB taken for the limit."""
+    """No size in MiB (2^20 bytes) may be called MB, and 16 MiB is not the limit."""
     wrong = [line for source in folder.code.running() for line in mib_budgets(source)]
     if wrong:
         raise CheckFailed(
@@ -248,7 +250,8 @@ def nearest_size(value: float, sizes: list[int]) -> tuple[float, int] | None:
 
 
 def mib_budgets(source: CodeFile) -> list[str]:
-    found = []
+    """Return the lines that compare or assign 16 MiB as a size limit."""
+    places = []
     for node in source.nodes:
         if isinstance(node, ast.Compare):
             parts, names = [node.left, *node.comparators], names_in(node)
@@ -259,8 +262,8 @@ def mib_budgets(source: CodeFile) -> list[str]:
         if any(constant_arithmetic(part) == 16 * MIB for part in parts) and any(
             map(BUDGET_NAME.search, names)
         ):
-            found.append(f"{source.name}:{getattr(node, 'lineno', 0)}")
-    return found
+            places.append(f"{source.name}:{getattr(node, 'lineno', 0)}")
+    return places
 
 
 def target_name(node: ast.Assign | ast.AnnAssign | ast.keyword) -> str:
@@ -270,7 +273,7 @@ def target_name(node: ast.Assign | ast.AnnAssign | ast.keyword) -> str:
 
 
 def constant_arithmetic(node: ast.AST | None, depth: int = 0) -> float | None:
-    """Arithmetic of constants."""
+    """Return the value of *, << and ** over constants; None for anything else."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value
     if isinstance(node, ast.BinOp) and depth < 8:
@@ -289,7 +292,7 @@ def constant_arithmetic(node: ast.AST | None, depth: int = 0) -> float | None:
 
 # ==== Stubs =======================================================================================
 def check_stub(folder: RecordFolder) -> str:
-    """Packed code has a readable copy beside it (#1412), and that is the code which runs."""
+    """Packed code must have a readable copy next to it (#1412) that is the code which runs."""
     packed = {
         s.name: s
         for s in folder.code.sources.values()
@@ -304,16 +307,16 @@ def check_stub(folder: RecordFolder) -> str:
     ]
     bare, other = [], []
     for name, source in packed.items():
-        beside = [r for r in readable if r.name == f"{READABLE}/{name.split('!')[-1]}"] or readable
-        if not beside:
+        copies = [r for r in readable if r.name == f"{READABLE}/{name.split('!')[-1]}"] or readable
+        if not copies:
             bare.append(
-                f"{name}:1 packed ({', '.join(source.layers) or name.split('!')[0]}), and no readable source "
-                "lies beside it"
+                f"{name}:1 packed ({', '.join(source.layers) or name.split('!')[0]}), and no "
+                "readable source lies beside it"
             )
-        elif not any(same_code(source, r) for r in beside):
+        elif not any(same_code(source, r) for r in copies):
             other.append(
-                f"{name} runs {len(source.text):,} characters, and {beside[0].name} is other code "
-                f"({len(beside[0].text):,})"
+                f"{name} runs {len(source.text):,} characters, and {copies[0].name} is other code "
+                f"({len(copies[0].text):,})"
             )
     if other and any("!" in name for name in packed):
         raise CheckFailed(other[0])
@@ -323,6 +326,7 @@ def check_stub(folder: RecordFolder) -> str:
 
 
 def same_code(a: CodeFile, b: CodeFile) -> bool:
+    """Tell whether two files are the same code, whatever their layout."""
     if a.text.strip() == b.text.strip():
         return True
     try:

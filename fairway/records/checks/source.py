@@ -1,7 +1,8 @@
-"""What the code that ships would do, read from its syntax trees: network, paths, validation text, loading, patterns.
+"""What the shipped code would do, read from its syntax: network, paths, validation text, loading,
+patterns.
 
-A tree shows what is written, not what happens. So a check fails only on what has one meaning; a pattern that honest
-code may show as well is a warning with its line, for a reader to look at.
+A tree shows what is written, not what happens. So a check fails only on what has one meaning. A
+pattern that honest code may also show is a warning with its line, for a reader to look at.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def running_sources(folder: RecordFolder) -> list[CodeFile]:
-    """All code that runs, out of stubs and archives as well."""
+    """Return all code that runs, also out of stubs and archives."""
     code = folder.code
     if not code.entries:
         raise CheckUndecided("there is no Python file")
@@ -27,7 +28,7 @@ def running_sources(folder: RecordFolder) -> list[CodeFile]:
 
 
 def unless_unread(folder: RecordFolder, text: str, warnings: list[str] | None = None) -> str:
-    """`text`, unless something that runs could not be read."""
+    """Return `text`, unless some running code could not be parsed."""
     blind = next((s for s in running_sources(folder) if s.tree is None), None)
     if blind:
         raise CheckUndecided(
@@ -38,25 +39,25 @@ def unless_unread(folder: RecordFolder, text: str, warnings: list[str] | None = 
 
 
 def full_names(source: CodeFile) -> dict[str, str]:
-    """Local name → what it was imported as: `get` of `from requests import get` is requests.get."""
-    found: dict[str, str] = {}
+    """Map local names to full ones: `get` after `from requests import get` is requests.get."""
+    names: dict[str, str] = {}
     for node in source.nodes:
         if isinstance(node, ast.Import):
-            found |= {
+            names |= {
                 alias.asname or alias.name.split(".")[0]: alias.name
                 if alias.asname
                 else alias.name.split(".")[0]
                 for alias in node.names
             }
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {
+            names |= {
                 alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
             }
-    return found
+    return names
 
 
 def calls_in(source: CodeFile) -> Iterator[tuple[str, ast.Call]]:
-    """Every call, under the full name of what is called: np.load as numpy.load."""
+    """Yield every call under the full name of its function: np.load as numpy.load."""
     known = full_names(source)
     for node in source.nodes:
         if isinstance(node, ast.Call):
@@ -69,6 +70,7 @@ def location(source: CodeFile, node: ast.AST) -> str:
 
 
 def keyword_value(call: ast.Call, name: str) -> ast.AST | None:
+    """Return the value of a keyword argument; None if it is not given."""
     return next((k.value for k in call.keywords if k.arg == name), None)
 
 
@@ -90,12 +92,13 @@ RUNNERS = re.compile(
 
 
 def check_network(folder: RecordFolder) -> str:
-    """Nothing that runs at training or evaluation opens a connection or fetches anything."""
+    """Nothing that runs in training or evaluation may open a connection or download."""
     for source in running_sources(folder):
         for name, call in calls_in(source):
             if NETWORK.match(name):
                 raise CheckFailed(
-                    f"{location(source, call)} calls {name}: training and evaluation have no network"
+                    f"{location(source, call)} calls {name}: training and evaluation have no "
+                    "network"
                 )
             if RUNNERS.match(name) and call.args:
                 text = " ".join(
@@ -103,8 +106,8 @@ def check_network(folder: RecordFolder) -> str:
                     for n in ast.walk(call.args[0])
                     if isinstance(constant_value(n), str)
                 )
-                found = FETCHERS.search(text)
-                if found and fetches(found[2], text):
+                match = FETCHERS.search(text)
+                if match and fetches(match[2], text):
                     raise CheckFailed(
                         f"{location(source, call)} runs {text[:60]!r}: training and "
                         "evaluation have no network"
@@ -115,6 +118,9 @@ def check_network(folder: RecordFolder) -> str:
 
 
 def fetches(program: str, text: str) -> bool:
+    """Tell whether a shell text downloads: any of these programs does, but git only with a verb
+    that does.
+    """
     return program != "git" or bool(re.search(r"\b(clone|pull|fetch)\b", text))
 
 
@@ -126,7 +132,7 @@ OUTSIDE = re.compile(
 
 
 def check_paths(folder: RecordFolder) -> str:
-    """No absolute path and none above the folder, as a default or where a file is opened."""
+    """No absolute path, and none above the folder, may be a default or be opened."""
     for source in running_sources(folder):
         used = {
             id(n): node
@@ -179,7 +185,9 @@ TRAIN_LOADER = re.compile(
 
 
 def names_validation(node: ast.AST) -> bool:
-    """The validation files themselves: their pattern, or a setting that holds it."""
+    """Tell whether an expression names the validation files: their pattern, or a setting that holds
+    it.
+    """
     for part in ast.walk(node):
         text = (
             constant_value(part)
@@ -192,7 +200,9 @@ def names_validation(node: ast.AST) -> bool:
 
 
 def check_validation(folder: RecordFolder) -> str:
-    """No validation file is read in training: as training files, by the training loader, or to calibrate on."""
+    """Training must not read a validation file: as training files, in its loader, or to calibrate
+    on.
+    """
     for source in running_sources(folder):
         for node in source.nodes:
             if (
@@ -225,7 +235,7 @@ def check_validation(folder: RecordFolder) -> str:
 
 # ==== Loading =====================================================================================
 def check_loading(folder: RecordFolder) -> str:
-    """Nothing read from a file can run code: no pickle, no eval of a file, torch.load with weights_only."""
+    """No file may run code when it is read: no pickle, no eval of a file, no unsafe torch.load."""
     bare: list[str] = []
     for source in running_sources(folder):
         for name, call in calls_in(source):
@@ -245,15 +255,15 @@ def check_loading(folder: RecordFolder) -> str:
                 raise CheckFailed(
                     f"{location(source, call)} calls {name}: a file of it can run any code"
                 )
-            elif name == "numpy.load":
+            if name == "numpy.load":
                 if constant_value(keyword_value(call, "allow_pickle")) is True:
                     raise CheckFailed(f"{location(source, call)} loads with allow_pickle=True")
             elif name == "torch.load":
                 safe = constant_value(keyword_value(call, "weights_only"))
                 if safe is False:
                     raise CheckFailed(
-                        f"{location(source, call)} loads with weights_only=False: a file of it can run any "
-                        "code"
+                        f"{location(source, call)} loads with weights_only=False: a file of it can "
+                        "run any code"
                     )
                 bare += [f"{location(source, call)} torch.load without weights_only"] * (
                     safe is not True
@@ -263,14 +273,17 @@ def check_loading(folder: RecordFolder) -> str:
                     raise CheckFailed(f"{location(source, call)} runs what a file holds")
     if bare:
         raise CheckUndecided(
-            f"{len(bare)} torch.load without weights_only: safe from PyTorch 2.6 on, before it runs code",
+            f"{len(bare)} torch.load without weights_only: safe from PyTorch 2.6 on, before it "
+            "runs code",
             bare,
         )
     return unless_unread(folder, "what is loaded cannot run code")
 
 
 def runs_a_file(node: ast.AST, folder: RecordFolder) -> bool:
-    """exec(open(…)), unless the file is one of the folder's own sources, which are judged like the others."""
+    """Tell exec(open(…)) of a file that is none of the folder's own sources, which are judged
+    themselves.
+    """
     read = any(
         dotted_name(n.func) in ("open", "io.open")
         or (
@@ -305,7 +318,7 @@ def functions_in(source: CodeFile) -> Iterator[ast.FunctionDef | ast.AsyncFuncti
 
 
 def target_in_hash_key(source: CodeFile) -> Iterator[str]:
-    """The key of a table is mixed from the context and the token that it should predict (#779)."""
+    """Find table keys that mix the context with the token to be predicted (#779)."""
     for node in source.nodes:
         if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) and node.value is not None:
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
@@ -329,7 +342,7 @@ def target_in_hash_key(source: CodeFile) -> Iterator[str]:
 
 
 def mixed_at_target(source: CodeFile) -> Iterator[str]:
-    """Probabilities are mixed for the target alone: (1 - a)·p + a·q of gathered entries, renormalised by nothing."""
+    """Find probabilities mixed for the target alone: (1 - a)·p + a·q of gathered entries."""
     for function in functions_in(source):
         inner = list(ast.walk(function))
         gathers = any(
@@ -356,7 +369,7 @@ def mixed_at_target(source: CodeFile) -> Iterator[str]:
 
 
 def is_blend(node: ast.AST) -> bool:
-    """(1 - a) * p + a * q"""
+    """Tell an expression of the form (1 - a) * p + a * q."""
     sums = [n for n in ast.walk(node) if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add)]
     return any(
         any(
@@ -370,7 +383,9 @@ def is_blend(node: ast.AST) -> bool:
 
 
 def trains_before_scoring(source: CodeFile) -> Iterator[str]:
-    """In a loop of an evaluation, a step of the optimiser comes before what the loop adds to the score (#402, #677)."""
+    """Find loops of an evaluation that step the optimiser before they add to the score (#402,
+    #677).
+    """
     for function in functions_in(source):
         if not SCORING.search(function.name):
             continue
@@ -385,10 +400,14 @@ def trains_before_scoring(source: CodeFile) -> Iterator[str]:
                 and LOSS_SUM.search(dotted_name(n.target).split(".")[-1])
             ]
             if steps and adds and min(steps) < min(adds):
-                yield f"{source.name}:{min(steps)} training comes before scoring (line {min(adds)}) in the same loop"
+                yield (
+                    f"{source.name}:{min(steps)} training comes before scoring (line {min(adds)}) "
+                    "in the same loop"
+                )
 
 
 def is_step(node: ast.AST) -> bool:
+    """Tell a call of an optimiser's step()."""
     return (
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
@@ -398,7 +417,7 @@ def is_step(node: ast.AST) -> bool:
 
 
 def two_passes(source: CodeFile) -> Iterator[str]:
-    """A second pass over text that was scored (#846)."""
+    """Find a second pass over text that was scored (#846)."""
     seen = set()
     for node in source.nodes:
         name = (
@@ -417,10 +436,10 @@ def two_passes(source: CodeFile) -> Iterator[str]:
 
 
 def slot_like(source: CodeFile) -> Iterator[str]:
-    """A delta, made in an evaluation and optimised there on the positions that are then scored (#1240)."""
+    """Find a delta that an evaluation optimises on the positions which it then scores (#1240)."""
     for function in functions_in(source):
         inner = list(ast.walk(function)) if SCORING.search(function.name) else []
-        made = [
+        deltas = [
             n
             for n in inner
             if isinstance(n, ast.Assign)
@@ -431,14 +450,19 @@ def slot_like(source: CodeFile) -> Iterator[str]:
                 else False or "requires_grad_" in names_in(n.value)
             )
         ]
-        if made and any(
+        if deltas and any(
             is_step(n) or (isinstance(n, ast.Attribute) and n.attr == "grad") for n in inner
         ):
-            yield f"{location(source, made[0])} {dotted_name(made[0].targets[0])} is optimised where it scores"
+            yield (
+                f"{location(source, deltas[0])} {dotted_name(deltas[0].targets[0])} is optimised "
+                "where it scores"
+            )
 
 
 def last_epoch_counts(source: CodeFile) -> Iterator[str]:
-    """A loop over epochs that trains and starts its score anew each time: only the last epoch's loss is kept (#568)."""
+    """Find loops over epochs that reset the score, so that only the last epoch's loss counts
+    (#568).
+    """
     for function in functions_in(source):
         loops = (
             [
@@ -459,11 +483,14 @@ def last_epoch_counts(source: CodeFile) -> Iterator[str]:
                 and LOSS_SUM.search(dotted_name(s.targets[0]).split(".")[-1])
             ]
             if resets and any(is_step(n) for s in loop.body for n in ast.walk(s)):
-                yield f"{location(source, resets[0])} each epoch starts the score anew: the last epoch's is reported"
+                yield (
+                    f"{location(source, resets[0])} each epoch starts the score anew: the last "
+                    "epoch's is reported"
+                )
 
 
 def stored_tokens(source: CodeFile) -> Iterator[str]:
-    """Validation tokens go into what is saved (#168, #275)."""
+    """Find validation tokens that go into a saved file (#168, #275)."""
     for node in source.nodes:
         name = (
             constant_value(node)
@@ -475,7 +502,8 @@ def stored_tokens(source: CodeFile) -> Iterator[str]:
         if isinstance(name, str) and re.fullmatch(
             r"(?i)(paid_?prefix|val_prefix|prefix_tokens|stored_val\w*)\w*", name
         ):
-            yield f"{location(source, node)} {name}: validation tokens may be stored in the artifact"
+            where = location(source, node)
+            yield f"{where} {name}: validation tokens may be stored in the artifact"
         if isinstance(node, ast.Call) and dotted_name(node.func) in (
             "torch.save",
             "np.savez",
@@ -484,19 +512,14 @@ def stored_tokens(source: CodeFile) -> Iterator[str]:
             "pickle.dump",
             "pickle.dumps",
         ):
-            for found in sorted(
-                {
-                    w
-                    for a in node.args
-                    for w in names_in(a)
-                    if re.fullmatch(r"val_(tokens|data|ids)", w)
-                }
-            ):
-                yield f"{location(source, node)} {found} goes into a file that is saved"
+            saved = {word for argument in node.args for word in names_in(argument)}
+            for word in sorted(saved):
+                if re.fullmatch(r"val_(tokens|data|ids)", word):
+                    yield f"{location(source, node)} {word} goes into a file that is saved"
 
 
 def spread_over_bytes(source: CodeFile) -> Iterator[str]:
-    """A token's probability is spread over its bytes by a root of it (#1835)."""
+    """Find a token's probability spread over its bytes by a root (#1835)."""
     for node in source.nodes:
         if (
             isinstance(node, ast.BinOp)
@@ -506,7 +529,10 @@ def spread_over_bytes(source: CodeFile) -> Iterator[str]:
             and constant_value(node.right.left) in (1, 1.0)
             and any(re.search(r"(?i)byte|n_b$", w) for w in names_in(node.right.right))
         ):
-            yield f"{location(source, node)} a token's probability is spread over its bytes by a power"
+            yield (
+                f"{location(source, node)} a token's probability is spread over its bytes by a "
+                "power"
+            )
 
 
 PATTERNS: tuple[Callable[[CodeFile], Iterator[str]], ...] = (
@@ -522,15 +548,18 @@ PATTERNS: tuple[Callable[[CodeFile], Iterator[str]], ...] = (
 
 
 def check_patterns(folder: RecordFolder) -> str:
-    """What known cheats look like. Honest code may look like it too: a reader, or a certificate made anew, decides."""
-    found = list(
+    """Warn where code looks like a known cheat. Honest code may look like it too: a reader
+    decides.
+    """
+    warnings = list(
         dict.fromkeys(
             w for source in running_sources(folder) for pattern in PATTERNS for w in pattern(source)
         )
     )
-    if found:
+    if warnings:
         raise CheckUndecided(
-            f"{len(found)} places look like a known cheat; read them: {'; '.join(found[:2])}", found
+            f"{len(warnings)} places look like a known cheat; read them: {'; '.join(warnings[:2])}",
+            warnings,
         )
     return unless_unread(folder, "nothing looks like a known cheat")
 

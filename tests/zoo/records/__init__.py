@@ -1,4 +1,6 @@
-"""Record folders with one fault each, beside good ones: `python -m tests.zoo.records OUT` writes them all."""
+"""Record folders with one fault each, beside good ones: `python -m tests.zoo.records OUT` writes
+them all.
+"""
 
 import os
 from pathlib import Path

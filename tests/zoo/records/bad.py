@@ -205,7 +205,7 @@ def stale_code_bytes():
     return submission_with(make(), lambda data: data.update(bytes_code=data["bytes_code"] + 3277))
 
 
-@bad("bits a byte under val_loss", "loss_field", "#180", "schema")
+@bad("bits per byte under val_loss", "loss_field", "#180", "schema")
 def bpb_as_loss():
     return submission_with(make(), lambda data: data.update(val_loss=data["val_bpb"]))
 

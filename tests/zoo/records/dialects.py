@@ -1,5 +1,6 @@
-"""Honest logs of one run in each dialect: what a training of these facts would have printed. Every number is written
-once, in RunFacts; the rest follows from it, so that a log, a submission.json and a README made of the same facts agree.
+"""Honest logs of one run in each dialect: what a training of these facts would have printed. Every
+number is written once, in RunFacts; the rest follows from it, so that a log, a submission.json and
+a README made of the same facts agree.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class RunFacts(NamedTuple):
 
 
 def curve(facts: RunFacts) -> list[tuple[int, float, float]]:
-    """(step, loss, seconds) of the lines about training: from ln V down to a little above the end's."""
+    """(step, loss, seconds) of the lines about training: from ln V down to a little above the
+    end's.
+    """
     at = sorted({1, min(2, facts.step), *range(500, facts.step, 500), facts.step})
     top, end, rate = math.log(facts.vocab_size), facts.loss, facts.train_seconds / facts.step
     return [(s, end + (top - end) * math.exp(-4 * (s - 1) / facts.step), rate * s) for s in at]
@@ -109,13 +112,15 @@ def header(facts: RunFacts) -> list[str]:
     return [
         "val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path=./data/tokenizers/bpe.model",
         f"train_loader:dataset:{facts.dataset} train_shards:{facts.shards}",
-        f"val_loader:shards pattern=./data/datasets/{facts.dataset}/fineweb_val_*.bin tokens:{facts.tokens}",
+        f"val_loader:shards pattern=./data/datasets/{facts.dataset}/fineweb_val_*.bin "
+        f"tokens:{facts.tokens}",
         f"model_params:{facts.parameters}",
         f"world_size:{facts.world_size} grad_accum_steps:{8 // facts.world_size}",
         "sdp_backends:cudnn=False flash=True mem_efficient=False math=False",
         "attention_mode:gqa num_heads:8 num_kv_heads:4",
         "tie_embeddings:True embed_lr:0.05 head_lr:0.0 matrix_lr:0.04 scalar_lr:0.04",
-        f"train_batch_tokens:{facts.train_batch_tokens} train_seq_len:1024 iterations:{facts.steps} warmup_steps:2 "
+        f"train_batch_tokens:{facts.train_batch_tokens} train_seq_len:1024 "
+        f"iterations:{facts.steps} warmup_steps:2 "
         f"max_wallclock_seconds:{facts.max_wallclock_seconds:.3f}",
         f"seed:{facts.seed}",
     ]
@@ -143,7 +148,8 @@ def sizes(facts: RunFacts, label: str) -> list[str]:
         f"Serialized model: {raw} bytes",
         f"Code size: {facts.code} bytes",
         f"Total submission size: {raw + facts.code} bytes",
-        f"Serialized model {label}: {facts.artifact_bytes} bytes (payload:{raw // 4} raw_torch:{raw // 4 + 45000})",
+        f"Serialized model {label}: {facts.artifact_bytes} bytes (payload:{raw // 4} "
+        f"raw_torch:{raw // 4 + 45000})",
         f"Total submission size {label}: {facts.total_bytes} bytes",
     ]
 
@@ -153,7 +159,9 @@ def text_of(facts: RunFacts, lines: list[str]) -> str:
 
 
 def baseline(facts: RunFacts) -> str:
-    """As the first trainer of the challenge logs: its claim is the artifact's score, windows side by side (`loss`)."""
+    """As the first trainer of the challenge logs: its claim is the artifact's score, windows side
+    by side (`loss`).
+    """
     return text_of(
         facts,
         [
@@ -168,7 +176,9 @@ def baseline(facts: RunFacts) -> str:
 
 
 def march(facts: RunFacts) -> str:
-    """GPTQ in a reserve of the training time, an average of weights, and a sliding window as the claim."""
+    """GPTQ in a reserve of the training time, an average of weights, and a sliding window as the
+    claim.
+    """
     lines = [
         *(machine(facts) if facts.source else []),
         *header(facts),
@@ -224,7 +234,8 @@ def april(facts: RunFacts) -> str:
     for step, loss, seconds in curve(facts):
         rate = facts.train_batch_tokens * step / seconds
         lines.append(
-            f"{step}/{facts.steps} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m tok/s: {rate:.0f}"
+            f"{step}/{facts.steps} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m tok/s: "
+            f"{rate:.0f}"
         )
     code, ttt = facts.code, facts.eval_seconds - 25.5
     lines += [
@@ -251,7 +262,9 @@ def april(facts: RunFacts) -> str:
 
 
 def ours(facts: RunFacts) -> str:
-    """The training log of this repository: it claims the artifact's score (`loss`), our_eval `final_loss`."""
+    """The training log of this repository: it claims the artifact's score (`loss`), our_eval
+    `final_loss`.
+    """
     settings = dict(
         data_path="data",
         out_dir=".",
@@ -304,17 +317,21 @@ def our_eval(facts: RunFacts) -> str:
     return (
         "\n".join(
             [
-                f"artifact:final_model.int6.ptz bytes:{facts.artifact_bytes} sha256:{facts.artifact_sha256}",
-                f"val_loader:shards pattern=data/fineweb_val_*.bin tokens:{facts.tokens} bytes:{facts.bytes} "
-                f"sha256:{facts.val_sha256}",
+                f"artifact:final_model.int6.ptz bytes:{facts.artifact_bytes} "
+                f"sha256:{facts.artifact_sha256}",
+                f"val_loader:shards pattern=data/fineweb_val_*.bin tokens:{facts.tokens} "
+                f"bytes:{facts.bytes} sha256:{facts.val_sha256}",
                 *scored("final_int6_roundtrip", facts, loss, 0.4),
                 *scored("final", facts, facts.final_loss, 0.6),
                 f"ablation:+ ngram              val_bpb:{bpb - gain / 2:.8f} gain:{gain / 2:+.8f}",
-                f"ladder:neural, windows side by side     val_bpb:{bpb:.8f} gain:{0:+.8f} seconds:0.4",
-                f"ladder:+ experts, mixed: final          val_bpb:{final:.8f} gain:{gain:+.8f} seconds:0.6",
-                f"stages:load:1.1s blocks:0.4s mixture:0.6s total_eval_time:{1000 * facts.eval_seconds:.0f}ms",
-                f"Total submission size: {facts.total_bytes} bytes (artifact:{facts.artifact_bytes} code:{facts.code} in 28 "
-                f"files, budget:16000000)",
+                f"ladder:neural, windows side by side     val_bpb:{bpb:.8f} gain:{0:+.8f} "
+                "seconds:0.4",
+                f"ladder:+ experts, mixed: final          val_bpb:{final:.8f} gain:{gain:+.8f} "
+                "seconds:0.6",
+                "stages:load:1.1s blocks:0.4s mixture:0.6s "
+                f"total_eval_time:{1000 * facts.eval_seconds:.0f}ms",
+                f"Total submission size: {facts.total_bytes} bytes "
+                f"(artifact:{facts.artifact_bytes} code:{facts.code} in 28 files, budget:16000000)",
                 f"val_bpb:{final:.8f} val_loss:{facts.final_loss:.8f}",
             ]
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from tests.zoo.records.dialects import RunFacts, april, baseline, march, our_eval, ours
 
-TRAINER = '''"""A bigram model of tokens: counted on the training shards, smoothed, a byte for each log-probability."""
+TRAINER = '''"""A bigram model of tokens: counts of pairs, smoothed, a byte for each log-probability."""
 
 import glob
 import json
@@ -51,14 +51,16 @@ def train(vocab_size, budget_seconds):
             np.add.at(counts, (part[:-1], part[1:]), 1)
             seen += 1
     took = 1000 * (time.perf_counter() - start)
-    print(f"step:{seen}/{setting('ITERATIONS', 20000)} train_time:{took:.0f}ms step_avg:{took / max(seen, 1):.2f}ms")
+    average = f"train_time:{took:.0f}ms step_avg:{took / max(seen, 1):.2f}ms"
+    print(f"step:{seen}/{setting('ITERATIONS', 20000)} {average}")
     return np.log(counts / counts.sum(axis=1, keepdims=True))
 
 
 def pack(scores):
     """Sixteenths of a nat, in a byte each."""
     small = np.clip(np.round(-16 * scores), 0, 255).astype(np.uint8)
-    return json.dumps({"vocab_size": len(scores)}).encode() + b"\\n" + zlib.compress(small.tobytes(), 9)
+    header = json.dumps({"vocab_size": len(scores)}).encode()
+    return header + b"\\n" + zlib.compress(small.tobytes(), 9)
 
 
 def unpack(data):
@@ -69,15 +71,17 @@ def unpack(data):
 
 
 def score(scores, text, pieces):
-    """Nats a token and bits a byte of every target, each scored once."""
+    """Nats a token and bits per byte of every target, each scored once."""
     nats = -scores[text[:-1], text[1:]].sum()
     size = sum(len(pieces[t]) for t in text[1:])
     return nats / (len(text) - 1), nats / math.log(2) / max(size, 1)
 
 
 def bytes_of_pieces(tokenizer, vocab_size):
-    plain = [tokenizer.id_to_piece(i).replace("\\u2581", " ") for i in range(tokenizer.vocab_size())]
-    names = ["" if tokenizer.is_control(i) else "x" if tokenizer.is_byte(i) else p for i, p in enumerate(plain)]
+    names = []
+    for i in range(tokenizer.vocab_size()):
+        piece = tokenizer.id_to_piece(i).replace("\\u2581", " ")
+        names.append("" if tokenizer.is_control(i) else "x" if tokenizer.is_byte(i) else piece)
     return [name.encode() for name in names] + [b""] * (vocab_size - len(names))
 
 
@@ -90,7 +94,8 @@ def main():
     print(f"Serialized model int8+zlib: {len(artifact)} bytes")
     with open("final_model.int8.ptz", "rb") as f:
         scores = unpack(f.read())
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=setting("TOKENIZER_PATH", "./data/tokenizer.model"))
+    model = setting("TOKENIZER_PATH", "./data/tokenizer.model")
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=model)
     text = np.concatenate([tokens_of(path) for path in shards("val")]).astype(np.int64)
     loss, bpb = score(scores, text, bytes_of_pieces(tokenizer, vocab_size))
     print(f"final_int8_zlib_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
@@ -113,7 +118,8 @@ from train_gpt import bytes_of_pieces, score, setting, shards, tokens_of, unpack
 def main():
     with open(os.environ.get("CHECKPOINT", "final_model.int8.ptz"), "rb") as f:
         scores = unpack(f.read())
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=setting("TOKENIZER_PATH", "./data/tokenizer.model"))
+    model = setting("TOKENIZER_PATH", "./data/tokenizer.model")
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=model)
     text = np.concatenate([tokens_of(path) for path in shards("val")]).astype(np.int64)
     print(last_line(*score(scores, text, bytes_of_pieces(tokenizer, len(scores)))))
 
@@ -200,7 +206,9 @@ def make(
     only: dict[int, dict] | None = None,
     said: dict | None = None,
 ) -> Files:
-    """`each`: changes to the facts of every run; `only`: to those of one seed; `said`: to submission.json."""
+    """`each`: changes to the facts of every run; `only`: to those of one seed; `said`: to
+    submission.json.
+    """
     code = code_of(kind, trainer) | (code or {})
     runs = [
         facts_of(kind, seed, trainer, code)._replace(**(each or {}), **(only or {}).get(seed, {}))
