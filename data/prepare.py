@@ -222,7 +222,7 @@ def start_worker(model: bytes, val_fraction: float, done: dict[str, int]) -> Non
     """Prepare a worker process: its tokenizer, and its end when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent reports an interrupt
     threading.Thread(target=exit_with_parent, daemon=True).start()
-    _worker.update(tokenizer=Tokenizer(model, "given"), val_fraction=val_fraction, done=done)
+    _worker.update(tokenizer=Tokenizer(model, "worker"), val_fraction=val_fraction, done=done)
 
 
 def exit_with_parent() -> None:

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Apple Silicon: the cpu preset's model trained with MLX, its artifact scored and certified, exported for the Neural Engine,
-# compared with PyTorch, and asked for some text. Not run on a Mac by us; on Linux MLX's CPU build and the interpreter of
-# the shards run the same commands, many times slower. After Ctrl-C, RESUME=1 in the environment continues. The same
-# training through PyTorch: DEVICE=mps and train_gpt.py.
+# Apple Silicon, from training to text: train the cpu preset with MLX, score and certify its artifact,
+# export it for the Neural Engine, compare the export with PyTorch, and write some text.
+# We have not run this on a Mac. On Linux the same commands run with MLX's CPU build and an
+# interpreter of the exported shards, many times slower. After Ctrl-C, RESUME=1 continues the
+# training. To train with PyTorch on the Mac's GPU instead: DEVICE=mps and train_gpt.py.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make data apple

@@ -180,10 +180,10 @@ def test_missing_files_and_dead_hosts_are_one_line(server, tmp_path):
 
 
 def test_truncated_and_wrong_shards_are_deleted(server, tmp_path):
-    whole = server.files[VAL]
+    complete = server.files[VAL]
     for body, match in (
-        (whole[:-2], "header says 60000"),
-        (whole + b"12", "header says 60000"),
+        (complete[:-2], "header says 60000"),
+        (complete + b"12", "header says 60000"),
         (b"<html>" * 300, "not a token shard"),
     ):
         server.files[VAL] = body

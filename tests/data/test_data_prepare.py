@@ -422,18 +422,18 @@ def test_a_folder_with_foreign_files_is_refused_and_unchanged(tmp_path, model):
         ("a.jsonl.zst", b"no zst", "truncated or damaged"),
     ],
 )
-@pytest.mark.parametrize("given", ["train:400", "model"])
-def test_bad_documents_are_one_line(tmp_path, model, name, data, match, given):
+@pytest.mark.parametrize("tokenizer", ["train:400", "model"])
+def test_bad_documents_are_one_line(tmp_path, model, name, data, match, tokenizer):
     if data is not None:
         (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=match) as error:
-        run(tmp_path / "o", tmp_path / name, tokenizer=model if given == "model" else given)
+        run(tmp_path / "o", tmp_path / name, tokenizer=model if tokenizer == "model" else tokenizer)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "o").glob("*.bin")) and not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize(
-    "given, match",
+    "tokenizer, match",
     [
         ("nowhere.model", "no such file"),
         ("train:12", "261 to 65536"),
@@ -442,9 +442,9 @@ def test_bad_documents_are_one_line(tmp_path, model, name, data, match, given):
         ("train:261", "train:261: .*choose another size"),
     ],
 )
-def test_bad_tokenizers_are_one_line(tmp_path, given, match):
+def test_bad_tokenizers_are_one_line(tmp_path, tokenizer, match):
     with pytest.raises(UserError, match=match) as error:
-        run(tmp_path / "o", jsonl(tmp_path / "a.jsonl", prose(20)), tokenizer=given)
+        run(tmp_path / "o", jsonl(tmp_path / "a.jsonl", prose(20)), tokenizer=tokenizer)
     assert "\n" not in str(error.value)
 
 
