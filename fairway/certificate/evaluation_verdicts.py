@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from fairway.certificate import Certificate, Verdict, certify
+from fairway.certificate.judge import Certificate, Verdict, certify
 from fairway.scoring.evaluation import Evaluation
 from fairway.scoring.mixed import MixedScorer
 from fairway.scoring.neural import make_neural
@@ -60,5 +60,5 @@ def certify_score(evaluation: Evaluation) -> Certificate:
             sizes=evaluation.sizes,
             budget_bytes=cfg.size_budget_bytes,
             seconds=cfg.certify_seconds,
-            progress=on_progress,
+            on_progress=on_progress,
         )

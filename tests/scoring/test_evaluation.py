@@ -16,7 +16,7 @@ import pytest
 
 import build_correction_table
 import eval_final
-from fairway.certificate import Commit, verify_chain
+from fairway.scoring.commits import Commit, verify_chain
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.shipped import counted_code_bytes
 from train_gpt import file_sha256, read_shard, write_shard

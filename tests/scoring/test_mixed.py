@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, english_like, train_tokenizer
 
-from fairway.certificate import certify, verify_chain
+from fairway.certificate.judge import certify
 from fairway.scoring.ablation import VARIANTS, ablation, as_rows, delayed
 from fairway.scoring.columns import columns_in_memory
+from fairway.scoring.commits import verify_chain
 from fairway.scoring.experts.mixing import Mixture
 from fairway.scoring.mixed import (
     COMMIT_ROWS,

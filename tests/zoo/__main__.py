@@ -1,4 +1,4 @@
-"""python -m tests.zoo: which rule catches which scorer."""
+"""Print which rule catches which scorer: python -m tests.zoo."""
 
 from tests.zoo import CHEATS, HONEST, UNSEEN, zoo_table
 
@@ -6,8 +6,9 @@ from tests.zoo import CHEATS, HONEST, UNSEEN, zoo_table
 def main() -> None:
     print(zoo_table([*HONEST, *CHEATS, *UNSEEN]))
     print(
-        f"\n. ok   x FAIL   ? cannot tell   [x] the rule that the scorer breaks\n{len(HONEST)} honest scorers, "
-        f"{len(CHEATS)} that cheat, {len(UNSEEN)} that no run can tell from an honest one"
+        "\n. ok   x FAIL   ? cannot tell   [x] the rule that the scorer breaks\n"
+        f"{len(HONEST)} honest scorers, {len(CHEATS)} that cheat, {len(UNSEEN)} that no run can "
+        "tell from an honest one"
     )
 
 

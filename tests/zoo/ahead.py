@@ -7,7 +7,7 @@ from train_gpt import BOS_ID
 
 
 class TwoPasses(Bigram):
-    """Counts over the whole text first, then scores it (#846)."""
+    """Counts the whole text first, then scores it (#846)."""
 
     breaks = "causal"
 
@@ -34,7 +34,7 @@ class TrainThenScore(ScoreFirst):
 
 
 class Slot(Static):
-    """A vocabulary bias for each 64 rows, fitted by gradient steps on the rows that it then scores (#1240, #1336)."""
+    """Fits a bias over the vocabulary to each 64 rows by gradient steps, then scores them (#1240, #1336)."""
 
     breaks = "causal"
 
@@ -52,7 +52,7 @@ class Slot(Static):
 
 
 class InlineTable(Static):
-    """A correction table made at evaluation: the worst tenth of the text, by position, with its right tokens."""
+    """Makes a correction table at evaluation: the right tokens of the worst-scored tenth, by position."""
 
     breaks = "causal"
 
@@ -64,7 +64,8 @@ class InlineTable(Static):
 
 
 class PeeksAtChunkEnds(ScoreFirst):
-    """Honest, but for the last row of each chunk: what may stand before the next chunk's first token is likelier."""
+    """Honest except in the last row of each chunk, where it favours tokens that the next chunk's first
+    token usually follows."""
 
     breaks = "causal"
 
@@ -77,7 +78,7 @@ class PeeksAtChunkEnds(ScoreFirst):
 
 
 class PeeksInSecret(PeeksAtChunkEnds):
-    """The same, and it does not say where its chunks end."""
+    """The same scorer, which does not say where its chunks end."""
 
     boundaries = None
 
@@ -87,7 +88,7 @@ class PeeksInSecret(PeeksAtChunkEnds):
 
 
 class BatchNeighbour(Windowed):
-    """Windows that share a batch share a statistic: which tokens there are in the next window."""
+    """Windows of a batch share a statistic: how often each token occurs in the whole batch."""
 
     breaks = "causal"
 
@@ -100,7 +101,7 @@ class BatchNeighbour(Windowed):
 
 
 class KnowsWhereDocumentsEnd(Bigram):
-    """Lifts BOS where the next document is about to begin."""
+    """Makes BOS likelier where the next document is about to begin."""
 
     breaks = "causal"
 
@@ -113,7 +114,7 @@ class KnowsWhereDocumentsEnd(Bigram):
 
 
 class KnowsTheEnd(Bigram):
-    """The last eight rows are scored in another way: how long the text is, is known to it."""
+    """Scores the last eight rows in another way: it knows how long the text is."""
 
     breaks = "causal"
 
@@ -124,13 +125,13 @@ class KnowsTheEnd(Bigram):
 
 
 class GenerousTolerance(TwoPasses):
-    """Asks to be forgiven ten nats a token."""
+    """Asks for a tolerance of ten nats a token."""
 
     breaks, tolerance = "causal", 10.0
 
 
 class OneInFiveHundred(Bigram):
-    """Honest in 499 rows of 500; in the other it is nearly sure of the target where the token after it is odd."""
+    """Honest in 499 rows of 500; in the other it is nearly sure of the target if the next token is odd."""
 
     breaks = "causal"
 

@@ -1,4 +1,4 @@
-"""Scorers whose books are wrong: rows, bytes, states and chains."""
+"""Scorers whose accounts are wrong: rows, bytes, states and chains."""
 
 import time
 
@@ -9,7 +9,7 @@ from train_gpt import ByteTable
 
 
 class TailTwice(Bigram):
-    """Its last window begins 64 rows before the end of the one before: the tail is counted twice (#174, #558)."""
+    """Its last window overlaps the one before by 64 rows, so the tail is counted twice (#174, #558)."""
 
     breaks = "coverage"
 
@@ -22,7 +22,7 @@ class TailTwice(Bigram):
 
 
 class TailTwiceInTheScores(Bigram):
-    """The same, in the scores themselves: more of them than targets."""
+    """The same fault in the scores themselves: more scores than targets."""
 
     breaks = "coverage"
 
@@ -32,7 +32,7 @@ class TailTwiceInTheScores(Bigram):
 
 
 class DropsTheTail(Bigram):
-    """Leaves out what does not fill a chunk."""
+    """Leaves out the last rows, which do not fill a chunk."""
 
     breaks = "coverage"
 
@@ -42,7 +42,7 @@ class DropsTheTail(Bigram):
 
 
 class NotANumber(Bigram):
-    """0 / 0 once in a while, which a mean that ignores NaN forgives."""
+    """Computes 0 / 0 now and then; a mean that ignores NaN would hide it."""
 
     breaks = "coverage"
 
@@ -53,7 +53,7 @@ class NotANumber(Bigram):
 
 
 class Positive(Bigram):
-    """Adds a nat to every score: some are probabilities of more than 1."""
+    """Adds a nat to every score, so that some are probabilities above 1."""
 
     breaks = "coverage"
 
@@ -62,7 +62,7 @@ class Positive(Bigram):
 
 
 class BlankTwice(Bigram):
-    """Counts every ▁ twice (#1719, #897): more bytes, a lower BPB."""
+    """Counts every ▁ twice (#1719, #897): more bytes give a lower BPB."""
 
     breaks = "bytes"
 
@@ -76,7 +76,7 @@ class BlankTwice(Bigram):
 
 
 class ForgedChain(Bigram):
-    """Lowers the nats of a commit after the fact."""
+    """Lowers the nats of a commit afterwards."""
 
     breaks = "score first"
 
@@ -87,7 +87,7 @@ class ForgedChain(Bigram):
 
 
 class OtherNats(Bigram):
-    """Keeps a proper chain of nats that are not those of its scores."""
+    """Keeps a valid chain of nats that are not those of its scores."""
 
     breaks = "score first"
 
@@ -100,7 +100,7 @@ class OtherNats(Bigram):
 
 
 class StateKnowsItsChunk(ScoreFirst):
-    """Notes each state after it has learned from the chunk: nobody can see what was scored with what."""
+    """Logs each state after learning from the chunk, so the log does not show which state scored it."""
 
     breaks = "score first"
 
@@ -112,7 +112,7 @@ class StateKnowsItsChunk(ScoreFirst):
 
 
 class StateIsACounter(Bigram):
-    """Notes the number of the chunk in place of a digest."""
+    """Logs the number of the chunk in place of a digest."""
 
     breaks = "score first"
 
@@ -124,7 +124,7 @@ class StateIsACounter(Bigram):
 
 
 class Remembers(Bigram):
-    """Goes on counting from call to call: the second pass is better than the first (#846, in two calls)."""
+    """Keeps its counts from call to call, so a second pass is better than the first (#846)."""
 
     breaks = "one pass"
 
@@ -156,7 +156,7 @@ class Dice(Bigram):
 
 
 class ShortHonest(Bigram):
-    """Knows a test by its length: honest up to 900 tokens, and half of the loss is gone on longer texts."""
+    """Recognises a test by its length: honest up to 900 tokens; longer texts score half the loss."""
 
     breaks = "claim"
 
@@ -165,8 +165,8 @@ class ShortHonest(Bigram):
 
 
 class PaidPrefix(Bigram):
-    """The text lies in the artifact, by position; what it gives the answer it takes from the rest, so that every
-    distribution sums to 1 and none looks ahead (#168, #262, #275)."""
+    """Stores the text in the artifact by position (#168, #262, #275). Its distributions sum to 1, and
+    none looks ahead: the other tokens lose what the stored one wins."""
 
     breaks = "paid prefix"
 
@@ -178,7 +178,7 @@ class PaidPrefix(Bigram):
 
 
 class AttachedTable(PaidPrefix):
-    """A correction table made from the split beforehand: one position of 25, with its right token."""
+    """Stores a correction table made from the split: one position of 25 with its right token."""
 
     breaks = "paid prefix"
 
@@ -190,8 +190,8 @@ class AttachedTable(PaidPrefix):
 
 
 class PaidByContext(Bigram):
-    """The text lies in the artifact, found again by the eight tokens before. Nothing that is run can tell this from a
-    table of training text: sizes and data/overlap.py have to."""
+    """Stores the text in the artifact and finds it by the eight tokens before. No run can tell this from
+    a table of training text: the size limit and data/overlap.py must."""
 
     breaks = None
 
@@ -207,7 +207,7 @@ class PaidByContext(Bigram):
 
 
 class SmearsAcrossDocuments(Bigram):
-    """Its first layer adds half of the embedding before, also at a BOS (#1797, #1851)."""
+    """Its first layer adds half of the embedding before, even at a BOS (#1797, #1851)."""
 
     breaks, vectors = "smear", np.random.default_rng(1).normal(size=(48, 4))
 
@@ -217,7 +217,7 @@ class SmearsAcrossDocuments(Bigram):
 
 
 class Raises(Bigram):
-    """Fails on the first text that it is given."""
+    """Raises an error on its first text."""
 
     breaks = "coverage"
 
@@ -226,16 +226,16 @@ class Raises(Bigram):
 
 
 class NeverAnswers(Bigram):
-    """Sleeps."""
+    """Sleeps and never returns."""
 
-    breaks = "coverage"
+    breaks, call_seconds = "coverage", 1.0
 
     def score(self, tokens):
         time.sleep(3600)
 
 
 class ReturnsText(Bigram):
-    """Scores that are no numbers."""
+    """Returns scores that are no numbers."""
 
     breaks = "coverage"
 
@@ -244,7 +244,7 @@ class ReturnsText(Bigram):
 
 
 class TooLarge(Bigram):
-    """Its artifact alone fills the budget: nothing is left for the code."""
+    """Its artifact alone fills the budget, so nothing is left for the code."""
 
     breaks, artifact = "sizes", 16_000_000
 

@@ -1,18 +1,19 @@
-"""Scorers that keep every rule. The zoo's cheats are the first of them, each with one thing wrong."""
+"""Scorers that keep every rule. Most cheats of the zoo are one of these with one thing wrong."""
 
 import hashlib
 
 import numpy as np
 
-from fairway.certificate import CHAIN_START, chained
-from fairway.certificate.__main__ import synthetic_tokens
+from fairway.certificate.synthetic import synthetic_tokens
+from fairway.scoring.commits import CHAIN_START, chained
 from train_gpt import BOS_ID, ByteTable
 
 V, CHUNK = 48, 64
 
 
 class ToyTokenizer:
-    """As much of a SentencePiece model as byte counts call for: four controls, then pieces of 1 to 3 bytes."""
+    """The part of a SentencePiece model that byte counts need: four controls, then pieces of 1 to 3
+    bytes."""
 
     pieces = [
         "<pad>",
@@ -56,7 +57,7 @@ def ledger(
     states: list[str],
     table: ByteTable = TABLE,
 ) -> list:
-    """The commits of chunks that begin at `firsts`."""
+    """Return the commits of chunks that begin at `firsts`."""
     log, counts = [], table.count(tokens)
     for first, end, state in zip(firsts, [*firsts[1:], len(scores)], states, strict=True):
         log.append(
@@ -77,12 +78,12 @@ def digest(array: np.ndarray) -> str:
 
 
 def picked(rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """The probability of each target, float64[n-1]."""
+    """Return the probability of each target, float64[n-1]."""
     return rows[np.arange(len(rows)), tokens[1:]]
 
 
 class Bigram:
-    """How often each token followed each, counted as the text goes by; 64 rows a commit."""
+    """Counts which token follows which, as the text goes by; 64 rows a commit."""
 
     vocab_size, breaks = V, None
 
@@ -90,7 +91,7 @@ class Bigram:
         self.commits = []
 
     def rows(self, tokens: np.ndarray) -> np.ndarray:
-        """What is held for every target, float64[n-1, V]."""
+        """Return the distribution held for every target, float64[n-1, V]."""
         counts, held, self.states = np.full((V, V), 0.05), np.empty((len(tokens) - 1, V)), []
         for row, (context, target) in enumerate(
             zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True)
@@ -111,7 +112,7 @@ class Bigram:
 
 
 class Uniform:
-    """ln V for everything; offers nothing beside the two methods."""
+    """Gives every token the same probability, and offers nothing but the two methods."""
 
     breaks = None
 
@@ -123,7 +124,7 @@ class Uniform:
 
 
 class Static(Bigram):
-    """A table from training, which the text never changes (track A of #1017)."""
+    """Reads a table from training, which the text never changes (track A of #1017)."""
 
     table = np.random.default_rng(0).dirichlet(np.full(V, 0.3), V) * 0.99 + 0.01 / V
 
@@ -133,7 +134,8 @@ class Static(Bigram):
 
 
 class Windowed(Static):
-    """Sliding windows of 32 rows by 16: a row also knows the tokens of its own window, as far as they have gone."""
+    """Uses sliding windows of 32 rows and a stride of 16: a row also knows the earlier tokens of its
+    window."""
 
     size, stride = 32, 16
 
@@ -158,7 +160,7 @@ class Windowed(Static):
 
 
 class ScoreFirst(Bigram):
-    """Test-time training by chunks: a whole chunk is scored with the old state, committed, and then learned from."""
+    """Trains at test time by chunks: a chunk is scored with the old state, committed, then learned."""
 
     def rows(self, tokens: np.ndarray) -> np.ndarray:
         counts, held, self.states = np.full((V, V), 0.05), np.empty((len(tokens) - 1, V)), []
@@ -175,7 +177,8 @@ class ScoreFirst(Bigram):
 
 
 class Tilted(Bigram):
-    """The likeliest token, chosen from the prefix, is lifted by e^2 and all divided by 1 + p(hint)(e^2 - 1) (#1514)."""
+    """Lifts one hint, the likeliest token after the prefix, by e^2, and divides all by the normaliser
+    1 + p(hint)(e^2 - 1) (#1514)."""
 
     def rows(self, tokens: np.ndarray) -> np.ndarray:
         held = super().rows(tokens)
@@ -185,7 +188,8 @@ class Tilted(Bigram):
 
 
 class Smeared(Bigram):
-    """Its first layer adds half of the embedding before, but never across a BOS; its batches round differently."""
+    """Its first layer adds half of the embedding before, never across a BOS; its batches round
+    differently."""
 
     tolerance, vectors = 1e-6, np.random.default_rng(1).normal(size=(V, 4))
 

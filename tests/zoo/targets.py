@@ -1,4 +1,4 @@
-"""Scorers whose probabilities are none: of the right token alone, or of too much."""
+"""Scorers whose probabilities are none: they lift the right token alone, or sum to more than 1."""
 
 import numpy as np
 
@@ -6,8 +6,8 @@ from tests.zoo.honest import TABLE, TEXT, Bigram, Static, V, picked
 
 
 class HashCache(Bigram):
-    """Counts of hashed (context, target) pairs in few buckets lift whatever is asked for, and nothing is divided by
-    what they lift (#779): collisions lift wrong tokens too, so that fewer buckets score better."""
+    """Lifts whatever token is asked for, by counts of hashed (context, target) pairs in few buckets, and
+    divides by nothing (#779). Collisions lift tokens too, so fewer buckets score better."""
 
     breaks, buckets = "canary", 64
 
@@ -22,7 +22,7 @@ class HashCache(Bigram):
 
 
 class UnnormalisedBlend(Bigram):
-    """0.7 of one expert and 0.6 of another."""
+    """Adds 0.7 of one expert and 0.6 of another."""
 
     breaks = "normalised"
 
@@ -31,7 +31,7 @@ class UnnormalisedBlend(Bigram):
 
 
 class LyingDistribution(Bigram):
-    """Shows an honest distribution and counts another score: half of what is missing to certainty is given."""
+    """Shows an honest distribution and counts half of its loss."""
 
     breaks = "normalised"
 
@@ -40,7 +40,7 @@ class LyingDistribution(Bigram):
 
 
 class TargetKeyedScore(Bigram):
-    """score() asks its cache for the target alone; distribution() divides by all of it, as a proper mixture would."""
+    """Its score() asks a cache for the target alone; its distribution() is a proper one without cache."""
 
     breaks = "normalised"
 
@@ -50,7 +50,7 @@ class TargetKeyedScore(Bigram):
 
 
 class StoredTargets(Bigram):
-    """Lifts a target where the text goes on as a stored text does; its distributions know nothing of it."""
+    """Lifts targets that agree with a stored text; its distributions know nothing of that."""
 
     breaks = "normalised"
 
@@ -62,7 +62,7 @@ class StoredTargets(Bigram):
 
 
 class SkipsHardTokens(Bigram):
-    """Counts nothing for tokens that it did not expect."""
+    """Counts nothing for tokens that it did not expect, so hard ones cost nothing."""
 
     breaks = "normalised"
 
@@ -72,7 +72,7 @@ class SkipsHardTokens(Bigram):
 
 
 class LiftsOneInFiveHundred(Bigram):
-    """Honest in 499 rows of 500; the other is given."""
+    """Honest in 499 rows of 500; the other is nearly free."""
 
     breaks = "normalised"
 
@@ -83,7 +83,7 @@ class LiftsOneInFiveHundred(Bigram):
 
 
 class SeesTheTarget(Bigram):
-    """Its distribution for position i has already looked at tokens[i], and is normalised."""
+    """Its distribution for position i has looked at tokens[i], and is normalised."""
 
     breaks = "target-blind"
 
@@ -94,7 +94,7 @@ class SeesTheTarget(Bigram):
 
 
 class WordStartTilt(Bigram):
-    """Tilts towards word starts where the target is one, and away where it is none (#1420, #1967, #2018, #2140)."""
+    """Tilts towards word starts if the target begins a word (#1420, #1967, #2018, #2140)."""
 
     breaks = "target-blind"
 
@@ -106,7 +106,7 @@ class WordStartTilt(Bigram):
 
 
 class SpreadsWhatItSaves(Bigram):
-    """p^(1/n), with n the target's own bytes: a byte model's score spread over its token (#1835, #1850, #1854)."""
+    """Uses p^(1/n) with the n bytes of the target: a byte model spread over tokens (#1835, #1850, #1854)."""
 
     breaks = "normalised"
 
@@ -118,7 +118,7 @@ class SpreadsWhatItSaves(Bigram):
 
 
 class Negative(Bigram):
-    """Sums to 1, because what it gives too much to some it takes from others, below nothing."""
+    """Sums to 1, but only because some of its entries are negative."""
 
     breaks = "normalised"
 
