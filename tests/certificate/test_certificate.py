@@ -225,17 +225,16 @@ def test_sizes_count_every_imported_module_but_the_judges():
     assert {"train_gpt.py", "fairway/scoring/shipped.py"} <= code.keys()
     assert not any(path.startswith(("tests/", "bench/")) for path in code)
 
+    budget = 1000 + counted_code_bytes(code)
+
     def judge(**change):
         sizes = {"artifact": 1000, "code": code} | change
-        budget = 1000 + counted_code_bytes(code)
         return verdict_on(
             certify(Uniform(), TEXT, sizes=sizes, budget_bytes=budget, seconds=0.05), "sizes"
         )
 
     assert judge().verdict == "ok"
-    assert judge(artifact=1001).figure.endswith(
-        f"1 over the budget of {1000 + counted_code_bytes(code):,}"
-    )
+    assert judge(artifact=1001).figure.endswith(f"1 over the budget of {budget:,}")
     assert (
         "train_gpt.py is imported"
         in judge(code={k: v for k, v in code.items() if k != "train_gpt.py"}).figure
@@ -246,9 +245,7 @@ def test_sizes_count_every_imported_module_but_the_judges():
     without_judges = {path: size for path, size in code.items() if not path.startswith(JUDGES)}
     assert len(without_judges) < len(code) and judge(code=without_judges).verdict == "ok"
     elsewhere = judge(code=code | {"/elsewhere/their_scorer.py": 500})
-    assert elsewhere.figure.endswith(
-        "500 over the budget of " + f"{1000 + counted_code_bytes(code):,}"
-    )
+    assert elsewhere.figure.endswith(f"500 over the budget of {budget:,}")
 
 
 # ---- The commit log --------------------------------------------------------------------------------------------------
