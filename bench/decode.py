@@ -2,10 +2,11 @@
 
     python bench/decode.py [--artifact A] [--val GLOB] [--draft ARTIFACT] [--tokens N] [--repeats R]
 
-One artifact, one thread. Each mode runs in turn with plain decoding, so that a busy machine slows both alike: ratios
-are the figures to read; each is a median over prompts and repeats, with what 80 % of them lie between. A small model
-repeats itself greedily, whatever it is given: free text is free where it is sampled. The last line is JSON. Without
-arguments: the artifact and the embedded validation split of `make run`.
+One artifact, one thread. Each mode runs in turn with plain decoding, so that a busy machine slows
+both alike: ratios are the figures to read; each is a median over prompts and repeats, with what 80
+% of them lie between. A small model repeats itself greedily, whatever it is given: free text is
+free where it is sampled. The last line is JSON. Without arguments: the artifact and the embedded
+validation split of `make run`.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def shown(found: dict[str, float], form: str = ".2f") -> str:
     return f"{found['median']:{form}} ({found['low']:{form}} to {found['high']:{form}})"
 
 
-# ==== THE CACHE =======================================================================================================
+# ==== THE CACHE ===================================================================================
 def begun(writer: Writer, tokens: list[int], kept: str) -> Reader:
     """A reader that has read so many tokens, and sees all of them."""
     reader = Reader(Memory(writer.model, window=2 * len(tokens), kept=kept))
@@ -74,7 +75,9 @@ def recomputed_step(writer: Writer, tokens: list[int], token: int) -> float:
 
 
 def bench_cache(writer: Writer, stream: list[int], rounds: int, told: tqdm) -> list[dict]:
-    """Every length and way in turn, round after round: what slows the machine down for a while slows all alike."""
+    """Every length and way in turn, round after round: what slows the machine down for a while
+    slows all alike.
+    """
     readers = {
         (kept, length): begun(writer, stream[:length], kept) for kept in KEPT for length in LENGTHS
     }
@@ -116,9 +119,11 @@ def print_cache(rows: list[dict]) -> None:
         print(f"{way:12}{grown:14,.1f}{own[0]['expected'] / own[0]['tokens']:14,.1f}")
 
 
-# ==== SPECULATION =====================================================================================================
+# ==== SPECULATION =================================================================================
 def prompts(stream: np.ndarray) -> dict[str, list[list[int]]]:
-    """Starts of documents, and passages that are written three times over and begun a fourth time."""
+    """Starts of documents, and passages that are written three times over and begun a fourth
+    time.
+    """
     starts = [start for start in document_bounds(stream)[:-1] if start + 4 * PROMPT < len(stream)][
         :PROMPTS
     ]

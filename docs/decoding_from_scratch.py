@@ -1,22 +1,23 @@
 """Decoding from scratch: how a language model's numbers become text, in one file of plain Python.
 
-    python docs/decoding_from_scratch.py            # a minute or two: models learn, write in every way, are compared
-    python docs/decoding_from_scratch.py --quick    # seconds: the same road with hardly any training
+    python docs/decoding_from_scratch.py            # trains, decodes in every way: two minutes
+    python docs/decoding_from_scratch.py --quick    # the same with hardly any training: seconds
 
-Read it from top to bottom; each part uses only what stands above it.
+Read it from top to bottom. Each part uses only the parts above it.
 
-    1  data         a language of names, small enough that we know all of its laws
-    2  gradients    numbers that remember how they were made
+    1  data         a language of names, so small that we know its rules exactly
+    2  gradients    numbers that remember how they were computed
     3  model        a transformer that reads one character at a time and remembers
-    4  training     Adam, and what there is to beat
-    5  strategies   what a step gives, and the few ways to choose from it
+    4  training     Adam, and the baseline to beat
+    5  strategies   the output of one step, and the ways to choose a character from it
     6  beam         several texts at once
-    7  speculation  a small model guesses, the large one checks, and nothing changes but the speed
+    7  speculation  a small model guesses, the large one verifies: same text, other speed
     8  proof        every course that chance can take, added up
-    9  tables       all of it side by side
+    9  tables       everything side by side
 
-Only the standard library is imported, so nothing is hidden: no tensors, no kernels. `fairway generate` does the same with
-the real model, and fairway/decoding/ holds these ideas in the shapes that a GPU likes.
+It imports the standard library only, so that nothing is hidden: no tensors, no kernels. The command
+`fairway generate` does the same with the real model, and fairway/decoding/ has the same ideas in a
+form that suits a GPU.
 """
 
 from __future__ import annotations
@@ -36,15 +37,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter, mul
 
-# ---- 1. Data ---------------------------------------------------------------------------------------------------------
-# A grammar makes the names. One of its laws is out of reach for whoever sees only neighbours: vowel harmony, as in
-# Finnish or Turkish. All vowels of a name come from one family, so `tholan` and `ethil` are lawful and `tholin` is
-# not. To obey, a model must look back across the consonants to a vowel it has read, and that is what attention is for.
-# Since the grammar is ours, we also know what a perfect model would score, and of any text whether it is lawful.
+# ---- 1. Data -------------------------------------------------------------------------------------
+# A grammar makes the names. One of its rules cannot be learned from neighbouring characters alone:
+# vowel harmony, which Finnish and Turkish have too. All vowels of a name come from one family, so
+# `tholan` and `ethil` are valid and `tholin` is not. A model that follows this rule must look back
+# across the consonants to an earlier vowel. Attention does that. And because we wrote the grammar,
+# we know the score of a perfect model, and we can check whether any text is valid.
+#
+# Each dictionary below maps a piece of a name to its weight, which says how often it is chosen.
 FAMILIES = (
     {"a": 5, "o": 3, "u": 2},
     {"e": 5, "i": 4, "y": 1},
-)  # a piece, and how often it comes against its like
+)
 ONSETS = {
     "b": 2,
     "d": 3,
@@ -65,16 +69,17 @@ INNER_CODAS = {"": 6, "l": 1, "n": 2, "r": 2}
 LAST_CODAS = {"": 5, "n": 4, "r": 2, "s": 2, "th": 1}
 SYLLABLES = {2: 3, 3: 2}
 ALPHABET = "." + "".join(sorted(set("".join([*FAMILIES[0], *FAMILIES[1], *ONSETS]))))
-END = 0  # the full stop stands before every name and after it
-ROOM = 16  # characters that a model can read, the first full stop included
+END = 0  # the token of the full stop, which comes before every name and after it
+ROOM = 16  # characters that a model can read, including the first full stop
 
 
 def slots(vowels: dict, syllables: int) -> list[dict]:
-    """A name is one piece from each of these, in this order."""
+    """Return the choices for each piece of a name, in order: a name takes one piece from each."""
     return [FIRST_ONSETS, *[vowels, INNER_CODAS, ONSETS] * (syllables - 1), vowels, LAST_CODAS]
 
 
 def make_name(rng: random.Random) -> str:
+    """Draw a name from the grammar."""
     (syllables,) = rng.choices([*SYLLABLES], [*SYLLABLES.values()])
     return "".join(
         rng.choices([*slot], [*slot.values()])[0] for slot in slots(rng.choice(FAMILIES), syllables)
@@ -82,7 +87,10 @@ def make_name(rng: random.Random) -> str:
 
 
 def likelihood(name: str) -> float:
-    """The probability that the grammar makes this name, summed over all ways to cut it into pieces; 0: not lawful."""
+    """Return the probability that the grammar makes this name; 0 if it is not valid.
+
+    The sum runs over all ways to cut the name into pieces.
+    """
 
     def ways(rest: str, empty: list[dict]) -> float:
         if not empty:
@@ -101,30 +109,31 @@ def likelihood(name: str) -> float:
 
 
 def make_names(count: int, rng: random.Random) -> list[str]:
-    """Names that all differ, so that none can be learned in training and asked for afterwards."""
-    names: dict[str, None] = {}  # a set that keeps its order
+    """Return names that all differ, so that no test name occurs in training."""
+    names: dict[str, None] = {}  # used as a set that keeps its order
     while len(names) < count:
         names[make_name(rng)] = None
     return [*names]
 
 
 def encode(start: str) -> list[int]:
-    """The beginning of a name as tokens: "ab" -> [END, a, b]."""
+    """Return the beginning of a name as tokens: "ab" -> [END, a, b]."""
     return [END, *map(ALPHABET.index, start)]
 
 
 def decode(text: list[int]) -> str:
-    """[END, a, b, END] -> "ab"."""
+    """Return the characters of a text: [END, a, b, END] -> "ab"."""
     return "".join(ALPHABET[token] for token in text if token != END)
 
 
-# ---- 2. Gradients ----------------------------------------------------------------------------------------------------
-# How much does the loss change when one weight does? Let each number remember from which numbers it was made, its
-# parents, and by how much it moves when each of them moves, its slopes. Then the chain rule is one line: a parent's
-# gradient grows by slope times the gradient of what was made from it. It must run only once the latter is complete, so
-# from youngest to oldest: nobody is born before their parents.
+# ---- 2. Gradients --------------------------------------------------------------------------------
+# How much does the loss change if one weight changes? Let each number remember two things: its
+# parents, which are the numbers it was computed from, and its slopes, which say how much it moves
+# when each parent moves. Then the chain rule is one line: add slope times the gradient of the child
+# to the gradient of the parent. This may happen only once the gradient of the child is complete. So
+# we go from the youngest number to the oldest, because a number is always younger than its parents.
 class Traced:
-    """A float that remembers how it was made."""
+    """A float that remembers how it was computed."""
 
     __slots__ = ("value", "grad", "parents", "slopes", "birth")
     births = itertools.count()
@@ -149,9 +158,9 @@ class Traced:
         return Traced(self.value**power, (self,), (power * self.value ** (power - 1),))
 
     def backward(self) -> None:
-        """Adds to the `grad` of all that this number came from, how much this number moves with it."""
+        """Add to the `grad` of each ancestor how much this number moves when the ancestor does."""
         reached, frontier = set(), {self}
-        while frontier:  # generation by generation, as a recursion would be too deep
+        while frontier:  # one generation at a time, because a recursion would be too deep
             reached |= frontier
             frontier = set().union(*(number.parents for number in frontier)) - reached
         self.grad += 1.0
@@ -160,18 +169,20 @@ class Traced:
                 parent.grad += slope * number.grad
 
 
-# Every function below takes plain floats too, and then gives plain floats: the model is written once, learns with
-# Traced numbers, and decodes with floats, which is faster and leaves no trace.
+# Every function below also accepts plain floats, and then returns plain floats. So we write the
+# model once. It trains with Traced numbers, and it decodes with floats, which is faster.
 Number = Traced | float
 Vector = list[Number]
 Matrix = list[list[Number]]
 
 
 def plain(x: Number) -> float:
+    """Return the value without its history."""
     return x.value if isinstance(x, Traced) else x
 
 
 def exp(x: Number) -> Number:
+    """Return e to the power of x; the slope is the result itself."""
     if isinstance(x, Traced):
         y = math.exp(x.value)
         return Traced(y, (x,), (y,))
@@ -179,6 +190,7 @@ def exp(x: Number) -> Number:
 
 
 def relu_squared(x: Number) -> Number:
+    """Return the square of x if x is positive, else 0."""
     if isinstance(x, Traced):
         y = max(x.value, 0.0)
         return Traced(y * y, (x,), (2 * y,))
@@ -186,8 +198,11 @@ def relu_squared(x: Number) -> Number:
 
 
 def dot(a: Vector, b: Vector) -> Number:
-    """Nearly all of the work. As single products and sums it would be 2n numbers to remember; here it is one, with 2n
-    parents: the slope along each of a is its partner in b, and the other way round."""
+    """Return the dot product, which is nearly all of the work.
+
+    Single products and sums would be 2n numbers to remember. Here it is one number with 2n parents:
+    the slope of each element of a is its partner in b, and the reverse.
+    """
     if isinstance(a[0], Traced):
         a_values, b_values = [x.value for x in a], [x.value for x in b]
         return Traced(sum(map(mul, a_values, b_values)), (*a, *b), (*b_values, *a_values))
@@ -195,22 +210,29 @@ def dot(a: Vector, b: Vector) -> Number:
 
 
 def total(a: Vector) -> Number:
+    """Return the sum."""
     if isinstance(a[0], Traced):
         return Traced(sum(x.value for x in a), tuple(a), (1.0,) * len(a))
     return sum(a)
 
 
 def log_softmax(logits: list[float]) -> list[float]:
-    """Any numbers become logarithms of probabilities. The largest is taken off first: this changes nothing, as it
-    cancels, except that exp can no longer overflow."""
+    """Turn any numbers into logarithms of probabilities.
+
+    Subtracting the largest number first changes nothing, because it cancels, but keeps exp from
+    overflowing.
+    """
     top = max(logits)
     log_sum = top + math.log(sum(math.exp(x - top) for x in logits))
     return [x - log_sum for x in logits]
 
 
 def surprise(logits: Vector, token: int) -> Number:
-    """-ln of the probability that softmax gives to this token, in nats. One number again, as its slopes are so simple:
-    what the model expected, minus what came."""
+    """Return -ln of the probability that softmax gives to this token, in nats.
+
+    This is one number again, because its slopes are simple: the predicted probability of each
+    character, minus 1 for the one that came.
+    """
     logs = log_softmax([plain(x) for x in logits])
     if isinstance(logits[0], Traced):
         slopes = tuple(math.exp(x) - (i == token) for i, x in enumerate(logs))
@@ -218,14 +240,16 @@ def surprise(logits: Vector, token: int) -> Number:
     return -logs[token]
 
 
-# ---- 3. Model --------------------------------------------------------------------------------------------------------
-# A transformer that reads one token at a time. Of each token it keeps a key (what it can be found by) and a value
-# (what it has to say) in every layer; the next token compares its query with all keys and takes in a mixture of the
-# values. The past cannot see the future because the future is not there yet, so causality needs no mask. And the
-# memory that inference calls a "KV cache" is no trick added later: it is simply what the model remembers, in training
-# too.
+# ---- 3. Model ------------------------------------------------------------------------------------
+# This transformer reads one token at a time. In every layer it stores a key and a value for each
+# token: the key is what later tokens compare with, the value is what they receive. A new token
+# compares its query with all keys so far and takes a weighted mean of the values. Later tokens do
+# not exist yet when an earlier one is read, so causality needs no mask. And the "KV cache" of
+# inference is no later addition: it is simply the memory of the model, in training too.
 @dataclass(frozen=True)
 class Shape:
+    """The size of a model; `room` is the longest text that it can read."""
+
     width: int
     layers: int
     heads: int
@@ -234,23 +258,31 @@ class Shape:
 
 @dataclass
 class Model:
+    """Weight matrices by name."""
+
     shape: Shape
     weights: dict[str, Matrix]
 
     def mapped(self, change: Callable[[Number], Number]) -> Model:
-        """The same model with every weight changed: .mapped(Traced) can learn, .mapped(plain) is fast."""
+        """Return the model with every weight changed: .mapped(Traced) can learn, .mapped(plain) is
+        fast.
+        """
         return Model(
             self.shape,
             {name: [[*map(change, row)] for row in m] for name, m in self.weights.items()},
         )
 
     def numbers(self) -> list[Number]:
+        """Return all weights in one list."""
         return [x for matrix in self.weights.values() for row in matrix for x in row]
 
 
 def new_model(shape: Shape, rng: random.Random) -> Model:
-    """Weights of plain floats; a matrix has a row for each output, and `even` keeps the size of what it multiplies.
-    Queries and keys start small: attention is at first a plain mean of the past, which is never wrong by much."""
+    """Return a model with random weights, plain floats. A matrix has a row for each output.
+
+    Weights of size `even` keep the size of the vectors that they multiply. Queries and keys start
+    small, so that attention starts as an even mean of the past, a safe first guess.
+    """
 
     def matrix(rows: int, columns: int, size: float) -> Matrix:
         return [[rng.gauss(0.0, size) for _ in range(columns)] for _ in range(rows)]
@@ -269,44 +301,50 @@ def new_model(shape: Shape, rng: random.Random) -> Model:
 
 
 def add(a: Vector, b: Vector) -> Vector:
+    """Return the sum of two vectors."""
     return [x + y for x, y in zip(a, b, strict=True)]
 
 
 def linear(matrix: Matrix, x: Vector) -> Vector:
+    """Return the matrix times the vector."""
     return [dot(row, x) for row in matrix]
 
 
 def normed(x: Vector) -> Vector:
-    """RMSNorm: the same direction, at length sqrt(n)."""
+    """Return the vector scaled to length sqrt(n) (RMSNorm)."""
     scale = (dot(x, x) * (1 / len(x)) + 1e-6) ** -0.5
     return [y * scale for y in x]
 
 
 class Reader:
-    """A model in the middle of a text: it has read `length` tokens, and keeps their `keys` and `values`."""
+    """A model in the middle of a text: it has read `length` tokens and stores their keys and
+    values.
+    """
 
     def __init__(self, model: Model):
         self.model, self.length = model, 0
-        self.keys: list[Matrix] = [
-            [] for _ in range(model.shape.layers)
-        ]  # a layer, a token, a channel
+        # Indexed by layer, token and channel.
+        self.keys: list[Matrix] = [[] for _ in range(model.shape.layers)]
         self.values: list[Matrix] = [[] for _ in range(model.shape.layers)]
 
     def read(self, tokens: list[int]) -> list[Vector]:
-        """For each token the logits of the one after it: what the model says at this point of the text.
+        """Return, for each token, the logits of the token after it.
 
-        .read(a) and then .read(b) give what .read(a + b) gives, and cost as much: nothing is read twice. A GPU would
-        take all tokens of one `read` in parallel, a pass."""
+        read(a) followed by read(b) gives the same as read(a + b) and costs the same, because
+        nothing is read twice. A GPU reads all tokens of one `read` in parallel: that is one pass.
+        """
         return [self.step(token) for token in tokens]
 
     def crop(self, length: int) -> None:
-        """Forgets all tokens but the first `length`, as if the others had never been read."""
+        """Forget all tokens after the first `length`, as if they had never been read."""
         self.length = min(self.length, length)
-        for kept in (*self.keys, *self.values):
-            del kept[length:]
+        for rows in (*self.keys, *self.values):
+            del rows[length:]
 
     def fork(self) -> Reader:
-        """A second reader at the same point. Only the lists are copied: what has been read never changes."""
+        """Return a second reader at the same point. Copying the lists is enough: keys and values
+        never change.
+        """
         twin = Reader(self.model)
         twin.length, twin.keys, twin.values = (
             self.length,
@@ -316,10 +354,13 @@ class Reader:
         return twin
 
     def step(self, token: int) -> Vector:
-        """One token in, logits out. x is what the model thinks at this place; each layer adds to it, first what it
-        finds in the text so far, then what it makes of that."""
+        """Read one token and return the logits.
+
+        x is the state of the model at this position. Each layer adds two things to it: first the
+        result of attention to the text so far, then the result of a small network.
+        """
         w = self.model.weights
-        x = add(w["letters"][token], w["places"][self.length])  # who it is, and where
+        x = add(w["letters"][token], w["places"][self.length])  # which character, and where
         self.length += 1
         for layer in range(self.model.shape.layers):
             x = add(x, linear(w[f"mix {layer}"], self.attend(layer, normed(x))))
@@ -332,22 +373,22 @@ class Reader:
         return linear(w["head"], normed(x))
 
     def attend(self, layer: int, x: Vector) -> Vector:
-        """Leaves this token's key and value for later ones, and takes from all values so far, this one included, as
-        much of each as its key fits the query."""
+        """Store this token's key and value; return a mean of all values so far, including this one.
+
+        The better a key fits the query, the more its value counts.
+        """
         w, shape = self.model.weights, self.model.shape
         self.keys[layer].append(linear(w[f"key {layer}"], x))
         self.values[layer].append(linear(w[f"value {layer}"], x))
         size = shape.width // shape.heads
-        query = [
-            q * size**-0.5 for q in linear(w[f"query {layer}"], x)
-        ]  # a sum of `size` products, at the size of one
+        # A dot product is a sum of `size` products. This scales it to the size of one of them.
+        query = [q * size**-0.5 for q in linear(w[f"query {layer}"], x)]
         mixed = []
-        for head in range(shape.heads):  # each head looks through its own slice of the channels
+        for head in range(shape.heads):  # each head works on its own slice of the channels
             part = slice(head * size, (head + 1) * size)
             scores = [dot(query[part], key[part]) for key in self.keys[layer]]
-            top = max(
-                map(plain, scores)
-            )  # cancels, as in log_softmax, so it may be a constant with no gradient
+            # The maximum cancels, as in log_softmax, so it needs no gradient.
+            top = max(map(plain, scores))
             shares = [exp(score + -top) for score in scores]
             scale = total(shares) ** -1.0
             channels = zip(*(value[part] for value in self.values[layer]), strict=True)
@@ -356,7 +397,7 @@ class Reader:
 
 
 def surprises(model: Model, name: str) -> list[Number]:
-    """Of each character of the name and of its end, in nats."""
+    """Return the surprise at each character of the name and at its end, in nats."""
     text = [*encode(name), END]
     return [
         surprise(logits, token)
@@ -365,15 +406,20 @@ def surprises(model: Model, name: str) -> list[Number]:
 
 
 def nats_a_character(cost: Callable[[str], float], names: list[str]) -> float:
-    """`cost` of a whole name in nats; its end counts as a character."""
+    """Return the mean cost of a character, given the cost of a name; the end counts as a
+    character.
+    """
     return sum(map(cost, names)) / sum(len(name) + 1 for name in names)
 
 
-# ---- 4. Training -----------------------------------------------------------------------------------------------------
-# Adam (arXiv 1412.6980) follows the mean of each weight's recent gradients, divided by their typical size: all weights
-# then move at one pace. Both means start at zero, and the divisors below make up for that.
+# ---- 4. Training ---------------------------------------------------------------------------------
+# Adam (arXiv 1412.6980) moves each weight along the mean of its recent gradients, divided by their
+# typical size, so that all weights move at a similar speed. Both running means start at zero; the
+# factor on `rate` below corrects for that.
 @dataclass
 class Adam:
+    """The optimizer, with a running mean of gradients and of their squares for each weight."""
+
     weights: list[Traced]
     steps: int = 0
     mean: list[float] = field(init=False)
@@ -383,7 +429,7 @@ class Adam:
         self.mean, self.square = [0.0] * len(self.weights), [0.0] * len(self.weights)
 
     def step(self, rate: float, keep_mean: float = 0.9, keep_square: float = 0.99) -> None:
-        """Moves every weight, and sets its gradient back to zero."""
+        """Move every weight, and set its gradient back to zero."""
         self.steps += 1
         rate *= math.sqrt(1 - keep_square**self.steps) / (1 - keep_mean**self.steps)
         for i, weight in enumerate(self.weights):
@@ -396,27 +442,33 @@ class Adam:
 def train(
     title: str, model: Model, names: list[str], steps: int, rng: random.Random, batch: int = 4
 ) -> Model:
-    """The same model, taught by steps of `batch` names at a rate that falls to zero; tells stderr how it goes."""
+    """Return the model after `steps` steps of `batch` names each; report progress on stderr.
+
+    The learning rate falls linearly to zero.
+    """
     learner = model.mapped(Traced)
-    adam, begun, lately = Adam(learner.numbers()), time.monotonic(), []
+    adam, began, recent = Adam(learner.numbers()), time.monotonic(), []
     for step in range(1, steps + 1):
         costs = [cost for name in rng.choices(names, k=batch) for cost in surprises(learner, name)]
         loss = total(costs) * (1 / len(costs))
         loss.backward()
         adam.step(rate=0.015 * (1 - (step - 1) / steps))
-        lately.append(loss.value)
+        recent.append(loss.value)
         if step % max(1, steps // 10) == 0 or step == steps:
-            left = (time.monotonic() - begun) / step * (steps - step)
-            loss_lately, lately = sum(lately) / len(lately), []
+            left = (time.monotonic() - began) / step * (steps - step)
+            mean_loss, recent = sum(recent) / len(recent), []
             print(
-                f"{title}: step {step} of {steps}, loss {loss_lately:.3f}, {left:.0f} s left",
+                f"{title}: step {step} of {steps}, loss {mean_loss:.3f}, {left:.0f} s left",
                 file=sys.stderr,
             )
     return learner.mapped(plain)
 
 
 def neighbours(names: list[str]) -> Callable[[str], float]:
-    """The baseline: which character follows which, by counting, from a half, so that nothing is impossible."""
+    """Return the baseline's cost of a name: it counts which character follows which.
+
+    Counts start at a half, so that nothing is impossible.
+    """
     counts = {token: [0.5] * len(ALPHABET) for token in range(len(ALPHABET))}
     for name in names:
         for before, after in itertools.pairwise([*encode(name), END]):
@@ -429,31 +481,36 @@ def neighbours(names: list[str]) -> Callable[[str], float]:
     )
 
 
-# ---- 5. Strategies ---------------------------------------------------------------------------------------------------
-# A model writes nothing. It gives logits, one number a character, and somebody has to choose. A strategy turns the
-# logits into the probabilities with which the next character is drawn. Seen so, greedy is no special case: it draws
-# too, from a distribution with one certain outcome. That will pay in part 7.
+# ---- 5. Strategies -------------------------------------------------------------------------------
+# A model does not write. It returns logits, one number for each character, and something must
+# choose. A strategy turns the logits into the probabilities from which the next character is drawn.
+# Greedy decoding then needs no special case: it draws from a distribution with one certain outcome.
+# Part 7 uses that.
 Strategy = Callable[[list[float]], list[float]]
 Draw = Callable[[list[float]], int]  # weights -> the index that was drawn
 
 
 def temperature(logits: list[float], t: float = 1.0) -> list[float]:
-    """t = 1 is the model's own distribution; below 1 the likely gets likelier, above 1 the unlikely does."""
+    """Return the model's own distribution at t = 1. Below 1 likely characters gain, above 1
+    unlikely ones.
+    """
     return [math.exp(x) for x in log_softmax([x / t for x in logits])]
 
 
 def greedy(logits: list[float]) -> list[float]:
-    """The most likely, always; of equals the first."""
+    """Return certainty of the most likely character; among equals, the first."""
     return only([1.0] * len(logits), [logits.index(max(logits))])
 
 
 def top_k(logits: list[float], k: int) -> list[float]:
-    """The k most likely, however likely they are."""
+    """Keep the k most likely characters, however likely they are."""
     return only(temperature(logits), ranked(logits)[:k])
 
 
 def top_p(logits: list[float], p: float) -> list[float]:
-    """As few as together have probability p: many where the model is in doubt, one where it is sure."""
+    """Keep the fewest characters with probability p together: many if the model is in doubt, one if
+    it is sure.
+    """
     probabilities, chosen, mass = temperature(logits), [], 0.0
     for token in ranked(logits):
         chosen.append(token)
@@ -464,27 +521,30 @@ def top_p(logits: list[float], p: float) -> list[float]:
 
 
 def ranked(logits: list[float]) -> list[int]:
-    """All tokens, the most likely first; equals in the order of the alphabet."""
+    """Return all tokens, the most likely first; equal ones in the order of the alphabet."""
     return sorted(range(len(logits)), key=lambda token: -logits[token])
 
 
 def only(probabilities: list[float], tokens: list[int]) -> list[float]:
-    """These tokens alone, in their proportions, so that they sum to one again."""
+    """Return the probabilities of these tokens alone, scaled to sum to one again."""
     mass = sum(probabilities[token] for token in tokens)
     return [x / mass if token in tokens else 0.0 for token, x in enumerate(probabilities)]
 
 
 def dice(rng: random.Random) -> Draw:
+    """Return a draw that takes its chance from `rng`."""
     return lambda weights: rng.choices(range(len(weights)), weights)[0]
 
 
 def ended(text: list[int], room: int) -> bool:
-    """A name ends with a full stop, or where the model has no place left to read."""
+    """Return True if the name has its full stop, or if the model has no room left to read."""
     return len(text) > room or (len(text) > 1 and text[-1] == END)
 
 
 def generate(model: Model, strategy: Strategy, draw: Draw, start: str = "") -> list[int]:
-    """All of autoregressive decoding: read what is new, shape the last logits, draw, write, again."""
+    """Write a text. This is all of autoregressive decoding: read the new token, turn the last
+    logits into probabilities, draw, append, and repeat.
+    """
     reader, text = Reader(model), encode(start)
     while not ended(text, model.shape.room):
         text.append(draw(strategy(reader.read(text[reader.length :])[-1])))
@@ -492,33 +552,38 @@ def generate(model: Model, strategy: Strategy, draw: Draw, start: str = "") -> l
 
 
 def log_probability(model: Model, text: list[int]) -> float:
-    """What the model itself says of a text, ln p, whoever chose its characters. Never the filtered probabilities: they
-    would praise a strategy for what it has left out."""
+    """Return ln p of a text by the model itself, whichever strategy wrote it.
+
+    Filtered probabilities would not do: they would reward a strategy for what it rules out.
+    """
     logits = Reader(model).read(text[:-1])
     return sum(log_softmax(row)[token] for row, token in zip(logits, text[1:], strict=True))
 
 
-# ---- 6. Beam search --------------------------------------------------------------------------------------------------
-# Greedy takes the best next step, which need not begin the best name. Beam search goes on with the `width` best
-# beginnings at once. A sum of logarithms only falls as a name grows, so ln p alone prefers short names; divided by
-# length**penalty it does so less, and 1 compares the mean of a character.
+# ---- 6. Beam search ------------------------------------------------------------------------------
+# Greedy decoding takes the best next character, but the best name need not begin with it. Beam
+# search continues the `width` best beginnings at once. A sum of logarithms only falls as a name
+# grows, so ln p alone prefers short names. Dividing by length**penalty weakens this; penalty 1
+# compares the mean per character.
 def beam(
     model: Model, width: int, penalty: float, start: str = ""
 ) -> list[tuple[float, list[int]]]:
-    """The best names found, at most `width`, the best first, as (ln p of what follows the start, text)."""
+    """Return the best names, at most `width`, best first, as (ln p of the part after the start,
+    text).
+    """
 
-    def score(found: tuple) -> float:
-        return found[0] / (len(found[1]) - len(begun)) ** penalty
+    def score(candidate: tuple) -> float:
+        return candidate[0] / (len(candidate[1]) - len(prefix)) ** penalty
 
-    begun = encode(start)
-    live, done = [(0.0, begun, Reader(model))], []
+    prefix = encode(start)
+    live, done = [(0.0, prefix, Reader(model))], []
     while live:
         grown = []
         for log_p, text, reader in live:
             logs = log_softmax(reader.read(text[reader.length :])[-1])
             grown += [(log_p + x, [*text, token], reader) for token, x in enumerate(logs)]
         done += [(log_p, text) for log_p, text, _ in grown if ended(text, model.shape.room)]
-        grown = [found for found in grown if not ended(found[1], model.shape.room)]
+        grown = [candidate for candidate in grown if not ended(candidate[1], model.shape.room)]
         live = [
             (log_p, text, reader.fork())
             for log_p, text, reader in heapq.nlargest(width, grown, key=score)
@@ -526,25 +591,35 @@ def beam(
     return heapq.nlargest(width, done, key=score)
 
 
-# ---- 7. Speculative decoding -----------------------------------------------------------------------------------------
-# A pass of a large model costs nearly the same for one token as for five, since most of its time goes into fetching
-# the weights. So let a small model, the draft, guess K characters one by one, and let the large one, the target, read
-# them all in one pass: then it has said at each place what it would have said anyway (arXiv 2211.17192, 2302.01318).
-# Let q be the draft's probabilities at a place and p the target's. The guess x, drawn from q, is kept with probability
-# min(1, p(x) / q(x)). In place of the first that is refused, a character is drawn from what the guesses leave over,
-# max(0, p - q) scaled to sum to one; the guesses after it are dropped, and both models forget what they read in vain.
-# If all are kept, the pass has one more distribution to draw from: K guesses give up to K + 1 characters.
+# ---- 7. Speculative decoding ---------------------------------------------------------------------
+# A pass of a large model costs nearly the same for one token as for five, because most of the time
+# goes into loading the weights. So let a small model, the draft, guess K characters one by one, and
+# let the large model, the target, read all of them in one pass (arXiv 2211.17192, 2302.01318). The
+# pass returns the target's distribution at each position, the same as it would have returned one by
+# one.
 #
-# Why nothing changes. The character x comes out in one of two ways. It is guessed and kept, with probability q(x) ·
-# min(1, p(x) / q(x)) = min(p(x), q(x)). Or some guess is refused, with probability 1 - Σ min(p, q), and x is drawn
-# from what is left over, with probability max(0, p(x) - q(x)) / Σ max(0, p - q). As max(0, p - q) is p - min(p, q),
-# its sum is that same 1 - Σ min(p, q), and cancels. Together: min(p(x), q(x)) + max(0, p(x) - q(x)) = p(x). A bad
-# draft costs time and nothing else. Greedy is contained: there p and q are each certain of one character, and a guess
-# stays if they agree. Our `read` takes tokens one after the other, so here no seconds are saved; what is counted is
-# passes.
+# Let q be the draft's probabilities at a position and p the target's. The guess x was drawn from q.
+# Keep it with probability min(1, p(x) / q(x)). At the first guess that is refused, draw another
+# character from max(0, p - q), scaled to sum to one; drop the later guesses, and let both models
+# forget them. If all guesses are kept, the pass has one more distribution to draw from. So K
+# guesses give up to K + 1 characters.
+#
+# Why does nothing change? A character x can come out in two ways.
+#
+#   - It is guessed and kept. The probability is q(x) · min(1, p(x) / q(x)) = min(p(x), q(x)).
+#   - A guess is refused, and x is drawn instead. Refusal has probability 1 - Σ min(p, q), and the
+#     draw has probability max(0, p(x) - q(x)) / Σ max(0, p - q). Because max(0, p - q) is p -
+#     min(p, q), its sum is also 1 - Σ min(p, q), and the two cancel. What remains is max(0, p(x) -
+#     q(x)).
+#
+# Together: min(p(x), q(x)) + max(0, p(x) - q(x)) = p(x). A bad draft costs time and nothing else.
+#
+# Greedy decoding is a special case: p and q are each certain of one character, and a guess is kept
+# if they agree. Our `read` takes tokens one after the other, so this file saves no seconds. It
+# counts passes.
 @dataclass
 class Tally:
-    """What speculation did. A guess after a refused one is drafted, but never judged."""
+    """Counts of what speculation did. Guesses after a refused one are drafted but never judged."""
 
     tokens: int = 0
     passes: int = 0
@@ -554,10 +629,10 @@ class Tally:
 
 
 def leftover(p: list[float], q: list[float]) -> list[float]:
-    """From what to draw after a refusal."""
+    """Return the distribution to draw from after a refusal."""
     rest = [max(0.0, a - b) for a, b in zip(p, q, strict=True)]
     mass = sum(rest)
-    return [x / mass for x in rest] if mass else p  # p equals q but for rounding: then no matter
+    return [x / mass for x in rest] if mass else p  # p and q differ by rounding only
 
 
 def speculate(
@@ -570,10 +645,8 @@ def speculate(
     tally: Tally,
     instead: Callable[[list[float], list[float]], list[float]] = leftover,
 ) -> list[int]:
-    """One round: the 1 to K + 1 tokens that come after `text`, for one pass of the target."""
-    K = min(
-        K, target.model.shape.room - len(text)
-    )  # all that is written must have a place to be read
+    """Return the next 1 to K + 1 tokens after `text`, for one pass of the target."""
+    K = min(K, target.model.shape.room - len(text))  # the target must have room to read all of it
     guesses, q = [], []
     while len(guesses) < K and END not in guesses:
         q.append(strategy(draft.read((text + guesses)[draft.length :])[-1]))
@@ -586,12 +659,11 @@ def speculate(
         tally.judged += 1
         if draw([1 - keep, keep]) == 0:
             for reader in (target, draft):
-                reader.crop(len(text) + i)  # whatever was read from this guess on was read in vain
+                reader.crop(len(text) + i)  # forget this guess and those after it
             return [*guesses[:i], draw(instead(p[i], q[i]))]
         tally.kept += 1
-    return (
-        guesses if END in guesses else [*guesses, draw(p[-1])]
-    )  # all kept: one more, as the pass has said it too
+    # All guesses are kept. The pass gave one more distribution, so one more token is free.
+    return guesses if END in guesses else [*guesses, draw(p[-1])]
 
 
 def generate_speculatively(
@@ -603,7 +675,7 @@ def generate_speculatively(
     tally: Tally,
     start: str = "",
 ) -> list[int]:
-    """What `generate` gives, or is as likely to give, in fewer passes of the target."""
+    """Write a text with the same probabilities as `generate`, in fewer passes of the target."""
     readers, text = (Reader(target), Reader(draft)), encode(start)
     while not ended(text, target.shape.room):
         new = speculate(*readers, text, K, strategy, draw, tally)
@@ -612,13 +684,15 @@ def generate_speculatively(
     return text
 
 
-# ---- 8. Proof --------------------------------------------------------------------------------------------------------
-# The argument above is about a formula. Is it also true of the code? Samples could only make it plausible. But
-# `speculate` has no other source of chance than `draw`, so we can play all of its courses: whenever it draws, it is
-# run once for each outcome, and the probabilities are multiplied. What comes out is exact, and it is the code itself
-# that is counted.
+# ---- 8. Proof ------------------------------------------------------------------------------------
+# The argument above is about a formula. Does it also hold for the code? Samples could only make it
+# plausible. But `draw` is the only source of chance in `speculate`, so we can run every course that
+# it can take. Whenever it draws, we run it once for each outcome and multiply the probabilities.
+# The result is exact, and it is about the code itself.
 class Course:
-    """A `draw` that follows a script, then takes the first way at each new crossroads and notes down the others."""
+    """A `draw` that follows a script of outcomes; after it, the first outcome of each new draw is
+    taken and the others are noted for later courses.
+    """
 
     def __init__(self, script: list[int]):
         self.script, self.taken, self.chance = script, [], 1.0
@@ -636,7 +710,9 @@ class Course:
 
 
 def every_course(play: Callable[[Draw], list[int]]) -> Iterator[tuple[list[int], float]]:
-    """Each result that `play(draw)` can have, with its probability; as often as there are ways to it."""
+    """Yield each result of `play(draw)` with its probability, once for each course that leads to
+    it.
+    """
     scripts: list[list[int]] = [[]]
     while scripts:
         course = Course(scripts.pop())
@@ -646,7 +722,9 @@ def every_course(play: Callable[[Draw], list[int]]) -> Iterator[tuple[list[int],
 
 
 class ByHeart(Reader):
-    """A reader for going through the same few texts again and again: it reads each of them once, and remembers."""
+    """A reader that computes each text once and remembers the logits: `every_course` reads the same
+    few texts many times.
+    """
 
     def __init__(self, model: Model):
         super().__init__(model)
@@ -666,9 +744,11 @@ class ByHeart(Reader):
 def first_two(
     target: Reader, strategy: Strategy, results: Iterator[tuple[list[int], float]]
 ) -> dict[tuple, float]:
-    """The probability of each beginning of two tokens (or of END alone), if a text starts with such a result and the
-    target goes on by itself. For an exact round that is what the target gives alone; the next rounds then follow by
-    induction."""
+    """Return the probability of each beginning of two tokens (or of END alone).
+
+    A text starts with one of the results, and the target continues by itself. If a round is exact,
+    this equals what the target writes alone, and later rounds follow by induction.
+    """
     chances: dict[tuple, float] = defaultdict(float)
     for tokens, chance in results:
         if len(tokens) > 1 or tokens == [END]:
@@ -683,8 +763,11 @@ def first_two(
 def distance(
     target_model: Model, draft_model: Model, K: int, strategy: Strategy, instead: Callable
 ) -> float:
-    """Total variation between the beginnings that `speculate` writes and the target's own: half the sum of all
-    differences, 0 if they agree, 1 if nothing is in common. Computed, not sampled."""
+    """Return the total variation between the beginnings of `speculate` and those of the target.
+
+    It is half the sum of all differences: 0 if they agree, 1 if they have nothing in common. It is
+    computed, not sampled.
+    """
     target, draft = ByHeart(target_model), ByHeart(draft_model)
 
     def one_round(draw: Draw) -> list[int]:
@@ -697,11 +780,15 @@ def distance(
     return sum(abs(written[start] - wanted[start]) for start in {*written, *wanted}) / 2
 
 
-# ---- 9. Tables -------------------------------------------------------------------------------------------------------
-# What to look for. The likeliest text is not a typical one: without a penalty, beam search finds the highest ln p of
-# all, mostly in names too short to be lawful. Heat buys variety and pays with lawfulness. A filter repairs many of the
-# model's errors, since most of them are unlikely characters. Speculation repeats every column of temperature 1, up to
-# the luck of the dice. It gains as long as guesses are cheap and good; past some K, more of them cost what they save.
+# ---- 9. Tables -----------------------------------------------------------------------------------
+# What to look for in the tables:
+#
+#   - The likeliest text is not a typical one. Without a penalty, beam search finds the highest ln p
+#     of all, mostly in names that are too short to be valid.
+#   - A higher temperature gives more variety and fewer valid names.
+#   - A filter removes many errors of the model, because most of them are unlikely characters.
+#   - Speculation has the same columns as temperature 1, up to chance. It gains as long as guesses
+#     are cheap and good. Beyond some K, more guesses cost as much as they save.
 STRATEGIES: dict[str, Strategy] = {
     "greedy": greedy,
     "temperature 0.6": partial(temperature, t=0.6),
@@ -712,8 +799,8 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 
-def show(head: str, rows: list[list]) -> None:
-    """A table whose columns are as wide as they must be: the first to the left, the others to the right."""
+def print_table(head: str, rows: list[list]) -> None:
+    """Print a table: the first column to the left, the others to the right."""
     cells = [head.split("|"), *([str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
@@ -724,10 +811,11 @@ def show(head: str, rows: list[list]) -> None:
     print()
 
 
-def show_losses(models: dict[str, Model], names: list[str], held_out: list[str]) -> None:
-    print(f"Nats a character on {len(held_out)} names that nobody was trained on:\n")
+def print_losses(models: dict[str, Model], names: list[str], held_out: list[str]) -> None:
+    """Print the cost of a character for each model, the baseline and the grammar."""
+    print(f"Nats a character on {len(held_out)} names that no model was trained on:\n")
     costs = {
-        "all characters alike": lambda name: (len(name) + 1) * math.log(len(ALPHABET)),
+        "all characters equally likely": lambda name: (len(name) + 1) * math.log(len(ALPHABET)),
         "which follows which, counted": neighbours(names),
     }
     costs |= {
@@ -736,8 +824,8 @@ def show_losses(models: dict[str, Model], names: list[str], held_out: list[str])
         )
         for title, model in models.items()
     }
-    costs["the grammar itself: the best in the long run"] = lambda name: -math.log(likelihood(name))
-    show(
+    costs["the grammar itself: the best possible"] = lambda name: -math.log(likelihood(name))
+    print_table(
         "|trained on|held out",
         [
             [title, *(f"{nats_a_character(cost, part):.3f}" for part in (names, held_out))]
@@ -746,57 +834,59 @@ def show_losses(models: dict[str, Model], names: list[str], held_out: list[str])
     )
 
 
-def show_step(model: Model) -> None:
+def print_step(model: Model) -> None:
+    """Print the probabilities after a few beginnings."""
+
     def line(title: str, strategy: Strategy, start: str) -> None:
         p = strategy(Reader(model).read(encode(start))[-1])
         print(
             f"  {title:<16}" + "  ".join(f"{ALPHABET[i]} {p[i]:.2f}" for i in ranked(p)[:7] if p[i])
         )
 
-    print("What the target says after two beginnings: does it see the vowel across the m?\n")
+    print("The target after two beginnings: does it see the vowel across the m?\n")
     for start in ("thom", "them"):
         line(start, temperature, start)
-    print("\nAfter 'thor', the same logits, and from what each strategy would draw:\n")
+    print("\nAfter 'thor': the same logits, as each strategy would draw from them:\n")
     for title, strategy in STRATEGIES.items():
         line(title, strategy, "thor")
     print()
 
 
-def show_diversity(written: dict[str, list[list[int]]], model: Model, names: list[str]) -> None:
+def print_diversity(written: dict[str, list[list[int]]], model: Model, names: list[str]) -> None:
+    """Print names of each strategy, and how varied, new and valid they are."""
     print("Side by side:\n")
     rows = []
     for title, texts in written.items():
-        found = [decode(text) for text in texts]
-        print(f"  {title:<20}{' '.join(name or '-' for name in found)[:58].rsplit(' ', 1)[0]}")
-        new, lawful = (
-            sum(name not in names for name in found),
-            sum(likelihood(name) > 0 for name in found),
-        )
+        spelled = [decode(text) for text in texts]
+        print(f"  {title:<20}{' '.join(name or '-' for name in spelled)[:58].rsplit(' ', 1)[0]}")
+        new = sum(name not in names for name in spelled)
+        valid = sum(likelihood(name) > 0 for name in spelled)
         rows.append(
             [
                 title,
-                len(found),
-                len({*found}),
-                *(f"{x / len(found):.0%}" for x in (new, lawful)),
-                f"{sum(map(len, found)) / len(found):.2f}",
-                f"{sum(log_probability(model, text) for text in texts) / len(found):.2f}",
+                len(spelled),
+                len({*spelled}),
+                *(f"{x / len(spelled):.0%}" for x in (new, valid)),
+                f"{sum(map(len, spelled)) / len(spelled):.2f}",
+                f"{sum(log_probability(model, text) for text in texts) / len(spelled):.2f}",
             ]
         )
     print(
-        "\nTable 1. Diversity. New: not in the training list. Lawful: the grammar can\n"
-        "make it. Length and ln p: means a name; ln p is the model's own, unfiltered.\n"
+        "\nTable 1. Diversity. New: not in the training list. Valid: the grammar can make\n"
+        "it. Length and ln p are means of a name; ln p is the model's own, unfiltered.\n"
     )
-    show("strategy|names|distinct|new|lawful|length|ln p", rows)
+    print_table("strategy|names|distinct|new|valid|length|ln p", rows)
 
 
-def show_acceptance(tallies: dict[str, Tally], cost: float) -> None:
+def print_acceptance(tallies: dict[str, Tally], cost: float) -> None:
+    """Print how many guesses were kept, and what that gains; `cost` is that of one guess."""
     print(
-        "Table 2. Speculation. Judged, drafted: how many of such guesses were kept.\n"
-        "A pass: tokens for each pass of the target, where plain decoding has 1.\n"
-        "Saved: of those passes. Gain: in speed, if a pass costs 1 however much it\n"
-        f"reads and a guess {cost:.2f}, the draft's part of the target's multiplications.\n"
+        "Table 2. Speculation. Judged, drafted: the share of such guesses that was kept.\n"
+        "A pass: tokens for each pass of the target; plain decoding has 1. Saved: share\n"
+        "of the passes. Gain: the speed-up if a pass costs 1, however much it reads, and\n"
+        f"a guess {cost:.2f}: the ratio of draft to target in multiplications.\n"
     )
-    show(
+    print_table(
         "|judged|drafted|tokens|passes|a pass|saved|gain",
         [
             [
@@ -814,14 +904,15 @@ def show_acceptance(tallies: dict[str, Tally], cost: float) -> None:
     )
 
 
-def show_proof(target: Model, draft: Model) -> None:
+def print_proof(target: Model, draft: Model) -> None:
+    """Print how far speculation is from the target, for the right rule and for a wrong one."""
     print(
         "Table 3. Proof. All courses of a round added up: how far the first two\n"
-        "characters are from what the target alone writes (total variation, 0 to 1).\n"
-        "The second rule sounds as good, and is not.\n"
+        "characters are from those of the target alone (total variation, 0 to 1).\n"
+        "The second rule sounds right, and is wrong.\n"
     )
     rules = {"leftover, max(0, p - q)": leftover, "the target's p": lambda p, q: p}
-    show(
+    print_table(
         "after a refusal, draw from|K = 1|K = 2",
         [
             [title, *(f"{distance(target, draft, K, temperature, rule):.1e}" for K in (1, 2))]
@@ -833,7 +924,7 @@ def show_proof(target: Model, draft: Model) -> None:
 def decode_in_every_way(
     target: Model, draft: Model, starts: list[str], samples: int, rng: random.Random
 ) -> tuple:
-    """What each strategy wrote, and what speculation did, by title."""
+    """Return the texts of each strategy and the tallies of speculation, by title."""
     draw = dice(rng)
     written = {
         title: [generate(target, strategy, draw) for _ in range(samples)]
@@ -859,28 +950,29 @@ def decode_in_every_way(
 
 
 def multiplications(model: Model) -> int:
-    """To read one token, attention's few aside."""
+    """Return the multiplications that one token takes, without the few of attention."""
     return sum(
         len(m) * len(m[0]) for name, m in model.weights.items() if name not in ("letters", "places")
     )
 
 
 def run(seed: int, steps: int, samples: int, to_learn: int) -> None:
-    rng, begun = random.Random(seed), time.monotonic()
+    """Train both models, decode in every way, print the tables."""
+    rng, began = random.Random(seed), time.monotonic()
     everything = make_names(to_learn + to_learn // 4, rng)
     names, held_out = everything[:to_learn], everything[to_learn:]
     print(f"{len(names)} names to learn from, such as {', '.join(names[:5])}.\n")
     target = train("target", new_model(Shape(width=16, layers=1, heads=4), rng), names, steps, rng)
     draft = train("draft", new_model(Shape(width=8, layers=1, heads=2), rng), names, steps, rng)
-    show_losses({"draft": draft, "target": target}, names, held_out)
-    show_step(target)
+    print_losses({"draft": draft, "target": target}, names, held_out)
+    print_step(target)
     starts = sorted({name[:2] for name in held_out})
     written, tallies = decode_in_every_way(target, draft, starts, samples, rng)
-    show_diversity(written, target, names)
-    show_acceptance(tallies, multiplications(draft) / multiplications(target))
+    print_diversity(written, target, names)
+    print_acceptance(tallies, multiplications(draft) / multiplications(target))
     print(f"Greedy speculation wrote the same {len(starts)} names as greedy, with every K.\n")
-    show_proof(target, draft)
-    print(f"{time.monotonic() - begun:.0f} seconds.")
+    print_proof(target, draft)
+    print(f"{time.monotonic() - began:.0f} seconds.")
 
 
 def main() -> None:
@@ -888,19 +980,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--seed", type=int, default=4, help="of names, weights, batches and dice (default 4)"
+        "--seed", type=int, default=4, help="seed of names, weights, batches and draws (default: 4)"
     )
-    parser.add_argument("--steps", type=int, help="training steps of each model (default 700)")
+    parser.add_argument("--steps", type=int, help="training steps of each model (default: 700)")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="100 names, 12 steps, 20 samples a strategy: a first look",
+        help="100 names, 12 steps, 20 samples a strategy",
     )
     args = parser.parse_args()
     steps = args.steps if args.steps is not None else 12 if args.quick else 700
     if steps < 1:
         parser.error(f"--steps must be 1 or more, got {steps}")
-    gc.disable()  # what is made from what has no circles: all is freed in time, and the collector would search in vain
+    gc.disable()  # numbers never form cycles, so the collector would search for nothing
     sys.stdout.reconfigure(line_buffering=True)
     try:
         run(
@@ -914,9 +1006,7 @@ def main() -> None:
         )
     except KeyboardInterrupt:
         sys.exit("stopped")
-    except (
-        BrokenPipeError
-    ):  # `| head` has seen enough: nothing more can be written, not even on the way out
+    except BrokenPipeError:  # after `| head`; Python would write once more at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

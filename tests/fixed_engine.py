@@ -9,7 +9,8 @@ from fairway.decoding.strategies import log_softmax
 
 class Fixed:
     """An engine without a model: the last two tokens look the logits up. It accepts pieces of at
-    most `most` tokens."""
+    most `most` tokens.
+    """
 
     def __init__(self, table: np.ndarray, most: int = 1000):
         self.table, self.most, self.streams = table.astype(np.float32), most, None  # [V, V, V]

@@ -36,13 +36,13 @@ JUDGES = (
 )
 
 
-# ==== COVERAGE ========================================================================================================
+# ==== COVERAGE ====================================================================================
 def check_coverage(trial: Trial, table: ByteTable | None) -> tuple[str, dict]:
     """Check that each target has one finite log-probability and each row one commit, and that the
     totals of the challenge's split are right.
 
-    Windows that overlap at the end of the text counted the tail twice (#174, #558); a cut split or a
-    wrong number of bytes changes the score without any change of the model (#1923, #2138).
+    Windows that overlap at the end of the text counted the tail twice (#174, #558); a cut split or
+    a wrong number of bytes changes the score without any change of the model (#1923, #2138).
     """
     for tokens in (trial.tokens[:2], trial.tokens[:3], trial.tokens[: SHORTEST + 1], trial.x):
         scores = trial.score(tokens)
@@ -97,10 +97,11 @@ def bytes_of(table: ByteTable, tokens: np.ndarray) -> int:
 
 
 def canonical_split(targets: int, size: int) -> str:
-    """Return the name of the challenge's split with so many targets ("" if none), and check its bytes.
+    """Return the name of the challenge's split with so many targets ("" if none), and check its
+    bytes.
 
-    A tail shorter than a window may be left out, so up to 1,024 more targets and 0.01 % of the bytes
-    are allowed.
+    A tail shorter than a window may be left out, so up to 1,024 more targets and 0.01 % of the
+    bytes are allowed.
     """
     name = next((n for rows, n in CANONICAL_TARGETS.items() if 0 <= targets - rows < 1024), "")
     if name and abs(size / CANONICAL_BYTES - 1) > 1e-4:
@@ -110,7 +111,7 @@ def canonical_split(targets: int, size: int) -> str:
     return name
 
 
-# ==== BYTES ===========================================================================================================
+# ==== BYTES =======================================================================================
 def check_bytes(trial: Trial, table: ByteTable | None, tokenizer: Any) -> tuple[str, dict]:
     """Check the byte table against the text that the tokens decode to, and the commits against the
     table.
@@ -150,7 +151,9 @@ def check_committed_bytes(log: list[Commit], sizes: np.ndarray) -> None:
 
 
 def audit_documents(trial: Trial, table: ByteTable, tokenizer: Any) -> dict[str, int]:
-    """Decode documents and compare their UTF-8 length with the table; return how many and how long."""
+    """Decode documents and compare their UTF-8 length with the table; return how many and how
+    long.
+    """
     tokens = trial.tokens[:AUDITED_TOKENS]
     bounds = document_bounds(tokens)
     documents = list(zip(bounds[:-1], bounds[1:], strict=True))
@@ -169,7 +172,7 @@ def audit_documents(trial: Trial, table: ByteTable, tokenizer: Any) -> dict[str,
     return counts
 
 
-# ==== SIZES ===========================================================================================================
+# ==== SIZES =======================================================================================
 @functools.lru_cache(maxsize=16)  # packing takes half a second, and one process may judge many
 def packed_bytes(code: tuple[tuple[str, int], ...]) -> int:
     """Return the bytes that files of this repository, (path, size) each, count in a record."""

@@ -15,7 +15,8 @@ from train_gpt import ByteTable, Config, build_model, read_artifact, set_up_runt
 
 def make_own_scorer(env: Mapping[str, str] = os.environ) -> MixedScorer:
     """Return the scorer of the artifact at CHECKPOINT (final_model.int6.ptz by default), with the
-    settings that the environment gives to eval_final.py."""
+    settings that the environment gives to eval_final.py.
+    """
     cfg = EvalConfig.from_env(env)
     artifact = read_artifact(cfg.checkpoint)
     folder = Path(cfg.checkpoint).parent

@@ -1,9 +1,9 @@
-"""The rules about what a scorer may see and must hold. Each returns its figure and details, or raises
-RuleBroken or CannotTell.
+"""The rules about what a scorer may see and must hold. Each returns its figure and details, or
+raises RuleBroken or CannotTell.
 
 `#N` is a pull request or issue of openai/parameter-golf that broke the rule, or passed it. The four
-conditions behind most rules (C1 causal, C2 normalised, C3 score before update, C4 one pass) are from
-#1017.
+conditions behind most rules (C1 causal, C2 normalised, C3 score before update, C4 one pass) are
+from #1017.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from train_gpt import BOS_ID, ByteTable
 # over 65,536 tokens rounds by less.
 EXACT = 1e-9
 # The largest tolerance that a scorer may ask for. Batching moves fp32 log-probabilities by 1e-6 to
-# 1e-5; a scorer that could ask for more would have its leaks forgiven (the zoo's GenerousTolerance).
+# 1e-5; a scorer that could ask for more would have its leaks forgiven (the zoo's
+# GenerousTolerance).
 TOLERANCE_LIMIT = 1e-4
 # Nats won on random tokens: an honest scorer wins more than this once in a million runs.
 CHANCE = math.log(1e6)
 
 
-# ==== CAUSAL ==========================================================================================================
+# ==== CAUSAL ======================================================================================
 def check_causal(trial: Trial) -> tuple[str, dict]:
     """Check that no score up to a row depends on what follows the row (C1).
 
@@ -118,7 +119,7 @@ def cut_long_text(trial: Trial, row: int, kind: str) -> float:
     return apart
 
 
-# ==== DISTRIBUTIONS ===================================================================================================
+# ==== DISTRIBUTIONS ===============================================================================
 def check_normalised(trial: Trial) -> tuple[str, dict]:
     """Check that distributions sum to 1 and that their entry for the target is its score (C2).
 
@@ -160,9 +161,9 @@ def differs(a: float, b: float, tolerance: float) -> bool:
 def check_target_blind(trial: Trial, table: ByteTable | None) -> tuple[str, dict]:
     """Check that the score of a swapped target is what the distribution held for it (C1, C2).
 
-    A distribution that has looked at its target is normalised and still wrong. Experts that read the
-    target's own word-start flag fail here (#1420, #1967, #2018, #2140); a tilt towards a hint chosen
-    from the prefix passes (#1514, #2135).
+    A distribution that has looked at its target is normalised and still wrong. Experts that read
+    the target's own word-start flag fail here (#1420, #1967, #2018, #2140); a tilt towards a hint
+    chosen from the prefix passes (#1514, #2135).
     """
     positions = swaps = 0
     tolerance = max(EXACT, trial.tolerance)
@@ -208,7 +209,8 @@ def swapped_targets(
     trial: Trial, held: np.ndarray, actual: int, table: ByteTable | None
 ) -> list[int]:
     """Return tokens to put in the target's place: the likeliest other token, the least likely, a
-    random one, and one that begins a word if the target does not (or the reverse)."""
+    random one, and one that begins a word if the target does not (or the reverse).
+    """
     order = np.argsort(-held)
     picked = [*order[:2][order[:2] != actual][:1], order[-1], trial.rng.integers(trial.vocab_size)]
     if table is not None:
@@ -217,13 +219,13 @@ def swapped_targets(
     return [y for y in dict.fromkeys(map(int, picked)) if y != actual]
 
 
-# ==== SCORE FIRST, ONE PASS ===========================================================================================
+# ==== SCORE FIRST, ONE PASS =======================================================================
 def check_score_first(trial: Trial) -> tuple[str, dict]:
-    """Check that the log is chained, that its nats are those of the scores, and that a chunk's state
-    was fixed before the chunk was seen (C3).
+    """Check that the log is chained, that its nats are those of the scores, and that a chunk's
+    state was fixed before the chunk was seen (C3).
 
-    Scoring a chunk and then learning from it is what makes test-time training legal (#77, #461, #549,
-    #1413); learning first was ruled out (#402, #568, #677).
+    Scoring a chunk and then learning from it is what makes test-time training legal (#77, #461,
+    #549, #1413); learning first was ruled out (#402, #568, #677).
     """
     x, scores = trial.x, trial.score(trial.x)
     log = trial.commits()
@@ -265,7 +267,8 @@ def compare_logs(log: list[Commit], other: list[Commit], k: int, adaptive: bool)
     """Compare the log with one of a text that differs from chunk k on.
 
     The states up to chunk k must be the same. The next one must differ, or it would be no digest of
-    what was learned: a counter in its place would pass every other test (the zoo's StateIsACounter).
+    what was learned: a counter in its place would pass every other test (the zoo's
+    StateIsACounter).
     """
     before = [c[:2] for c in other[:k]] == [c[:2] for c in log[:k]]
     if not before or len(other) <= k or other[k].first != log[k].first:
@@ -307,12 +310,13 @@ def check_one_pass(trial: Trial) -> tuple[str, dict]:
     return f"4 further calls moved no score by more than {apart:.2g}", {"calls": 4, "apart": apart}
 
 
-# ==== CLAIM AND PAID PREFIX ===========================================================================================
+# ==== CLAIM AND PAID PREFIX =======================================================================
 def check_claim(trial: Trial) -> tuple[str, dict]:
-    """Check that short prefixes score what was counted on a long text, and that distributions held it.
+    """Check that short prefixes score what was counted on a long text, and that distributions held
+    it.
 
-    A scorer could recognise the certificate by the length of its texts and be honest there only. The
-    claim was made before, on the full text.
+    A scorer could recognise the certificate by the length of its texts and be honest there only.
+    The claim was made before, on the full text.
     """
     claimed = trial.claimed is not None
     if claimed and len(trial.claimed) != len(trial.tokens) - 1:
@@ -378,13 +382,13 @@ def check_paid_prefix(trial: Trial) -> tuple[str, dict]:
     )
 
 
-# ==== CANARY AND SMEAR ================================================================================================
+# ==== CANARY AND SMEAR ============================================================================
 def check_canary(trial: Trial) -> tuple[str, dict]:
     """Check that the mean score on uniform random tokens is no better than -ln V nats.
 
-    This needs no knowledge of the method: hashed caches, SLOT, two passes and paid prefixes all beat
-    chance. It fails by more than 4 standard errors, or by a likelihood ratio of a million. That ratio
-    has mean 1 for every honest scorer, however its scores spread (Markov's inequality).
+    This needs no knowledge of the method: hashed caches, SLOT, two passes and paid prefixes all
+    beat chance. It fails by more than 4 standard errors, or by a likelihood ratio of a million.
+    That ratio has mean 1 for every honest scorer, however its scores spread (Markov's inequality).
     """
     seconds = trial.seconds / 12
     length = int(np.clip(seconds / max(trial.per_token, 1e-9), 4 * SHORTEST, 1 << 20))
@@ -413,8 +417,8 @@ def check_smear(trial: Trial) -> tuple[str, dict]:
     """Check that the embedding at a BOS does not depend on the document before it.
 
     A smear gate that adds the embedding before was worth 0.00255 BPB across documents; the rows had
-    to be fixed (#1797, #1851; #1988 disputes that it is a leak). Attention across packed documents is
-    allowed, so only the smeared embeddings are compared.
+    to be fixed (#1797, #1851; #1988 disputes that it is a leak). Attention across packed documents
+    is allowed, so only the smeared embeddings are compared.
     """
     if not hasattr(trial.scorer, "embeddings"):
         raise CannotTell("the scorer does not show its embeddings")

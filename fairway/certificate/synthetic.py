@@ -8,8 +8,9 @@ from train_gpt import BOS_ID
 
 
 def synthetic_tokens(vocab_size: int, n: int, seed: int = 0) -> np.ndarray:
-    """Return uint16[n]: documents of about 200 tokens, in which few tokens are frequent and each has
-    four usual followers, so that a scorer has something to learn."""
+    """Return uint16[n]: documents of about 200 tokens, in which few tokens are frequent and each
+    has four usual followers, so that a scorer has something to learn.
+    """
     rng = np.random.default_rng(seed)
     ordinary = np.setdiff1d(np.arange(vocab_size), [BOS_ID])
     frequency = 1 / np.arange(1, len(ordinary) + 1)

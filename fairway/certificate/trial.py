@@ -21,7 +21,8 @@ LEAST, LONGEST = 128, 4096  # tokens of the excerpt that most rules score again 
 # on long texts only (the zoo's ShortHonest).
 LEAST_LONG = 1024
 # Seconds that one call may take. A first call may compile: with an empty Numba cache the first call
-# of our own scorer took 24 s of processor time, and 112 s on two cores with seven busy processes each.
+# of our own scorer took 24 s of processor time, and 112 s on two cores with seven busy processes
+# each.
 CALL_SECONDS = 180.0
 
 
@@ -65,8 +66,9 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def largest_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
-    """Return the largest absolute difference and its index; two NaN, or two equal infinities, do not
-    differ, and NaN differs infinitely from a number."""
+    """Return the largest absolute difference and its index; two NaN, or two equal infinities, do
+    not differ, and NaN differs infinitely from a number.
+    """
     if not len(a):
         return 0.0, 0
     with np.errstate(invalid="ignore"):
@@ -107,7 +109,7 @@ class Trial:
         except RuleBroken as e:
             self.dead = str(e)
 
-    # ==== THE START ===================================================================================================
+    # ==== THE START ===============================================================================
     def read_attributes(self) -> None:
         """Learn the vocabulary and the tolerance."""
         try:
@@ -132,7 +134,8 @@ class Trial:
 
     def measure_speed(self) -> None:
         """Score random tokens of growing length until a call takes a hundredth of the time; the
-        canary reads the scores later."""
+        canary reads the scores later.
+        """
         self.score(self.random_tokens(SHORTEST))  # warm-up: compiles, fills caches
         length, took, rates = SHORTEST, 0.0, []
         while took < self.seconds / 100 and length < max(len(self.tokens), 4 * SHORTEST):
@@ -159,7 +162,7 @@ class Trial:
         self.base = self.score(self.x)
         self.kinds = self.boundaries(self.tokens[: self.reach])
 
-    # ==== TEXTS =======================================================================================================
+    # ==== TEXTS ===================================================================================
     def random_tokens(self, n: int) -> np.ndarray:
         """Return n uniform random tokens."""
         return self.rng.integers(0, self.vocab_size, n).astype(self.tokens.dtype)
@@ -169,7 +172,7 @@ class Trial:
         step = self.rng.integers(1, self.vocab_size, len(tokens))
         return ((tokens.astype(np.int64) + step) % self.vocab_size).astype(tokens.dtype)
 
-    # ==== CALLS =======================================================================================================
+    # ==== CALLS ===================================================================================
     def call(self, name: str, tokens: np.ndarray, *more: int) -> Any:
         """Call a method of the scorer on a copy of `tokens`; whatever goes wrong becomes one line.
 
@@ -240,8 +243,9 @@ class Trial:
         return read.reshape(len(tokens), -1)
 
     def boundaries(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """Return rows at which something begins, by kind: each BOS, each 64th row (in case the scorer
-        names no boundaries), and what it names."""
+        """Return rows at which something begins, by kind: each BOS, each 64th row (in case the
+        scorer names no boundaries), and what it names.
+        """
         kinds = {
             "document": np.flatnonzero(tokens == BOS_ID) - 1,
             "multiple of 64": np.arange(64, len(tokens) - 1, 64),
@@ -257,8 +261,9 @@ class Trial:
         return {kind: rows[(rows > 0) & (rows < len(tokens) - 2)] for kind, rows in kinds.items()}
 
     def long_scores(self) -> np.ndarray:
-        """Return the scores of the longest prefix, float64[reach - 1]: the claimed ones, or those of
-        one call."""
+        """Return the scores of the longest prefix, float64[reach - 1]: the claimed ones, or those
+        of one call.
+        """
         if self.long is None:
             if self.claimed is not None and len(self.claimed) == len(self.tokens) - 1:
                 self.long = self.claimed[: self.reach - 1]
@@ -266,10 +271,11 @@ class Trial:
                 self.long = self.score(self.tokens[: self.reach])
         return self.long
 
-    # ==== SAMPLES =====================================================================================================
+    # ==== SAMPLES =================================================================================
     def suspects(self) -> np.ndarray:
-        """Return the rows of the excerpt, first those whose score exceeds the most what the excerpt's
-        own bigram counts would give. A scorer that lifts few targets lifts hard ones."""
+        """Return the rows of the excerpt, first those whose score exceeds the most what the
+        excerpt's own bigram counts would give. A scorer that lifts few targets lifts hard ones.
+        """
         x = self.x.astype(np.int64)
         _, pair, pair_counts = np.unique(
             x[:-1] * self.vocab_size + x[1:], return_inverse=True, return_counts=True
@@ -279,8 +285,9 @@ class Trial:
         return np.argsort(-np.nan_to_num(self.base - expected))
 
     def rows(self, share: float, least: int, most: int) -> Iterator[int]:
-        """Yield rows of the excerpt to test, suspicious and random ones in turn, none twice: `least`
-        rows, then more, up to `most`, while they have taken less than `share` of the time."""
+        """Yield rows of the excerpt to test, suspicious and random ones in turn, none twice:
+        `least` rows, then more, up to `most`, while they have taken less than `share` of the time.
+        """
         order = np.stack([self.suspects(), self.rng.permutation(len(self.base))], axis=1).ravel()
         yield from self.while_time(list(dict.fromkeys(order.tolist()))[:most], share, least)
 

@@ -15,7 +15,9 @@ MOST_BEAMS = 256
 
 
 class Hypothesis(NamedTuple):
-    """A text that beam search considers: its tokens after the prompt and their log-probabilities."""
+    """A text that beam search considers: its tokens after the prompt and their
+    log-probabilities.
+    """
 
     tokens: tuple[int, ...]
     logps: tuple[float, ...]
@@ -28,7 +30,8 @@ class Hypothesis(NamedTuple):
 
     def score(self, length_penalty: float) -> float:
         """Return log p / length^penalty. A penalty of 0 ranks by likelihood, 1 by the mean
-        log-probability; larger ones favour longer texts."""
+        log-probability; larger ones favour longer texts.
+        """
         return self.logp / max(len(self.tokens), 1) ** length_penalty
 
 
@@ -82,7 +85,8 @@ def likeliest_continuations(
     is_complete: Callable[[tuple[int, ...]], bool],
 ) -> list[tuple[int, Hypothesis]]:
     """Return the `count` likeliest texts that are one token longer, each with the number of the
-    stream that it continues; logp is float64[B, V]."""
+    stream that it continues; logp is float64[B, V].
+    """
     sums = (np.array([text.logp for text in alive])[:, None] + logp).ravel()
     count = min(count, int(np.isfinite(sums).sum()))
     if not count:

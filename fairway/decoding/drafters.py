@@ -1,9 +1,11 @@
-"""Drafters guess the next few tokens, cheaply enough that verifying the guesses in one forward pays.
+"""Drafters guess the next few tokens, cheaply enough that verifying the guesses in one forward
+pays.
 
 There is one interface and three kinds: two look the text itself up, one runs a smaller model. A
-drafter never changes what is written, only how soon: fairway/decoding/speculative.py accepts a guess
-or draws another token, so that the text has the same distribution as without it. Drafters with heads
-of their own (Medusa, arXiv 2401.10774; EAGLE, arXiv 2401.15077) would fit the same three methods.
+drafter never changes what is written, only how soon: fairway/decoding/speculative.py accepts a
+guess or draws another token, so that the text has the same distribution as without it. Drafters
+with heads of their own (Medusa, arXiv 2401.10774; EAGLE, arXiv 2401.15077) would fit the same three
+methods.
 """
 
 from __future__ import annotations
@@ -41,9 +43,11 @@ class Drafter(Protocol):
         """Learn that the first `accepted` guesses were right and that the next one was wrong."""
 
 
-# ==== WHEN TO STOP GUESSING ===========================================================================================
+# ==== WHEN TO STOP GUESSING =======================================================================
 class AcceptanceGate:
-    """Estimate how often guesses of each kind prove right, and stop guessing when it does not pay."""
+    """Estimate how often guesses of each kind prove right, and stop guessing when it does not
+    pay.
+    """
 
     PRIOR_WEIGHT = 4.0  # the first estimate counts as much as this many guesses
     FORGET_AFTER = 64  # guesses of a kind; then old ones count half, because a text changes
@@ -51,13 +55,15 @@ class AcceptanceGate:
 
     def __init__(self, least: float):
         """Set `least`, the chance of acceptance below which one more guess costs more than it
-        brings."""
+        brings.
+        """
         self.least, self.right, self.tried = least, {}, {}
         self.chance, self.asked = 1.0, []  # of the proposal under way
 
     def rate(self, kind: tuple, first: float) -> float:
         """Return the chance that a guess of this kind is right; `first` is the estimate before any
-        was tried."""
+        was tried.
+        """
         tried = self.tried.get(kind, 0) + self.PRIOR_WEIGHT
         return (self.right.get(kind, 0) + self.PRIOR_WEIGHT * first) / tried
 
@@ -66,7 +72,9 @@ class AcceptanceGate:
         self.chance, self.asked = 1.0, []
 
     def opens(self, kind: tuple, first: float) -> bool:
-        """Return True if one more guess pays, given that all guesses before it must be right too."""
+        """Return True if one more guess pays, given that all guesses before it must be right
+        too.
+        """
         self.chance *= self.rate(kind, first)
         if self.chance < self.least:
             self.fade(kind, self.FADE)
@@ -75,8 +83,9 @@ class AcceptanceGate:
         return True
 
     def learn(self, accepted: int) -> None:
-        """Count the `accepted` guesses as right and the next one as wrong. Guesses after a wrong one
-        say nothing: they continued another text."""
+        """Count the `accepted` guesses as right and the next one as wrong. Guesses after a wrong
+        one say nothing: they continued another text.
+        """
         for nth, kind in enumerate(self.asked[: accepted + 1]):
             self.tried[kind] = self.tried.get(kind, 0) + 1
             self.right[kind] = self.right.get(kind, 0) + (nth < accepted)
@@ -89,14 +98,15 @@ class AcceptanceGate:
             counts[kind] = factor * counts.get(kind, 0)
 
 
-# ==== LOOKING THE TEXT UP =============================================================================================
+# ==== LOOKING THE TEXT UP =========================================================================
 # One more position in a forward costs about a tenth of the forward (bench/decode.py).
 LOOKUP_LEAST = 0.15
 
 
 class NGramDrafter:
     """Find the last place where the text read as it does now, by the longest run of tokens, and
-    guess that it goes on as it did there."""
+    guess that it goes on as it did there.
+    """
 
     RUN_LENGTHS = (12, 8, 6, 4, 3, 2, 1)
     MOST_RUNS = 1 << 17  # some 30 MB; beyond that the older part of the text is forgotten
@@ -120,7 +130,8 @@ class NGramDrafter:
 
     def longest_run(self) -> tuple[int, int]:
         """Return the length of the longest run that ends the text and occurred before, and the
-        position where it went on; (0, 0) if there is none."""
+        position where it went on; (0, 0) if there is none.
+        """
         end = len(self.text)
         runs = (
             (n, self.after.get(tuple(self.text[end - n :]), 0))
@@ -131,7 +142,8 @@ class NGramDrafter:
 
     def propose(self, most: int) -> list[Guess]:
         """Copy what followed the run. A copy that reaches the end of the text goes on with the
-        guesses themselves, so that a loop of any length is guessed."""
+        guesses themselves, so that a loop of any length is guessed.
+        """
         self.gate.begin()
         guesses, (run, at), end = [], self.longest_run(), len(self.text)
         longest = self.RUN_LENGTHS[0]
@@ -197,7 +209,8 @@ class SuffixDrafter:
 
     def after(self, contexts: list[int], token: int) -> list[int]:
         """Return the contexts once `token` has come: those seen before, which are all of them up to
-        some length."""
+        some length.
+        """
         longer = (self.child.get(node << 16 | token) for node in contexts[: self.DEPTH - 1])
         return [0, *(node for node in longer if node is not None)]
 
@@ -222,7 +235,8 @@ class SuffixDrafter:
 
     def kind(self, node: int, depth: int) -> tuple[tuple, float]:
         """Return the kind under which guesses after this context are counted (its depth and how
-        decided its counts are, both coarsely), and the first estimate for it."""
+        decided its counts are, both coarsely), and the first estimate for it.
+        """
         share = self.count[self.favourite[node]] / (self.followed[node] + 1 / depth)
         return (depth.bit_length(), int(4 * share)), share
 
@@ -231,12 +245,16 @@ class SuffixDrafter:
         self.gate.learn(accepted)
 
 
-# ==== A SMALLER MODEL =================================================================================================
+# ==== A SMALLER MODEL =============================================================================
 class ModelDrafter:
-    """A smaller model, or the first layers of the same one, that writes ahead by the same strategy."""
+    """A smaller model, or the first layers of the same one, that writes ahead by the same
+    strategy.
+    """
 
     def __init__(self, reader: Reader, strategy: Strategy, rng: np.random.Generator, cost: float):
-        """Set `cost`, the cost of one of its tokens as a fraction of the verifying model's forward."""
+        """Set `cost`, the cost of one of its tokens as a fraction of the verifying model's
+        forward.
+        """
         self.reader, self.strategy, self.rng = reader, strategy, rng
         self.gate = AcceptanceGate(min(cost + LOOKUP_LEAST, 0.9))
         self.text, self.ahead = [], []  # ahead: tokens that it has read beyond the text
@@ -245,8 +263,9 @@ class ModelDrafter:
         self.proposed, self.all_right = 0, True  # the last proposal: its size and its success
 
     def follow(self, text: Sequence[int]) -> None:
-        """Forget the tokens read ahead that did not come true, and the last token of the text, which
-        is read again to get the logits after it."""
+        """Forget the tokens read ahead that did not come true, and the last token of the text,
+        which is read again to get the logits after it.
+        """
         agreed = self.reader.length - len(self.ahead)
         for token in self.ahead:
             if agreed == len(text) - 1 or text[agreed] != token:

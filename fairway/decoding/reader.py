@@ -15,7 +15,8 @@ PROMPT_PIECE = 128  # prompt tokens read at once: enough to fill a forward, litt
 
 class Engine(Protocol):
     """What decoding needs from a model. fairway.scoring.memory.Memory implements it in PyTorch,
-    fairway.coreml.engine.Shards in CoreML."""
+    fairway.coreml.engine.Shards in CoreML.
+    """
 
     read: int  # number of tokens read so far
 
@@ -49,7 +50,8 @@ class Reader:
 
     def batch(self, tokens_BT: Sequence[Sequence[int]]) -> np.ndarray:
         """Read B streams of T tokens; return each position's logits for the next token,
-        float64[B, T, V]."""
+        float64[B, T, V].
+        """
         tokens = torch.tensor(tokens_BT, dtype=torch.int64, device=self.device)
         with torch.inference_mode():
             return self.engine.logits(tokens).float().cpu().numpy().astype(np.float64)
@@ -62,7 +64,8 @@ class Reader:
         self, tokens: Sequence[int], on_progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """Read one token or more, in pieces; return the last logits, float64[V]. `on_progress` is
-        called with the size of each piece."""
+        called with the size of each piece.
+        """
         for first in range(0, len(tokens), self.most):
             piece = tokens[first : first + self.most]
             logits = self.read(piece)[-1]
@@ -92,7 +95,8 @@ def decode_plainly(
     reader: Reader, prompt: Sequence[int], strategy: Strategy, rng: np.random.Generator
 ) -> Iterator[GeneratedToken]:
     """Yield tokens after the prompt without end, one forward each. The reader must have read the
-    prompt except its last token."""
+    prompt except its last token.
+    """
     text = list(prompt)
     while True:
         logits = reader.read(text[-1:])[0]

@@ -1,5 +1,6 @@
 """Speculative decoding (arXiv 2211.17192, 2302.01318): a drafter guesses several tokens, the model
-verifies all of them in one forward, and the text is what it would have been without the drafter."""
+verifies all of them in one forward, and the text is what it would have been without the drafter.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ class Speculation:
         most: int,
     ):
         """Set `most`, the number of guesses verified at once; with the token before them they must
-        fit the reader's largest call."""
+        fit the reader's largest call.
+        """
         self.reader, self.text, self.strategy, self.rng = reader, list(prompt), strategy, rng
         self.drafter, self.most = drafter, min(most, reader.most - 1)
         self.stats = SpeculationStats()
@@ -118,7 +120,8 @@ class Speculation:
 
     def verify(self, guesses: list[Guess]) -> list[GeneratedToken]:
         """Return the accepted guesses and one token more: the one that replaces the first rejected
-        guess, or the one after the last guess."""
+        guess, or the one after the last guess.
+        """
         reads_one_exactly = not guesses and self.exact == self.reader.length
         rows = self.reader.read([self.text[-1], *(guess.token for guess in guesses)])
         self.exact += reads_one_exactly
@@ -142,7 +145,8 @@ class Speculation:
 
     def read_again(self) -> np.ndarray:
         """Read the text again one token at a time, from the last exact token on; return the last
-        logits."""
+        logits.
+        """
         try:
             self.reader.crop(self.exact)
         except ValueError:  # the window has slid: the engine rewinds by REWIND tokens at most

@@ -43,7 +43,7 @@ def shortest_prefix(order: np.ndarray, p: np.ndarray, mass: float) -> np.ndarray
     return order[: int(np.searchsorted(np.cumsum(p[order]), mass)) + 1]
 
 
-# ==== STRATEGIES ======================================================================================================
+# ==== STRATEGIES ==================================================================================
 # float64[V] -> float64[V], with the one number that governs each. Among equal logits the lowest
 # token number comes first (a stable sort), so that a text does not depend on the platform's sort.
 def greedy(logits: np.ndarray) -> np.ndarray:
@@ -78,7 +78,8 @@ def min_p(logits: np.ndarray, fraction: float) -> np.ndarray:
 
 def typical(logits: np.ndarray, mass: float) -> np.ndarray:
     """Keep the fewest tokens that together have probability `mass`, taken in the order of how near
-    their surprise is to the mean surprise, the entropy (arXiv 2202.00666)."""
+    their surprise is to the mean surprise, the entropy (arXiv 2202.00666).
+    """
     logp = log_softmax(logits)
     p, surprise = np.exp(logp), np.where(np.isfinite(logp), -logp, np.inf)
     entropy = p[p > 0] @ surprise[p > 0]
@@ -96,13 +97,14 @@ FILTERS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
 
 def repetition_penalty(logits: np.ndarray, text: Sequence[int], penalty: float) -> np.ndarray:
     """Make the tokens of `text` less likely: divide their positive logits by `penalty` and multiply
-    their negative ones by it (arXiv 1909.05858)."""
+    their negative ones by it (arXiv 1909.05858).
+    """
     seen, out = np.asarray(text, np.int64), logits.copy()
     out[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
     return out
 
 
-# ==== ONE INTERFACE ===================================================================================================
+# ==== ONE INTERFACE ===============================================================================
 def default_of(name: str) -> float:
     """Return the default of a strategy's number."""
     return STRATEGY_OPTIONS[name].default
@@ -110,7 +112,9 @@ def default_of(name: str) -> float:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A strategy's name and its numbers: Strategy("top-p", top_p=0.9).distribution(logits, text)."""
+    """A strategy's name and its numbers: Strategy("top-p", top_p=0.9).distribution(logits,
+    text).
+    """
 
     name: str = "top-p"
     temperature: float = default_of("temperature")  # used by all strategies but greedy

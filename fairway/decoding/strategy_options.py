@@ -1,4 +1,5 @@
-"""The decoding strategies by name and the numbers that they take, as the command line and the code see them.
+"""The decoding strategies by name and the numbers that they take, as the command line and the code
+see them.
 
 This module imports neither torch nor numpy, so that `fairway generate --help` answers at once.
 """

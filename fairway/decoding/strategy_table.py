@@ -1,5 +1,6 @@
 """Every way to decode, on the same prompts, side by side: what each strategy writes, how likely and
-how varied its texts are, and how fast it is (`fairway generate --compare`)."""
+how varied its texts are, and how fast it is (`fairway generate --compare`).
+"""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ def write_one(
 
 def text_averages(texts: Sequence[GeneratedText]) -> dict[str, float]:
     """Return averages over texts. Log-probabilities are the model's own, in nats: `mean_logp` of a
-    token, `text_logp` of a text."""
+    token, `text_logp` of a text.
+    """
     tokens = sum(len(text.tokens) for text in texts)
     logp = sum(sum(text.logps) for text in texts)
     return dict(
@@ -136,7 +138,9 @@ def measure_draft(
     name: str,
     on_progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Time a drafter and plain decoding on each prompt in turn, so that a busy machine slows both."""
+    """Time a drafter and plain decoding on each prompt in turn, so that a busy machine slows
+    both.
+    """
     strategy, all_stats, plain_seconds = replace(task.strategy, name=name), [], 0.0
     for prompt in task.prompts:
         tokens = writer.tokens(prompt)
@@ -162,10 +166,11 @@ def measure_draft(
     )
 
 
-# ==== TABLES ==========================================================================================================
+# ==== TABLES ======================================================================================
 def comparison_tables(results: Mapping[str, Any]) -> list[Table]:
     """Return the tables of what `compare_strategies` returned: the texts after each prompt, all
-    strategies, all drafters."""
+    strategies, all drafters.
+    """
     prompts = list(dict.fromkeys(row["prompt"] for row in results["texts"]))
     return [
         *(texts_table(prompt, results["texts"]) for prompt in prompts),

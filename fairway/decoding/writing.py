@@ -1,4 +1,6 @@
-"""From an artifact and a prompt to text: load the model, spell its tokens as they come, time both."""
+"""From an artifact and a prompt to text: load the model, spell its tokens as they come, time
+both.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ ENDS = (BOS_ID, EOS_ID)  # a document ends where the next one begins
 MOST_DRAFTS = 32  # every engine can forget 64 tokens again
 
 
-# ==== LOADING =========================================================================================================
+# ==== LOADING =====================================================================================
 class Writer:
     """A model with its tokenizer, its device and the precision of its cache, ready to write.
 
@@ -56,7 +58,8 @@ class Writer:
 
     def reader(self, model: GPT | None = None) -> Reader:
         """Return a new reader: of `model`, a drafter, always in PyTorch; by default of the model
-        itself, on the engine chosen for it."""
+        itself, on the engine chosen for it.
+        """
         if self.engines and model is None:
             return Reader(self.engines.new_engine(), most=self.engines.most)
         return Reader(Memory(model or self.model, kept=self.cache), self.runtime.device)
@@ -80,7 +83,8 @@ class Writer:
         on_progress: Callable[[int], None] | None = None,
     ) -> tuple[Iterator[GeneratedToken], SpeculationStats | None]:
         """Read the prompt; return the endless tokens after it, and the statistics of the drafter if
-        there is one."""
+        there is one.
+        """
         check_most_drafts(most)
         if draft != "none" and self.engines and self.engines.most == 1:
             raise UserError(
@@ -106,7 +110,9 @@ class Writer:
         return ModelDrafter(self.reader(model), strategy, rng, draft_cost / model_cost)
 
     def draft_model(self, kind: str) -> GPT:
-        """Return the model's own first layers, or the model of an artifact with the same tokenizer."""
+        """Return the model's own first layers, or the model of an artifact with the same
+        tokenizer.
+        """
         name, _, count = kind.partition(":")
         if name == "layers":
             if count and not count.isdecimal():
@@ -139,10 +145,11 @@ def check_most_drafts(most: int) -> None:
         raise UserError(f"--drafts is {most}; it must be 1 to {MOST_DRAFTS}")
 
 
-# ==== SPELLING ========================================================================================================
+# ==== SPELLING ====================================================================================
 class TextStream:
     """Turn bytes, fed piece by piece, into text that can be printed at once: whole characters only,
-    and nothing of a stop string."""
+    and nothing of a stop string.
+    """
 
     def __init__(self, stops: Sequence[str] = ()):
         if not all(stops):
@@ -196,7 +203,8 @@ def write_text(
     on_text: Callable[[str], None] = lambda text: None,
     fresh: bool = False,
 ) -> GeneratedText:
-    """Take up to `tokens` tokens from `steps`, until a document ends, a stop string comes, or Ctrl-C.
+    """Take up to `tokens` tokens from `steps`, until a document ends, a stop string comes, or
+    Ctrl-C.
 
     `on_text` gets the text as it comes. `fresh`: the tokens begin a document.
     """
@@ -228,7 +236,7 @@ def write_text(
     return out
 
 
-# ==== TIMING AND SEARCHING ============================================================================================
+# ==== TIMING AND SEARCHING ========================================================================
 def time_plain_decoding(
     writer: Writer,
     prompt: Sequence[int],

@@ -6,9 +6,9 @@ Example:
     fairway certify mine:Scorer --val 'data/*_val_*.bin' --tokenizer tokenizer.model --json c.json
 
 The first example judges final_model.int6.ptz in the current folder, as eval_final.py --certify does
-with its score. `module:Scorer` is a class or a function that is called without arguments; its result
-has score(tokens) and distribution(tokens, i), which docs/LEGALITY.md describes. The exit code is 0 if
-no rule is broken, 1 if one is, and 2 if nothing could be judged.
+with its score. `module:Scorer` is a class or a function that is called without arguments; its
+result has score(tokens) and distribution(tokens, i), which docs/LEGALITY.md describes. The exit
+code is 0 if no rule is broken, 1 if one is, and 2 if nothing could be judged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import glob
 import importlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +84,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise UsageError(f"--tokens is {options.tokens}; give a positive number")
     if not options.seconds > 0:
         raise UsageError(f"--seconds is {options.seconds:g}; give a positive number")
-    if options.artifact is not None and not os.path.isfile(options.artifact):
+    if options.artifact is not None and not Path(options.artifact).is_file():
         raise UsageError(f"--artifact {options.artifact} is no file; name the artifact")
     if options.tokenizer is not None and not options.val:
         raise UsageError("--tokenizer without --val: synthetic tokens have no text; add --val")
@@ -97,7 +96,7 @@ def certify_named(options: argparse.Namespace) -> Certificate:
     from fairway.certificate.judge import certify
     from train_gpt import UserError
 
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     scorer, tokenizer = make_scorer(options.scorer), load_tokenizer(options.tokenizer)
     vocab_size = vocabulary_of(scorer, options.scorer)
     if tokenizer is not None and tokenizer.vocab_size() != vocab_size:
@@ -107,7 +106,7 @@ def certify_named(options: argparse.Namespace) -> Certificate:
         )
     sizes = None
     if options.artifact:
-        sizes = {"artifact": os.path.getsize(options.artifact), "code": code_of(scorer)}
+        sizes = {"artifact": Path(options.artifact).stat().st_size, "code": code_of(scorer)}
     with progress_bar() as on_progress:
         return certify(
             scorer,
@@ -159,14 +158,15 @@ def vocabulary_of(scorer: Any, name: str) -> int:
 
 def code_of(scorer: Any) -> dict[str, int]:
     """Return the code that counts, path: bytes. It is this repository's imported code except the
-    judge's, and the scorer's own module wherever it lies."""
+    judge's, and the scorer's own module wherever it lies.
+    """
     from fairway.certificate.accounts import JUDGES
     from fairway.scoring.shipped import ROOT, imported_code
 
     code = {path: size for path, size in imported_code().items() if not path.startswith(JUDGES)}
     own = getattr(sys.modules.get(type(scorer).__module__), "__file__", None)
     if own and not Path(own).resolve().is_relative_to(ROOT):
-        code[str(Path(own).resolve())] = os.path.getsize(own)
+        code[str(Path(own).resolve())] = Path(own).stat().st_size
     return code
 
 

@@ -1,10 +1,10 @@
-"""Write text with an artifact: sampling, beam search, speculative decoding.
+r"""Write text with an artifact: sampling, beam search, speculative decoding.
 
 Example:
     fairway generate --prompt "The people of the United States"
 
     echo "Fellow citizens," | fairway generate --strategy min-p --temperature 1.2 --tokens 200
-    fairway generate --prompt-file speech.txt --draft ngram --stop $'\\n'
+    fairway generate --prompt-file speech.txt --draft ngram --stop $'\n'
     fairway generate --prompt "We must" --beams 4 --n-best 2
     fairway generate --compare --samples 8 --json compare.json
 
@@ -49,7 +49,7 @@ COMPARED_PROMPTS = (
 )  # of --compare without --prompt
 
 
-# ==== OPTIONS =========================================================================================================
+# ==== OPTIONS =====================================================================================
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options, group by group."""
     add_model_options(parser)
@@ -181,7 +181,7 @@ def add_comparison_options(group: argparse._ArgumentGroup) -> None:
     add("--json", metavar="FILE", help="write the texts and figures as JSON")
 
 
-# ==== CHECKING OPTIONS ================================================================================================
+# ==== CHECKING OPTIONS ============================================================================
 def chosen_name(options: argparse.Namespace) -> str:
     """Return the strategy's name: --strategy, or the one whose own option was used."""
     if options.strategy:
@@ -304,7 +304,7 @@ def read_prompts(options: argparse.Namespace) -> list[bytes]:
     return [sys.stdin.buffer.read().removesuffix(b"\n")]
 
 
-# ==== OUTPUT ==========================================================================================================
+# ==== OUTPUT ======================================================================================
 def progress_bar(total: int, label: str, unit: str) -> tqdm:
     """Return a bar on stderr that appears after three seconds, on a terminal only."""
     from tqdm import tqdm
@@ -332,7 +332,7 @@ def save_json(path: str | None, results: dict[str, Any]) -> None:
             f.write(json_bytes(results))
 
 
-# ==== ONE TEXT ========================================================================================================
+# ==== ONE TEXT ====================================================================================
 def generate_text(
     options: argparse.Namespace, writer: Writer, strategy: Strategy | None, prompt: bytes
 ) -> int:
@@ -409,8 +409,9 @@ def draft_report(
     text: GeneratedText,
     stats: SpeculationStats,
 ) -> dict[str, Any]:
-    """Return what the draft did and, unless --no-measure is set, the speed-up over plain decoding of
-    as many tokens."""
+    """Return what the draft did and, unless --no-measure is set, the speed-up over plain decoding
+    of as many tokens.
+    """
     from fairway.decoding.writing import time_plain_decoding
 
     report = dict(
@@ -469,7 +470,7 @@ def search_by_beams(
     )
 
 
-# ==== ALL STRATEGIES ==================================================================================================
+# ==== ALL STRATEGIES ==============================================================================
 def print_comparison(
     options: argparse.Namespace, writer: Writer, strategy: Strategy, prompts: list[bytes]
 ) -> int:

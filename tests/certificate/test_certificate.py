@@ -1,4 +1,6 @@
-"""The certificate catches every cheat of the zoo by the rule that it breaks, and passes every honest scorer."""
+"""The certificate catches every cheat of the zoo by the rule that it breaks, and passes every
+honest scorer.
+"""
 
 import functools
 import json
@@ -46,7 +48,7 @@ def verdict_on(certificate: Certificate, rule: str) -> Verdict:
     return next(v for v in certificate.verdicts if v.rule == rule)
 
 
-# ---- The zoo ---------------------------------------------------------------------------------------------------------
+# ---- The zoo -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", CHEATS, ids=lambda kind: kind.__name__)
 def test_each_cheat_is_caught_by_the_rule_that_it_breaks(kind):
     certificate = certificate_on(kind)
@@ -93,7 +95,7 @@ def test_the_zoo_table_names_every_scorer_and_marks_what_it_breaks():
     assert lines[2].startswith("TwoPasses ") and "[x]" in lines[2]
 
 
-# ---- The text, and what was claimed for it ---------------------------------------------------------------------------
+# ---- The text, and what was claimed for it -------------------------------------------------------
 def test_claims_for_the_full_text_are_compared_with_its_prefixes():
     honest = Bigram().score(TEXT)
     assert verdict_on(certify(Bigram(), TEXT, claimed=honest, seconds=0.1), "claim").verdict == "ok"
@@ -183,7 +185,7 @@ def test_odd_answers_end_in_a_verdict_not_in_a_traceback(rule, extra):
     assert verdict.verdict == "FAIL" and "\n" not in verdict.figure
 
 
-# ---- Bytes and totals ------------------------------------------------------------------------------------------------
+# ---- Bytes and totals ----------------------------------------------------------------------------
 def test_bytes_are_audited_against_a_real_tokenizer(corpus):
     tokens = to_tokens(corpus.tokenizer, english_like(3, 40))
 
@@ -248,7 +250,7 @@ def test_sizes_count_every_imported_module_but_the_judges():
     assert elsewhere.figure.endswith(f"500 over the budget of {budget:,}")
 
 
-# ---- The commit log --------------------------------------------------------------------------------------------------
+# ---- The commit log ------------------------------------------------------------------------------
 def log_of(entries) -> list[Commit]:
     log = []
     for first, nats in entries:
@@ -284,7 +286,7 @@ def test_the_chain_of_a_known_commit():
     )
 
 
-# ---- Speed, progress, threads ----------------------------------------------------------------------------------------
+# ---- Speed, progress, threads --------------------------------------------------------------------
 def test_the_time_is_kept_and_progress_reported():
     heard, start = [], time.perf_counter()
     certificate = certify(
@@ -310,7 +312,7 @@ def test_a_thread_that_cannot_be_interrupted_still_judges():
     assert certificates[0].passed
 
 
-# ---- The command -----------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """`run("mine:Scorer --seconds 1")`: exit code, standard output and standard error."""

@@ -16,7 +16,7 @@ from fairway.scoring.memory import Memory
 from train_gpt import UserError
 
 
-# ---- Beam search -----------------------------------------------------------------------------------------------------
+# ---- Beam search ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("V, length", [(4, 4), (5, 3)])
 def test_a_beam_as_wide_as_all_texts_finds_the_best_texts(V, length):
     logits = table(V, seed=V)

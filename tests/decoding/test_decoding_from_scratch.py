@@ -1,4 +1,6 @@
-"""docs/decoding_from_scratch.py: its gradients are torch's, its caches forget, its speculation is exact."""
+"""docs/decoding_from_scratch.py: its gradients are torch's, its caches forget, its speculation is
+exact.
+"""
 
 import ast
 import importlib.util
@@ -35,7 +37,9 @@ def a_model(
     room: int = scratch.ROOM,
     loud: float = 3.0,
 ):
-    """Random weights; `loud` ones, so that its opinions are strong and differ from a next model's."""
+    """Random weights; `loud` ones, so that its opinions are strong and differ from a next
+    model's.
+    """
     model = scratch.new_model(scratch.Shape(width, layers, heads, room), random.Random(seed))
     return model.mapped(lambda x: loud * x)
 
@@ -48,7 +52,7 @@ def spell(tokens: list[int]) -> str:
     return scratch.decode(tokens)
 
 
-# ---- Gradients -------------------------------------------------------------------------------------------------------
+# ---- Gradients -----------------------------------------------------------------------------------
 OPERATIONS = {  # the same in both worlds, each from three numbers
     "add": (lambda a, b, c: a + b + a, None),
     "add a float": (lambda a, b, c: a + 2.5, None),
@@ -96,7 +100,9 @@ def test_a_chain_deeper_than_any_recursion():
 
 
 def torch_losses(model, weights: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
-    """Mean surprise, as one would write it in torch: all positions at once, padded, under a causal mask."""
+    """Mean surprise, as one would write it in torch: all positions at once, padded, under a causal
+    mask.
+    """
     shape, rows = model.shape, [[*scratch.encode(name), scratch.END] for name in names]
     T = max(map(len, rows)) - 1
     tokens = torch.tensor([row[:-1] + [0] * (T + 1 - len(row)) for row in rows])
@@ -160,7 +166,7 @@ def test_adam_moves_as_torchs_does():
     assert [x.grad for x in mine] == [0, 0, 0]
 
 
-# ---- Data and training -----------------------------------------------------------------------------------------------
+# ---- Data and training ---------------------------------------------------------------------------
 def test_the_grammar_knows_what_it_makes(monkeypatch):
     names = scratch.make_names(300, random.Random(1))
     assert len({*names}) == 300 and names == scratch.make_names(300, random.Random(1))
@@ -198,7 +204,7 @@ def test_the_baseline_is_a_distribution_and_training_learns(capsys):
     assert told.out == "" and "tiny: step 20 of 20, loss" in told.err and "0 s left" in told.err
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 @given(kept=texts(7), dropped=texts(8), then=texts(8), seed=st.integers(0, 9))
 def test_to_crop_and_go_on_is_to_read_afresh(kept, dropped, then, seed):
     model = a_model(seed)
@@ -220,7 +226,7 @@ def test_log_probabilities_are_the_models_own(text, seed):
     assert scratch.log_probability(model, [0, *text, 0]) == pytest.approx(wanted, rel=1e-9)
 
 
-# ---- Strategies ------------------------------------------------------------------------------------------------------
+# ---- Strategies ----------------------------------------------------------------------------------
 LOGITS = st.lists(st.floats(-30, 30), min_size=1, max_size=30)
 
 
@@ -263,7 +269,7 @@ def test_dice_never_show_what_has_no_weight(weights, seed):
     assert all(weights[draw(weights)] > 0 for _ in range(20))
 
 
-# ---- Beam ------------------------------------------------------------------------------------------------------------
+# ---- Beam ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("penalty", [0, 0.7, 1])
 def test_a_wide_beam_finds_what_a_search_of_everything_finds(penalty):
     model = a_model(5, room=2)
@@ -292,7 +298,7 @@ def test_a_beam_tells_the_models_own_probability_of_distinct_texts(seed, width, 
     )
 
 
-# ---- Speculation -----------------------------------------------------------------------------------------------------
+# ---- Speculation ---------------------------------------------------------------------------------
 @given(
     seed=st.integers(0, 999), K=st.integers(1, 6), start=texts(), room=st.integers(5, scratch.ROOM)
 )
@@ -366,7 +372,7 @@ def test_speculation_leaves_every_distribution_as_it_was(strategy):
     )  # one certain outcome: there both rules are the same
 
 
-# ---- The script ------------------------------------------------------------------------------------------------------
+# ---- The script ----------------------------------------------------------------------------------
 def run(*args: str, cwd) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, str(PATH), *args], capture_output=True, text=True, cwd=cwd, timeout=120

@@ -1,4 +1,6 @@
-"""Drafters agree with their definitions: lookups with counts made the slow way, a model with its own logits."""
+"""Drafters agree with their definitions: lookups with counts made the slow way, a model with its
+own logits.
+"""
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ def following(drafter, text: list[int], lengths: list[int]):
     return drafter
 
 
-# ---- The gate --------------------------------------------------------------------------------------------------------
+# ---- The gate ------------------------------------------------------------------------------------
 def test_the_gate_multiplies_chances_and_learns_them():
     gate = AcceptanceGate(0.3)
     gate.begin()
@@ -76,7 +78,7 @@ def test_a_gate_that_closed_opens_again_in_time():
     assert 1 <= closed < 1000
 
 
-# ---- N-grams ---------------------------------------------------------------------------------------------------------
+# ---- N-grams -------------------------------------------------------------------------------------
 def longest_run(text: list[int]) -> tuple[int, int]:
     for n in NGramDrafter.RUN_LENGTHS:
         for at in range(len(text) - 1, n - 1, -1):
@@ -107,7 +109,7 @@ def test_a_text_that_never_repeats_gets_no_guesses():
         assert following(drafter, list(range(200)), [50]).propose(8) == []
 
 
-# ---- Suffixes --------------------------------------------------------------------------------------------------------
+# ---- Suffixes ------------------------------------------------------------------------------------
 def counts_after(text: list[int], context: list[int]) -> dict[int, int]:
     n, out = len(context), {}
     for at in range(n, len(text)):
@@ -156,7 +158,7 @@ def test_counts_outvote_the_last_occurrence():
     assert following(NGramDrafter(), text, []).propose(1) == [Guess(2)]
 
 
-# ---- Both ------------------------------------------------------------------------------------------------------------
+# ---- Both ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", [NGramDrafter, SuffixDrafter])
 def test_right_guesses_make_proposals_longer_and_wrong_ones_make_them_shorter(kind):
     draft, text = kind(), [5, 6, 7, 8, 9] * 4
@@ -189,7 +191,7 @@ def test_memory_is_bounded_and_a_drafter_that_forgot_still_guesses(kind, monkeyp
     assert [guess.token for guess in draft.propose(5)] == text[-40:-35]
 
 
-# ---- A model ---------------------------------------------------------------------------------------------------------
+# ---- A model -------------------------------------------------------------------------------------
 def test_a_model_drafter_reports_the_distribution_that_it_drew_from():
     logits, rng = table(5), np.random.default_rng(0)
     draft = ModelDrafter(

@@ -1,5 +1,6 @@
 """fairway generate writes the text to standard output, one line about it to standard error, and one
-line for a mistake."""
+line for a mistake.
+"""
 
 import functools
 import io
@@ -42,7 +43,7 @@ def run(artifacts, load, monkeypatch, capsys):
     signal.signal(signal.SIGPIPE, pipes)  # the command lets a closed pipe end its process
 
 
-# ---- Text ------------------------------------------------------------------------------------------------------------
+# ---- Text ----------------------------------------------------------------------------------------
 def test_a_prompt_comes_as_an_option_a_file_or_a_pipe(run):
     texts = [
         run("--seed 1 --tokens 9 --prompt", "The people"),
@@ -139,7 +140,7 @@ def test_keys_and_values_can_be_cached_coarsely(run, kept):
     assert run(f"--cache {kept} --tokens 5 --prompt the --strategy greedy")[0] == 0
 
 
-# ---- Through CoreML shards -------------------------------------------------------------------------------------------
+# ---- Through CoreML shards -----------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def shards(artifacts):
     """The shards of model.ptz in fp32, in the folder coreml."""
@@ -218,7 +219,7 @@ def test_an_engine_refuses_options_that_do_not_apply_to_it(run, options, message
     assert message in err[0]
 
 
-# ---- Side by side ----------------------------------------------------------------------------------------------------
+# ---- Side by side --------------------------------------------------------------------------------
 def test_compare_prints_tables_and_writes_them_as_json(run):
     code, out, err = run(
         "--compare --samples 2 --tokens 6 --prompt the --prompt of --draft small.ptz --json x.json"
@@ -239,7 +240,7 @@ def test_compare_prints_tables_and_writes_them_as_json(run):
     assert {row["strategy"] for row in results["texts"]} >= {"greedy", "top-k", "typical", "beam"}
 
 
-# ---- Mistakes ---------------------------------------------------------------------------------------------------
+# ---- Mistakes ------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -309,7 +310,7 @@ def test_a_missing_prompt_file_is_named(run):
     assert "--prompt-file nowhere.txt: No such file or directory" in err[0]
 
 
-# ---- Ended from outside ----------------------------------------------------------------------------------------------
+# ---- Ended from outside --------------------------------------------------------------------------
 @pytest.fixture
 def process(artifacts):
     options = "--artifact model.ptz --device cpu --prompt the --tokens 1000000 --strategy greedy"

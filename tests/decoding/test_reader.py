@@ -15,7 +15,7 @@ from fairway.decoding.strategies import Strategy, log_softmax
 from fairway.scoring.memory import Memory
 
 
-# ---- Reading ---------------------------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 @given(st.integers(1, 9), st.integers(1, 30))
 def test_a_text_is_read_in_pieces_that_the_engine_accepts(most, length):
     logits, tokens, heard = (
@@ -41,7 +41,7 @@ def test_cropping_to_a_longer_length_does_nothing_and_to_a_shorter_one_forgets()
     assert reader.length == 1 and np.allclose(reader.read([4])[0], table(5)[1, 4], atol=1e-6)
 
 
-# ---- Plain -----------------------------------------------------------------------------------------------------------
+# ---- Plain ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["plain", "all"])
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 def test_plain_greedy_takes_the_best_token_after_the_text_so_far(name, penalty):

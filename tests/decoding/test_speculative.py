@@ -1,5 +1,6 @@
-"""Speculation is lossless: the same tokens in greedy decoding and the same distribution in sampling, whatever the
-drafter guesses."""
+"""Speculation is lossless: the same tokens in greedy decoding and the same distribution in
+sampling, whatever the drafter guesses.
+"""
 
 import itertools
 from itertools import islice
@@ -38,7 +39,7 @@ def tokens_of(steps, count: int) -> list[int]:
     return [step.token for step in islice(steps, count)]
 
 
-# ---- Greedy decoding --------------------------------------------------------------------------------------------------------
+# ---- Greedy decoding -----------------------------------------------------------------------------
 def trained_on_letters(steps: int, **changed):
     """Return a model trained a little on the letters of an English-like text."""
     text = torch.tensor([ord(c) % 97 for c in " ".join(english_like(0, 60))])
@@ -67,7 +68,9 @@ def models():
 
 @pytest.fixture(scope="module")
 def plain_texts(models):
-    """`plain_texts(name)`: the tokens that plain greedy decoding writes after each of 50 prompts."""
+    """`plain_texts(name)`: the tokens that plain greedy decoding writes after each of 50
+    prompts.
+    """
     cache = {}
 
     def texts(which: str) -> list[list[int]]:
@@ -91,7 +94,8 @@ def plain_texts(models):
 
 def prompts(count: int) -> list[list[int]]:
     """Return prompts, half of them letters of a text and half noise; some exceed the window of 16,
-    and every third repeats itself."""
+    and every third repeats itself.
+    """
     text, rng = [ord(c) % 97 for c in " ".join(english_like(3, 80))], np.random.default_rng(0)
     out = []
     for nth in range(count):
@@ -153,9 +157,11 @@ def test_an_engine_that_takes_at_most_four_tokens_works():
         assert speculation.stats.tokens_per_verification > 1.5
 
 
-# ---- Ties ------------------------------------------------------------------------------------------------------------
+# ---- Ties ----------------------------------------------------------------------------------------
 class Rounding(Fixed):
-    """An engine whose logits depend slightly on how many tokens each call read, as real rounding does."""
+    """An engine whose logits depend slightly on how many tokens each call read, as real rounding
+    does.
+    """
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         out = super().logits(tokens)
@@ -168,7 +174,9 @@ class Rounding(Fixed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ties_are_decided_as_plain_decoding_decides_them(kind):
-    """Half of all positions are ties except for rounding, which differs with the shape of the forward."""
+    """Half of all positions are ties except for rounding, which differs with the shape of the
+    forward.
+    """
     logits, rng = table(8, 7), np.random.default_rng(0)
     best = logits.argmax(axis=-1)
     for a, b in itertools.product(range(8), range(0, 8, 2)):
@@ -197,7 +205,9 @@ def test_without_reading_again_ties_are_decided_differently(monkeypatch):
 
 
 def test_logits_read_again_are_bit_for_bit_those_of_plain_decoding(models):
-    """Every position is treated as a close call, so all deciding logits are those of single tokens."""
+    """Every position is treated as a close call, so all deciding logits are those of single
+    tokens.
+    """
     model, prompt = models["learnt"][0], prompts(4)[3]
     reader, rows = reader_after(Memory(model, 200), prompt), []
     speculation = Speculation(reader, prompt, GREEDY, np.random.default_rng(0), SuffixDrafter(), 5)
@@ -214,7 +224,7 @@ def test_logits_read_again_are_bit_for_bit_those_of_plain_decoding(models):
     assert all(np.array_equal(alone[length], row) for length, row in rows)
 
 
-# ---- Sampling --------------------------------------------------------------------------------------------------------
+# ---- Sampling ------------------------------------------------------------------------------------
 V, LENGTH, TIMES = 4, 3, 1500
 PROMPT = [1, 2, 3, 1, 2, 3, 1, 2]  # it repeats, so lookups can guess
 LOGITS, SMALL = table(V, 11, 1.0), table(V, 12, 1.0)
@@ -297,7 +307,9 @@ def test_a_rule_that_redraws_from_p_after_a_rejection_is_caught(monkeypatch):
 
 
 def test_a_models_own_first_layers_leave_its_distribution_unchanged():
-    """With a real model and cropped caches, all pairs of two tokens come out as often as they should."""
+    """With a real model and cropped caches, all pairs of two tokens come out as often as they
+    should.
+    """
     model = trained(vocab_size=V, model_dim=16, num_heads=2, num_kv_heads=1, num_layers=2).eval()
     strategy, rng, times = Strategy("temperature", 1.5), np.random.default_rng(1), 400
     reader, small = reader_after(Memory(model), PROMPT), Reader(Memory(first_layers(model, 1)))
@@ -320,7 +332,7 @@ def test_a_models_own_first_layers_leave_its_distribution_unchanged():
     assert accepted > times / 2 and chisquare(counts, expected * times).pvalue > 1e-3
 
 
-# ---- Statistics ----------------------------------------------------------------------------------------------------
+# ---- Statistics ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_add_up_and_log_probabilities_are_the_models(kind):
     strategy, rng = Strategy("top-k", 1.4, 3, repetition_penalty=1.2), np.random.default_rng(2)

@@ -1,4 +1,6 @@
-"""Strategies agree with their definitions, written out, and tokens are drawn as often as they should be."""
+"""Strategies agree with their definitions, written out, and tokens are drawn as often as they
+should be.
+"""
 
 import warnings
 
@@ -44,7 +46,7 @@ def test_log_softmax_sums_to_one_along_the_last_axis():
     assert np.allclose(np.exp(log_softmax(logits))[2], softmax(logits[2]))
 
 
-# ---- Against the definitions -----------------------------------------------------------------------------------------
+# ---- Against the definitions ---------------------------------------------------------------------
 @given(logits_of)
 def test_greedy_keeps_the_best_token_and_the_first_of_equal_ones(logits):
     assert possible_tokens(greedy(logits)) == {best_first(logits)[0]}
@@ -112,7 +114,7 @@ def test_the_penalty_applies_once_to_tokens_of_the_text_and_to_no_others(logits,
         assert after == expected and after <= before
 
 
-# ---- Behind one interface --------------------------------------------------------------------------------------------
+# ---- Behind one interface ------------------------------------------------------------------------
 @pytest.mark.parametrize("name", STRATEGY_NAMES)
 @given(logits_of, st.floats(0.1, 3), st.floats(1, 3))
 def test_every_strategy_gives_a_distribution_and_does_not_change_the_logits(
@@ -199,7 +201,7 @@ def test_a_zero_temperature_points_to_greedy_and_an_unknown_name_to_all_names():
     assert set(STRATEGY_OPTIONS) == {f for f in Strategy.__dataclass_fields__ if f != "name"}
 
 
-# ---- Drawing ---------------------------------------------------------------------------------------------------------
+# ---- Drawing -------------------------------------------------------------------------------------
 def test_tokens_are_drawn_as_often_as_their_probability_says():
     rng, p = np.random.default_rng(0), np.array([0.5, 0.0, 0.3, 0.2, 0.0])
     counts = np.bincount(

@@ -38,12 +38,14 @@ def writer(files) -> Writer:
     return Writer(str(files["model"]), device="cpu")
 
 
-# ---- Printing ---------------------------------------------------------------------------------------------------
+# ---- Printing ------------------------------------------------------------------------------------
 piece_lengths = st.lists(st.integers(1, 5), max_size=60)
 
 
 def printed(data: bytes, lengths: list[int], stops: tuple[str, ...] = ()) -> list[str]:
-    """Return what a TextStream prints of data that comes in pieces of these lengths, then the rest."""
+    """Return what a TextStream prints of data that comes in pieces of these lengths, then the
+    rest.
+    """
     stream, out = TextStream(stops), []
     for length in [*lengths, len(data)]:
         out.append(stream.feed(data[:length]))
@@ -107,7 +109,7 @@ def test_an_empty_stop_string_is_refused():
         TextStream(("a", ""))
 
 
-# ---- Writing ---------------------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 def steps_of(writer: Writer, text: str, then: int = EOS_ID):
     return iter(
         [GeneratedToken(token, -1.5) for token in [*writer.speller.tokens(text.encode()), then]]
@@ -206,7 +208,7 @@ def test_texts_of_a_search_end_before_the_stop_string(writer):
     )
 
 
-# ---- What is wrong ---------------------------------------------------------------------------------------------------
+# ---- What is wrong -------------------------------------------------------------------------------
 def test_a_tokenizer_comes_from_the_artifact_or_from_a_file_with_its_hash(files, tmp_path):
     assert Writer(str(files["bare"]), str(files["tokenizer"]), "cpu").tokens(b"the") == Writer(
         str(files["model"]), device="cpu"

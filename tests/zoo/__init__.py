@@ -32,7 +32,8 @@ def certificate_of(kind: type, seconds: float = 0.12, seed: int = 0) -> Certific
 
 def zoo_table(kinds: list[type]) -> str:
     """Return a table with rules across and scorers down. A dot is ok, x is FAIL, a question mark is
-    cannot tell; [x] is the rule that the scorer breaks."""
+    cannot tell; [x] is the rule that the scorer breaks.
+    """
     lines = []
     for kind in kinds:
         verdicts = certificate_of(kind).verdicts

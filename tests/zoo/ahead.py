@@ -34,7 +34,9 @@ class TrainThenScore(ScoreFirst):
 
 
 class Slot(Static):
-    """Fits a bias over the vocabulary to each 64 rows by gradient steps, then scores them (#1240, #1336)."""
+    """Fits a bias over the vocabulary to each 64 rows by gradient steps, then scores them (#1240,
+    #1336).
+    """
 
     breaks = "causal"
 
@@ -52,7 +54,9 @@ class Slot(Static):
 
 
 class InlineTable(Static):
-    """Makes a correction table at evaluation: the right tokens of the worst-scored tenth, by position."""
+    """Makes a correction table at evaluation: the right tokens of the worst-scored tenth, by
+    position.
+    """
 
     breaks = "causal"
 
@@ -64,8 +68,9 @@ class InlineTable(Static):
 
 
 class PeeksAtChunkEnds(ScoreFirst):
-    """Honest except in the last row of each chunk, where it favours tokens that the next chunk's first
-    token usually follows."""
+    """Honest except in the last row of each chunk, where it favours tokens that the next chunk's
+    first token usually follows.
+    """
 
     breaks = "causal"
 
@@ -131,7 +136,9 @@ class GenerousTolerance(TwoPasses):
 
 
 class OneInFiveHundred(Bigram):
-    """Honest in 499 rows of 500; in the other it is nearly sure of the target if the next token is odd."""
+    """Honest in 499 rows of 500; in the other it is nearly sure of the target if the next token is
+    odd.
+    """
 
     breaks = "causal"
 

@@ -9,7 +9,9 @@ from train_gpt import ByteTable
 
 
 class TailTwice(Bigram):
-    """Its last window overlaps the one before by 64 rows, so the tail is counted twice (#174, #558)."""
+    """Its last window overlaps the one before by 64 rows, so the tail is counted twice (#174,
+    #558).
+    """
 
     breaks = "coverage"
 
@@ -100,7 +102,9 @@ class OtherNats(Bigram):
 
 
 class StateKnowsItsChunk(ScoreFirst):
-    """Logs each state after learning from the chunk, so the log does not show which state scored it."""
+    """Logs each state after learning from the chunk, so the log does not show which state scored
+    it.
+    """
 
     breaks = "score first"
 
@@ -156,7 +160,9 @@ class Dice(Bigram):
 
 
 class ShortHonest(Bigram):
-    """Recognises a test by its length: honest up to 900 tokens; longer texts score half the loss."""
+    """Recognises a test by its length: honest up to 900 tokens; longer texts score half the
+    loss.
+    """
 
     breaks = "claim"
 
@@ -165,8 +171,9 @@ class ShortHonest(Bigram):
 
 
 class PaidPrefix(Bigram):
-    """Stores the text in the artifact by position (#168, #262, #275). Its distributions sum to 1, and
-    none looks ahead: the other tokens lose what the stored one wins."""
+    """Stores the text in the artifact by position (#168, #262, #275). Its distributions sum to 1,
+    and none looks ahead: the other tokens lose what the stored one wins.
+    """
 
     breaks = "paid prefix"
 
@@ -190,8 +197,9 @@ class AttachedTable(PaidPrefix):
 
 
 class PaidByContext(Bigram):
-    """Stores the text in the artifact and finds it by the eight tokens before. No run can tell this from
-    a table of training text: the size limit and data/overlap.py must."""
+    """Stores the text in the artifact and finds it by the eight tokens before. No run can tell this
+    from a table of training text: the size limit and data/overlap.py must.
+    """
 
     breaks = None
 

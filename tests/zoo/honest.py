@@ -13,7 +13,8 @@ V, CHUNK = 48, 64
 
 class ToyTokenizer:
     """The part of a SentencePiece model that byte counts need: four controls, then pieces of 1 to 3
-    bytes."""
+    bytes.
+    """
 
     pieces = [
         "<pad>",
@@ -134,8 +135,9 @@ class Static(Bigram):
 
 
 class Windowed(Static):
-    """Uses sliding windows of 32 rows and a stride of 16: a row also knows the earlier tokens of its
-    window."""
+    """Uses sliding windows of 32 rows and a stride of 16: a row also knows the earlier tokens of
+    its window.
+    """
 
     size, stride = 32, 16
 
@@ -160,7 +162,9 @@ class Windowed(Static):
 
 
 class ScoreFirst(Bigram):
-    """Trains at test time by chunks: a chunk is scored with the old state, committed, then learned."""
+    """Trains at test time by chunks: a chunk is scored with the old state, committed, then
+    learned.
+    """
 
     def rows(self, tokens: np.ndarray) -> np.ndarray:
         counts, held, self.states = np.full((V, V), 0.05), np.empty((len(tokens) - 1, V)), []
@@ -177,8 +181,9 @@ class ScoreFirst(Bigram):
 
 
 class Tilted(Bigram):
-    """Lifts one hint, the likeliest token after the prefix, by e^2, and divides all by the normaliser
-    1 + p(hint)(e^2 - 1) (#1514)."""
+    """Lifts one hint, the likeliest token after the prefix, by e^2, and divides all by the
+    normaliser 1 + p(hint)(e^2 - 1) (#1514).
+    """
 
     def rows(self, tokens: np.ndarray) -> np.ndarray:
         held = super().rows(tokens)
@@ -189,7 +194,8 @@ class Tilted(Bigram):
 
 class Smeared(Bigram):
     """Its first layer adds half of the embedding before, never across a BOS; its batches round
-    differently."""
+    differently.
+    """
 
     tolerance, vectors = 1e-6, np.random.default_rng(1).normal(size=(V, 4))
 

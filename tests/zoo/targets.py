@@ -6,8 +6,10 @@ from tests.zoo.honest import TABLE, TEXT, Bigram, Static, V, picked
 
 
 class HashCache(Bigram):
-    """Lifts whatever token is asked for, by counts of hashed (context, target) pairs in few buckets, and
-    divides by nothing (#779). Collisions lift tokens too, so fewer buckets score better."""
+    """Lifts whatever token is asked for, by counts of hashed (context, target) pairs in few
+    buckets, and divides by nothing (#779). Collisions lift tokens too, so fewer buckets score
+    better.
+    """
 
     breaks, buckets = "canary", 64
 
@@ -40,7 +42,9 @@ class LyingDistribution(Bigram):
 
 
 class TargetKeyedScore(Bigram):
-    """Its score() asks a cache for the target alone; its distribution() is a proper one without cache."""
+    """Its score() asks a cache for the target alone; its distribution() is a proper one without
+    cache.
+    """
 
     breaks = "normalised"
 
@@ -106,7 +110,9 @@ class WordStartTilt(Bigram):
 
 
 class SpreadsWhatItSaves(Bigram):
-    """Uses p^(1/n) with the n bytes of the target: a byte model spread over tokens (#1835, #1850, #1854)."""
+    """Uses p^(1/n) with the n bytes of the target: a byte model spread over tokens (#1835, #1850,
+    #1854).
+    """
 
     breaks = "normalised"
 
