@@ -1,12 +1,12 @@
-"""What a cache of keys and values saves, what it holds, and what speculative decoding gives.
+"""Measure what the cache of keys and values saves and holds, and what speculative decoding gains.
 
     python bench/decode.py [--artifact A] [--val GLOB] [--draft ARTIFACT] [--tokens N] [--repeats R]
 
-One artifact, one thread. Each mode runs in turn with plain decoding, so that a busy machine slows
-both alike: ratios are the figures to read; each is a median over prompts and repeats, with what 80
-% of them lie between. A small model repeats itself greedily, whatever it is given: free text is
-free where it is sampled. The last line is JSON. Without arguments: the artifact and the embedded
-validation split of `make run`.
+It takes one artifact and one thread. Each mode runs in turn with plain decoding, so that a busy
+machine slows both: read the ratios. Each is a median over prompts and repeats, with the interval
+that holds 80 % of them. A small model repeats itself in greedy decoding whatever its prompt is, so
+judge free text where it is sampled. The last line is JSON. By default: the artifact and the
+embedded validation split of `make run`.
 """
 
 import argparse
@@ -23,7 +23,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from fairway.decoding.search import Reader  # noqa: E402
+from fairway.command_line import Parser, run_reporting  # noqa: E402
+from fairway.decoding.reader import Reader  # noqa: E402
 from fairway.decoding.strategies import Strategy  # noqa: E402
 from fairway.decoding.writing import Writer  # noqa: E402
 from fairway.scoring.memory import Memory, bytes_a_token, rotations  # noqa: E402
@@ -31,33 +32,34 @@ from fairway.scoring.settings import EvalConfig  # noqa: E402
 from fairway.scoring.text import load_text  # noqa: E402
 from train_gpt import document_bounds  # noqa: E402
 
-ROUNDS = 160  # of the cache's timing, for each repeat
-LENGTHS = (64, 256, 1024)  # tokens that have been read when a token is timed
-KEPT = ("fp32", "bf16", "int8")
+ROUNDS = 160  # rounds of cache timing in each repeat
+LENGTHS = (64, 256, 1024)  # tokens that precede the timed one
+CACHES = ("fp32", "bf16", "int8")
 PROMPT, PROMPTS, MOST = 64, 4, 8
-REPEATED = 24  # tokens of a passage that is written four times over
+REPEATED = 24  # tokens of a passage that is repeated
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """The median, and what 80 % of the values lie between."""
+    """Return the median and the interval that holds 80 % of the values."""
     low, *_, high = statistics.quantiles(values, n=10, method="inclusive")
     return dict(median=statistics.median(values), low=low, high=high)
 
 
-def shown(found: dict[str, float], form: str = ".2f") -> str:
-    return f"{found['median']:{form}} ({found['low']:{form}} to {found['high']:{form}})"
+def spread_text(spread: dict[str, float]) -> str:
+    """Return a spread as text: "1.50 (1.20 to 1.80)"."""
+    return f"{spread['median']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})"
 
 
 # ==== THE CACHE ===================================================================================
-def begun(writer: Writer, tokens: list[int], kept: str) -> Reader:
-    """A reader that has read so many tokens, and sees all of them."""
-    reader = Reader(Memory(writer.model, window=2 * len(tokens), kept=kept))
+def reader_after(writer: Writer, tokens: list[int], cache: str) -> Reader:
+    """Return a reader that has read all tokens, in a window that holds them."""
+    reader = Reader(Memory(writer.model, window=2 * len(tokens), kept=cache))
     reader.last(tokens)
     return reader
 
 
 def cached_step(reader: Reader, token: int) -> float:
-    """Seconds of one token more, which is then taken back."""
+    """Return the seconds of one more token, which is then forgotten."""
     began = time.perf_counter()
     reader.read([token])
     taken = time.perf_counter() - began
@@ -67,21 +69,21 @@ def cached_step(reader: Reader, token: int) -> float:
 
 @torch.inference_mode()
 def recomputed_step(writer: Writer, tokens: list[int], token: int) -> float:
-    """The same without a cache: a pass over all tokens."""
+    """Return the seconds of the same without a cache: a pass over all tokens."""
     rope, text = rotations(writer.model, len(tokens) + 1), torch.tensor([[*tokens, token]])
     began = time.perf_counter()
     writer.model.from_embedded(writer.model.embed(text), rope)[0, -1].double().numpy()
     return time.perf_counter() - began
 
 
-def bench_cache(writer: Writer, stream: list[int], rounds: int, told: tqdm) -> list[dict]:
-    """Every length and way in turn, round after round: what slows the machine down for a while
-    slows all alike.
-    """
+def bench_cache(writer: Writer, stream: list[int], rounds: int, bar: tqdm) -> list[dict]:
+    """Time each length and cache in turn, so that a slow spell of the machine slows all alike."""
     readers = {
-        (kept, length): begun(writer, stream[:length], kept) for kept in KEPT for length in LENGTHS
+        (cache, length): reader_after(writer, stream[:length], cache)
+        for cache in CACHES
+        for length in LENGTHS
     }
-    seconds = {(way, length): [] for way in (*KEPT, "recomputed") for length in LENGTHS}
+    seconds = {(way, length): [] for way in (*CACHES, "recomputed") for length in LENGTHS}
     for nth in range(rounds):
         for key, reader in readers.items():
             seconds[key].append(cached_step(reader, stream[nth]))
@@ -90,10 +92,10 @@ def bench_cache(writer: Writer, stream: list[int], rounds: int, told: tqdm) -> l
                 seconds["recomputed", length].append(
                     recomputed_step(writer, stream[:length], stream[nth])
                 )
-        told.update(1)
+        bar.update(1)
     rows = [
-        dict(tokens=length, way=way, ms=spread([1e3 * s for s in found]))
-        for (way, length), found in seconds.items()
+        dict(tokens=length, way=way, ms=spread([1e3 * s for s in times]))
+        for (way, length), times in seconds.items()
     ]
     for row in rows:
         if (key := (row["way"], row["tokens"])) in readers:
@@ -104,16 +106,21 @@ def bench_cache(writer: Writer, stream: list[int], rounds: int, told: tqdm) -> l
 
 
 def print_cache(rows: list[dict]) -> None:
-    print("\nMilliseconds a token, with so many tokens before it: with a cache, and without\n")
+    """Print the time of a token by cache and length, and the bytes of each cache."""
+    print("\nMilliseconds a token after so many tokens, with a cache and without\n")
     print(
         f"{'':12}" + "".join(f"{length:>28,}" for length in LENGTHS) + f"{'1,024 against 64':>20}"
     )
-    for way in (*KEPT, "recomputed"):
+    for way in (*CACHES, "recomputed"):
         own = [row for row in rows if row["way"] == way]
         growth = own[-1]["ms"]["median"] / own[0]["ms"]["median"]
-        print(f"{way:12}" + "".join(f"{shown(row['ms']):>28}" for row in own) + f"{growth:19.2f}x")
-    print("\nBytes a token that the cache holds, measured and by arithmetic\n")
-    for way in KEPT:
+        print(
+            f"{way:12}"
+            + "".join(f"{spread_text(row['ms']):>28}" for row in own)
+            + f"{growth:19.2f}x"
+        )
+    print("\nBytes that the cache holds for a token, measured and computed\n")
+    for way in CACHES:
         own = [row for row in rows if row["way"] == way]
         grown = (own[-1]["held"] - own[0]["held"]) / (own[-1]["tokens"] - own[0]["tokens"])
         print(f"{way:12}{grown:14,.1f}{own[0]['expected'] / own[0]['tokens']:14,.1f}")
@@ -121,9 +128,7 @@ def print_cache(rows: list[dict]) -> None:
 
 # ==== SPECULATION =================================================================================
 def prompts(stream: np.ndarray) -> dict[str, list[list[int]]]:
-    """Starts of documents, and passages that are written three times over and begun a fourth
-    time.
-    """
+    """Return prompts: starts of documents, and passages repeated three and a half times."""
     starts = [start for start in document_bounds(stream)[:-1] if start + 4 * PROMPT < len(stream)][
         :PROMPTS
     ]
@@ -135,7 +140,7 @@ def prompts(stream: np.ndarray) -> dict[str, list[list[int]]]:
 
 
 def timed(writer: Writer, prompt: list[int], strategy: Strategy, seed: int, draft: str, count: int):
-    """Seconds a token, what the draft did, and the tokens."""
+    """Return seconds a token, the statistics of the draft, and the tokens."""
     steps, stats = writer.steps(prompt, strategy, seed, draft, MOST)
     began = time.perf_counter()
     tokens = [next(steps).token for _ in range(count)]
@@ -150,14 +155,11 @@ def bench_draft(
     strategy: Strategy,
     count: int,
     repeats: int,
-    told: tqdm,
+    bar: tqdm,
 ) -> dict:
-    ratios, rates, sums, same = (
-        [],
-        [],
-        dict.fromkeys(("tokens", "verifications", "drafted", "accepted"), 0),
-        True,
-    )
+    """Return the ratio to plain decoding and the statistics of one draft."""
+    ratios, rates, same = [], [], True
+    sums = dict.fromkeys(("tokens", "verifications", "drafted", "accepted"), 0)
     for nth in range(repeats):
         for prompt in texts:
             plain, _, expected = timed(writer, prompt, strategy, nth, "none", count)
@@ -166,7 +168,7 @@ def bench_draft(
             rates.append(1 / seconds)
             same &= tokens == expected
             sums = {name: value + getattr(stats, name) for name, value in sums.items()}
-            told.update(1)
+            bar.update(1)
     return dict(
         draft=draft,
         strategy=strategy.name,
@@ -180,62 +182,66 @@ def bench_draft(
 
 
 def print_drafts(rows: list[dict]) -> None:
+    """Print a line for each text, strategy and draft."""
     print(
-        f"\n{'text':10} {'strategy':12} {'draft':10} {'accepted':>9} {'tok/verify':>11} {'tokens/s':>10}  "
-        f"{'times plain decoding':22} same text"
+        f"\n{'text':10} {'strategy':12} {'draft':10} {'accepted':>9} {'tok/verify':>11} "
+        f"{'tokens/s':>10}  {'times plain decoding':22} same text"
     )
     for row in rows:
+        same = {None: "-", True: "yes", False: "NO"}[row["identical"]]
         print(
-            f"{row['text']:10} {row['strategy']:12} {Path(row['draft']).name[:10]:10} {row['acceptance']:9.0%} "
-            f"{row['tokens_per_verification']:11.2f} {row['tokens_per_second']['median']:10,.0f}  "
-            f"{shown(row['ratio']):22} {dict([(None, '-'), (True, 'yes'), (False, 'NO')])[row['identical']]}"
+            f"{row['text']:10} {row['strategy']:12} {Path(row['draft']).name[:10]:10} "
+            f"{row['acceptance']:9.0%} {row['tokens_per_verification']:11.2f} "
+            f"{row['tokens_per_second']['median']:10,.0f}  {spread_text(row['ratio']):22} {same}"
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--artifact", default="final_model.int6.ptz")
-    parser.add_argument("--val", metavar="GLOB", default="")
-    parser.add_argument("--draft", metavar="ARTIFACT", help="a smaller model of the same tokenizer")
-    parser.add_argument(
-        "--tokens", type=int, default=160, metavar="N", help="of each text (default: %(default)s)"
-    )
-    parser.add_argument("--repeats", type=int, default=3, metavar="R", help="default: %(default)s")
-    given = parser.parse_args()
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = Parser(prog="bench/decode.py", description=__doc__)
+    add = parser.add_argument
+    add("--artifact", default="final_model.int6.ptz", help="default: %(default)s")
+    add("--val", metavar="GLOB", default="", help="shards to take prompts from")
+    add("--draft", metavar="ARTIFACT", help="a smaller model with the same tokenizer")
+    add("--tokens", type=int, default=160, metavar="N", help="of each text (default: %(default)s)")
+    add("--repeats", type=int, default=3, metavar="R", help="default: %(default)s")
+    return parser.parse_args()
+
+
+def run() -> int:
+    """Measure and print; return the exit code."""
+    options = parse()
     torch.set_num_threads(1)
-    writer = Writer(given.artifact, device="cpu")
-    stream = load_text(EvalConfig(val_files=given.val), writer.artifact).tokens
+    writer = Writer(options.artifact, device="cpu")
+    stream = load_text(EvalConfig(val_files=options.val), writer.artifact).tokens
     layers, texts = writer.model.cfg.num_layers, prompts(stream)
-    drafts = [
-        "ngram",
-        "suffix",
-        *(["layers"] if layers > 1 else []),
-        *([given.draft] if given.draft else []),
-    ]
+    drafts = ["ngram", "suffix"] + ["layers"] * (layers > 1)
+    drafts += [options.draft] if options.draft else []
     strategies = [Strategy("greedy"), Strategy("top-p")]
-    timed(
-        writer, texts["free"][0], strategies[0], 0, "ngram", 64
-    )  # what is compiled or allocated once
-    total = given.repeats * (ROUNDS + len(drafts) * sum(map(len, texts.values())) * len(strategies))
-    with tqdm(total=total, desc="timing", delay=3, leave=False) as told:
-        cache, rows = bench_cache(writer, stream.tolist(), given.repeats * ROUNDS, told), []
+    timed(writer, texts["free"][0], strategies[0], 0, "ngram", 64)  # warm-up
+    runs = len(drafts) * len(strategies) * sum(map(len, texts.values()))
+    rows, total = [], options.repeats * (ROUNDS + runs)
+    with tqdm(total=total, desc="timing", delay=3, leave=False, disable=None) as bar:
+        cache = bench_cache(writer, stream.tolist(), options.repeats * ROUNDS, bar)
         for text, own in texts.items():
             for strategy in strategies:
                 rows += [
                     dict(text=text)
-                    | bench_draft(writer, draft, own, strategy, given.tokens, given.repeats, told)
+                    | bench_draft(
+                        writer, draft, own, strategy, options.tokens, options.repeats, bar
+                    )
                     for draft in drafts
                 ]
     print(
-        f"{layers} layers of {writer.model.cfg.model_dim}, {writer.model.cfg.vocab_size} tokens, trained on "
-        f"{writer.context} at a time; prompts of {PROMPT}, {given.tokens} tokens after each"
+        f"{layers} layers of {writer.model.cfg.model_dim}, {writer.model.cfg.vocab_size} tokens, "
+        f"trained on {writer.context} at a time; prompts of {PROMPT}, {options.tokens} tokens "
+        "after each"
     )
     print_cache(cache)
     print_drafts(rows)
     print(json.dumps(dict(cache=cache, speculation=rows)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_reporting("bench/decode.py", run))

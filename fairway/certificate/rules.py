@@ -199,7 +199,8 @@ def check_looks_back_only(trial: Trial, row: int, held: np.ndarray) -> None:
         apart, _ = largest_difference(trial.distribution(text, i), held)
         if apart > max(1e-12, trial.tolerance):  # 1e-12: a probability, not a logarithm
             raise RuleBroken(
-                f"distribution() of row {row} moved by {apart:.2g} with the tokens from its target on",
+                f"distribution() of row {row} moved by {apart:.2g} with the tokens from its target "
+                "on",
                 row=row,
                 apart=min(apart, 1e300),
             )
@@ -402,8 +403,8 @@ def check_canary(trial: Trial) -> tuple[str, dict]:
         details.append({"tokens": n + 1, "nats_over_ln_v": -won / n, "standard_error": error})
         if won / n > 4 * error + EXACT or won > CHANCE:
             raise RuleBroken(
-                f"{chance - won / n:.4f} nats on {n + 1:,} random tokens: no honest scorer is under "
-                f"ln {trial.vocab_size} = {chance:.4f}",
+                f"{chance - won / n:.4f} nats on {n + 1:,} random tokens: no honest scorer is "
+                f"under ln {trial.vocab_size} = {chance:.4f}",
                 runs=details,
             )
     last = details[-1]

@@ -21,7 +21,7 @@ REWIND = 64  # tokens that every engine can forget again
 
 @dataclass
 class SpeculationStats:
-    """What the drafter proposed, what the model accepted, and the seconds of both."""
+    """Counts of proposed and accepted guesses, and the seconds that they took."""
 
     tokens: int = 0
     verifications: int = 0  # forwards of the model, also those with no guess to verify

@@ -28,7 +28,7 @@ BEAMS = 4
 
 @dataclass(frozen=True)
 class StrategyComparison:
-    """What to compare: all strategies take the numbers of `strategy`."""
+    """A comparison to make: all strategies take the numbers of `strategy`."""
 
     prompts: tuple[bytes, ...]
     strategy: Strategy

@@ -127,8 +127,8 @@ class Writer:
         ours, theirs = (a.header["tokenizer_sha256"][:12] for a in (self.artifact, other))
         if ours != theirs:
             raise UserError(
-                f"--draft {kind} was trained with tokenizer {theirs}, but the artifact with {ours}; "
-                "take a draft with the same tokenizer"
+                f"--draft {kind} was trained with tokenizer {theirs}, but the artifact with {ours}"
+                "; take a draft with the same tokenizer"
             )
         ours, theirs = (a.config.vocab_size for a in (self.artifact, other))
         if ours != theirs:

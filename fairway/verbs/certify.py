@@ -151,8 +151,8 @@ def vocabulary_of(scorer: Any, name: str) -> int:
         return stated or len(scorer.distribution(np.array([BOS_ID, BOS_ID]), 1))
     except Exception as e:
         raise UserError(
-            f"{name} has no vocab_size, and distribution([1, 1], 1) raised {first_line(e)}; give it "
-            "one of them"
+            f"{name} has no vocab_size, and distribution([1, 1], 1) raised {first_line(e)}; give "
+            "it one of them"
         ) from None
 
 

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,8 +83,7 @@ def test_one_line_reports_tokens_speed_log_probability_and_seed(run):
 )
 def test_every_strategy_is_chosen_by_its_option(run, options, name):
     code, out, _ = run(f"{options} --seed 3 --tokens 6 --prompt the --json out.json")
-    with open("out.json", encoding="utf-8") as f:
-        results = json.load(f)
+    results = json.loads(Path("out.json").read_text(encoding="utf-8"))
     assert code == 0 and out.endswith("\n") and results["texts"][0]["text"] + "\n" == out
     assert results["strategy"] == name
     assert len(results["texts"][0]["tokens"]) == len(results["texts"][0]["logps"]) <= 6
@@ -154,11 +154,11 @@ def shards(artifacts):
 @pytest.mark.parametrize("draft", ["none", "ngram", "suffix", "layers"])
 def test_shards_write_what_torch_writes_and_count_calls(run, shards, draft):
     wanted = run("--strategy greedy --tokens 40 --prompt the")[1]
-    options = f"--strategy greedy --tokens 40 --prompt the --engine coreml --draft {draft} --json out.json"
+    options = "--strategy greedy --tokens 40 --prompt the --engine coreml --json out.json"
+    options += f" --draft {draft}"
     code, out, err = run(options)
     assert (code, out) == (0, wanted) and "; coreml: " in err[0] and " tokens a call" in err[0]
-    with open("out.json", encoding="utf-8") as f:
-        results = json.load(f)
+    results = json.loads(Path("out.json").read_text(encoding="utf-8"))
     assert results["coreml"]["calls"] <= 41 and (
         draft == "none" or 0 <= results["draft"]["acceptance"] <= 1
     )
@@ -224,8 +224,7 @@ def test_compare_prints_tables_and_writes_them_as_json(run):
     code, out, err = run(
         "--compare --samples 2 --tokens 6 --prompt the --prompt of --draft small.ptz --json x.json"
     )
-    with open("x.json", encoding="utf-8") as f:
-        results = json.load(f)
+    results = json.loads(Path("x.json").read_text(encoding="utf-8"))
     assert code == 0 and err == []
     assert all(
         words in out
@@ -250,7 +249,8 @@ def test_compare_prints_tables_and_writes_them_as_json(run):
         ),
         (
             "--temperature 0",
-            "--temperature is 0; it must be more than 0 (to take the best token always: --strategy greedy)",
+            "--temperature is 0; it must be more than 0 (to take the best token always: --strategy "
+            "greedy)",
         ),
         ("--temperature -1", "--temperature is -1"),
         ("--temperature nan", "--temperature is nan"),

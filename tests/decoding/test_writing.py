@@ -231,7 +231,8 @@ def test_a_tokenizer_comes_from_the_artifact_or_from_a_file_with_its_hash(files,
     [
         (
             "suffixes",
-            "--draft is 'suffixes', which is no file; take one of none, ngram, suffix, layers, layers:K",
+            "--draft is 'suffixes', which is no file; take one of none, ngram, suffix, layers, "
+            "layers:K",
         ),
         ("layers:x", "layers:K with a whole number"),
         ("layers:", None),
