@@ -24,7 +24,7 @@ LEAST_WORDS = 3  # "Nothing here." says nothing
 NOT_CONVERTED = set(
     """
 bench/adapt.py bench/coreml.py bench/mixing.py bench/scoring.py bench/train.py
-export_coreml.py fairway/__init__.py 
+export_coreml.py fairway/__init__.py
 fairway/command_line.py fairway/compression/bitstream.py
 fairway/compression/proof.py fairway/compression/streams.py fairway/coreml/engine.py
 fairway/coreml/export.py fairway/coreml/graph.py fairway/coreml/host.py
