@@ -11,10 +11,11 @@ schedules, averages, quantiser, artifact and initial weights. This file has what
 model, its gradients, the optimisers, and rounding during training. Tensors passed between the two
 share the memory of MLX's arrays. tests/golden/oracle.npz holds both to the same numbers.
 
-The steps of `main` look like train_gpt's, but are not shared. train_gpt.py imports nothing of this
-repository, so it would have to offer an interface of some ten functions (warm-up, step, switches,
-checkpoint, averages, Hessians, export) for one caller, and its readers would have to look for each
-step behind that interface.
+Ten functions (`main`, `warm_up`, `train`, `switch`, checkpoints, averages, rounding, export; 190
+lines) go through the same steps as train_gpt's, but are not shared. train_gpt.py imports nothing
+of this repository, so it would have to declare every step as an interface, for this one caller,
+and its readers would have to look for each step behind that interface. Shared is each function
+that train_gpt can offer as it is.
 
 Shapes in names: B sequences, T positions, D model width, H query heads, G key/value heads,
 C head width, R half of the channels that RoPE turns.
