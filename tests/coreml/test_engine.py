@@ -19,7 +19,7 @@ from fairway.coreml.engine import REWIND, Chain, Shards, interpreted, load_chain
 from fairway.coreml.graph import host_tables
 from fairway.coreml.manifest import HOST, Folder, Manifest, hashes_of, read_manifest, write_manifest
 from fairway.decoding.beam import beam_search
-from fairway.decoding.drafters import NGramDrafter
+from fairway.decoding.drafters import NGramDrafter, SuffixDrafter
 from fairway.decoding.reader import Reader, decode_plainly
 from fairway.decoding.speculative import Speculation
 from fairway.decoding.strategies import Strategy

@@ -129,7 +129,7 @@ def check_constants(source: str) -> None:
     assert float(value("masked")) == layout.MASKED
     assert float.fromhex(value("epsilon")) == host.EPS
     assert int(value("bos")) == host.BOS
-    assert tuple(json.loads(value("runLengths"))) == NGram.LENGTHS
+    assert tuple(json.loads(value("runLengths"))) == NGramDrafter.RUN_LENGTHS
     assert tuple(json.loads(value("tableNames"))) == TABLES
     tokens, buckets = np.random.default_rng(0).integers(0, 1 << 16, 500), 2039
     embed = host.Embedding({"embed": np.zeros((1, 1)), "bigram": np.zeros((buckets, 1))})
