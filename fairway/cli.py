@@ -19,7 +19,7 @@ VERBS = {
     "compress": "compress any files without loss into one bitstream",
     "decompress": "get the files of a bitstream back, every byte or an error",
     "describe": "print what a bitstream says about itself",
-    "prove": "decode the tokens of a proof that eval_final.py --prove wrote",
+    "decode-proof": "decode the tokens of a proof that eval_final.py --prove wrote",
     "generate": "write text with an artifact: sampling, beam search, speculative decoding",
     "export-coreml": "convert an artifact to CoreML shards for the Neural Engine, and check them",
     "report": "draw one run or several as one HTML page with its pictures",

@@ -1,1 +1,1 @@
-"""The model as a lossless compressor, and a score proved by decoding it."""
+"""The model as a lossless compressor, and the proof of a score by decoding it."""

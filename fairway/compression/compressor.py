@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,195 +17,201 @@ from fairway.compression.bitstream import (
     EXPERT_SETTINGS,
     HASH_BYTES,
     SETTINGS,
-    WHOLE,
-    BitstreamError,
     Header,
-    MadeOn,
-    Predictor,
-    Told,
+    Machine,
+    bitstream_bytes,
+    changed_settings,
     check_header,
-    decode_tokens,
-    default_streams,
-    described,
-    digest_of,
-    encode_tokens,
-    packed,
+    short_digest,
 )
 from fairway.compression.loading import load
+from fairway.compression.predictors import MixedPredictor, RollingPredictor, WindowedPredictor
 from fairway.compression.spelling import Speller
-from fairway.compression.streams import Mixed, Rolling, Windowed
+from fairway.compression.token_coder import (
+    FREQUENCY_SUM,
+    BitstreamError,
+    Predictor,
+    decode_tokens,
+    default_streams,
+    encode_tokens,
+)
 from fairway.scoring.neural import Neural
 from fairway.scoring.settings import EvalConfig
-from train_gpt import BOS_ID, GPT, Runtime, file_sha256, need
+from train_gpt import BOS_ID, GPT, Runtime, file_sha256
+
+OnTokens = Callable[[int], object]  # gets a number of tokens
 
 
 @dataclass(frozen=True)
-class Coder:
+class Compressor:
     """A model and its tokenizer, ready to encode and to decode on one device."""
 
     model: GPT
     speller: Speller
     runtime: Runtime
-    sha256: bytes
+    sha256: bytes  # of the artifact's file
 
     @classmethod
-    def of(cls, path: str | Path, device: str = "", tokenizer: str = "") -> Coder:
+    def load(cls, path: str | Path, device: str = "", tokenizer: str = "") -> Compressor:
+        """Return the compressor of an artifact's file; see `loading.load`."""
         _, model, speller, runtime = load(path, tokenizer, device)
         return cls(model, speller, runtime, bytes.fromhex(file_sha256(path)))
 
-    def made_on(self) -> MadeOn:
-        kind = self.runtime.device.type
-        name = f"{kind}, {torch.backends.cpu.get_cpu_capability()}" if kind == "cpu" else kind
-        version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:3])
-        return MadeOn(
-            version, DEVICES.index(name) if name in DEVICES else 0, torch.get_num_threads()
-        )
-
-    def predictor(self, h: Header) -> Predictor:
-        """A proof is read in the windows of its score; a text rolls on, in several streams."""
-        first, cfg = h.first_tokens(), h.settings()
-        if h.files is None:
-            need(
-                h.streams == 1 and cfg is not None,
-                "a proof is one stream, with experts",
-                BitstreamError,
-            )
-            neural = Windowed(Neural(self.model, cfg, self.runtime), first)
-        else:
-            neural = Rolling(self.model, first)
-        return neural if cfg is None else Mixed(neural, self.speller.table, cfg, first, h.count)
-
-    def header(self, data: bytes, **known: Any) -> Header:
-        """Checked before hours are spent on what it announces."""
-        header = Header(self.sha256[:HASH_BYTES], digest_of(data), self.made_on(), **known)
-        check_header(header)
-        return header
-
+    # ==== ENCODE ==================================================================================
     def encode(
         self,
         files: Sequence[tuple[str, bytes]],
         settings: EvalConfig | None = None,
         streams: int = 0,
-        told: Told | None = None,
-        began: Told | None = None,
+        on_progress: OnTokens | None = None,
+        on_start: OnTokens | None = None,
     ) -> bytes:
-        """A bitstream of files, (name, bytes) each; 0 streams: as many as suit their size. `began` gets the number of
-        tokens before the first is coded."""
-        spelt = [np.array([BOS_ID, *self.speller.tokens(data)], np.uint16) for _, data in files]
-        tokens = np.concatenate(spelt)[1:]  # without the very first BOS
+        """Return the bitstream of files, (name, bytes) each.
+
+        Without `settings` the model predicts alone. With `streams` 0, their number follows the
+        size. `on_start` gets the number of tokens, `on_progress` how many each step adds.
+        """
+        documents = [np.array([BOS_ID, *self.speller.tokens(data)], np.uint16) for _, data in files]
+        tokens = np.concatenate(documents)[1:]  # the first BOS is known to a decoder
         header = self.header(
             b"".join(data for _, data in files),
             streams=streams or default_streams(len(tokens)),
             count=len(tokens),
             first=BOS_ID,
             files=tuple((name, len(data)) for name, data in files),
-            experts=described(settings, EXPERT_SETTINGS),
+            experts=changed_settings(settings, EXPERT_SETTINGS),
         )
-        if began:
-            began(len(tokens))
-        return packed(header, self.coded(header, tokens, told))
+        if on_start:
+            on_start(len(tokens))
+        return bitstream_bytes(header, self.encode_payload(header, tokens, on_progress))
 
     def encode_proof(
-        self, tokens: np.ndarray, settings: EvalConfig, told: Told | None = None
+        self, tokens: np.ndarray, settings: EvalConfig, on_progress: OnTokens | None = None
     ) -> bytes:
-        """A bitstream of a split's first tokens, at the price that `settings` score them with."""
+        """Return the bitstream of a split's first tokens, at the price that `settings` score."""
         header = self.header(
             tokens.astype("<u2").tobytes(),
             streams=1,
             count=len(tokens) - 1,
             first=int(tokens[0]),
             files=None,
-            experts=described(settings, SETTINGS),
+            experts=changed_settings(settings, SETTINGS),
         )
-        return packed(header, self.coded(header, tokens[1:], told))
+        return bitstream_bytes(header, self.encode_payload(header, tokens[1:], on_progress))
 
-    def coded(self, header: Header, tokens: np.ndarray, told: Told | None) -> bytes:
-        return encode_tokens(self.predictor(header), tokens, told) if len(tokens) else b""
+    def header(self, data: bytes, **values: Any) -> Header:
+        """Return a checked header; a wrong one must not show only after hours of coding."""
+        header = Header(self.sha256[:HASH_BYTES], short_digest(data), self.machine(), **values)
+        check_header(header)
+        return header
 
+    def machine(self) -> Machine:
+        """Return what the probabilities on this machine depend on."""
+        kind = self.runtime.device.type
+        name = f"{kind}, {torch.backends.cpu.get_cpu_capability()}" if kind == "cpu" else kind
+        version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:3])
+        device = DEVICES.index(name) if name in DEVICES else 0
+        return Machine(version, device, torch.get_num_threads())
+
+    def encode_payload(
+        self, header: Header, tokens: np.ndarray, on_progress: OnTokens | None
+    ) -> bytes:
+        """Return the payload of tokens; none have none, and no model runs for them."""
+        return encode_tokens(self.predictor(header), tokens, on_progress) if len(tokens) else b""
+
+    # ==== DECODE ==================================================================================
     def decode(
-        self, header: Header, payload: bytes, told: Told | None = None
+        self, header: Header, payload: bytes, on_progress: OnTokens | None = None
     ) -> list[tuple[str, bytes]]:
-        """The files of a bitstream, or BitstreamError: never another text."""
-        need(
-            header.files is not None,
-            "holds the tokens of a proof, and no text; python -m fairway.compression.proof decodes it",
-            BitstreamError,
-        )
+        """Return the files of a bitstream, every byte, or raise BitstreamError."""
+        if header.files is None:
+            raise BitstreamError("holds the tokens of a proof; fairway decode-proof decodes it")
         with self.as_written(header):
-            tokens = np.concatenate([[BOS_ID], self.decoded(header, payload, told)])
+            tokens = np.append(BOS_ID, self.decode_payload(header, payload, on_progress))
             starts = np.flatnonzero(tokens == BOS_ID)
-            parts = [self.speller.data(part[1:]) for part in np.split(tokens, starts[1:])]
-            found = tuple(
-                (name, len(part)) for (name, _), part in zip(header.files, parts, strict=False)
-            )
-            need(
-                len(parts) == len(header.files)
-                and found == header.files
-                and digest_of(b"".join(parts)) == header.digest,
-                "what comes out does not match its checksum",
-                BitstreamError,
-            )
-        return [(name, part) for (name, _), part in zip(header.files, parts, strict=True)]
+            texts = [self.speller.data(document[1:]) for document in np.split(tokens, starts[1:])]
+            files = [(name, text) for (name, _), text in zip(header.files, texts, strict=False)]
+            complete = len(texts) == len(header.files)
+            sizes = tuple((name, len(text)) for name, text in files)
+            if (
+                not complete
+                or sizes != header.files
+                or short_digest(b"".join(texts)) != header.digest
+            ):
+                raise BitstreamError("the decoded text does not match its checksum")
+        return files
 
-    def decode_proof(self, header: Header, payload: bytes, told: Told | None = None) -> np.ndarray:
-        """uint16[count + 1]: the tokens of a proof, the first included, or BitstreamError."""
-        need(
-            header.files is None,
-            "holds a text, and no tokens of a proof; compress_text.py decodes it",
-            BitstreamError,
-        )
+    def decode_proof(
+        self, header: Header, payload: bytes, on_progress: OnTokens | None = None
+    ) -> np.ndarray:
+        """Return uint16[count + 1], the tokens of a proof with the first, or raise BitstreamError."""
+        if header.files is not None:
+            raise BitstreamError("holds a text; fairway decompress decodes it")
         with self.as_written(header):
-            tokens = np.append(np.uint16(header.first), self.decoded(header, payload, told))
-            need(
-                digest_of(tokens.astype("<u2").tobytes()) == header.digest,
-                "what comes out does not match its checksum",
-                BitstreamError,
-            )
+            decoded = self.decode_payload(header, payload, on_progress)
+            tokens = np.append(np.uint16(header.first), decoded)
+            if short_digest(tokens.astype("<u2").tobytes()) != header.digest:
+                raise BitstreamError("the decoded tokens do not match their checksum")
         return tokens
 
-    def decoded(self, header: Header, payload: bytes, told: Told | None) -> np.ndarray:
-        V = len(self.speller.pieces)
-        need(
-            header.first < V,
-            f"the first token is {header.first}, but the artifact knows {V}",
-            BitstreamError,
-        )
-        least = -np.log2(1 - (V - 1) / WHOLE)  # bits of a token that is as certain as can be
-        need(
-            header.count * least <= 8 * len(payload) + 64 and (header.count > 0 or not payload),
-            f"{header.count} tokens cannot lie in {len(payload)} bytes",
-            BitstreamError,
-        )
-        return (
-            decode_tokens(self.predictor(header), payload, header.count, told)
-            if header.count
-            else np.zeros(0, np.uint16)
-        )
+    def decode_payload(
+        self, header: Header, payload: bytes, on_progress: OnTokens | None
+    ) -> np.ndarray:
+        """Return uint16[count]; a count that the payload cannot hold is refused at once."""
+        V, count = len(self.speller.pieces), header.count
+        if header.first >= V:
+            raise BitstreamError(f"the first token is {header.first}, but the artifact knows {V}")
+        least_bits = -np.log2(1 - (V - 1) / FREQUENCY_SUM)  # of the most certain token
+        if count * least_bits > 8 * len(payload) + 64 or (payload and not count):
+            raise BitstreamError(f"{count} tokens cannot be in {len(payload)} bytes")
+        if not count:
+            return np.zeros(0, np.uint16)
+        return decode_tokens(self.predictor(header), payload, count, on_progress)
 
     @contextlib.contextmanager
     def as_written(self, header: Header) -> Iterator[None]:
-        """The artifact and the number of threads that wrote a file. What fails here although the file is whole, fails
-        because the numbers are others."""
+        """Run the body as the writer ran: with the same artifact and number of threads.
+
+        The file's checksum held before. So if the body fails to decode, this machine computes other
+        probabilities than the writer's, and the error names both machines.
+        """
         ours = self.sha256[:HASH_BYTES]
-        need(
-            header.artifact == ours,
-            f"was made with artifact {header.artifact.hex()}, and this is {ours.hex()}; "
-            "pass --artifact with that one",
-            BitstreamError,
-        )
-        before = torch.get_num_threads()
+        if header.artifact != ours:
+            raise BitstreamError(
+                f"was made with artifact {header.artifact.hex()}, and this is {ours.hex()}; "
+                "pass --artifact with that one"
+            )
+        threads = torch.get_num_threads()
         torch.set_num_threads(header.made_on.threads)
         try:
             yield
         except BitstreamError as e:
-            there, here = header.made_on, self.made_on()
-            where = (
-                "by their names both are alike"
-                if there == here
-                else f"there: {there}; here: {here}"
+            theirs, here = header.made_on, self.machine()
+            difference = (
+                "both have the same description"
+                if theirs == here
+                else f"it was made on: {theirs}; this is: {here}"
             )
             raise BitstreamError(
-                f"{e}: this machine computes other probabilities than the one that wrote it ({where})"
+                f"{e}: this machine computes other probabilities than the one that wrote it "
+                f"({difference})"
             ) from None
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(threads)
+
+    # ==== PREDICT =================================================================================
+    def predictor(self, h: Header) -> Predictor:
+        """Return the predictor that a header asks for.
+
+        A proof is read in the windows of its score; the streams of a text roll on.
+        """
+        first, cfg = h.first_tokens(), h.settings()
+        if h.files is None:
+            if h.streams != 1 or cfg is None:
+                raise BitstreamError("a proof must have one stream and experts")
+            neural = WindowedPredictor(Neural(self.model, cfg, self.runtime), first)
+        else:
+            neural = RollingPredictor(self.model, first)
+        if cfg is None:
+            return neural
+        return MixedPredictor(neural, self.speller.table, cfg, first, h.count)

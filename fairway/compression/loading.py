@@ -1,4 +1,4 @@
-"""An artifact file as something that runs: its model on a device, and its tokenizer as a speller of bytes."""
+"""Load an artifact's file as something that runs: model, tokenizer and device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 
 from fairway.compression.spelling import Speller
 from fairway.scoring.text import load_tokenizer
-from train_gpt import GPT, Artifact, Runtime, best_device, build_model, need, read_artifact
+from train_gpt import GPT, Artifact, Runtime, UserError, best_device, build_model, read_artifact
 
-SMALL = 1 << 22  # weights
+SMALL_MODEL = 1 << 22  # weights
 
 
 class Loaded(NamedTuple):
+    """An artifact with its model on a device and its tokenizer."""
+
     artifact: Artifact
     model: GPT
     speller: Speller
@@ -22,23 +24,21 @@ class Loaded(NamedTuple):
 
 
 def load(path: str | Path, tokenizer: str = "", device: str = "") -> Loaded:
-    """The tokenizer is the artifact's own, or one beside it, or the one given; the device the best there is.
+    """Return the artifact at `path`, ready to run.
 
-    A step of a small model is over before a second thread has woken up: on an idle machine two take as long as one, on
-    a busy one many times as long. So it gets one."""
+    The tokenizer is the file named, or the one in the artifact, or the one next to it. The device is
+    the one named, or the fastest here. A small model gets one thread on a CPU: its steps end before
+    a second thread wakes up, so on a busy machine two threads take many times as long.
+    """
     kind = device or best_device()
-    need(
-        kind in ("cpu", best_device()),
-        f"--device is {kind}, but PyTorch sees only {best_device()} here; leave it out",
-    )
+    if kind not in ("cpu", best_device()):
+        raise UserError(
+            f"--device is {kind}, but PyTorch sees only {best_device()} here; leave it out"
+        )
     artifact = read_artifact(path)
-    speaks, _ = load_tokenizer(tokenizer, artifact, Path(path).parent, "--tokenizer")
+    processor, _ = load_tokenizer(tokenizer, artifact, Path(path).parent, "--tokenizer")
     model = build_model(artifact, kind).eval()
-    if kind == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL:
+    if kind == "cpu" and sum(p.numel() for p in model.parameters()) < SMALL_MODEL:
         torch.set_num_threads(1)
-    return Loaded(
-        artifact,
-        model,
-        Speller(speaks, artifact.config.vocab_size),
-        Runtime(0, 1, torch.device(kind), kind),
-    )
+    speller = Speller(processor, artifact.config.vocab_size)
+    return Loaded(artifact, model, speller, Runtime(0, 1, torch.device(kind), kind))

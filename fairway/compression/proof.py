@@ -1,42 +1,36 @@
-"""A score, proved: its first tokens are encoded at the price that was counted for them, and a process that is given the
-artifact and the file, and nothing else, decodes them.
+"""Prove a score by decoding: its first tokens are encoded at the price that the score counts for them.
 
-    python -m fairway.compression.proof --artifact final_model.int6.ptz eval/proof.fwy --out tokens.bin
-
-That is the decoder, and what it writes is a shard. Whoever peeks cannot decode, and whoever deals out more than one for
-all tokens together pays for it in bytes.
+A new process then decodes them from the artifact and that file alone. A scorer that looks ahead
+cannot be decoded, and probabilities that sum to more than one cost extra bytes in the file.
 """
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from fairway.compression.bitstream import read_bitstream
-from fairway.compression.compressor import Coder
+import train_gpt
+from fairway.compression.compressor import Compressor
 from fairway.scoring.evaluation import Evaluation
 from fairway.scoring.settings import EvalConfig
-from train_gpt import UserError, read_shard, replacing, write_shard
+from train_gpt import read_shard, replacing
 
-ROOT = Path(__file__).resolve().parents[1]
-SLACK, SLACK_BYTES = (
-    0.001,
-    64,
-)  # what the file may exceed its claim by: a part of it, and the header's bytes
+ROOT = Path(train_gpt.__file__).resolve().parent
+# The file may exceed the claim by this fraction, for frequencies that are whole numbers, and by
+# these bytes, for the header and the coder's last words.
+SLACK, SLACK_BYTES = 0.001, 64
 
 
 class ProofFacts(NamedTuple):
-    """Whether a proof decodes at the claimed price, in one line and in numbers."""
+    """Whether a proof holds, the line that says so, and its figures."""
 
     passed: bool
     figure: str
@@ -44,115 +38,81 @@ class ProofFacts(NamedTuple):
 
 
 def prove_score(evaluation: Evaluation, count: int) -> ProofFacts:
-    """Write eval/proof.fwy, the first tokens of a score at its price, and decode it elsewhere."""
-    # The decoder needs the path of a tokenizer that lies next to the shards.
-    cfg = replace(evaluation.cfg, tokenizer_path=evaluation.text.tokenizer_path)
-    tokens, path = evaluation.text.tokens[:count], evaluation.folder / "proof.fwy"
+    """Write eval/proof.fwy, the first `count` tokens of a scored text, and decode it elsewhere."""
+    text = evaluation.text
+    # The tokenizer may be next to the shards; the decoder must find the same one.
+    cfg = replace(evaluation.cfg, tokenizer_path=text.tokenizer_path)
+    tokens, path = text.tokens[:count], evaluation.folder / "proof.fwy"
     with evaluation.stage("proof"):
-        with evaluation.bar("encoding", count - 1) as bar:
+        with evaluation.bar("encoding", len(tokens) - 1) as bar:
             write_proof(cfg, tokens, path, bar.update)
-        return prove(cfg, tokens, evaluation.logp[: count - 1], path)
+        return check_proof(cfg, tokens, evaluation.logp[: len(tokens) - 1], path)
 
 
 def write_proof(
-    cfg: EvalConfig, tokens: np.ndarray, path: Path, told: Callable[[int], object]
+    cfg: EvalConfig, tokens: np.ndarray, path: Path, on_progress: Callable[[int], object]
 ) -> None:
-    """The bitstream of a split's first tokens, from the artifact as it is on disk."""
-    coded = Coder.of(cfg.checkpoint, cfg.device, cfg.tokenizer_path).encode_proof(tokens, cfg, told)
+    """Write the bitstream of a text's first tokens, with the artifact as it is on disk."""
+    compressor = Compressor.load(cfg.checkpoint, cfg.device, cfg.tokenizer_path)
+    coded = compressor.encode_proof(tokens, cfg, on_progress)
     with replacing(path) as f:
         f.write(coded)
 
 
-def prove(cfg: EvalConfig, tokens: np.ndarray, logp: np.ndarray, path: Path) -> ProofFacts:
-    """Of the bitstream at `path`: whether it gives back the tokens, and for the bits that were counted for all but the
-    first."""
+def check_proof(cfg: EvalConfig, tokens: np.ndarray, logp: np.ndarray, path: Path) -> ProofFacts:
+    """Decode the proof at `path` in a new process and compare it with what was scored.
+
+    `logp` are the log-probabilities in nats of all tokens but the first.
+    """
     began = time.perf_counter()
-    back = decoded_elsewhere(cfg, path)
-    return verdict(
-        tokens,
-        back,
-        -float(logp.sum()) / np.log(2),
-        8 * path.stat().st_size,
-        time.perf_counter() - began,
-    )
+    decoded = decode_elsewhere(cfg, path)
+    seconds = time.perf_counter() - began
+    claimed_bits = -float(logp.sum()) / np.log(2)
+    return proof_facts(tokens, decoded, claimed_bits, 8 * path.stat().st_size, seconds)
 
 
-def decoded_elsewhere(cfg: EvalConfig, path: Path) -> np.ndarray | str:
-    """The tokens as a new process reads them, in a folder where nothing else lies; or why it cannot."""
+def decode_elsewhere(cfg: EvalConfig, path: Path) -> np.ndarray | str:
+    """Return the tokens that a new process decodes from a proof, or the line that says why not."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "tokens.bin"
-        tokenizer = (
-            ["--tokenizer", Path(cfg.tokenizer_path).resolve()] if cfg.tokenizer_path else []
-        )
         done = subprocess.run(
             [
-                sys.executable,
-                "-m",
-                "fairway.compression.proof",
-                "--artifact",
-                Path(cfg.checkpoint).resolve(),
-                "--out",
-                out,
-                "--device",
-                cfg.device,
-                *tokenizer,
-                path.resolve(),
+                *(sys.executable, "-m", "fairway", "decode-proof", path.resolve(), "--out", out),
+                *("--artifact", Path(cfg.checkpoint).resolve(), "--device", cfg.device),
+                *("--tokenizer", cfg.tokenizer_path and Path(cfg.tokenizer_path).resolve()),
             ],
             cwd=ROOT,
-            stderr=None if sys.stderr.isatty() else subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=None if sys.stderr.isatty() else subprocess.PIPE,  # a terminal shows its bar
             text=True,
         )
-        return (
-            read_shard(out)
-            if done.returncode == 0
-            else (done.stderr or "see above").strip().splitlines()[-1]
-        )
+        if done.returncode == 0:
+            return read_shard(out)
+        return (done.stderr or "see above").strip().splitlines()[-1]
 
 
-def verdict(
-    tokens: np.ndarray, back: np.ndarray | str, claimed: float, real: int, seconds: float
+def proof_facts(
+    tokens: np.ndarray,
+    decoded: np.ndarray | str,
+    claimed_bits: float,
+    file_bits: int,
+    seconds: float,
 ) -> ProofFacts:
-    """Of a file of `real` bits that was claimed to need `claimed`, and of what came back."""
-    ratio, most = real / claimed, (1 + SLACK) * claimed + 8 * SLACK_BYTES
+    """Compare what was decoded with the tokens, and the size of the file with the claim."""
     details = dict(
         tokens=len(tokens),
-        claimed_bits=claimed,
-        file_bits=real,
-        ratio=ratio,
+        claimed_bits=claimed_bits,
+        file_bits=file_bits,
+        ratio=file_bits / claimed_bits,
         decode_seconds=seconds,
     )
-    if isinstance(back, str):
-        return ProofFacts(False, f"another process could not decode: {back}", details)
-    if not np.array_equal(back, tokens):
+    if isinstance(decoded, str):
+        return ProofFacts(False, f"another process could not decode: {decoded}", details)
+    if not np.array_equal(decoded, tokens):
         return ProofFacts(False, "another process decoded other tokens than were written", details)
     figure = (
-        f"{len(tokens):,} tokens, {claimed:,.0f} bits claimed, {real:,} in the file: {ratio:.5f}x"
+        f"{len(tokens):,} tokens, {claimed_bits:,.0f} bits claimed, "
+        f"{file_bits:,} in the file: {details['ratio']:.5f}x"
     )
-    return ProofFacts(real <= most, figure, details)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Decode a proof into a shard of tokens.")
-    parser.add_argument("file", help="what eval_final.py --prove wrote")
-    parser.add_argument("--artifact", required=True)
-    parser.add_argument("--out", required=True, metavar="FILE", help="the shard")
-    parser.add_argument(
-        "--tokenizer", default="", metavar="FILE", help="where the artifact holds none"
-    )
-    parser.add_argument("--device", default="", choices=("", "cpu", "cuda", "mps"))
-    given = parser.parse_args(arguments)
-    try:
-        header, payload = read_bitstream(given.file)
-        coder = Coder.of(given.artifact, given.device, given.tokenizer)
-        with tqdm(
-            total=header.count, desc="decoding", unit="tok", unit_scale=True, delay=3, leave=False
-        ) as bar:
-            write_shard(given.out, coder.decode_proof(header, payload, bar.update))
-    except (UserError, OSError) as e:
-        print(f"proof: error: {str(e).splitlines()[0]}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    most = (1 + SLACK) * claimed_bits + 8 * SLACK_BYTES
+    return ProofFacts(file_bits <= most, figure, details)

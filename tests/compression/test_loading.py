@@ -22,7 +22,7 @@ def path(corpus, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("limit, threads", [(1 << 22, 1), (100, 3)])
 def test_a_small_model_runs_on_one_thread(path, monkeypatch, limit, threads):
-    monkeypatch.setattr(loading, "SMALL", limit)
+    monkeypatch.setattr(loading, "SMALL_MODEL", limit)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -88,7 +88,7 @@ mixtures = st.lists(
 ).map(b"".join)
 
 
-# ---- Exactly ---------------------------------------------------------------------------------------------------------
+# ==== EXACTLY =====================================================================================
 @each
 @given(data=mixtures)
 def test_any_bytes_come_back(spellers, kind, data):
@@ -113,7 +113,7 @@ def test_where_the_tokenizer_normalises_all_the_same(tokenizers, kind, data):
     assert speller.data(speller.tokens(data)) == data
 
 
-# ---- As the model was trained ----------------------------------------------------------------------------------------
+# ==== AS THE MODEL WAS TRAINED ====================================================================
 @each
 def test_what_survives_is_segmented_as_in_training(tokenizers, spellers, kind):
     tokenizer, same = tokenizers[kind], 0
@@ -133,7 +133,7 @@ def test_what_survives_is_segmented_as_in_training(tokenizers, spellers, kind):
 def test_as_shards_are_prepared(tokenizers, spellers, text):
     """A text that its shards keep has the tokens that it has there, a literal ▁ included."""
     prepared = Tokenizer(tokenizers["kept"].serialized_model_proto(), "test")
-    assert prepared.keeps_all and prepared.encode([text])[0] == spellers["kept"].tokens(
+    assert prepared.is_lossless and prepared.encode([text])[0] == spellers["kept"].tokens(
         text.encode()
     )
 
@@ -166,7 +166,7 @@ def test_the_first_blank(spellers):
         assert speller.data([]) == b"" and speller.data(speller.tokens(b" the the")) == b" the the"
 
 
-# ---- What it costs ---------------------------------------------------------------------------------------------------
+# ==== WHAT IT COSTS ===============================================================================
 @each
 def test_a_byte_that_is_no_text_costs_itself(spellers, kind):
     speller, a, b = spellers[kind], TEXTS[0].encode(), b" " + TEXTS[1].encode()
@@ -196,7 +196,7 @@ def test_the_fewest_pieces_in_linear_time(tokenizers):
     assert len(ids) <= (1 + len(speller.tokens(b"the  nation"))) * 3000
 
 
-# ---- What cannot be spelt --------------------------------------------------------------------------------------------
+# ==== WHAT CANNOT BE SPELT ========================================================================
 def test_without_byte_pieces(without_bytes):
     for text in english_like(5, 20):
         plain = "".join(c for c in text if c in "etaoin ").encode()

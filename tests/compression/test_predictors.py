@@ -1,4 +1,4 @@
-"""Predicting token by token: one stream gives the bits that a score counted, many streams know what they should."""
+"""Predicting token by token: one stream costs what a score counts, many share what they should."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import trained
 
-from fairway.compression.streams import Mixed, Rolling, Windowed
+from fairway.compression.predictors import MixedPredictor, RollingPredictor, WindowedPredictor
 from fairway.scoring.experts.match import POINTER, Match
 from fairway.scoring.experts.ngram import NGram
 from fairway.scoring.memory import Memory
@@ -42,7 +42,7 @@ def model():
 
 
 def some_text(n: int, seed: int = 0) -> np.ndarray:
-    """Tokens that come again in runs, with documents that begin now and then."""
+    """Return tokens int64[n] that repeat in runs, with a BOS now and then."""
     rng = np.random.default_rng(seed)
     parts = [rng.integers(2, V, 40) for _ in range(4)]
     text = np.concatenate(
@@ -56,8 +56,8 @@ def some_text(n: int, seed: int = 0) -> np.ndarray:
 
 
 def costs(predictor, streams: list[np.ndarray]) -> np.ndarray:
-    """Natural logarithms of the probabilities that each token had; [steps, B]."""
-    found = []
+    """Return float64[steps, B], the log-probability in nats of each token before it is read."""
+    logp = []
     for tokens in np.stack(streams, axis=1):
         p = predictor.probabilities()
         assert (
@@ -65,17 +65,17 @@ def costs(predictor, streams: list[np.ndarray]) -> np.ndarray:
             and (p >= 0).all()
             and np.allclose(p.sum(axis=1), 1, atol=1e-9)
         )
-        found.append(np.log(p[np.arange(len(tokens)), tokens]))
+        logp.append(np.log(p[np.arange(len(tokens)), tokens]))
         predictor.learn(tokens)
-    return np.array(found)
+    return np.array(logp)
 
 
-def mixed(model, streams: int, cfg: EvalConfig, count: int) -> Mixed:
+def mixed(model, streams: int, cfg: EvalConfig, count: int) -> MixedPredictor:
     first = np.full(streams, BOS_ID)
-    return Mixed(Rolling(model, first), TABLE, cfg, first, count)
+    return MixedPredictor(RollingPredictor(model, first), TABLE, cfg, first, count)
 
 
-# ---- One stream: what a score counted --------------------------------------------------------------------------------
+# ==== ONE STREAM: WHAT A SCORE COUNTED ============================================================
 @pytest.mark.parametrize(
     "settings", SCORES, ids=lambda s: "-".join(map(str, s.values())) or "default"
 )
@@ -83,21 +83,21 @@ def test_one_stream_costs_what_the_score_says(model, settings):
     cfg = EvalConfig(**(dict(eval_stride=4) | settings))
     text, neural = some_text(300), Neural(model, cfg, ALONE)
     scored = MixedScorer(neural, cfg, TABLE).score(text.astype(np.uint16))
-    predictor = Mixed(Windowed(neural, text[:1]), TABLE, cfg, text[:1], len(text))
+    predictor = MixedPredictor(WindowedPredictor(neural, text[:1]), TABLE, cfg, text[:1], len(text))
     assert np.abs(costs(predictor, [text[1:]])[:, 0] - scored).max() < 2e-5
 
 
 def test_a_model_that_trains_as_it_reads_is_refused(model):
     cfg = EvalConfig(ttt="bias")
-    with pytest.raises(UserError, match="not decoded; unset TTT"):
-        Windowed(make_neural(model, cfg, ALONE), np.array([BOS_ID]))
+    with pytest.raises(UserError, match="cannot be decoded; unset TTT"):
+        WindowedPredictor(make_neural(model, cfg, ALONE), np.array([BOS_ID]))
 
 
-# ---- Many streams ----------------------------------------------------------------------------------------------------
+# ==== MANY STREAMS ================================================================================
 @torch.no_grad()
-def test_without_experts_streams_know_nothing_of_each_other(model):
+def test_without_experts_streams_are_independent(model):
     texts = [some_text(50, seed) for seed in range(3)]
-    together = costs(Rolling(model, np.full(3, BOS_ID)), texts)
+    together = costs(RollingPredictor(model, np.full(3, BOS_ID)), texts)
     for nth, text in enumerate(texts):
         logits = Memory(model).logits(torch.from_numpy(np.append(BOS_ID, text))[None])[0]
         alone = logits.double().log_softmax(dim=1).numpy()[np.arange(50), text]
@@ -105,12 +105,12 @@ def test_without_experts_streams_know_nothing_of_each_other(model):
 
 
 def test_with_experts_a_stream_learns_from_the_others(model):
-    """The second stream reads what the first has read a little earlier, the third what nobody has."""
+    """The second stream reads what the first read a little earlier; the third reads new text."""
     cfg, text = EvalConfig(), np.random.default_rng(0).integers(2, V, 440)
     texts = [text[40:240], text[20:220], text[240:440]]
-    costs_apart = [costs(mixed(model, 1, cfg, 200), [t]).mean() for t in texts]
+    costs_alone = [costs(mixed(model, 1, cfg, 200), [t]).mean() for t in texts]
     together = costs(mixed(model, 3, cfg, 600), texts).mean(axis=0)
-    assert together[1] > costs_apart[1] + 1 and abs(together[2] - costs_apart[2]) < 0.5
+    assert together[1] > costs_alone[1] + 1 and abs(together[2] - costs_alone[2]) < 0.5
 
 
 def test_the_same_steps_give_the_same_bits(model):
@@ -162,12 +162,12 @@ def test_experts_that_forget_cannot_be_shared(model):
     cfg = EvalConfig(expert_reset=True)
     with pytest.raises(UserError, match="set EXPERT_RESET=0"):
         mixed(model, 2, cfg, 10)
-    assert isinstance(mixed(model, 1, cfg, 10), Mixed)
+    assert isinstance(mixed(model, 1, cfg, 10), MixedPredictor)
 
 
-def test_a_model_that_gives_no_number_is_one_line():
+def test_a_model_that_gives_no_number_is_one_line_of_error():
     model = trained()
     with torch.no_grad():
         model.tok_emb.weight[3] = float("nan")
-    with pytest.raises(UserError, match="no number for a token"):
-        Rolling(model, np.array([3])).probabilities()
+    with pytest.raises(UserError, match="not finite"):
+        RollingPredictor(model, np.array([3])).probabilities()
