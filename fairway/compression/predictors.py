@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fairway.scoring.experts.match import Matches
-from fairway.scoring.experts.mixing import TINY, Inputs, Mixture
+from fairway.scoring.experts.mixing import TINY, Mixture, MixtureRows
 from fairway.scoring.experts.ngram import ContextCounts
 from fairway.scoring.experts.temperature import TEMPERATURES, tempered
 from fairway.scoring.memory import Memory
@@ -22,7 +22,7 @@ from train_gpt import BOS_ID, GPT, ByteTable, UserError
 
 
 class RollingPredictor:
-    """B streams in one batch. Each has a context that moves with it: no token is read twice."""
+    """B streams in one batch. Each has a context that moves on with it, so no token is read twice."""
 
     def __init__(self, model: GPT, first: np.ndarray):
         self.memory, self.streams = Memory(model.eval()), len(first)
@@ -135,20 +135,20 @@ class MixedPredictor:
         )
 
     def learn(self, tokens: np.ndarray) -> None:
-        """Read int64[B], the next token of each stream."""
+        """Read int64[B], the next token of each stream: mixture and experts first, then the model."""
         self.mixture.fill(self.inputs(tokens, *self.read(tokens)))
         self.last = tokens
         self.neural.learn(tokens)
         self.neural_p_BV = self.neural.probabilities()
 
-    def inputs(self, tokens: np.ndarray, grams: ContextCounts, matches: Matches) -> Inputs:
+    def inputs(self, tokens: np.ndarray, grams: ContextCounts, matches: Matches) -> MixtureRows:
         """Return what the mixture learns from int64[B], the next token of each stream."""
         p_BV, rows = self.neural_p_BV, np.arange(self.streams)
         logp_BV = np.log(np.maximum(p_BV, TINY))
         at_temperature = {name: tempered(logp_BV, t) for name, t in TEMPERATURES.items()}
         boundary = self.table.boundary[self.last]
         sizes = self.table.base[tokens] + (self.table.space[tokens] & ~boundary)
-        return Inputs(
+        return MixtureRows(
             logp_BV[rows, tokens],
             at_temperature["sharp"][rows, tokens],
             at_temperature["flat"][rows, tokens],
