@@ -155,7 +155,8 @@ Files = dict[str, bytes]
 
 
 def stub(code: str) -> str:
-    packed = base64.b85encode(lzma.compress(code.encode(), preset=9)).decode()
+    # Preset 0: the others allocate a dictionary of up to 64 MB each time a stub is read.
+    packed = base64.b85encode(lzma.compress(code.encode(), preset=0)).decode()
     return f"import lzma as L,base64 as B\nexec(L.decompress(B.b85decode({packed!r})))\n"
 
 
