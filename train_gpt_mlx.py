@@ -14,8 +14,8 @@ share the memory of MLX's arrays. tests/golden/oracle.npz holds both to the same
 Ten functions (`main`, `warm_up`, `train`, `switch`, checkpoints, averages, rounding, export; 190
 lines) go through the same steps as train_gpt's, but are not shared. train_gpt.py imports nothing
 of this repository, so it would have to declare every step as an interface, for this one caller,
-and its readers would have to look for each step behind that interface. Shared is each function
-that train_gpt can offer as it is.
+and its readers would have to look for each step behind that interface. Every function that
+train_gpt can offer unchanged is imported.
 
 Shapes in names: B sequences, T positions, D model width, H query heads, G key/value heads,
 C head width, R half of the channels that RoPE turns.
@@ -1077,13 +1077,14 @@ HELP = {  # settings whose meaning here differs from train_gpt's
 
 
 def help_text() -> str:
-    """Return this file's description and a line for each setting: name, default, meaning."""
+    """Return what this file is, and a line for each setting: name, default, meaning."""
     scoring = [f for f in fields(EvalConfig) if f.name in ("eval_stride", "eval_documents")]
     lines = [f"PRESET  one of {', '.join(PRESETS)} (unset: cpu); values: train_gpt.py --help\n"]
     for f in [*fields(Config), *scoring]:
         default = int(f.default) if type(f.default) is bool else f.default
         lines.append(f"{f.name.upper():27} {default!s:>9}  {HELP.get(f.name, f.metadata['help'])}")
-    return "\n".join([__doc__, *lines])
+    description = "\n\n".join(__doc__.split("\n\n")[:2])  # the rest is for readers of this file
+    return "\n".join([description, "", *lines])
 
 
 def read_scoring_settings(env: Mapping[str, str]) -> EvalConfig:

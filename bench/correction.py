@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 from fairway.correction import table  # noqa: E402
-from fairway.correction.entries import Entries, View, scatter_bits  # noqa: E402
-from fairway.correction.oracle import model_view, viewer  # noqa: E402
+from fairway.correction.entries import Entries, ModelView, position_entropy  # noqa: E402
+from fairway.correction.oracle import model_view, view_scorer  # noqa: E402
 from fairway.scoring.columns import columns_in_memory  # noqa: E402
 from fairway.scoring.settings import EvalConfig  # noqa: E402
 from fairway.scoring.text import load_text  # noqa: E402
@@ -57,12 +57,12 @@ def trained(folder: str) -> str:
     return str(Path(folder) / "final_model.int6.ptz")
 
 
-def static_flag_bits(entries: Entries, view: View) -> float:
+def static_flag_bits(entries: Entries, view: ModelView) -> float:
     """Bits an entry of the flags, each octave of the tail having its own constant rate."""
     octaves = np.frexp(np.maximum(view.tail, 2.0**-30))[1]
     listed = octaves[entries.positions]
     sizes = {o: int((octaves == o).sum()) for o in np.unique(octaves)}
-    return sum(scatter_bits(int((listed == o).sum()), n) for o, n in sizes.items()) / len(
+    return sum(position_entropy(int((listed == o).sum()), n) for o, n in sizes.items()) / len(
         entries.positions
     )
 
@@ -74,7 +74,7 @@ def timed(function):
 
 
 def measure(
-    label: str, entries: Entries, view: View, logp: np.ndarray | None, size: int
+    label: str, entries: Entries, view: ModelView, logp: np.ndarray | None, size: int
 ) -> list[dict]:
     """A row of figures for each codec that this view can serve; prints them."""
     rows, count = [], len(entries.positions)
@@ -108,7 +108,7 @@ def measure(
             f"{100 * row['over_floor']:>+8.2f} %{row['of_varint']:>8.4f}{encode:>8.2f}{decode:>8.2f}"
         )
         if logp is not None:
-            told = table.charge(logp, entries, table.size(entries, view, name), size)
+            told = table.charge(logp, entries, table.file_size(entries, view, name), size)
             row |= told._asdict() | dict(saved_an_entry=told.saved_bits / count, text_bytes=size)
             line += f"{row['saved_an_entry']:>8.2f}{told.oracle_bpb:>9.4f}{told.charged_bpb:>9.4f}"
         print(line, flush=True)
@@ -121,7 +121,7 @@ def synthetic(rows: int) -> list[dict]:
         rng.choice(rows, max(1, round(rows * ENTRIES / ROWS)), replace=False, shuffle=False)
     )
     entries = Entries(positions, rng.integers(0, 1024, len(positions)))
-    return measure("synthetic, even", entries, View(rows, 1024), None, 0)
+    return measure("synthetic, even", entries, ModelView(rows, 1024), None, 0)
 
 
 def progress(what: str, rows: int) -> tqdm:
@@ -131,7 +131,7 @@ def progress(what: str, rows: int) -> tqdm:
 def real(path: str, pattern: str) -> list[dict]:
     artifact, rows, device = train_gpt.read_artifact(path), [], torch.device("cpu")
     text = load_text(EvalConfig(val_files=pattern), artifact)
-    neural = viewer(train_gpt.build_model(artifact), train_gpt.Runtime(0, 1, device, "cpu"))
+    neural = view_scorer(train_gpt.build_model(artifact), train_gpt.Runtime(0, 1, device, "cpu"))
     columns, targets = (
         columns_in_memory(len(text.sizes), {"logp": "f8"}),
         text.tokens[1:].astype(np.int64),
@@ -151,17 +151,18 @@ def real(path: str, pattern: str) -> list[dict]:
         )
         # Held where they fit, so that the clock sees codecs alone: `measure` asks first.
         with progress("tails", len(targets)) as bar:
-            view = model_view(neural, text.tokens, 2.0**-bits, bar.update).holding(listed)
+            view = model_view(neural, text.tokens, 2.0**-bits, bar.update).cached_for(listed)
         entries = Entries(listed, targets[listed])
         found = measure(f"real, over {bits} bits", entries, view, logp, text.bytes)
         static = static_flag_bits(entries, view)
         print(
             f"{'':20}flags {static:.3f} bits an entry given the tail's octave, "
-            f"{scatter_bits(len(listed), view.rows) / len(listed):.3f} given nothing",
+            f"{position_entropy(len(listed), view.rows) / len(listed):.3f} given nothing",
             flush=True,
         )
         pay = {
-            name: len(table.choose(logp, targets, view, name).positions) for name in table.CODECS
+            name: len(table.choose_entries(logp, targets, view, name).positions)
+            for name in table.CODECS
         }
         print(
             f"{'':20}entries that pay for themselves: {', '.join(f'{n} {c}' for n, c in pay.items())}",
@@ -179,7 +180,7 @@ def applying() -> dict:
     rng = np.random.default_rng(0)
     logp, targets = -20 * rng.random(4_000_000), rng.integers(0, 1024, 4_000_000).astype(np.uint16)
     entries = Entries(np.arange(0, 4_000_000, 4), targets[::4].astype(np.int64))
-    _, seconds = timed(lambda: table.apply(logp, entries, targets))
+    _, seconds = timed(lambda: table.corrected_logp(logp, entries, targets))
     print(
         f"{len(entries.positions)} entries applied to {len(logp)} rows in {seconds:.3f} s",
         flush=True,

@@ -6,7 +6,6 @@ A reader believes nothing before the file's checksum holds, and no size before i
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 import zlib
 from dataclasses import fields
@@ -141,8 +140,8 @@ def settings_bytes(settings: dict[str, Any]) -> bytes:
 
 # ==== READ ========================================================================================
 def read_bitstream(path: str | Path) -> tuple[Header, bytes]:
-    """Return the header and the payload of a file, checked as far as possible without the artifact."""
-    size = os.path.getsize(path)
+    """Return header and payload of a file, checked as far as possible without the artifact."""
+    size = Path(path).stat().st_size
     if size > MOST_FILE_BYTES:
         raise BitstreamError(f"{path}: {size} bytes, more than any bitstream has")
     return parse_bitstream(Path(path).read_bytes(), str(path))

@@ -1,4 +1,4 @@
-"""An artifact as a lossless compressor: files, or the tokens of a proof, to a bitstream and back."""
+"""Use an artifact as a lossless compressor: of files, or of the tokens of a proof."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Compressor:
     def decode_proof(
         self, header: Header, payload: bytes, on_progress: OnTokens | None = None
     ) -> np.ndarray:
-        """Return uint16[count + 1], the tokens of a proof with the first, or raise BitstreamError."""
+        """Return uint16[count + 1], the tokens of a proof and the one before them."""
         if header.files is not None:
             raise BitstreamError("holds a text; fairway decompress decodes it")
         with self.as_written(header):

@@ -17,7 +17,7 @@ def write_number(value: int) -> bytes:
 
 
 def read_number(data: bytes, start: int) -> tuple[int, int]:
-    """Return the number that starts at byte `start`, and where it ends; ValueError says what is wrong."""
+    """Return the number at byte `start`, and where it ends; ValueError says what is wrong."""
     value = 0
     for i, byte in enumerate(data[start : start + MOST_NUMBER_BYTES]):
         value |= (byte & 127) << 7 * i

@@ -26,9 +26,9 @@ class Loaded(NamedTuple):
 def load(path: str | Path, tokenizer: str = "", device: str = "") -> Loaded:
     """Return the artifact at `path`, ready to run.
 
-    The tokenizer is the file named, or the one in the artifact, or the one next to it. The device is
-    the one named, or the fastest here. A small model gets one thread on a CPU: its steps end before
-    a second thread wakes up, so on a busy machine two threads take many times as long.
+    The tokenizer is the file named, or the one in the artifact, or the one next to it. The device
+    is the one named, or the fastest here. A small model gets one thread on a CPU: its steps end
+    before a second thread wakes up, so on a busy machine two threads take many times as long.
     """
     kind = device or best_device()
     if kind not in ("cpu", best_device()):

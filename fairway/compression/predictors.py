@@ -22,7 +22,7 @@ from train_gpt import BOS_ID, GPT, ByteTable, UserError
 
 
 class RollingPredictor:
-    """B streams in one batch. Each has a context that moves on with it, so no token is read twice."""
+    """B streams in one batch. Each has a context that moves with it: no token is read twice."""
 
     def __init__(self, model: GPT, first: np.ndarray):
         self.memory, self.streams = Memory(model.eval()), len(first)
@@ -135,7 +135,7 @@ class MixedPredictor:
         )
 
     def learn(self, tokens: np.ndarray) -> None:
-        """Read int64[B], the next token of each stream: mixture and experts first, then the model."""
+        """Read int64[B], the next token of each stream."""
         self.mixture.fill(self.inputs(tokens, *self.read(tokens)))
         self.last = tokens
         self.neural.learn(tokens)

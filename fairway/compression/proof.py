@@ -1,4 +1,4 @@
-"""Prove a score by decoding: its first tokens are encoded at the price that the score counts for them.
+"""Prove a score by decoding its first tokens, encoded at the price that the score counts for them.
 
 A new process then decodes them from the artifact and that file alone. A scorer that looks ahead
 cannot be decoded, and probabilities that sum to more than one cost extra bytes in the file.

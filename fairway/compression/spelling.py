@@ -28,7 +28,8 @@ class Speller:
     that `train_gpt.ByteTable` counts for it: if the tokenizer drops a document's first blank, a
     leading blank is dropped after BOS and after any other token without bytes.
 
-    >>> speller.data(speller.tokens(b"naive\\xff text")) == b"naive\\xff text"
+    >>> speller.data(speller.tokens(b"any bytes")) == b"any bytes"
+    True
     """
 
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, vocab_size: int):
@@ -110,7 +111,7 @@ class Speller:
         return [self.bytes[byte] for byte in data]
 
     def _exact(self, text: str, data: bytes, ids: list[int]) -> list[int]:
-        """Return ids that spell `data`: the tokenizer's own, or its ids line by line, or the fewest."""
+        """Return ids that spell `data`: the tokenizer's own, else line by line, else the fewest."""
         if b"".join([self.pieces[i] for i in ids]) == data:
             return ids
         lines = text.splitlines(keepends=True)

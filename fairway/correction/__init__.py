@@ -1,1 +1,4 @@
-"""Correction tables: positions and tokens that a split's worst predictions needed. A diagnosis, never a score."""
+"""Correction tables: the rows of a split that a model predicts worst, and their right tokens.
+
+A table is a diagnosis and never a score: it is made from the text that it corrects.
+"""

@@ -1,4 +1,4 @@
-"""What every codec of a correction table takes and gives, and what both of its sides know beforehand."""
+"""The codecs' interface: entries of a correction table, and what is known about the rows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train_gpt import UserError, need
+from fairway.compression.leb128 import read_number
+from train_gpt import UserError
 
-THRESHOLD = 2.0**-10  # a token of less probability is in the tail
-MOST_HELD = 1 << 26  # probabilities: half a GiB
+THRESHOLD = 2.0**-10  # tokens below this probability are in the tail
+MOST_CACHED = 1 << 26  # probabilities: half a GiB
 
 
 class CorrectionError(UserError):
@@ -20,75 +21,95 @@ class CorrectionError(UserError):
 
 
 class Entries(NamedTuple):
-    """Listed rows and their right tokens; row j is about target tokens[j + 1]."""
+    """Listed rows and their right tokens. Row j predicts token j + 1 of the split."""
 
     positions: np.ndarray  # int64[m], strictly increasing
     tokens: np.ndarray  # int64[m]
 
 
 @dataclass(frozen=True)
-class View:
-    """The model's own opinion of each row, formed from the text before it: known when writing and when reading.
+class ModelView:
+    """What the model says about each row from the text before it: known to writer and reader alike.
 
-    Codecs that ask nothing of the model use `rows` and `vocab_size` alone. `distributions(positions)` gives float64
-    [m, V]; it must give the same bits whenever it is asked for the same positions.
+    Codecs that do not use the model read only `rows` and `vocab_size`. `distributions(positions)`
+    returns float64[m, V]; the same positions must always give the same bits.
     """
 
     rows: int
     vocab_size: int
     threshold: float = THRESHOLD
-    tail: np.ndarray | None = (
-        None  # float32[rows] or float64: the probability of all tokens in the tail
-    )
+    tail: np.ndarray | None = None  # float32 or float64[rows]: summed probability of the tail
     distributions: Callable[[np.ndarray], np.ndarray] | None = None
 
-    def holding(self, rows: np.ndarray) -> View:
-        """The same view for codecs that see these rows again and again: asks once, when first asked, if all fit."""
-        if self.distributions is None or len(rows) * self.vocab_size > MOST_HELD:
+    def cached_for(self, rows: np.ndarray) -> ModelView:
+        """Return a view that computes the distributions of these rows once, if they fit in memory.
+
+        A search for the best entries encodes subsets of the same rows again and again.
+        """
+        if self.distributions is None or len(rows) * self.vocab_size > MOST_CACHED:
             return self
-        kept = functools.cache(lambda: self.distributions(rows))
-        return replace(
-            self, distributions=lambda positions: kept()[np.searchsorted(rows, positions)]
-        )
+        compute = functools.cache(lambda: self.distributions(rows))
+
+        def lookup(positions: np.ndarray) -> np.ndarray:
+            return compute()[np.searchsorted(rows, positions)]
+
+        return replace(self, distributions=lookup)
 
 
-def checked(positions: np.ndarray, tokens: np.ndarray, view: View) -> Entries:
-    """Entries that a table of this view may hold, as int64."""
+def check_entries(positions: np.ndarray, tokens: np.ndarray, view: ModelView) -> Entries:
+    """Return entries as int64, or refuse those that no table of this view may hold."""
     positions, tokens = np.asarray(positions, dtype=np.int64), np.asarray(tokens, dtype=np.int64)
-    need(
-        positions.ndim == 1 and positions.shape == tokens.shape,
-        f"the correction table lists {positions.size} positions but {tokens.size} tokens",
-        CorrectionError,
-    )
+    if positions.ndim != 1 or positions.shape != tokens.shape:
+        raise CorrectionError(
+            f"the correction table lists {positions.size} positions but {tokens.size} tokens"
+        )
     if not len(positions):
         return Entries(positions, tokens)
-    need(
-        (np.diff(positions) > 0).all(),
-        "the correction table's positions do not increase",
-        CorrectionError,
-    )
-    need(
-        0 <= positions[0] and positions[-1] < view.rows,
-        f"the correction table lists row "
-        f"{positions[0] if positions[0] < 0 else positions[-1]}, but the split has {view.rows} rows",
-        CorrectionError,
-    )
-    need(
-        0 <= tokens.min() and tokens.max() < view.vocab_size,
-        f"the correction table lists token {tokens.max()}, but "
-        f"the vocabulary has {view.vocab_size}",
-        CorrectionError,
-    )
+    if not (np.diff(positions) > 0).all():
+        raise CorrectionError("the correction table's positions do not increase")
+    if positions[0] < 0 or positions[-1] >= view.rows:
+        row = positions[0] if positions[0] < 0 else positions[-1]
+        raise CorrectionError(
+            f"the correction table lists row {row}, but the split has {view.rows} rows"
+        )
+    if tokens.min() < 0 or tokens.max() >= view.vocab_size:
+        raise CorrectionError(
+            f"the correction table lists token {tokens.max()}, but the vocabulary has "
+            f"{view.vocab_size}"
+        )
     return Entries(positions, tokens)
 
 
-def gaps_of(positions: np.ndarray) -> np.ndarray:
-    """Rows left out before each position: int64[m], none negative."""
+def read_count(payload: bytes, view: ModelView) -> tuple[int, int]:
+    """Return the number of entries, with which each payload starts, and where that number ends."""
+    try:
+        count, end = read_number(payload, 0)
+    except ValueError as e:
+        raise CorrectionError(
+            f"the correction table's number of entries: {e}; build the table again"
+        ) from None
+    if count > view.rows:
+        raise CorrectionError(
+            f"the correction table lists {count} entries, but the split has {view.rows} rows; "
+            "build the table again"
+        )
+    return count, end
+
+
+def skipped_rows(positions: np.ndarray) -> np.ndarray:
+    """Return int64[m], the number of rows between each entry and the one before it.
+
+    >>> skipped_rows(np.array([2, 3, 7]))
+    array([2, 0, 3])
+    """
     return np.diff(positions, prepend=-1) - 1
 
 
-def scatter_bits(entries: int, rows: int) -> float:
-    """Entropy in bits of which rows are listed, were each listed at the same rate: rows x h(entries / rows)."""
+def position_entropy(entries: int, rows: int) -> float:
+    """Return the bits that say which rows are listed, if all rows are equally likely.
+
+    This is rows x h(entries / rows), where h is the entropy of a yes or no.
+    """
     if not 0 < entries < rows:
         return 0.0
     rate = entries / rows

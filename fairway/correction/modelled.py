@@ -1,54 +1,67 @@
-"""Entries coded with what the model itself says: a flag a row, then the token of each flagged row.
+"""The modelled codec: entries coded with the model's own opinion of each row.
 
-**Flags.** The chance that a row is listed is the model's tail mass there times a ratio that is learned on the way:
-listed rows over expected ones, by how recent the last entries are (errors come in bursts), then by that and the size of
-the tail; each ratio starts at that of the wider class. Only + - x / are used: equal views give equal codes anywhere.
-**Tokens.** The model's distribution cut to its tail, each token's part times its own ratio of listed over expected, and
-made whole numbers by `frequencies`. An entry outside the tail can be coded too, at about 26 bits.
+**Flags.** One flag a row says whether the row is listed. Its chance is the model's tail mass at
+that row times a learned ratio: rows that were listed, divided by rows that were expected. The ratio
+is first learned by how recent the last entries are, since errors come in bursts, and then by that
+and the size of the tail; the finer class starts at the ratio of the wider one. Only + - x / are
+used, so equal views give equal codes on any machine.
 
-Both sides count as they go, so no table of statistics is stored. The floor is the sum of -log2 of these chances before
-they become whole numbers. All flags come before the first token, so that a reader asks the model for flagged rows only,
-once and in batches; the reader needs the very view that the writer had.
+**Tokens.** The model's distribution, cut to its tail. Each token's part is multiplied by its own
+ratio of listed to expected, and `token_frequencies` makes whole numbers of it. An entry outside the
+tail can be coded too; it costs about 26 bits.
+
+Writer and reader count alike, so no statistics are stored. The floor is the sum of -log2 of these
+chances before they become whole numbers. All flags come before the first token: so a reader asks
+the model only for the rows that are listed, once, in batches. A reader needs the writer's view, to
+the last bit.
 """
 
 import numpy as np
 from numba import njit
 
+from fairway.compression.leb128 import write_number
 from fairway.correction import range_coder as rc
-from fairway.correction.entries import CorrectionError, Entries, View, checked
-from fairway.correction.range_coder import put, take, target
-from fairway.correction.varint import put_number, take_count
-from train_gpt import need
+from fairway.correction.entries import (
+    CorrectionError,
+    Entries,
+    ModelView,
+    check_entries,
+    read_count,
+)
+from fairway.correction.range_coder import consume_symbol, decode_position, encode_symbol
 
-PRICE, WRITE, READ = range(3)
-FLAG_TOTAL, TOKEN_TOTAL = 1 << 28, 1 << 26
-LEAST_CHANCE = 2.0**-26  # of a flag, and as much of none: both can always be coded
-LEAST_MASS = (
-    2.0**-14
-)  # of a tail, so that what a model holds impossible is soon learned to be otherwise
+PRICE, WRITE, READ = range(3)  # what the kernels do
+FLAG_TOTAL, TOKEN_TOTAL = 1 << 28, 1 << 26  # sums of the frequencies
+LEAST_CHANCE = 2.0**-26  # of a flag being set, and of it being clear: both can always be coded
+LEAST_MASS = 2.0**-14  # of a tail: a model that calls a listed row impossible is soon corrected
 OCTAVE = np.array(
     [max(i, 1).bit_length() - 1 for i in range((1 << 16) + 1)], np.uint8
-)  # floor(log2 i)
-AGES = 14  # octaves of rows since the fourth last entry; eight of rows since the last
+)  # floor log2
+# Classes of recency: 14 octaves of rows since the fourth last entry, 8 of rows since the last.
+AGES = 14
 RECENT, TAILS = 8 * AGES, 17
-DOUBT = 4.0  # entries that a class must have had before its own ratio counts as much as the wider class's
-TOKEN_DOUBT = 1.0
-BATCH_VALUES = 1 << 22  # probabilities asked for at a time: 32 MiB
+DOUBT = 4.0  # entries after which a class counts as much as the wider class
+TOKEN_DOUBT = 1.0  # the same for one token
+BATCH_VALUES = 1 << 22  # probabilities that are computed at a time: 32 MiB
 
 
 @njit(cache=True)
 def ratio(listed, expected, wider):
-    """Listed over expected, drawn to the wider class's ratio, and less so where the model is found to be too sure."""
+    """Return listed / expected, pulled to the ratio of the wider class.
+
+    The pull is weaker where more rows are listed than expected: there the model is too sure.
+    """
     doubt = DOUBT * min(1.0, (expected + 1) / (listed + 1))
     return (listed + doubt * wider) / (expected + doubt)
 
 
 @njit(cache=True)
 def flag_rows(mode, coder, buffer, tail, flags, bits, last, counts, room):
-    """Code rows from `last[4]` on: price into `bits`, write `flags`, or read at most `room` of them.
+    """Code the rows from `last[4]` on: price into `bits`, write `flags`, or read into `flags`.
 
-    `last` holds the rows of the last four entries, newest first, and the row to go on from; `counts` listed and
-    expected rows of each class. Returns the flags seen, after the last of which reading stops.
+    `last` holds the rows of the last four entries, newest first, and the row to continue from.
+    `counts` holds listed and expected rows of each class. Return the number of set flags; reading
+    stops after `room` of them.
     """
     seen, row = 0, last[4]
     for i in range(len(tail)):
@@ -67,12 +80,12 @@ def flag_rows(mode, coder, buffer, tail, flags, bits, last, counts, room):
         else:
             size = np.int64(chance * FLAG_TOTAL)  # listed rows come first
             if mode == READ:
-                flags[i] = target(coder, FLAG_TOTAL) < np.uint64(size)
+                flags[i] = decode_position(coder, FLAG_TOTAL) < np.uint64(size)
             first, width = (0, size) if flags[i] else (size, FLAG_TOTAL - size)
             if mode == READ:
-                take(coder, buffer, first, width)
+                consume_symbol(coder, buffer, first, width)
             else:
-                put(coder, buffer, first, width, FLAG_TOTAL)
+                encode_symbol(coder, buffer, first, width, FLAG_TOTAL)
         counts[1, recent] += mass
         counts[1, both] += mass
         if flags[i]:
@@ -86,183 +99,173 @@ def flag_rows(mode, coder, buffer, tail, flags, bits, last, counts, room):
 
 
 @njit(cache=True)
-def frequencies(weights, counts, out):
-    """Whole numbers for weights[V] times each token's ratio, at least 1; their sum. `counts`: listed, expected."""
-    total, whole = 0.0, 0
+def token_frequencies(weights, counts, out):
+    """Fill `out` with whole numbers, at least 1, for weights[V] times the ratio of each token.
+
+    `counts` holds how often each token was listed and expected. Return both sums: of the weighted
+    parts, and of the whole numbers.
+    """
+    total, frequency_sum = 0.0, 0
     for v in range(len(weights)):
         total += weights[v] * ((counts[0, v] + TOKEN_DOUBT) / (counts[1, v] + TOKEN_DOUBT))
     scale = TOKEN_TOTAL / total if total > 0 else 0.0
     for v in range(len(weights)):
         part = weights[v] * ((counts[0, v] + TOKEN_DOUBT) / (counts[1, v] + TOKEN_DOUBT))
         out[v] = 1 + np.int64(part * scale)
-        whole += out[v]
-    return total, whole
+        frequency_sum += out[v]
+    return total, frequency_sum
 
 
 @njit(cache=True)
 def token_rows(mode, coder, buffer, threshold, rows, tokens, bits, counts):
-    """Code `tokens`, one for each of the distributions in `rows`, which are cut to their tails in place."""
+    """Code one of `tokens` for each distribution in rows[m, V]; these are cut to their tails."""
     sizes = np.empty(rows.shape[1], np.int64)
     for i in range(len(tokens)):
         weights, mass = rows[i], 0.0
         for v in range(len(weights)):
             weights[v] = weights[v] if 0 < weights[v] < threshold else 0.0
             mass += weights[v]
-        total, whole = frequencies(weights, counts, sizes)
+        total, frequency_sum = token_frequencies(weights, counts, sizes)
         token, first = tokens[i], 0
         if mode == READ:
-            place, token = np.int64(target(coder, whole)), 0
+            place, token = np.int64(decode_position(coder, frequency_sum)), 0
             while first + sizes[token] <= place:
                 first += sizes[token]
                 token += 1
             tokens[i] = token
-            take(coder, buffer, first, sizes[token])
+            consume_symbol(coder, buffer, first, sizes[token])
         elif mode == WRITE:
             first = sizes[:token].sum()
-            put(coder, buffer, first, sizes[token], whole)
+            encode_symbol(coder, buffer, first, sizes[token], frequency_sum)
         else:
             part = weights[token] * (
                 (counts[0, token] + TOKEN_DOUBT) / (counts[1, token] + TOKEN_DOUBT)
             )
-            bits[i] = np.log2(total / part) if part > 0 else np.log2(whole / sizes[token])
+            bits[i] = np.log2(total / part) if part > 0 else np.log2(frequency_sum / sizes[token])
         counts[0, token] += 1
         for v in range(len(weights)):
             counts[1, v] += weights[v] / mass if mass > 0 else 0.0
 
 
-def needed(view: View) -> None:
-    need(
-        view.tail is not None and view.distributions is not None,
-        "the modelled codec needs the model's tail mass and "
-        "distributions; choose varint or rice, which need neither",
-        CorrectionError,
-    )
-    need(
-        len(view.tail) == view.rows,
-        f"the view has tail masses of {len(view.tail)} rows, but the split has {view.rows} rows",
-        CorrectionError,
-    )
+def check_view(view: ModelView) -> None:
+    """Refuse a view without the model's opinion, or with one of other rows."""
+    if view.tail is None or view.distributions is None:
+        raise CorrectionError(
+            "the modelled codec needs the model's tail mass and distributions; choose varint or "
+            "rice, which need neither"
+        )
+    if len(view.tail) != view.rows:
+        raise CorrectionError(
+            f"the view has tail masses of {len(view.tail)} rows, but the split has {view.rows} rows"
+        )
 
 
 def code_flags(
-    mode: int, coder: np.ndarray, data: np.ndarray, view: View, positions: np.ndarray
+    mode: int, coder: np.ndarray, data: np.ndarray, view: ModelView, positions: np.ndarray
 ) -> list:
-    """Every row up to the last entry. Written: bytes; read: into `positions`; priced: bits of all and of each entry."""
-    last, counts, parts, seen = (
-        np.array([-65537] * 4 + [0]),
-        np.zeros((2, RECENT * (1 + TAILS))),
-        [],
-        0,
-    )
-    end = (
-        int(positions[-1]) + 1
-        if mode != READ and len(positions)
-        else view.rows
-        if mode == READ
-        else 0
-    )
+    """Code every row up to the last entry.
+
+    READ fills `positions` and returns nothing of use. WRITE returns parts of bytes; PRICE returns,
+    for each batch, the bits of all rows and those of its entries.
+    """
+    last, counts = np.array([-65537] * 4 + [0]), np.zeros((2, RECENT * (1 + TAILS)))
+    parts, seen, end = [], 0, view.rows
+    if mode != READ:
+        end = int(positions[-1]) + 1 if len(positions) else 0
     for start in range(0, end, rc.BATCH):
         if seen == len(positions):
             break
         tail = np.array(view.tail[start : min(start + rc.BATCH, end)], np.float64)
-        need(
-            np.isfinite(tail).all(),
-            f"the model's tail mass is not finite between rows {start} and "
-            f"{start + len(tail)}; are there NaN in its weights?",
-            CorrectionError,
-        )
+        if not np.isfinite(tail).all():
+            raise CorrectionError(
+                f"the model's tail mass is not finite between rows {start} and "
+                f"{start + len(tail)}; are there NaN in its weights?"
+            )
         flags, bits = np.zeros(len(tail), np.bool_), np.empty(len(tail))
-        inside = (
-            slice(*np.searchsorted(positions, [start, start + len(tail)]))
-            if mode != READ
-            else slice(0)
-        )
-        flags[positions[inside] - start] = True
-        found = flag_rows(mode, coder, data, tail, flags, bits, last, counts, len(positions) - seen)
+        if mode != READ:
+            inside = slice(*np.searchsorted(positions, [start, start + len(tail)]))
+            flags[positions[inside] - start] = True
+        room = len(positions) - seen
+        flagged = flag_rows(mode, coder, data, tail, flags, bits, last, counts, room)
         if mode == READ:
-            positions[seen : seen + found] = start + np.flatnonzero(flags)
+            positions[seen : seen + flagged] = start + np.flatnonzero(flags)
         else:
-            parts.append((bits.sum(), bits[flags]) if mode == PRICE else rc.drained(coder, data))
-        seen += found
-    need(
-        seen == len(positions),
-        f"the correction table holds {seen} entries, not the {len(positions)} that it states: "
-        "damaged, or of another model",
-        CorrectionError,
-    )
+            parts.append((bits.sum(), bits[flags]) if mode == PRICE else rc.flush(coder, data))
+        seen += flagged
+    if seen != len(positions):
+        raise CorrectionError(
+            f"the correction table holds {seen} entries, not the {len(positions)} that it states: "
+            "damaged, or of another model"
+        )
     return parts
 
 
 def code_tokens(
-    mode: int, coder: np.ndarray, data: np.ndarray, view: View, entries: Entries
+    mode: int, coder: np.ndarray, data: np.ndarray, view: ModelView, entries: Entries
 ) -> list:
-    """The token of each entry. Priced: bits of each; written: the bytes; read: into `entries.tokens`."""
-    counts, parts, step = (
-        np.zeros((2, view.vocab_size)),
-        [],
-        max(1, BATCH_VALUES // view.vocab_size),
-    )
+    """Code the token of each entry.
+
+    READ fills `entries.tokens`, WRITE returns parts of bytes, PRICE the bits of each entry.
+    """
+    counts, parts = np.zeros((2, view.vocab_size)), []
+    step = max(1, BATCH_VALUES // view.vocab_size)
     for i in range(0, len(entries.positions), step):
         positions, tokens = (column[i : i + step] for column in entries)
         rows = np.array(view.distributions(positions), np.float64, order="C")
-        need(
-            rows.shape == (len(positions), view.vocab_size),
-            f"the model gives distributions of shape {rows.shape}, "
-            f"not {len(positions)} of {view.vocab_size} tokens",
-            CorrectionError,
-        )
+        if rows.shape != (len(positions), view.vocab_size):
+            raise CorrectionError(
+                f"the model gives distributions of shape {rows.shape}, not {len(positions)} of "
+                f"{view.vocab_size} tokens"
+            )
         bits = np.empty(len(tokens))
         token_rows(mode, coder, data, view.threshold, rows, tokens, bits, counts)
-        parts.append(bits if mode == PRICE else rc.drained(coder, data) if mode == WRITE else b"")
+        parts.append(bits if mode == PRICE else rc.flush(coder, data) if mode == WRITE else b"")
     return parts
 
 
-def prices(entries: Entries, logp: np.ndarray, view: View) -> np.ndarray:
-    """Bits of each entry: its flag, an equal part of what the unlisted rows pay, its token under the plain tail."""
-    needed(view)
-    entries = checked(*entries, view)
-    parts = code_flags(PRICE, rc.start(), np.zeros(0, np.uint8), view, entries.positions)
-    flags, total = (
-        np.concatenate([np.zeros(0), *(bits for _, bits in parts)]),
-        sum(bits for bits, _ in parts),
-    )
-    tail = np.log2(np.maximum(view.tail[entries.positions], LEAST_CHANCE)) - logp[
-        entries.positions
-    ] / np.log(2)
-    return (
-        flags + (total - flags.sum()) / max(1, len(flags)) + np.clip(tail, 0, np.log2(TOKEN_TOTAL))
-    )
+def prices(entries: Entries, logp: np.ndarray, view: ModelView) -> np.ndarray:
+    """Return the bits of each entry, float64[m].
+
+    These are its flag, an equal share of the bits of all clear flags, and its token under the
+    model's tail, without what is learned on the way.
+    """
+    check_view(view)
+    entries = check_entries(*entries, view)
+    parts = code_flags(PRICE, rc.new_writer(), np.zeros(0, np.uint8), view, entries.positions)
+    flags = np.concatenate([np.zeros(0), *(bits for _, bits in parts)])
+    share = (sum(bits for bits, _ in parts) - flags.sum()) / max(1, len(flags))
+    tail = np.log2(np.maximum(view.tail[entries.positions], LEAST_CHANCE))
+    tokens = tail - logp[entries.positions] / np.log(2)
+    return flags + share + np.clip(tokens, 0, np.log2(TOKEN_TOTAL))
 
 
-def floor_bits(entries: Entries, view: View) -> float:
-    needed(view)
-    entries, nothing = checked(*entries, view), np.zeros(0, np.uint8)
-    flags = sum(bits for bits, _ in code_flags(PRICE, rc.start(), nothing, view, entries.positions))
-    return float(
-        flags + sum(bits.sum() for bits in code_tokens(PRICE, rc.start(), nothing, view, entries))
-    )
+def floor_bits(entries: Entries, view: ModelView) -> float:
+    """Return the sum of -log2 of the chances that code these entries, in bits."""
+    check_view(view)
+    entries, empty = check_entries(*entries, view), np.zeros(0, np.uint8)
+    flags = code_flags(PRICE, rc.new_writer(), empty, view, entries.positions)
+    tokens = code_tokens(PRICE, rc.new_writer(), empty, view, entries)
+    return float(sum(bits for bits, _ in flags) + sum(bits.sum() for bits in tokens))
 
 
-def encode(entries: Entries, view: View) -> bytes:
-    needed(view)
-    entries, coder, buffer = (
-        checked(*entries, view),
-        rc.start(),
-        np.empty(rc.MOST_BYTES * rc.BATCH, np.uint8),
-    )
+def encode(entries: Entries, view: ModelView) -> bytes:
+    """Return the payload of the entries."""
+    check_view(view)
+    entries, coder = check_entries(*entries, view), rc.new_writer()
+    buffer = np.empty(rc.MOST_BYTES * rc.BATCH, np.uint8)
     parts = code_flags(WRITE, coder, buffer, view, entries.positions)
     parts += code_tokens(WRITE, coder, buffer, view, entries)
-    return put_number(len(entries.positions)) + (b"".join(parts) + rc.ending(coder)).rstrip(b"\0")
+    coded = b"".join(parts) + rc.final_bytes(coder)
+    return write_number(len(entries.positions)) + coded.rstrip(b"\0")
 
 
-def decode(payload: bytes, view: View) -> Entries:
-    needed(view)
-    count, at = take_count(payload, view)
-    data = np.frombuffer(payload, np.uint8)[at:].copy()
-    coder, entries = (
-        rc.start_reading(data),
-        Entries(np.zeros(count, np.int64), np.zeros(count, np.int64)),
-    )
+def decode(payload: bytes, view: ModelView) -> Entries:
+    """Return the entries of a payload, or raise CorrectionError."""
+    check_view(view)
+    count, start = read_count(payload, view)
+    data = np.frombuffer(payload, np.uint8)[start:].copy()
+    coder = rc.new_reader(data)
+    entries = Entries(np.zeros(count, np.int64), np.zeros(count, np.int64))
     code_flags(READ, coder, data, view, entries.positions)
     code_tokens(READ, coder, data, view, entries)
-    return checked(*entries, view)
+    return check_entries(*entries, view)

@@ -15,14 +15,14 @@ def correction_section(evaluation: Evaluation) -> dict[str, Any]:
     that is scored, so the result is an oracle and no score.
     """
     cfg, text, logp = evaluation.cfg, evaluation.text, evaluation.logp
-    path = table.sidecar(cfg.checkpoint)
-    neural = oracle.viewer(evaluation.model, evaluation.rt)
+    path = table.table_path(cfg.checkpoint)
+    neural = oracle.view_scorer(evaluation.model, evaluation.rt)
     artifact = bytes.fromhex(evaluation.hashes["artifact"])
     with evaluation.stage("correction"), evaluation.bar("correction", len(logp)) as bar:
         if path.exists():
-            made, entries = oracle.stored_table(path, neural, text.tokens, artifact, bar.update)
+            correction, entries = oracle.load_table(path, neural, text.tokens, artifact, bar.update)
         else:
-            made, entries = oracle.build_table(
+            correction, entries = oracle.build_table(
                 neural,
                 text.tokens,
                 evaluation.columns["logp"],
@@ -31,19 +31,19 @@ def correction_section(evaluation: Evaluation) -> dict[str, Any]:
                 artifact,
                 bar.update,
             )
-        size = len(table.table_bytes(made))
-        table.apply(logp, entries, text.tokens[1:])  # refuses entries that are not this text's
+        size = len(table.table_bytes(correction))
+        table.corrected_logp(logp, entries, text.tokens[1:])  # refuses entries of another text
         cost = table.charge(logp, entries, size, text.bytes)
     section = dict(
         entries=len(entries.tokens),
         bytes=size,
-        codec=made.codec,
+        codec=correction.codec,
         stored=path.exists(),
         **cost._asdict(),
     )
     evaluation.log(
         f"{table.NOTICE}\n"
-        f"correction:{made.codec} entries:{section['entries']} bytes:{size} "
+        f"correction:{correction.codec} entries:{section['entries']} bytes:{size} "
         f"saved_bits:{cost.saved_bits:.0f} paid_bits:{cost.paid_bits:.0f}\n"
         f"oracle_bpb:{cost.oracle_bpb:.8f}\ncharged_bpb:{cost.charged_bpb:.8f}",
         "correction",

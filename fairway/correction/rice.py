@@ -1,37 +1,38 @@
-"""Golomb-Rice: rows skipped since the last entry in unary and `shift` low bits, tokens in log2 V bits each.
+"""The Golomb-Rice codec: skipped rows in unary and `shift` low bits, tokens in log2 V bits each.
 
-The payload is the number of entries, the shift that makes the gaps shortest, the gaps as bits, and the tokens through a
-range coder, so that a vocabulary that is no power of two wastes nothing. The floor is that of entries at random:
-rows x h(entries / rows) bits for the positions (for each entry, the entropy of a geometric gap), and log2 V a token.
+The payload is the number of entries, the shift that makes the gaps shortest, the gaps as bits, and
+the tokens through a range coder, so that a vocabulary that is no power of two wastes nothing. Its
+floor is that of entries at random rows: rows x h(entries / rows) bits for the positions, where h is
+the entropy of a yes or no, and log2 V bits for each token.
 """
 
 import numpy as np
 from numba import njit
 
+from fairway.compression.leb128 import write_number
 from fairway.correction.entries import (
     CorrectionError,
     Entries,
-    View,
-    checked,
-    gaps_of,
-    scatter_bits,
+    ModelView,
+    check_entries,
+    position_entropy,
+    read_count,
+    skipped_rows,
 )
 from fairway.correction.range_coder import uniform_bytes, uniform_symbols
-from fairway.correction.varint import put_number, take_count
-from train_gpt import need
 
-MOST_SHIFT = 40
+MOST_SHIFT = 40  # gaps of a terabyte; a larger shift is damage
 
 
 def best_shift(gaps: np.ndarray) -> tuple[int, int]:
-    """The shift that makes the gaps shortest, and their bits then."""
+    """Return the shift that makes the gaps shortest, and their bits with it."""
     bits = [int((gaps >> s).sum()) + len(gaps) * (s + 1) for s in range(MOST_SHIFT + 1)]
     return int(np.argmin(bits)), min(bits)
 
 
 @njit(cache=True)
-def write(gaps, shift, out):
-    """Ones for the quotient, a zero, then the remainder, highest bit first; `out` starts as zeros."""
+def write_gaps(gaps, shift, out):
+    """Write ones for the quotient, a zero, and the remainder, highest bit first, into zeros."""
     at = 0
     for gap in gaps:
         for _ in range(gap >> shift):
@@ -45,8 +46,8 @@ def write(gaps, shift, out):
 
 
 @njit(cache=True)
-def read(data, shift, rows, positions):
-    """Bits read, or -1: cut short, or beyond the split."""
+def read_gaps(data, shift, rows, positions):
+    """Fill `positions`; return the bits that were read, or -1 for data that no writer makes."""
     at, position, bits = 0, -1, 8 * len(data)
     for i in range(len(positions)):
         quotient, remainder = 0, 0
@@ -66,57 +67,53 @@ def read(data, shift, rows, positions):
     return at
 
 
-def prices(entries: Entries, logp: np.ndarray, view: View) -> np.ndarray:
-    """Bits of each entry: of its own codes, whatever the model thinks of it."""
-    gaps = gaps_of(checked(*entries, view).positions)
+def prices(entries: Entries, logp: np.ndarray, view: ModelView) -> np.ndarray:
+    """Return the bits of each entry, float64[m]: of its own codes, whatever the model says."""
+    gaps = skipped_rows(check_entries(*entries, view).positions)
     shift, _ = best_shift(gaps)
     return (gaps >> shift) + shift + 1 + np.log2(view.vocab_size)
 
 
-def floor_bits(entries: Entries, view: View) -> float:
-    count = len(checked(*entries, view).positions)
-    return scatter_bits(count, view.rows) + count * np.log2(view.vocab_size)
+def floor_bits(entries: Entries, view: ModelView) -> float:
+    """Return the bits of as many entries at random rows with random tokens."""
+    count = len(check_entries(*entries, view).positions)
+    return position_entropy(count, view.rows) + count * np.log2(view.vocab_size)
 
 
-def encode(entries: Entries, view: View) -> bytes:
-    entries = checked(*entries, view)
+def encode(entries: Entries, view: ModelView) -> bytes:
+    """Return the payload of the entries."""
+    entries = check_entries(*entries, view)
     if not len(entries.positions):
-        return put_number(0)
-    gaps = gaps_of(entries.positions)
+        return write_number(0)
+    gaps = skipped_rows(entries.positions)
     shift, bits = best_shift(gaps)
     out = np.zeros((bits + 7) // 8, np.uint8)
-    write(gaps, shift, out)
-    return (
-        put_number(len(gaps))
-        + bytes([shift])
-        + out.tobytes()
-        + uniform_bytes(entries.tokens, view.vocab_size)
-    )
+    write_gaps(gaps, shift, out)
+    tokens = uniform_bytes(entries.tokens, view.vocab_size)
+    return write_number(len(gaps)) + bytes([shift]) + out.tobytes() + tokens
 
 
-def decode(payload: bytes, view: View) -> Entries:
-    count, at = take_count(payload, view)
+def decode(payload: bytes, view: ModelView) -> Entries:
+    """Return the entries of a payload, or raise CorrectionError."""
+    count, at = read_count(payload, view)
     if not count:
-        need(
-            at == len(payload),
-            f"an empty correction table has {len(payload)} bytes, not {at}: damaged",
-            CorrectionError,
-        )
-        return checked(np.zeros(0), np.zeros(0), view)
+        if at < len(payload):
+            raise CorrectionError(
+                f"an empty correction table has {len(payload)} bytes, not {at}: damaged"
+            )
+        return check_entries(np.zeros(0), np.zeros(0), view)
     data = np.frombuffer(payload, np.uint8)[at:].copy()
-    need(
-        len(data) and count <= 8 * len(data) and data[0] <= MOST_SHIFT,
-        f"the correction table's {count} entries do "
-        f"not fit its {len(data)} bytes, or its shift is above {MOST_SHIFT}: damaged",
-        CorrectionError,
-    )
+    if not len(data) or count > 8 * len(data) or data[0] > MOST_SHIFT:
+        raise CorrectionError(
+            f"the correction table's {count} entries do not fit its {len(data)} bytes, or its "
+            f"shift is above {MOST_SHIFT}: damaged"
+        )
     positions = np.empty(count, np.int64)
-    bits = read(data[1:], int(data[0]), view.rows, positions)
-    need(
-        bits >= 0,
-        f"the correction table is cut short, or lists rows beyond the split's {view.rows}: damaged",
-        CorrectionError,
-    )
-    return checked(
-        positions, uniform_symbols(data[1 + (bits + 7) // 8 :], count, view.vocab_size), view
-    )
+    bits = read_gaps(data[1:], int(data[0]), view.rows, positions)
+    if bits < 0:
+        raise CorrectionError(
+            "the correction table is cut short, or lists rows beyond the split's "
+            f"{view.rows}: damaged"
+        )
+    tokens = uniform_symbols(data[1 + (bits + 7) // 8 :], count, view.vocab_size)
+    return check_entries(positions, tokens, view)

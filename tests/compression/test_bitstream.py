@@ -50,7 +50,7 @@ def number(n: int, more: int = 0) -> bytes:
 
 
 def forged(**changed) -> bytes:
-    """Write HEADER and PAYLOAD from docs/BITSTREAM.md, some parts replaced, with a right checksum."""
+    """Write HEADER and PAYLOAD as docs/BITSTREAM.md says, with some parts replaced."""
     parts = dict(
         flags=b"\x02",
         artifact=b"\xab" * 12,
@@ -111,7 +111,7 @@ def test_a_file_comes_back(tmp_path):
 
 
 def test_a_proofs_header_leaves_room_in_64_bytes():
-    """A proof's file may exceed its claim by 64 bytes, for the header and the coder's last words."""
+    """A file may exceed its claim by 64 bytes: for the header and the coder's last words."""
     assert len(bitstream_bytes(PROOF, b"")) <= 48
 
 
@@ -167,7 +167,7 @@ VERSION_1 = [
 
 
 def test_places_defaults_and_choices_are_those_of_version_1():
-    """Files hold settings by place and value. Whoever changes one must raise the format's version."""
+    """Files hold settings by place and value: a change must raise the format's version."""
     assert VERSION_1 == [name and (name, FIELDS[name].default, CHOICES[name]) for name in PLACES]
     assert list(EXPERT_SETTINGS) == [place[0] for place in VERSION_1[5:] if place]
     assert list(SETTINGS) == [place[0] for place in VERSION_1 if place]

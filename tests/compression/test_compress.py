@@ -1,4 +1,4 @@
-"""compress, decompress and describe as users run them: every byte comes back, or one line says why."""
+"""The verbs of compression as users run them: every byte comes back, or one line says why."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""An artifact as something that runs: one thread for a small model, and mistakes in one line."""
+"""Loading an artifact: one thread for a small model, and errors in one line."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_a_small_model_runs_on_one_thread(path, monkeypatch, limit, threads):
         torch.set_num_threads(before)
 
 
-def test_a_device_that_is_not_there(path):
+def test_a_device_that_does_not_exist_is_refused(path):
     other = "mps" if best_device() != "mps" else "cuda"
     with pytest.raises(
         UserError,
@@ -49,7 +49,7 @@ def test_a_device_that_is_not_there(path):
         load(path, device=other)
 
 
-def test_what_is_no_artifact(tmp_path):
+def test_other_files_are_no_artifacts(tmp_path):
     with pytest.raises(UserError, match="none.ptz: cannot be read"):
         load(tmp_path / "none.ptz")
     with pytest.raises(UserError, match="not a Fairway artifact"):

@@ -1,4 +1,4 @@
-"""A score is proved by decoding: what was counted can be decoded elsewhere, and a false claim cannot."""
+"""A score is proved by decoding: what was counted decodes elsewhere, and a false claim fails."""
 
 import contextlib
 from dataclasses import replace
@@ -26,7 +26,7 @@ ALONE = Runtime(0, 1, torch.device("cpu"), "cpu")
 
 
 def make_artifact(path: Path, corpus, **changed) -> Path:
-    """Write the artifact of a small random model, without its tokenizer; it is next to the shards."""
+    """Write the artifact of a small random model. Its tokenizer is next to the shards."""
     model = trained(Config(**TINY | dict(vocab_size=corpus.vocab_size) | changed))
     tokenizer = (corpus.folder / "tokenizer.model").read_bytes()
     return write(path, encoded(model, tokenizer=tokenizer, embed_tokenizer=False))

@@ -1,4 +1,4 @@
-"""Any bytes as tokens and back, with tokenizers that keep a text and with such as do not."""
+"""Any bytes become tokens and come back, with tokenizers that keep a text and with others."""
 
 import time
 
@@ -106,8 +106,8 @@ def test_corners(spellers, kind, data):
 
 @each
 @given(data=mixtures)
-def test_where_the_tokenizer_normalises_all_the_same(tokenizers, kind, data):
-    """Were its normalisation not switched off: by lines, then with the fewest pieces."""
+def test_bytes_come_back_even_if_the_tokenizer_normalises(tokenizers, kind, data):
+    """If normalisation were on, lines and then the fewest pieces would spell the text."""
     speller = Speller(tokenizers[kind], 384)
     speller.tokenizer = tokenizers[kind]
     assert speller.data(speller.tokens(data)) == data
@@ -115,7 +115,7 @@ def test_where_the_tokenizer_normalises_all_the_same(tokenizers, kind, data):
 
 # ==== AS THE MODEL WAS TRAINED ====================================================================
 @each
-def test_what_survives_is_segmented_as_in_training(tokenizers, spellers, kind):
+def test_text_that_survives_is_segmented_as_in_training(tokenizers, spellers, kind):
     tokenizer, same = tokenizers[kind], 0
     for text in english_like(5, 100):
         ids = tokenizer.encode(text)
@@ -130,8 +130,8 @@ def test_what_survives_is_segmented_as_in_training(tokenizers, spellers, kind):
         st.one_of(st.text(max_size=9), st.sampled_from(["▁", " ", "\n", *TEXTS[:20]]))
     ).map("".join)
 )
-def test_as_shards_are_prepared(tokenizers, spellers, text):
-    """A text that its shards keep has the tokens that it has there, a literal ▁ included."""
+def test_a_text_is_segmented_as_in_shards(tokenizers, spellers, text):
+    """A text gets the tokens that data/prepare.py gives it, a literal ▁ included."""
     prepared = Tokenizer(tokenizers["kept"].serialized_model_proto(), "test")
     assert prepared.is_lossless and prepared.encode([text])[0] == spellers["kept"].tokens(
         text.encode()
@@ -141,7 +141,7 @@ def test_as_shards_are_prepared(tokenizers, spellers, text):
 @each
 @given(data=st.data())
 def test_a_token_spells_as_many_bytes_as_the_score_counts(tokenizers, spellers, kind, data):
-    """Any tokens, control tokens among them; pieces with a blank behind are left out, which no score could count."""
+    """Draw any tokens, except pieces that end with a blank, which no score can count."""
     table, speller = ByteTable.of(tokenizers[kind], 400), spellers[kind]
     ids = data.draw(
         st.lists(
@@ -155,7 +155,7 @@ def test_a_token_spells_as_many_bytes_as_the_score_counts(tokenizers, spellers, 
 
 
 def test_the_first_blank(spellers):
-    """Swallowed at the start of a document, and there only."""
+    """The first blank is dropped at the start of a document, and only there."""
     for kind, swallows in (("kept", False), ("lossy", True), ("no prefix, blanks lost", True)):
         speller = spellers[kind]
         the = speller.pieces.index(b" the")

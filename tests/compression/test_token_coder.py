@@ -1,4 +1,4 @@
-"""The token coder with any predictor: it matches plain integers, loses nothing, and survives damage."""
+"""The token coder matches plain integers, loses nothing, and survives damage."""
 
 import struct
 import tracemalloc
@@ -42,7 +42,7 @@ def some_tokens(n: int, vocab_size: int, seed: int = 0) -> np.ndarray:
 
 
 def decode_plainly(predictor, payload: bytes, count: int) -> list[int]:
-    """Decode as docs/BITSTREAM.md says, in Python's integers: frequencies, streams, range decoder."""
+    """Decode as docs/BITSTREAM.md says, in Python's integers."""
     words, top = list(struct.unpack(f"<{len(payload) // 4}I", payload)), 2**64
 
     def take() -> int:
@@ -170,7 +170,7 @@ def test_rounding_to_frequencies_costs_almost_nothing(V, most):
 
 # ==== DAMAGED PAYLOADS ============================================================================
 def test_damaged_payloads_end_in_an_error_or_in_other_tokens():
-    """The file's checksum finds damage. Here decoding must only end, with the right number of tokens."""
+    """The file's checksum finds damage; decoding must only end, in the right number of tokens."""
     payload = encode_tokens(Counting(4, 300), some_tokens(400, 300))
     rng, refused = np.random.default_rng(0), 0
     for n in range(150):

@@ -1,4 +1,4 @@
-"""Correction tables: codecs that give back what they took, near their floors; files that refuse damage; honest sums."""
+"""Correction tables: codecs return what they got, files refuse damage, and sums add up."""
 
 import hashlib
 import math
@@ -12,18 +12,26 @@ from hypothesis import strategies as st
 
 from fairway.correction import modelled, rice, table
 from fairway.correction import range_coder as rc
-from fairway.correction.entries import CorrectionError, Entries, View, scatter_bits
-from fairway.correction.table import CODECS, applied, apply, boosted, charge, choose, saved_bits
+from fairway.correction.entries import CorrectionError, Entries, ModelView, position_entropy
+from fairway.correction.table import (
+    CODECS,
+    boosted,
+    charge,
+    choose_entries,
+    corrected_distribution,
+    corrected_logp,
+    saved_bits,
+)
 from train_gpt import UserError
 
 each = pytest.mark.parametrize("name", list(CODECS))
 SPLIT, ARTIFACT = b"s" * 32, b"a" * 32
 
 
-def view_of(p: np.ndarray, threshold: float) -> View:
-    """Of distributions [rows, V] held in memory."""
+def view_of(p: np.ndarray, threshold: float) -> ModelView:
+    """Return the view of distributions float64[rows, V] in memory."""
     tail = np.where(p < threshold, p, 0).sum(1)
-    return View(
+    return ModelView(
         len(p), p.shape[1], threshold, tail.astype(np.float32), lambda positions: p[positions]
     )
 
@@ -31,7 +39,7 @@ def view_of(p: np.ndarray, threshold: float) -> View:
 def drawn(
     rows: int, vocab_size: int, seed: int = 0, spread: float = 2.5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distributions of a model that errs as often as it says, and targets drawn from them."""
+    """Return distributions of a model that errs as often as it says, and targets from them."""
     rng = np.random.default_rng(seed)
     p = np.exp(spread * rng.standard_normal((rows, vocab_size)))
     p /= p.sum(1, keepdims=True)
@@ -53,14 +61,14 @@ def same(a: Entries, b: Entries) -> bool:
 
 @pytest.fixture(scope="module")
 def model():
-    """p[20000, 64], targets, and a view whose tail is everything below 2^-8."""
+    """Return p[20000, 64], targets, and a view whose tail is everything below 2^-8."""
     p, targets = drawn(20_000, 64)
     return p, targets, view_of(p, 2.0**-8)
 
 
-# ---- The range coder -------------------------------------------------------------------------------------------------
+# ==== THE RANGE CODER =============================================================================
 def plain_uniform_bytes(symbols: list[int], total: int) -> bytes:
-    """The same coder, on Python's integers."""
+    """Encode with the same range coder, on Python's integers."""
     low, span, out = 0, 2**64 - 1, []
     for symbol in symbols:
         step = span // total
@@ -78,9 +86,7 @@ def plain_uniform_bytes(symbols: list[int], total: int) -> bytes:
 
 
 @given(st.integers(2, 2**32), st.integers(0, 200), st.integers(0, 2**32 - 1), st.booleans())
-def test_uniform_symbols_come_back_and_the_bytes_are_those_of_plain_integers(
-    total, count, seed, extreme
-):
+def test_uniform_symbols_come_back_and_match_plain_integers(total, count, seed, extreme):
     rng = np.random.default_rng(seed)
     symbols = (
         rng.choice([0, total // 2, total - 1], count) if extreme else rng.integers(0, total, count)
@@ -96,25 +102,29 @@ def test_uniform_symbols_come_back_and_the_bytes_are_those_of_plain_integers(
 
 
 def test_a_range_that_straddles_a_border_is_cut_and_read_back():
-    """Middle symbols of odd totals keep the range across the border of a byte until it is too small."""
-    totals, coder, out = [3] * 400 + [2**32 - 1, 2**32] * 40, rc.start(), np.empty(8192, np.uint8)
+    """Middle symbols of odd totals keep the range across a byte's border until it is too small."""
+    totals, coder, out = (
+        [3] * 400 + [2**32 - 1, 2**32] * 40,
+        rc.new_writer(),
+        np.empty(8192, np.uint8),
+    )
     cuts = 0
     for total in totals:
         coder[rc.STEP] = before = coder[rc.RANGE] // np.uint64(total)
-        rc.put(coder, out, total // 2, 1, total)
+        rc.encode_symbol(coder, out, total // 2, 1, total)
         cuts += int(coder[rc.RANGE]) not in {int(before) << 8 * i for i in range(9)}
-    data = np.frombuffer(rc.drained(coder, out) + rc.ending(coder), np.uint8).copy()
-    coder = rc.start_reading(data)
+    data = np.frombuffer(rc.flush(coder, out) + rc.final_bytes(coder), np.uint8).copy()
+    coder = rc.new_reader(data)
     for total in totals:
-        assert rc.target(coder, total) == total // 2
-        rc.take(coder, data, total // 2, 1)
+        assert rc.decode_position(coder, total) == total // 2
+        rc.consume_symbol(coder, data, total // 2, 1)
     assert cuts > 0
 
 
-# ---- Codecs ----------------------------------------------------------------------------------------------------------
+# ==== CODECS ======================================================================================
 @st.composite
 def cases(draw):
-    """Any entries of any view, whatever the model thinks of them."""
+    """Draw any entries of any view, whatever the model says about them."""
     rows, vocab_size = draw(st.integers(0, 90)), draw(st.sampled_from([4, 5, 7, 256, 1000, 1024]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     p = np.exp(draw(st.sampled_from([0.0, 3.0, 30.0])) * rng.standard_normal((rows, vocab_size)))
@@ -132,7 +142,7 @@ def cases(draw):
 
 @each
 @given(case=cases())
-def test_entries_come_back_whatever_they_are(name, case):
+def test_any_entries_come_back(name, case):
     entries, view = case
     assert same(CODECS[name].decode(CODECS[name].encode(entries, view), view), entries)
 
@@ -144,7 +154,7 @@ def test_large_vocabularies_and_far_rows_come_back(name):
             np.array([0, 127, 128, 256, 10**6, rows - 1]),
             np.array([0, 255, 256, vocab_size - 1, 1, 2]),
         )
-        view = View(rows, vocab_size)
+        view = ModelView(rows, vocab_size)
         assert same(CODECS[name].decode(CODECS[name].encode(entries, view), view), entries)
 
 
@@ -156,11 +166,11 @@ def test_the_modelled_codec_takes_65536_tokens():
     )
 
 
-def test_formats_are_what_they_were():
-    """By hand for varint and rice; the modelled codec's bytes were kept when the tests were written."""
-    entries, view = Entries(np.array([2, 3, 203]), np.array([5, 300, 1])), View(256, 512)
+def test_payloads_are_those_of_older_code():
+    """Varint and rice are computed by hand; the modelled codec's bytes come from older code."""
+    entries, view = Entries(np.array([2, 3, 203]), np.array([5, 300, 1])), ModelView(256, 512)
     assert CODECS["varint"].encode(entries, view).hex(" ") == "03 02 05 00 00 2c 01 c7 01 01 00"
-    entries, view = Entries(np.array([1, 2, 7]), np.array([3, 0, 2])), View(8, 4)
+    entries, view = Entries(np.array([1, 2, 7]), np.array([3, 0, 2])), ModelView(8, 4)
     assert CODECS["rice"].encode(entries, view) == bytes(
         [3, 0, 0b10_0_11110]
     ) + plain_uniform_bytes([3, 0, 2], 4)
@@ -196,26 +206,26 @@ def test_rice_is_within_2_percent_of_the_floor_for_any_vocabulary(vocab_size, ra
     positions = np.unique(rng.integers(0, rows, 4000))
     entries, view = (
         Entries(positions, rng.integers(0, vocab_size, len(positions))),
-        View(rows, vocab_size),
+        ModelView(rows, vocab_size),
     )
-    floor = scatter_bits(len(positions), rows) + len(positions) * math.log2(vocab_size)
+    floor = position_entropy(len(positions), rows) + len(positions) * math.log2(vocab_size)
     assert CODECS["rice"].floor_bits(entries, view) == pytest.approx(floor)
     assert 8 * len(CODECS["rice"].encode(entries, view)) < 1.02 * floor
 
 
 def test_floors_are_what_the_schemes_say(model):
-    """Counted once more, in plain Python."""
+    """A second count, in plain Python, gives the same."""
     _, targets, _ = model
-    rows, view = np.array([5, 140, 141, 20_000]), View(30_000, 64)
+    rows, view = np.array([5, 140, 141, 20_000]), ModelView(30_000, 64)
     assert CODECS["varint"].floor_bits(Entries(rows, rows % 64), view) == 4 * 16 + 8 * (
         1 + 2 + 1 + 3
     )
-    assert scatter_bits(1, 4) == pytest.approx(-math.log2(0.25) - 3 * math.log2(0.75))
-    assert scatter_bits(0, 9) == scatter_bits(9, 9) == 0
+    assert position_entropy(1, 4) == pytest.approx(-math.log2(0.25) - 3 * math.log2(0.75))
+    assert position_entropy(0, 9) == position_entropy(9, 9) == 0
 
 
 def test_the_modelled_codec_costs_what_a_true_model_says(model):
-    """Where the model is right, -log2 of its own chances is the least that any code can reach; learning adds little."""
+    """If the model is right, no code beats -log2 of its chances; learning adds little."""
     p, targets, view = model
     entries = below(p, targets, view.threshold)
     listed = np.zeros(len(p), bool)
@@ -229,7 +239,7 @@ def test_the_modelled_codec_costs_what_a_true_model_says(model):
 
 
 def test_what_the_model_gets_wrong_is_learned():
-    """The tail is hit four times as often as the model says, in bursts and by few tokens: 25 % under its charge."""
+    """The tail is hit four times as often as the model says, in bursts: 25 % is saved."""
     p, _ = drawn(20_000, 64, seed=3)
     view, rng = view_of(p, 2.0**-8), np.random.default_rng(4)
     rows = np.flatnonzero(rng.random(len(p)) < 4 * view.tail * (np.arange(len(p)) % 2000 < 500))
@@ -248,7 +258,7 @@ def test_the_model_is_asked_for_listed_rows_only_and_in_batches(model, monkeypat
         asked.append(positions)
         return p[positions]
 
-    watched = View(view.rows, view.vocab_size, view.threshold, view.tail, ask)
+    watched = ModelView(view.rows, view.vocab_size, view.threshold, view.tail, ask)
     payload = modelled.encode(entries, view)
     monkeypatch.setattr(modelled, "BATCH_VALUES", 64 * 100)
     assert modelled.encode(entries, watched) == payload  # batches leave no mark
@@ -257,26 +267,29 @@ def test_the_model_is_asked_for_listed_rows_only_and_in_batches(model, monkeypat
     assert max(map(len, asked)) == 100 and np.array_equal(np.concatenate(asked), entries.positions)
 
 
-def test_a_view_that_holds_rows_asks_for_them_once(model, monkeypatch):
+def test_a_view_that_caches_rows_computes_them_once(model, monkeypatch):
     p, targets, view = model
     entries, asked = below(p, targets, view.threshold), []
-    watched = View(
+    watched = ModelView(
         view.rows, 64, view.threshold, view.tail, lambda rows: asked.append(len(rows)) or p[rows]
     )
-    assert choose(logp_of(p, targets), targets, watched, "rice", 700).positions.size and not asked
-    assert choose(logp_of(p, targets), targets, watched, "modelled", 700).positions.size
-    assert asked == [len(entries.positions)]
-    monkeypatch.setattr("fairway.correction.entries.MOST_HELD", 64 * len(entries.positions) - 1)
     assert (
-        watched.holding(entries.positions) is watched
-        and View(9, 4).holding(entries.positions).distributions is None
+        choose_entries(logp_of(p, targets), targets, watched, "rice", 700).positions.size
+        and not asked
+    )
+    assert choose_entries(logp_of(p, targets), targets, watched, "modelled", 700).positions.size
+    assert asked == [len(entries.positions)]
+    monkeypatch.setattr("fairway.correction.entries.MOST_CACHED", 64 * len(entries.positions) - 1)
+    assert (
+        watched.cached_for(entries.positions) is watched
+        and ModelView(9, 4).cached_for(entries.positions).distributions is None
     )
 
 
 def test_rows_beyond_a_batch_of_flags_come_back():
     rows = 2 * rc.BATCH + 10
     p, tail = np.full(4, 0.25), np.full(rows, 0.01, np.float32)
-    view = View(rows, 4, 0.5, tail, lambda positions: np.tile(p, (len(positions), 1)))
+    view = ModelView(rows, 4, 0.5, tail, lambda positions: np.tile(p, (len(positions), 1)))
     positions = np.array([3, rc.BATCH - 1, rc.BATCH, 2 * rc.BATCH - 1, rows - 1])
     entries = Entries(positions, positions % 4)
     assert same(modelled.decode(modelled.encode(entries, view), view), entries)
@@ -291,7 +304,7 @@ def test_prices_add_up_to_the_payload(name, model):
     assert prices.sum() == pytest.approx(8 * len(CODECS[name].encode(entries, view)), rel=0.05)
 
 
-# ---- Damage ----------------------------------------------------------------------------------------------------------
+# ==== DAMAGE ======================================================================================
 def mutant(data: bytes, rng: np.random.Generator) -> bytes:
     kind, at = rng.integers(4), int(rng.integers(len(data)))
     if kind == 0:
@@ -330,7 +343,7 @@ def test_500_mutants_of_a_payload_end_in_entries_or_an_error(name, model):
     [b"", b"\xff" * 9, b"\xff" * 8 + b"\x7f", b"\xff\xff\x03", b"\xe8\x07", b"\xe8\x07\x00"],
 )
 def test_a_hostile_payload_takes_no_memory(name, payload, model):
-    view = View(
+    view = ModelView(
         1500,
         64,
         2.0**-8,
@@ -355,7 +368,7 @@ def test_a_hostile_payload_takes_no_memory(name, payload, model):
 
 @each
 @pytest.mark.parametrize(
-    "positions, tokens, told",
+    "positions, tokens, message",
     [
         ([1, 1], [0, 0], "do not increase"),
         ([2, 1], [0, 0], "do not increase"),
@@ -365,27 +378,27 @@ def test_a_hostile_payload_takes_no_memory(name, payload, model):
         ([1, 2], [0], "2 positions but 1 tokens"),
     ],
 )
-def test_entries_that_no_table_may_hold_are_refused(name, positions, tokens, told, model):
-    with pytest.raises(CorrectionError, match=told):
+def test_entries_that_no_table_may_hold_are_refused(name, positions, tokens, message, model):
+    with pytest.raises(CorrectionError, match=message):
         CODECS[name].encode(Entries(np.array(positions), np.array(tokens)), model[2])
 
 
-def test_a_view_without_a_model_is_told_what_it_lacks():
+def test_a_view_without_a_model_is_refused():
     entries = Entries(np.array([1]), np.array([0]))
-    for view, told in (
-        (View(9, 4), "choose varint or rice"),
+    for view, message in (
+        (ModelView(9, 4), "choose varint or rice"),
         (
-            View(9, 4, 0.1, np.zeros(8), lambda p: np.ones((len(p), 4))),
+            ModelView(9, 4, 0.1, np.zeros(8), lambda p: np.ones((len(p), 4))),
             "8 rows, but the split has 9",
         ),
-        (View(9, 4, 0.1, np.full(9, np.nan), lambda p: np.ones((len(p), 4))), "not finite"),
-        (View(9, 4, 0.1, np.zeros(9), lambda p: np.ones((len(p), 5))), r"shape \(1, 5\)"),
+        (ModelView(9, 4, 0.1, np.full(9, np.nan), lambda p: np.ones((len(p), 4))), "not finite"),
+        (ModelView(9, 4, 0.1, np.zeros(9), lambda p: np.ones((len(p), 5))), r"shape \(1, 5\)"),
     ):
-        with pytest.raises(CorrectionError, match=told):
+        with pytest.raises(CorrectionError, match=message):
             modelled.encode(entries, view)
 
 
-# ---- What a table does to a score ------------------------------------------------------------------------------------
+# ==== WHAT A TABLE DOES TO A SCORE ================================================================
 @given(st.integers(2, 50), st.integers(0, 2**32 - 1), st.sampled_from([0.1, 1, 5, 40]))
 def test_the_closed_form_is_the_softmax_with_20_added(vocab_size, seed, spread):
     rng = np.random.default_rng(seed)
@@ -395,7 +408,7 @@ def test_the_closed_form_is_the_softmax_with_20_added(vocab_size, seed, spread):
     logits[token] += 20
     raised = np.exp(logits - logits.max())
     raised /= raised.sum()
-    full = applied(p, token)
+    full = corrected_distribution(p, token)
     assert full.sum() == pytest.approx(1, abs=1e-12) and np.allclose(
         full, raised, rtol=1e-9, atol=1e-300
     )
@@ -415,13 +428,15 @@ def test_certain_and_impossible_tokens_stay_what_they_are():
 def test_only_listed_rows_change(model):
     p, targets, view = model
     logp, entries = logp_of(p, targets), below(p, targets, view.threshold)
-    out = apply(logp, entries, targets)
+    out = corrected_logp(logp, entries, targets)
     others = np.delete(np.arange(len(p)), entries.positions)
     assert np.array_equal(out[others], logp[others])
     row = entries.positions[3]
-    assert out[row] == pytest.approx(math.log(applied(p[row], targets[row])[targets[row]]))
+    assert out[row] == pytest.approx(
+        math.log(corrected_distribution(p[row], targets[row])[targets[row]])
+    )
     with pytest.raises(CorrectionError, match="are not the targets"):
-        apply(logp, Entries(entries.positions, (entries.tokens + 1) % 64), targets)
+        corrected_logp(logp, Entries(entries.positions, (entries.tokens + 1) % 64), targets)
 
 
 def test_a_million_entries_are_applied_within_a_second():
@@ -429,21 +444,21 @@ def test_a_million_entries_are_applied_within_a_second():
     logp, targets = -20 * rng.random(4_000_000), rng.integers(0, 1024, 4_000_000).astype(np.uint16)
     entries = Entries(np.arange(0, 4_000_000, 4), targets[::4].astype(np.int64))
     began = time.perf_counter()
-    out = apply(logp, entries, targets)
+    out = corrected_logp(logp, entries, targets)
     assert time.perf_counter() - began < 1 and (out >= logp).all()
 
 
 def test_every_bit_of_the_table_is_charged(model):
     p, targets, view = model
     logp, entries = logp_of(p, targets), below(p, targets, view.threshold)
-    told, text_bytes = charge(logp, entries, 1000, 50_000), 50_000
-    assert told.paid_bits == 8000
-    assert told.oracle_bpb == pytest.approx(
-        -apply(logp, entries, targets).sum() / math.log(2) / text_bytes
+    cost, text_bytes = charge(logp, entries, 1000, 50_000), 50_000
+    assert cost.paid_bits == 8000
+    assert cost.oracle_bpb == pytest.approx(
+        -corrected_logp(logp, entries, targets).sum() / math.log(2) / text_bytes
     )
-    assert told.charged_bpb == pytest.approx(told.oracle_bpb + 8000 / text_bytes)
-    assert told.saved_bits == pytest.approx(
-        (apply(logp, entries, targets) - logp).sum() / math.log(2)
+    assert cost.charged_bpb == pytest.approx(cost.oracle_bpb + 8000 / text_bytes)
+    assert cost.saved_bits == pytest.approx(
+        (corrected_logp(logp, entries, targets) - logp).sum() / math.log(2)
     )
     nothing = Entries(entries.positions[:0], entries.tokens[:0])
     assert charge(np.zeros(0), nothing, table.EMPTY_BYTES, 5).oracle_bpb == 0
@@ -451,26 +466,26 @@ def test_every_bit_of_the_table_is_charged(model):
         charge(logp, entries, 1000, 0)
 
 
-# ---- Which entries ---------------------------------------------------------------------------------------------------
+# ==== WHICH ENTRIES ===============================================================================
 @each
 def test_no_entry_pays_where_the_model_is_right(name, model):
     p, targets, view = model
-    assert len(choose(logp_of(p, targets), targets, view, name).positions) == 0
+    assert len(choose_entries(logp_of(p, targets), targets, view, name).positions) == 0
 
 
 @each
 def test_entries_pay_where_the_model_is_sure_and_wrong(name):
-    """A third of its targets lie where it sees one chance in 10^8: each saves 26 bits and takes half as many."""
+    """A third of the targets has a chance of 10^-8: an entry saves 26 bits and takes half."""
     rng = np.random.default_rng(2)
     p = np.full((9000, 64), 1e-8)
     p[:, 0] = 1 - 63e-8
     targets = np.where(rng.random(9000) < 1 / 3, rng.integers(1, 64, 9000), 0)
     logp, view = logp_of(p, targets), view_of(p, 2.0**-10)
-    entries = choose(logp, targets, view, name)
-    told = charge(logp, entries, table.size(entries, view, name), 20_000)
+    entries = choose_entries(logp, targets, view, name)
+    cost = charge(logp, entries, table.file_size(entries, view, name), 20_000)
     assert (
         len(entries.positions) == (targets > 0).sum()
-        and told.charged_bpb < -logp.sum() / math.log(2) / 20_000
+        and cost.charged_bpb < -logp.sum() / math.log(2) / 20_000
     )
 
 
@@ -479,37 +494,37 @@ def test_entries_pay_where_the_model_is_sure_and_wrong(name):
 def test_a_budget_is_filled_and_never_passed(name, budget, model):
     p, targets, view = model
     logp, every = logp_of(p, targets), below(p, targets, view.threshold)
-    entries = choose(logp, targets, view, name, budget)
+    entries = choose_entries(logp, targets, view, name, budget)
     assert np.isin(entries.positions, every.positions).all()
     assert np.array_equal(entries.tokens, targets[entries.positions])
-    assert table.size(entries, view, name) <= budget
+    assert table.file_size(entries, view, name) <= budget
     full = len(entries.positions) == len(every.positions)
-    assert full or budget - table.size(entries, view, name) <= max(5, budget // 200)
+    assert full or budget - table.file_size(entries, view, name) <= max(5, budget // 200)
 
 
 def test_the_worst_predicted_come_first_where_prices_are_equal(model):
     p, targets, view = model
     logp = logp_of(p, targets)
-    chosen = choose(logp, targets, view, "varint", 400).positions
+    chosen = choose_entries(logp, targets, view, "varint", 400).positions
     assert logp[chosen].max() <= np.sort(logp)[len(chosen) + 40]
 
 
 @each
-def test_a_budget_of_more_than_there_is_takes_all_and_too_small_a_one_is_refused(name, model):
+def test_a_large_budget_takes_all_entries_and_a_tiny_one_is_refused(name, model):
     p, targets, view = model
     logp = logp_of(p, targets)
-    assert same(choose(logp, targets, view, name, 10**6), below(p, targets, view.threshold))
+    assert same(choose_entries(logp, targets, view, name, 10**6), below(p, targets, view.threshold))
     with pytest.raises(UserError, match=f"a budget of 100 bytes .* has {table.EMPTY_BYTES}"):
-        choose(logp, targets, view, name, 100)
+        choose_entries(logp, targets, view, name, 100)
 
 
 @each
-def test_a_split_of_nothing_has_a_table_of_nothing(name):
+def test_an_empty_split_has_an_empty_table(name):
     p = np.zeros((0, 16))
-    entries = choose(np.zeros(0), np.zeros(0, np.int64), view_of(p, 0.1), name, 10_000)
+    entries = choose_entries(np.zeros(0), np.zeros(0, np.int64), view_of(p, 0.1), name, 10_000)
     assert (
         len(entries.positions) == 0
-        and table.size(entries, view_of(p, 0.1), name) == table.EMPTY_BYTES
+        and table.file_size(entries, view_of(p, 0.1), name) == table.EMPTY_BYTES
     )
 
 
@@ -523,7 +538,7 @@ def test_the_threshold_follows_the_budget():
     assert table.threshold_for(np.zeros(0), 100) == 2.0**-10
 
 
-# ---- The file --------------------------------------------------------------------------------------------------------
+# ==== THE FILE ====================================================================================
 @pytest.fixture(scope="module")
 def tables(model):
     p, targets, view = model
@@ -540,33 +555,33 @@ def test_a_table_comes_back_from_its_file(name, tables, model, tmp_path):
     p, targets, view = model
     written = table.write_table(tmp_path / "t", tables[name])
     assert written == (tmp_path / "t").stat().st_size == len(table.table_bytes(tables[name]))
-    assert written == table.size(below(p, targets, view.threshold), view, name)
+    assert written == table.file_size(below(p, targets, view.threshold), view, name)
     assert read(tmp_path / "t") == tables[name]
-    assert same(table.entries_of(read(tmp_path / "t"), view), below(p, targets, view.threshold))
+    assert same(table.table_entries(read(tmp_path / "t"), view), below(p, targets, view.threshold))
     assert [f.name for f in tmp_path.iterdir()] == ["t"]
 
 
 def test_one_entry_comes_back_from_its_file_where_the_model_expects_every_row(tmp_path):
-    view = View(
+    view = ModelView(
         20_000, 64, 0.5, np.ones(20_000), lambda positions: np.full((len(positions), 64), 1 / 64)
     )
     entries = Entries(np.array([19_999]), np.array([3]))
     made = table.make_table(entries, view, "modelled", SPLIT, ARTIFACT)
     table.write_table(tmp_path / "t", made)
-    assert same(table.entries_of(read(tmp_path / "t"), view), entries)
+    assert same(table.table_entries(read(tmp_path / "t"), view), entries)
 
 
-def test_a_table_of_something_else_is_refused_with_both_names(tables, tmp_path):
+def test_a_table_of_another_origin_is_refused_with_both_names(tables, tmp_path):
     table.write_table(tmp_path / "t", tables["rice"])
-    for change, told in (
+    for change, message in (
         (dict(split=b"x" * 32), "the split 7373737373737373, but this is 7878"),
         (dict(artifact=b"x" * 32), "the artifact 6161616161616161, but this is 7878"),
         (dict(rows=19_999), "rows 20000, but this is 19999"),
         (dict(vocab_size=65), "a vocabulary of 64, but this is 65"),
     ):
-        with pytest.raises(CorrectionError, match=f"t: made for {told}") as told:
+        with pytest.raises(CorrectionError, match=f"t: made for {message}") as caught:
             read(tmp_path / "t", **change)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
     with pytest.raises(CorrectionError, match="cannot be read .No such file"):
         read(tmp_path / "none")
     with pytest.raises(CorrectionError, match="cannot be read .Is a directory"):
@@ -593,13 +608,13 @@ def test_600_mutants_of_a_file_are_refused(tables, tmp_path):
         if bad == good:
             continue
         path.write_bytes(bad)
-        with pytest.raises(CorrectionError) as told:
+        with pytest.raises(CorrectionError) as caught:
             read(path)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, message",
     [
         (dict(count=2**60), "cannot be of 20000 rows"),
         (dict(count=20_001), "cannot be of 20000 rows"),
@@ -608,10 +623,10 @@ def test_600_mutants_of_a_file_are_refused(tables, tmp_path):
         (dict(codec="none"), "is not one of varint, rice, modelled"),
     ],
 )
-def test_a_hostile_header_with_a_right_checksum_is_refused(change, told, tables, tmp_path):
+def test_a_hostile_header_with_a_right_checksum_is_refused(change, message, tables, tmp_path):
     path = tmp_path / "t"
     path.write_bytes(table.table_bytes(tables["rice"]._replace(**change)))
-    with pytest.raises(CorrectionError, match=told):
+    with pytest.raises(CorrectionError, match=message):
         read(path)
 
 
@@ -630,18 +645,22 @@ def test_lengths_are_checked_before_anything_is_read(tables, tmp_path):
 
 
 @each
-def test_another_view_than_the_writers_is_found_out(name, tables, model):
+def test_a_view_that_differs_from_the_writers_is_refused(name, tables, model):
     p, targets, view = model
     with pytest.raises(
         CorrectionError, match="threshold 0.00390625, but the view is of 20000, 64 and 0.5"
     ):
-        table.entries_of(tables[name], View(view.rows, 64, 0.5, view.tail, view.distributions))
-    other = View(view.rows, 64, view.threshold, view.tail * np.float32(1.01), view.distributions)
+        table.table_entries(
+            tables[name], ModelView(view.rows, 64, 0.5, view.tail, view.distributions)
+        )
+    other = ModelView(
+        view.rows, 64, view.threshold, view.tail * np.float32(1.01), view.distributions
+    )
     if name == "modelled":
         with pytest.raises(CorrectionError, match="the model's numbers differ|of another model"):
-            table.entries_of(tables[name], other)
+            table.table_entries(tables[name], other)
     else:
-        assert len(table.entries_of(tables[name], other).positions) == tables[name].count
+        assert len(table.table_entries(tables[name], other).positions) == tables[name].count
 
 
 def test_the_split_is_known_by_its_tokens():
@@ -653,7 +672,7 @@ def test_the_split_is_known_by_its_tokens():
     )
 
 
-def test_a_table_is_attached_beside_its_artifact_where_all_fits(tables, tmp_path):
+def test_a_table_is_attached_if_everything_fits(tables, tmp_path):
     artifact = tmp_path / "final_model.int6.ptz"
     artifact.write_bytes(b"x" * 1000)
     size = len(table.table_bytes(tables["rice"]))
@@ -665,7 +684,7 @@ def test_a_table_is_attached_beside_its_artifact_where_all_fits(tables, tmp_path
         table.attach(artifact, tables["rice"], 500, 1499 + size)
     assert list(tmp_path.iterdir()) == [artifact]
     path = table.attach(artifact, tables["rice"], 500, 1500 + size)
-    assert path == table.sidecar(artifact) == tmp_path / "final_model.int6.ptz.corrections"
+    assert path == table.table_path(artifact) == tmp_path / "final_model.int6.ptz.corrections"
     assert read(path) == tables["rice"] and artifact.read_bytes() == b"x" * 1000
 
 
