@@ -51,6 +51,7 @@ from fairway.scoring.neural import plan
 from fairway.scoring.settings import EvalConfig
 from train_gpt import (
     BOS_ID,
+    GPTQ_BATCHES,
     LEAST_K,
     NEWTON_SCHULZ,
     PLAIN_BITS,
@@ -250,30 +251,23 @@ class Block(nn.Module):
         if 0 < cfg.parallel_start_layer <= layer:
             self.lane_mix = mx.ones((2, 2))
 
-    def read(self, x: mx.array, condition: mx.array | None) -> mx.array:
-        """Normalise a sub-layer's input; on an extra pass, scale and shift it (AdaLN)."""
-        x = normalised(x) * self.norm_scale
-        return x if condition is None else x * (1 + condition[0]) + condition[1]
+    def read(self, x: mx.array) -> mx.array:
+        """Normalise a sub-layer's input."""
+        return normalised(x) * self.norm_scale
 
-    def __call__(
-        self, x: mx.array, lane: mx.array, x0: mx.array, rope, condition
-    ) -> tuple[mx.array, mx.array]:
+    def __call__(self, x: mx.array, lane: mx.array, x0: mx.array, rope) -> tuple[mx.array, ...]:
         """Return both lanes after this block; the same array twice while there is one lane."""
         mixed = self.resid_mix[0] * x + self.resid_mix[1] * x0
-        attended = self.attn_scale * self.attn(self.read(mixed, condition), rope)
-        if "lane_mix" in self:
-            written = self.mlp_scale * self.mlp(self.read(lane, condition))
-            new = tuple(
-                old + share[0] * attended + share[1] * written
-                for old, share in zip((mixed, lane), self.lane_mix, strict=True)
-            )
-        else:
+        attended = self.attn_scale * self.attn(self.read(mixed), rope)
+        if "lane_mix" not in self:
             mixed = mixed + attended
-            mixed = mixed + self.mlp_scale * self.mlp(self.read(mixed, condition))
-            new = (mixed, mixed)
-        if condition is None:
-            return new
-        return new[0] + condition[2] * (new[0] - x), new[1] + condition[2] * (new[1] - lane)
+            mixed = mixed + self.mlp_scale * self.mlp(self.read(mixed))
+            return mixed, mixed
+        written = self.mlp_scale * self.mlp(self.read(lane))
+        return tuple(
+            old + share[0] * attended + share[1] * written
+            for old, share in zip((mixed, lane), self.lane_mix, strict=True)
+        )
 
 
 class BigramHash(nn.Module):
@@ -314,7 +308,7 @@ class SmearGate(nn.Module):
 class GPT(nn.Module):
     """A U-Net of blocks over tied embeddings: skips lead from the first half to the second."""
 
-    passes = train_gpt.GPT.passes  # (layer, extra pass) in the order in which they run
+    passes = train_gpt.GPT.passes  # the layers in the order in which they run
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -327,9 +321,6 @@ class GPT(nn.Module):
         self.blocks = [Block(cfg, i) for i in range(cfg.num_layers)]
         skips = max(len(self.passes(looping)) // 2 for looping in (False, True))
         self.skip_weights = mx.ones((skips, cfg.model_dim))
-        if cfg.num_loops and cfg.loop_adaln:
-            layers = cfg.loop_end - cfg.loop_start + 1
-            self.loop_conditions = mx.zeros((cfg.num_loops, layers, 3, cfg.model_dim))
         rope_dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
         tables = rope_tables(cfg.train_seq_len, rope_dims, cfg.rope_base)
         # MLX does not count arrays as parameters if their names begin with an underscore.
@@ -350,14 +341,11 @@ class GPT(nn.Module):
             )
         rope, order, skips = (self._cos[:T], self._sin[:T]), self.passes(self.looping), []
         x = lane = x0 = self.embed(tokens_BT)
-        for i, (layer, extra) in enumerate(order):
+        for i, layer in enumerate(order):
             if i >= len(order) // 2 and skips:
                 skip = self.skip_weights[i - len(order) // 2] * skips.pop()
                 x, lane = x + skip, lane + skip
-            condition = None
-            if extra and "loop_conditions" in self:
-                condition = self.loop_conditions[extra - 1, layer - self.cfg.loop_start]
-            x, lane = self.blocks[layer](x, lane, x0, rope, condition)
+            x, lane = self.blocks[layer](x, lane, x0, rope)
             if i < len(order) // 2:
                 skips.append(x)
         return cap * mx.tanh(normalised((x + lane) / 2) @ self.tok_emb.weight.T / cap)
@@ -692,17 +680,15 @@ def update_k(run: Run, when: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def gradient_function(run: Run) -> Callable:
-    """Return a function of weights, inputs, targets and the targets' shares in the loss.
+    """Return a function of weights, inputs and targets.
 
-    It returns ((loss that is minimised, plain sum of nats), gradients).
+    It returns ((mean loss, sum of nats), gradients of the mean).
     """
     looping, model, count = run.model.looping, run.model, run.cfg.train_batch_tokens
 
-    def losses(
-        weights: Weights, x: mx.array, y: mx.array, shares: mx.array
-    ) -> tuple[mx.array, mx.array]:
+    def losses(weights: Weights, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
         nats = model.holding(weights)(x, y)
-        return mx.sum(nats * shares) / count, mx.sum(nats)
+        return mx.sum(nats) / count, mx.sum(nats)
 
     # One for each value of `looping`: compiled code keeps the layers that it was traced with.
     if looping not in run.gradient_functions:
@@ -711,27 +697,14 @@ def gradient_function(run: Run) -> Callable:
     return run.gradient_functions[looping]
 
 
-def loss_shares(run: Run, tokens: np.ndarray) -> np.ndarray | None:
-    """Return each target's weight in the loss, or None if all weights are 1.
-
-    BYTE_LOSS_ALPHA blends 1 with the target's bytes, as a multiple of their mean in the batch.
-    """
-    alpha = run.cfg.byte_loss_alpha
-    if not alpha:
-        return None
-    count = run.data.table.count(tokens).astype(np.float32)
-    return 1 - alpha + alpha * count / max(count.mean(), 1e-6)
-
-
 def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights] | None:
-    """Return the batch's plain mean loss and the gradients of the loss that is minimised.
+    """Return the batch's mean loss and its gradients.
 
     Return None as soon as a signal has come.
     """
     cfg, length = run.cfg, run.cfg.train_seq_len
     eighth, size = cfg.train_batch_tokens // 8, micro_tokens(cfg)
     tokens, gradients_of = run.stream.take(cfg.train_batch_tokens), gradient_function(run)
-    shares = loss_shares(run, tokens)
     sums, plain = {n: mx.zeros_like(w) for n, w in weights.items()}, 0.0
     on_progress = progress_printer("first step")
     for start in (i for part in range(8) for i in range(part * eighth, (part + 1) * eighth, size)):
@@ -739,8 +712,7 @@ def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights] |
             return None
         end = min(start + size, (start // eighth + 1) * eighth)
         x, y = (to_ids(a[start:end].reshape(-1, length)) for a in (tokens, tokens[1:]))
-        share = mx.array(1.0) if shares is None else mx.array(shares[start:end].reshape(-1, length))
-        (_, nats), gradients = gradients_of(weights, x, y, share)
+        (_, nats), gradients = gradients_of(weights, x, y)
         sums = {n: total + gradients[n] for n, total in sums.items()}
         # Without it, MLX would keep the activations of every micro-batch until the sums are read.
         mx.eval(sums, nats)
@@ -952,7 +924,7 @@ def collect_hessians(run: Run) -> dict[str, Tensor]:
     for name, matrix in matrices.items():
         matrix.watch = functools.partial(add, name)
     model, length = run.model.holding(run.weights), run.cfg.train_seq_len
-    batches = [run.stream.take(8 * length)[:-1].reshape(8, -1) for _ in range(run.cfg.gptq_batches)]
+    batches = [run.stream.take(8 * length)[:-1].reshape(8, -1) for _ in range(GPTQ_BATCHES)]
     for batch in batches:
         model.logits(to_ids(batch))
         mx.eval(hessians)

@@ -1,8 +1,9 @@
-"""Run all checks on record folders, and print results and processor seconds of each folder.
+"""Run every check of `fairway check` on record folders; print the results and the processor seconds
+of each folder.
 
     python bench/records.py [FOLDER…]
 
-Without arguments it uses the zoo of tests/zoo/records, good and bad. The last line is JSON.
+Without arguments: the zoo of tests/zoo/records, good and bad. The last line is JSON.
 """
 
 import argparse

@@ -10,6 +10,7 @@ import sys
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["OMP_NUM_THREADS"] = (
@@ -22,6 +23,7 @@ import pytest
 import sentencepiece
 import torch
 
+import train_gpt
 from train_gpt import BOS_ID, file_sha256, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,6 +184,48 @@ def run_trainer(trainer_env):
             done.stderr,
             read_events(Path(out_dir), env.get("RUN_ID", "test")),
         )
+
+    return run
+
+
+@contextlib.contextmanager
+def own_signals(seconds: int):
+    """Give pytest its signal handlers back after a run, and end a run that does not end."""
+
+    def too_long(*_):
+        raise TimeoutError(f"still running after {seconds} s")
+
+    kept = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGPIPE)
+    before = {s: signal.getsignal(s) for s in kept}
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@pytest.fixture
+def trainer_here(trainer_env, capsys):
+    """Return `run_trainer` in this process: `trainer_here(out_dir, *words, **settings)`.
+
+    It saves the three seconds of processor time in which a process imports torch.
+    """
+
+    def run(out_dir, *words: str, **settings) -> Result:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        env = trainer_env(out_dir, **settings)
+        with (
+            own_signals(120),
+            mock.patch.dict(os.environ, env, clear=True),
+            mock.patch.object(sys, "argv", ["train_gpt.py", *words]),
+            contextlib.chdir(out_dir),
+        ):
+            code = train_gpt.run_main()
+        out, err = capsys.readouterr()
+        return Result(code, out, err, read_events(Path(out_dir), env["RUN_ID"]))
 
     return run
 

@@ -28,7 +28,6 @@ ALL_ON = dict(
     loop_start=2,
     loop_end=4,
     num_loops=2,
-    loop_adaln=True,
     ortho_init=True,
 )
 LOOPS = dict(num_layers=7, loop_start=2, loop_end=4, num_loops=2)
@@ -44,10 +43,8 @@ FEATURES = {
     "leaky": dict(leaky_slope=0.5),
     "loops_off": LOOPS,
     "loops": LOOPS,
-    "loops_adaln": LOOPS | dict(loop_adaln=True),
     "all": ALL_ON,
     "all_but_lanes": ALL_ON | dict(parallel_start_layer=0),
-    "all_plain_loops": ALL_ON | dict(loop_adaln=False),
 }
 
 

@@ -7,7 +7,6 @@ last ten with rounded weights. PyTorch makes them by the trainer's own functions
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import sys
@@ -190,7 +189,7 @@ def made_anew() -> Oracle:
 
 def write(oracle: Oracle, path: Path = PATH) -> int:
     held = {
-        "settings": json.dumps(dataclasses.asdict(oracle.cfg)),
+        "settings": json.dumps({name: getattr(oracle.cfg, name) for name in SETTINGS}),
         "tokens": oracle.tokens,
         "logits": oracle.logits,
         "loss": oracle.loss,

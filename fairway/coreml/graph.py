@@ -42,11 +42,8 @@ EXACT = Precision("fp32", {}, {}, 0.0)
 
 
 def dims_of(model: GPT, slots: int) -> Dims:
-    cfg, parted, now = model.cfg, [], False
-    for nth, extra in model.passes(model.looping):
-        conditioned = extra > 0 and model.loop_conditions is not None
-        now = model.blocks[nth].lane_mix is not None or conditioned and now
-        parted.append(now)
+    cfg = model.cfg
+    parted = [model.blocks[i].lane_mix is not None for i in model.passes(model.looping)]
     return Dims(
         cfg.model_dim,
         cfg.num_heads,
@@ -171,7 +168,6 @@ class Pass(nn.Module):
     def __init__(
         self,
         source: Block,
-        condition_3D: Tensor | None,
         skip_D: Tensor | None,
         name: str,
         precision: Precision,
@@ -187,20 +183,9 @@ class Pass(nn.Module):
         self.fc, self.act = conv(source.mlp.fc.weight * squared), Squared(source.mlp.slope)
         self.proj = conv(source.mlp.proj.weight * source.mlp_scale[:, None] / squared**2)
         self.lane_mix = None if source.lane_mix is None else source.lane_mix.tolist()
-        self.condition = (
-            None
-            if condition_3D is None
-            else nn.ParameterList(
-                nn.Parameter(part.data, requires_grad=False) for part in map(column, condition_3D)
-            )
-        )
-
-    def read(self, norm: Norm, x: Tensor) -> Tensor:
-        x = norm(x)
-        return x if self.condition is None else x * (1 + self.condition[0]) + self.condition[1]
 
     def mlp(self, x: Tensor) -> Tensor:
-        return self.proj(self.act(self.fc(self.read(self.norm_mlp, x))))
+        return self.proj(self.act(self.fc(self.norm_mlp(x))))
 
     def forward(
         self,
@@ -219,22 +204,17 @@ class Pass(nn.Module):
             x, lane = (part + self.skip * skip for part in (x, lane))
         lane = x if together else lane
         mixed = self.keep * x + self.again * x0
-        attended, k, v = self.attn(self.read(self.norm_attn, mixed), rope, mask, k, v)
+        attended, k, v = self.attn(self.norm_attn(mixed), rope, mask, k, v)
         if self.lane_mix is None:
             mixed = mixed + attended
             mixed = mixed + self.mlp(mixed)
-            new = (mixed, mixed)
-        else:
-            written, together = self.mlp(lane), False
-            new = tuple(
-                old + to[0] * attended + to[1] * written
-                for old, to in zip((mixed, lane), self.lane_mix, strict=True)
-            )
-        if self.condition is None:
-            return *new, k, v
-        more = self.condition[2]
-        ahead = new[0] + more * (new[0] - x)
-        return ahead, ahead if together else new[1] + more * (new[1] - lane), k, v
+            return mixed, mixed, k, v
+        written = self.mlp(lane)
+        new = (
+            old + to[0] * attended + to[1] * written
+            for old, to in zip((mixed, lane), self.lane_mix, strict=True)
+        )
+        return *new, k, v
 
 
 class Layers(nn.Module):
@@ -269,15 +249,9 @@ class Layers(nn.Module):
         return tuple(have[name] for name in self.interface.outputs)
 
 
-def pass_of(model: GPT, order: list[tuple[int, int]], nth: int, precision: Precision) -> Pass:
-    layer, extra = order[nth]
-    condition = (
-        None
-        if model.loop_conditions is None or not extra
-        else (model.loop_conditions[extra - 1, layer - model.cfg.loop_start])
-    )
+def pass_of(model: GPT, order: list[int], nth: int, precision: Precision) -> Pass:
     skip = model.skip_weights[nth - len(order) // 2] if layout.skip_of(nth, len(order)) else None
-    return Pass(model.blocks[layer], condition, skip, f"passes.{nth}", precision)
+    return Pass(model.blocks[order[nth]], skip, f"passes.{nth}", precision)
 
 
 class Head(nn.Module):

@@ -56,7 +56,7 @@ def training_features(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if on("ema_decay"):
         yield f"EMA {on('ema_decay')}, if held-out text gains", "#287"
     if on("gptq"):
-        yield f"GPTQ on {on('gptq_batches')} training batches, inside the training time", "#1019"
+        yield "GPTQ on training batches, inside the training time", "#1019"
 
 
 def scoring_features(result: Result) -> Iterator[tuple[str, str]]:

@@ -88,25 +88,8 @@ def test_a_scale_reaches_the_activation():
 
 def test_which_passes_have_two_lanes():
     assert graph.dims_of(trained(**FEATURES["lanes"]), 4).parted == (False, True, True)
-    conditioned = dict(
-        FEATURES["all"], parallel_start_layer=4
-    )  # loops go back below the layer where lanes part
-    assert graph.dims_of(trained(looping=True, **conditioned), 4).parted == (
-        False,
-        False,
-        False,
-        False,
-        True,
-        True,
-        True,
-        True,
-        True,
-        True,
-        True,
-        True,
-        True,
-    )
-    plain = dict(conditioned, loop_adaln=False)
+    # Loops go back below the layer where lanes part.
+    plain = dict(FEATURES["all"], parallel_start_layer=4)
     assert graph.dims_of(trained(looping=True, **plain), 4).parted == (
         False,
         False,
@@ -124,10 +107,9 @@ def test_which_passes_have_two_lanes():
     )
 
 
-@pytest.mark.parametrize("adaln", [True, False])
 @torch.no_grad()
-def test_lanes_that_part_meet_and_part_again(adaln):
-    changed = dict(FEATURES["all"], parallel_start_layer=4, loop_adaln=adaln)
+def test_lanes_that_part_meet_and_part_again():
+    changed = dict(FEATURES["all"], parallel_start_layer=4)
     model, tokens = trained(looping=True, **changed).eval(), some_tokens(rows=1)
     for parts in (1, 5, 13):
         found = logits_in_steps(model, tokens[0].tolist(), parts)

@@ -1,4 +1,6 @@
-"""The verbs of runs and records: quick to start, one line for a mistake, useful exit codes."""
+"""The verbs that read finished runs and records: quick to start, one line for a mistake, useful
+exit codes.
+"""
 
 import json
 import re

@@ -46,7 +46,7 @@ LADDER = ["neural, windows side by side", "neural, sliding", "+ experts, mixed: 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory, run_trainer) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    done = run_trainer(folder, ITERATIONS=30, CODEC="zstd", MAX_WALLCLOCK_SECONDS=0)
+    done = run_trainer(folder, ITERATIONS=30, CODEC="brotli", MAX_WALLCLOCK_SECONDS=0)
     assert done.returncode == 0, done.stderr
     return folder / "final_model.int6.ptz"
 

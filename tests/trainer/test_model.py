@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import ALL_ON, FEATURES, LOOPS, config, initial, some_tokens, trained
+from models import ALL_ON, FEATURES, config, initial, some_tokens, trained
 
 import train_gpt
 from train_gpt import BOS_ID, GPT, PRESETS, Config, Runtime
@@ -145,7 +145,7 @@ def test_xsa_and_lanes_sit_in_the_layers_that_were_asked_for():
 
 def test_loops_run_in_the_order_of_the_field():
     model = GPT(config(num_layers=11, loop_start=3, loop_end=5, num_loops=2))
-    order = [layer for layer, _ in model.passes(True)]
+    order = model.passes(True)
     assert order == [0, 1, 2, 3, 4, 5, 3, 4] + [
         5,
         3,
@@ -157,8 +157,7 @@ def test_loops_run_in_the_order_of_the_field():
         9,
         10,
     ]  # as in #1855: encoder, decoder
-    assert [extra for _, extra in model.passes(True)] == [0] * 6 + [1] * 3 + [2] * 3 + [0] * 5
-    assert model.passes(False) == [(i, 0) for i in range(11)]
+    assert model.passes(False) == list(range(11))
     assert model.skip_weights.shape == (8, 32)
     ran = []
     for i, block in enumerate(model.blocks):
@@ -169,24 +168,6 @@ def test_loops_run_in_the_order_of_the_field():
     ran.clear()
     model.logits(some_tokens())
     assert ran == order
-
-
-@torch.no_grad()
-def test_loops_with_adaln_start_as_plain_loops_and_then_differ():
-    tokens = some_tokens()
-    plain, adaln = trained(looping=True, **LOOPS), initial(looping=True, **LOOPS, loop_adaln=True)
-    adaln.load_state_dict(plain.state_dict(), strict=False)
-    assert torch.equal(adaln.loop_conditions, torch.zeros(2, 3, 3, 32))
-    assert torch.allclose(adaln.logits(tokens), plain.logits(tokens), atol=1e-5)
-    for extra in range(2):
-        for part in range(3):  # scale, shift, gate
-            adaln.loop_conditions.zero_()[extra, 1, part] = 0.3
-            assert not torch.allclose(adaln.logits(tokens), plain.logits(tokens), atol=1e-3), (
-                extra,
-                part,
-            )
-    adaln.looping = plain.looping = False  # without extra passes they condition nothing
-    assert torch.equal(adaln.logits(tokens), plain.logits(tokens))
 
 
 @torch.no_grad()
@@ -214,12 +195,10 @@ def test_a_lane_takes_both_outputs_at_first_and_only_its_own_if_told_so():
     fresh = initial(parallel_start_layer=2).blocks[2]
     assert torch.equal(fresh.lane_mix, torch.ones(2, 2))
     block.lane_mix.fill_(1.0)
-    for got, old in zip(
-        block(x, lane, x0, rope, train_gpt.attend, None), (mixed, lane), strict=True
-    ):
+    for got, old in zip(block(x, lane, x0, rope, train_gpt.attend), (mixed, lane), strict=True):
         assert torch.allclose(got, old + attended + written, atol=1e-5)
     block.lane_mix.copy_(torch.eye(2))
-    first, second = block(x, lane, x0, rope, train_gpt.attend, None)
+    first, second = block(x, lane, x0, rope, train_gpt.attend)
     assert torch.allclose(first, mixed + attended, atol=1e-5) and torch.allclose(
         second, lane + written, atol=1e-5
     )
@@ -258,7 +237,7 @@ def test_the_first_forward_pass_passes_the_embedding_through_and_knows_nothing(n
     x0 = model.embed(tokens)
     rope, x = (model.cos, model.sin), torch.randn_like(x0)
     for block in model.blocks:
-        for out in block(x, x, x0, rope, train_gpt.attend, None):
+        for out in block(x, x, x0, rope, train_gpt.attend):
             assert torch.equal(out, x)
     wide = initial(**PRESETS["smoke"] | dict(vocab_size=1024))
     tokens = torch.randint(0, 1024, (4, 65), generator=torch.Generator().manual_seed(0))

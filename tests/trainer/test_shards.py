@@ -66,18 +66,18 @@ def shard_bytes(count: int, tokens: bytes, magic: int = 20240520, version: int =
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "not a token shard of version 1; write shards with data/prepare.py"),
+        (b"", "not a token shard of version 1; write it with data/prepare.py"),
         (b"hello", "not a token shard"),
         (bytes(1024), "not a token shard"),
         (shard_bytes(1, b"ab")[:1023], "not a token shard"),
         (shard_bytes(1, b"ab", magic=20240521), "not a token shard"),
         (shard_bytes(1, b"ab", version=2), "not a token shard of version 1"),
-        (shard_bytes(3, b"abcd"), "its header says 3 tokens, it holds 2; "),
-        (shard_bytes(2, b"abc"), "its header says 2 tokens, it holds 1.5"),
-        (shard_bytes(2, b""), "its header says 2 tokens, it holds 0"),
-        (shard_bytes(2, b"abcdef"), "its header says 2 tokens, it holds 3"),
-        (shard_bytes(-1, b""), "its header says -1 tokens, it holds 0"),
-        (shard_bytes(2**31 - 1, b"ab"), "its header says 2147483647 tokens, it holds 1"),
+        (shard_bytes(3, b"abcd"), "header says 3 tokens, it holds 2; "),
+        (shard_bytes(2, b"abc"), "header says 2 tokens, it holds 1.5"),
+        (shard_bytes(2, b""), "header says 2 tokens, it holds 0"),
+        (shard_bytes(2, b"abcdef"), "header says 2 tokens, it holds 3"),
+        (shard_bytes(-1, b""), "header says -1 tokens, it holds 0"),
+        (shard_bytes(2**31 - 1, b"ab"), "header says 2147483647 tokens, it holds 1"),
     ],
 )
 def test_damage_is_named(tmp_path, data, says):
@@ -99,7 +99,7 @@ def test_vocabulary_is_checked_at_the_edge(tmp_path):
     assert len(read_shard(path, 384)) == 3
     message = refused(path, 383)
     assert (
-        "holds token 383, but VOCAB_SIZE is 383; set VOCAB_SIZE, or DATA_PATH, so that the two agree"
+        "holds token 383, but VOCAB_SIZE is 383; set VOCAB_SIZE or DATA_PATH so that the two agree"
         in message
     )
 
@@ -159,7 +159,7 @@ def test_replacing_leaves_alone_what_is_no_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
         with (
-            pytest.raises(UserError, match="is no regular file, so that it cannot be replaced"),
+            pytest.raises(UserError, match="is no regular file, so it cannot be replaced"),
             replacing(path) as f,
         ):
             f.write(b"x")
@@ -424,13 +424,13 @@ def test_no_folder(tmp_path):
 def test_a_shard_cut_short(copy):
     path = copy / "tiny_train_000001.bin"
     path.write_bytes(path.read_bytes()[:-10])
-    assert load_error(copy).startswith(f"{path}: its header says")
+    assert load_error(copy).startswith(f"{path}: header says")
 
 
 def test_too_few_tokens(copy):
     for name, tokens in (("tiny_train_000000", [1] * 50), ("tiny_train_000001", [1] * 49)):
         write_shard(copy / f"{name}.bin", np.array(tokens))
-    assert "99 training and" in load_error(copy) and "too few" in load_error(copy)
+    assert "99 training, " in load_error(copy) and "too few" in load_error(copy)
     write_shard(copy / "tiny_train_000000.bin", np.array([1] * 500))
     write_shard(copy / "tiny_val_000000.bin", np.array([1]))
     assert "1 validation tokens are too few" in load_error(copy)
@@ -438,7 +438,7 @@ def test_too_few_tokens(copy):
 
 def test_shards_of_a_larger_vocabulary(corpus):
     message = load_error(corpus.folder, vocab_size=300)
-    assert "but VOCAB_SIZE is 300; set VOCAB_SIZE, or DATA_PATH, so that the two agree" in message
+    assert "but VOCAB_SIZE is 300; set VOCAB_SIZE or DATA_PATH so that the two agree" in message
 
 
 def test_shards_of_a_smaller_vocabulary(corpus):
@@ -462,7 +462,7 @@ def test_no_tokenizer(copy):
     message = load_error(copy)
     assert (
         str(copy / "tokenizer.model") in message
-        and "set TOKENIZER_PATH to what wrote the shards" in message
+        and "set TOKENIZER_PATH to the model that wrote the shards" in message
     )
     assert "no tokenizer at" in load_error(copy, tokenizer_path=str(copy / "else.model"))
 
@@ -476,13 +476,13 @@ def test_a_tokenizer_that_is_none(copy, data):
     )
 
 
-def test_the_trainer_stops_in_one_line(run_trainer, copy, tmp_path):
+def test_the_trainer_stops_in_one_line(trainer_here, copy, tmp_path):
     path = copy / "tiny_train_000000.bin"
     path.write_bytes(path.read_bytes()[:-1])
-    done = run_trainer(tmp_path / "out", DATA_PATH=copy)
+    done = trainer_here(tmp_path / "out", DATA_PATH=copy)
     assert (done.returncode, done.stdout) == (1, "")
     assert (
-        done.stderr.startswith(f"train_gpt: error: {path}: its header says")
+        done.stderr.startswith(f"train_gpt: error: {path}: header says")
         and done.stderr.count("\n") == 1
     )
     assert list((tmp_path / "out").iterdir()) == []

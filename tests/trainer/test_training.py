@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import own_signals
 
 import train_gpt
 from train_gpt import Config, Runtime, UserError
@@ -36,10 +37,8 @@ LONG = QUICK | dict(
     SWA_EVERY=2,
     EMA_DECAY=0.99,
     GPTQ=1,
-    GPTQ_BATCHES=1,
     LOOP_END=1,
     NUM_LOOPS=1,
-    LOOP_ADALN=1,
     LOOP_AT_FRAC=0.5,
 )
 ALL_ON = dict(
@@ -59,16 +58,13 @@ ALL_ON = dict(
     PARALLEL_START_LAYER=4,
     LOOP_START=1,
     LOOP_END=2,
-    LOOP_ADALN=1,
     LOOP_AT_FRAC=0.3,
     MAX_WALLCLOCK_SECONDS=0,
     BIGRAM_VOCAB_SIZE=64,
     BIGRAM_DIM=64,
-    GPTQ_BATCHES=1,
     QAT_START_FRAC=0.5,
     SWA_START_FRAC=0.5,
     SWA_EVERY=1,
-    BYTE_LOSS_ALPHA=0.5,
     CODEC="ans",
     MLP_BITS=5,
     VAL_LOSS_EVERY=3,
@@ -113,24 +109,6 @@ def train_here(trainer_env):
     return run
 
 
-@contextlib.contextmanager
-def own_signals(seconds: int):
-    """Give pytest its signal handlers back, and end a run that does not end."""
-
-    def too_long(*_):
-        raise TimeoutError(f"still running after {seconds} s")
-
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
-    signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, run_trainer) -> Finished:
     """One run with everything of the smoke preset that can show in a log."""
@@ -144,7 +122,6 @@ def whole(tmp_path_factory, run_trainer) -> Finished:
         EMA_DECAY=0.99,
         VAL_LOSS_EVERY=6,
         GPTQ=1,
-        GPTQ_BATCHES=2,
         WARMUP_STEPS=2,
         MAX_WALLCLOCK_SECONDS=0,
     )
@@ -374,21 +351,15 @@ def test_micro_batches_change_nothing(quick, train_here, tmp_path):
         assert micro.losses == pytest.approx(quick.losses, abs=1e-5)
 
 
-def test_a_byte_weighted_loss_is_reported_plain(quick, train_here, tmp_path):
-    weighted = train_here(tmp_path, **QUICK, BYTE_LOSS_ALPHA=1)
-    assert weighted.losses[0] == quick.losses[0]  # before the first update
-    assert abs(weighted.losses[2] - quick.losses[2]) > 1e-4
-
-
 def test_the_clock_ends_a_run(train_here, tmp_path):
     run = train_here(
         tmp_path,
-        **QUICK | dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=0.7, TRAIN_LOG_EVERY=1000),
+        **QUICK | dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=1.5, TRAIN_LOG_EVERY=1000),
     )
     stop = re.search(
         r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$", run.text, re.M
     )
-    assert 700 <= int(stop[1]) < 2500 and int(stop[2]) == run.all("train")[-1]["step"] > 1
+    assert 1500 <= int(stop[1]) < 3300 and int(stop[2]) == run.all("train")[-1]["step"] > 1
     assert run.all("train")[-1]["lr_scale"] == 0
 
 
@@ -562,7 +533,7 @@ def refused(trainer_env, folder: Path, **settings) -> str:
     """The message of a run that is refused; it must leave the folder as it was."""
     before = {name: (folder / name).read_bytes() for name in files(folder)}
     with (
-        own_signals(10),
+        own_signals(60),
         pytest.raises(UserError) as caught,
         contextlib.redirect_stdout(io.StringIO()),
     ):
@@ -617,8 +588,8 @@ def test_a_damaged_or_missing_checkpoint_is_refused(stopped, trainer_env, tmp_pa
 
 
 # ---- What goes wrong -------------------------------------------------------------------------------------------------
-def test_a_loss_that_is_not_finite_stops_with_its_step(run_trainer, tmp_path):
-    done = run_trainer(tmp_path, ITERATIONS=20, MATRIX_LR=1e30, CHECKPOINT_SECONDS=0.001)
+def test_a_loss_that_is_not_finite_stops_with_its_step(trainer_here, tmp_path):
+    done = trainer_here(tmp_path, ITERATIONS=20, MATRIX_LR=1e30, CHECKPOINT_SECONDS=0.001)
     assert done.returncode == 1
     line = one_line(done.stderr)
     step = re.search(
@@ -636,9 +607,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(run_trainer, tmp_path):
         assert step[2] == "None"
 
 
-def test_an_out_dir_that_cannot_be_written_is_one_line(run_trainer, corpus, tmp_path):
+def test_an_out_dir_that_cannot_be_written_is_one_line(trainer_here, corpus, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    done = run_trainer(tmp_path / "cwd", OUT_DIR=tmp_path / "file" / "out")
+    done = trainer_here(tmp_path / "cwd", OUT_DIR=tmp_path / "file" / "out")
     assert done.returncode == 1
     assert str(tmp_path / "file") in one_line(done.stderr)
     assert files(tmp_path) == {"file"} and (tmp_path / "file").read_text() == "in the way"
@@ -672,9 +643,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(trainer_env, tm
     assert files(tmp_path) == LOGS
 
 
-def test_a_budget_that_cannot_be_met_ends_the_run_before_it_costs_anything(run_trainer, tmp_path):
+def test_a_budget_that_cannot_be_met_ends_the_run_before_it_costs_anything(trainer_here, tmp_path):
     code = train_gpt.packed_code_bytes([ROOT / "train_gpt.py"])
-    done = run_trainer(tmp_path, SIZE_BUDGET_BYTES=code + 20_000 + 5000)
+    done = trainer_here(tmp_path, SIZE_BUDGET_BYTES=code + 20_000 + 5000)
     assert done.returncode == 1 and "train_loss" not in done.stdout
     said = re.search(
         r"the artifact (?:has|would have) (\d+) bytes at the coarsest step, (\d+) (?:more than|over what) "
@@ -685,7 +656,7 @@ def test_a_budget_that_cannot_be_met_ends_the_run_before_it_costs_anything(run_t
     assert files(tmp_path) == LOGS
 
 
-@pytest.mark.parametrize("codec", ["zstd", "brotli", "ans"])
+@pytest.mark.parametrize("codec", ["brotli", "ans"])
 def test_a_tight_budget_is_met_by_every_codec(codec, quick, train_here, tmp_path):
     code, loose = quick.one("artifact")["code_bytes"], quick.artifact.stat().st_size
     budget = code + 3000 + int(0.7 * loose)
@@ -715,8 +686,8 @@ def test_a_tight_budget_is_met_by_every_codec(codec, quick, train_here, tmp_path
     ],
     ids=["misspelt", "out of range", "no shards"],
 )
-def test_bad_input_is_one_line_and_leaves_no_files(settings, message, run_trainer, tmp_path):
-    done = run_trainer(tmp_path, **settings)
+def test_bad_input_is_one_line_and_leaves_no_files(settings, message, trainer_here, tmp_path):
+    done = trainer_here(tmp_path, **settings)
     assert (done.returncode, done.stdout) == (1, "")
     assert one_line(done.stderr) == f"train_gpt: error: {message}"
     assert list(tmp_path.iterdir()) == []
