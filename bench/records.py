@@ -1,9 +1,8 @@
-"""Run every check of `fairway check` on record folders; print the results and the processor seconds
-of each folder.
+"""Run all checks on record folders, and print results and processor seconds of each folder.
 
     python bench/records.py [FOLDER…]
 
-Without arguments: the zoo of tests/zoo/records, good and bad. The last line is JSON.
+Without arguments it uses the zoo of tests/zoo/records, good and bad. The last line is JSON.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The experts in plain Python: dictionaries and loops, slow and obvious. Tests and the bench compare with them."""
+"""The experts in plain Python: dictionaries and loops, slow and obvious; an oracle for tests."""
 
 import bisect
 
@@ -17,12 +17,13 @@ class ReferenceNGram:
         self.forget()
 
     def forget(self) -> None:
+        """Forget the text and all counts."""
         self.text = []
-        self.followers = [
-            {} for _ in range(self.orders)
-        ]  # context -> [how many, {token: how often}]
+        # By context length: context -> [followers, {token: how often it followed}].
+        self.followers = [{} for _ in range(self.orders)]
 
     def update(self, token: int) -> None:
+        """Learn one token."""
         if self.reset and token == BOS_ID:
             self.forget()
         self.text.append(token)
@@ -32,8 +33,8 @@ class ReferenceNGram:
             entry[0] += 1
             entry[1][self.text[i]] = entry[1].get(self.text[i], 0) + 1
 
-    def about(self, target: int) -> list[tuple[int, int, int]]:
-        """(hits, seen, kinds) by context length."""
+    def counts(self, target: int) -> list[tuple[int, int, int]]:
+        """Return (hits, seen, kinds) by context length."""
         rows, n = [], len(self.text)
         for k in range(self.orders):
             seen, counts = (
@@ -43,28 +44,30 @@ class ReferenceNGram:
         return rows
 
     def probability(self, target: int, orders: int = 0) -> float:
+        """Return the probability of the next token, by `orders` context lengths (0: all)."""
         p = 1 / self.vocab_size
-        for k, (hits, seen, kinds) in enumerate(self.about(target)[: orders or self.orders]):
+        for k, (hits, seen, kinds) in enumerate(self.counts(target)[: orders or self.orders]):
             d, c = DISCOUNTS[min(k, len(DISCOUNTS) - 1)], ESCAPES[min(k, len(ESCAPES) - 1)]
             if seen:
                 p = (max(hits - d, 0) + (d + c) * kinds * p) / (seen + c * kinds)
         return p
 
     def distribution(self) -> np.ndarray:
+        """Return the probabilities of all next tokens, [V]."""
         return np.array([self.probability(x) for x in range(self.vocab_size)])
 
     def fill(self, tokens) -> tuple[np.ndarray, np.ndarray]:
-        """ContextCounts [m, orders, 3] and probability [m] of each token before it was seen."""
+        """Return counts [m, orders, 3] and probability [m] of each token before it was read."""
         rows, p = [], []
         for token in np.asarray(tokens).tolist():
-            rows.append(self.about(token))
+            rows.append(self.counts(token))
             p.append(self.probability(token))
             self.update(token)
         return np.array(rows, dtype=np.int64).reshape(-1, self.orders, 3), np.array(p)
 
 
 def bucket(context: tuple[int, ...], buckets: int) -> int:
-    """The bucket that the match expert keeps a context in, so that its collisions can be had here too."""
+    """Return the bucket of the match expert for a context, so that the reference collides alike."""
     rolled, factor, word = 0, 0x9E3779B97F4A7C15, (1 << 64) - 1
     for token in context:
         rolled = (rolled + token + 1) * factor & word
@@ -72,7 +75,7 @@ def bucket(context: tuple[int, ...], buckets: int) -> int:
 
 
 class ReferenceMatch:
-    """Longest match among the last places that a context (or, given `buckets`, its bucket) was followed at."""
+    """Longest match among the last positions of a context, or of its bucket if `buckets` is set."""
 
     def __init__(
         self,
@@ -88,15 +91,17 @@ class ReferenceMatch:
         self.forget()
 
     def forget(self) -> None:
+        """Forget the text and all rates."""
         self.text, self.places, self.going_on = [], {}, None
         self.counts = {}  # (goes on, group of length) -> [right, all]
 
     def key(self, i: int):
+        """Return the context before position i, or its bucket."""
         context = tuple(self.text[i - self.least : i])
         return bucket(context, self.buckets) if self.buckets else context
 
     def find(self) -> tuple[int, int]:
-        """Place after the longest match, and its length."""
+        """Return the position after the longest match, and its length; -1 and 0 without one."""
         if self.going_on:
             return self.going_on
         n, place, longest = len(self.text), -1, 0
@@ -109,21 +114,24 @@ class ReferenceMatch:
         return place, longest
 
     def hint(self) -> tuple[int, int, float]:
+        """Return hint, length and rate for the next token."""
         place, length = self.find()
         if place < 0:
             return -1, 0, 0.5
-        group, right, hints = self.counted(length)
+        group, right, hints = self.rate_counts(length)
         prior = (GOING_ON if self.going_on else FRESH)[group]
         return self.text[place], length, (right + PRIOR * prior) / (hints + PRIOR)
 
-    def counted(self, length: int) -> tuple[int, float, float]:
+    def rate_counts(self, length: int) -> tuple[int, float, float]:
+        """Return the group of a length, and its hints so far: right ones, all."""
         group = bisect.bisect_right([*range(1, 18), 24, 32, 48, 64, 128, 256, 512], length)
         return group, *self.counts.get((bool(self.going_on), group), (0, 0))
 
     def update(self, token: int) -> None:
+        """Learn one token."""
         place, length = self.find()
         if place >= 0:
-            group, right, hints = self.counted(length)
+            group, right, hints = self.rate_counts(length)
             right, hints = right + (token == self.text[place]), hints + 1
             half = 0.5 if hints > RECENT else 1
             self.counts[bool(self.going_on), group] = right * half, hints * half
@@ -133,23 +141,25 @@ class ReferenceMatch:
         if self.reset and token == BOS_ID:
             self.forget()
         self.text.append(token)
-        i = len(self.text) - 1 - self.delay  # the place that is old enough now
+        i = len(self.text) - 1 - self.delay  # the position that is old enough now
         if i >= self.least:
-            kept = self.places.setdefault(self.key(i), [])
-            kept.insert(0, i)
-            del kept[self.candidates :]
+            positions = self.places.setdefault(self.key(i), [])
+            positions.insert(0, i)
+            del positions[self.candidates :]
 
     def probability(self, target: int) -> float:
+        """Return the probability of the next token."""
         hint, _, rate = self.hint()
         if hint < 0:
             return 1 / self.vocab_size
         return rate if target == hint else (1 - rate) / (self.vocab_size - 1)
 
     def distribution(self) -> np.ndarray:
+        """Return the probabilities of all next tokens, [V]."""
         return np.array([self.probability(x) for x in range(self.vocab_size)])
 
     def fill(self, tokens) -> tuple[list[tuple[int, int, float]], np.ndarray]:
-        """(hint, length, rate) and probability [m] of each token before it was seen."""
+        """Return (hint, length, rate) and probability [m] of each token before it was read."""
         rows, p = [], []
         for token in np.asarray(tokens).tolist():
             rows.append(self.hint())

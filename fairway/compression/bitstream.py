@@ -29,12 +29,18 @@ MOST_FILES = 1 << 16
 MOST_NAME_BYTES = 200
 MOST_SETTING = 1 << 20
 DEVICES = ("cpu", "cpu, AVX2", "cpu, AVX512", "cuda", "mps")  # the first: a CPU with neither
-# Settings that decide a prediction. A header names each by its place here, so this order and the
-# defaults are part of the format; a test holds both to the table in docs/BITSTREAM.md.
+# Settings that decide a prediction.
 SETTINGS = tuple(names_with_role(EvalConfig, "neural", "experts", "mixture"))
 # Settings of a text: its streams are read without the windows of a score.
 EXPERT_SETTINGS = tuple(names_with_role(EvalConfig, "experts", "mixture"))
 FIELDS = {f.name: f for f in fields(EvalConfig)}
+# A header names each setting by its place here, and a choice by its place in CHOICES. So both orders
+# and the defaults are part of the format; a test holds them to the table in docs/BITSTREAM.md. What
+# was dropped keeps its number: MIX_SHARE was 13 (None here), and two choices of MIX_WEIGHTS, which
+# EvalConfig refuses now.
+PLACES = (*SETTINGS[:13], None, *SETTINGS[13:])
+CHOICES = {name: f.metadata["choices"] for name, f in FIELDS.items()}
+CHOICES["mix_weights"] = ("exponential", "share", "em", "sets", "gate")
 DOUBLE = struct.Struct("<d")
 
 
@@ -126,9 +132,8 @@ def settings_bytes(settings: dict[str, Any]) -> bytes:
     """Return the number of settings, then the place and the value of each."""
     parts = [write_number(len(settings))]
     for name, value in settings.items():
-        choices = FIELDS[name].metadata["choices"]
-        number = choices.index(value) if choices else value
-        parts.append(bytes([SETTINGS.index(name)]))
+        number = CHOICES[name].index(value) if CHOICES[name] else value
+        parts.append(bytes([PLACES.index(name)]))
         parts.append(DOUBLE.pack(value) if type(value) is float else write_number(int(number)))
     return b"".join(parts)
 
@@ -215,14 +220,15 @@ class HeaderReader:
         settings = {}
         for _ in range(self.number(len(SETTINGS), "settings")):
             place = self.read_bytes(1)[0]
-            if place >= len(SETTINGS) or SETTINGS[place] in settings:
+            name = PLACES[place] if place < len(PLACES) else None
+            if name is None or name in settings:
                 raise BitstreamError(f"setting {place} is unknown or comes twice")
-            settings[SETTINGS[place]] = self.setting(SETTINGS[place])
+            settings[name] = self.setting(name)
         return settings
 
     def setting(self, name: str) -> Any:
         """Return the value of one setting: a choice, a number, or yes or no."""
-        kind, choices = type(FIELDS[name].default), FIELDS[name].metadata["choices"]
+        kind, choices = type(FIELDS[name].default), CHOICES[name]
         if kind is float:
             return DOUBLE.unpack(self.read_bytes(DOUBLE.size))[0]
         if choices:

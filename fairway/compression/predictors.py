@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fairway.scoring.experts.match import Matches
-from fairway.scoring.experts.mixing import TINY, Inputs, Mixture
+from fairway.scoring.experts.mixing import TINY, Mixture, MixtureRows
 from fairway.scoring.experts.ngram import ContextCounts
 from fairway.scoring.experts.temperature import TEMPERATURES, tempered
 from fairway.scoring.memory import Memory
@@ -141,14 +141,14 @@ class MixedPredictor:
         self.neural.learn(tokens)
         self.neural_p_BV = self.neural.probabilities()
 
-    def inputs(self, tokens: np.ndarray, grams: ContextCounts, matches: Matches) -> Inputs:
+    def inputs(self, tokens: np.ndarray, grams: ContextCounts, matches: Matches) -> MixtureRows:
         """Return what the mixture learns from int64[B], the next token of each stream."""
         p_BV, rows = self.neural_p_BV, np.arange(self.streams)
         logp_BV = np.log(np.maximum(p_BV, TINY))
         at_temperature = {name: tempered(logp_BV, t) for name, t in TEMPERATURES.items()}
         boundary = self.table.boundary[self.last]
         sizes = self.table.base[tokens] + (self.table.space[tokens] & ~boundary)
-        return Inputs(
+        return MixtureRows(
             logp_BV[rows, tokens],
             at_temperature["sharp"][rows, tokens],
             at_temperature["flat"][rows, tokens],

@@ -102,12 +102,10 @@ def sha256(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Write a file next to `path`, then rename it: readers see the old file or the new one, never
-    half of one.
-    """
+    """Write a file next to `path`, then rename it, so that readers see the old file or the new."""
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise RecordError(f"{path} is no regular file, so it cannot be replaced; name another")
+        raise RecordError(f"{path} is no regular file and cannot be replaced; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:

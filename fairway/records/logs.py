@@ -452,10 +452,15 @@ def log_above(part: list[str]) -> int:
         short = line if len(line) <= LONGEST_LINE else ""
         setting = line.startswith("  ") and above == i and part[0].strip() == "Hyperparameters:"
         if (
-            setting
-            or line.strip() == "Hyperparameters:"
-            or short.startswith(("stopping_early", "peak memory"))
-        ) or read_step(short, 0) or read_score(short, 0) or read_sizes(short, 0):
+            (
+                setting
+                or line.strip() == "Hyperparameters:"
+                or short.startswith(("stopping_early", "peak memory"))
+            )
+            or read_step(short, 0)
+            or read_score(short, 0)
+            or read_sizes(short, 0)
+        ):
             above = i + 1
     return above
 

@@ -7,6 +7,7 @@ are dicts or texts of NAME=value words.
 from __future__ import annotations
 
 import ast
+import functools
 import shlex
 from typing import Any
 
@@ -26,6 +27,7 @@ FREE_BEFORE_ROLES = {
 }
 
 
+@functools.lru_cache(maxsize=8)  # one trainer is asked for presets, defaults and roles
 def parse_tree(source: str) -> ast.Module:
     return parse_python(source)[0] or ast.Module([], [])
 

@@ -42,7 +42,7 @@ def write_report(runs: list[Path], out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (
-            tqdm(total=len(run_files) + len(FIGURES), desc="report", delay=2, leave=False) as bar,
+            progress_bar(len(run_files) + len(FIGURES)) as bar,
             style.drawing(),
         ):
             taken = []
@@ -65,6 +65,11 @@ def write_report(runs: list[Path], out: Path) -> Path:
             f"{e.filename or out}: {e.strerror or e}; name another folder with --out"
         ) from None
     return out / "report.html"
+
+
+def progress_bar(total: int) -> tqdm:
+    """Return a bar that a terminal shows after two seconds, and a file never."""
+    return tqdm(total=total, desc="report", delay=2, leave=False, disable=None)
 
 
 def draw_picture(runs: list[Path], path: Path) -> None:

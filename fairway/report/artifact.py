@@ -19,6 +19,7 @@ from fairway.report.data import (
     code_files,
     finite_number,
     no_export,
+    packed_share,
     whole_number,
 )
 
@@ -184,7 +185,11 @@ def byte_breakdown(run: RunFiles) -> ByteBreakdown:
         BytePart(kind, "weights", payload * b / sum(bits.values()), len(bits) == 1)
         for kind, b in bits.items()
     ]
-    parts += [BytePart(name, "code", size, True) for name, size in code_groups(run).items()]
+    share = packed_share(run)
+    parts += [
+        BytePart(name, "code", size * share, share == 1.0)
+        for name, size in code_groups(run).items()
+    ]
     parts = sorted((p for p in parts if p.bytes > 0), key=lambda p: (-p.bytes, p.name))
     budget = (
         whole_number(dict_at(run.score, "settings").get("size_budget_bytes"))

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fairway.records.files import RecordError
+from fairway.records.logs import read_log
 from fairway.records.run import RunFiles, dict_at
 
 DEFAULT_BUDGET = 16_000_000  # bytes, if no setting says otherwise
@@ -293,6 +295,16 @@ def code_files(run: RunFiles) -> dict[str, int]:
     return files or ({"train_gpt.py": alone} if alone else {})
 
 
+def packed_share(run: RunFiles) -> float:
+    """Return counted bytes / plain bytes of the code: below 1 if a record would ship it packed."""
+    plain = sum(code_files(run).values())
+    try:
+        counted = read_log(run.eval_log).code_bytes if run.eval_log else None
+    except RecordError:
+        counted = None
+    return counted / plain if counted and counted < plain else 1.0
+
+
 def summary_values(run: RunFiles) -> dict[str, str]:
     """Return the rows of the first table: title → text, "" if the files do not say."""
     start, exported, final, score = (
@@ -303,7 +315,7 @@ def summary_values(run: RunFiles) -> dict[str, str]:
     )
     sizes, last = dict_at(score, "sizes"), (run.all_events("train") or [{}])[-1]
     seconds = [finite_number(s) for s in dict_at(score, "seconds").values()]
-    code = sum(code_files(run).values()) or None
+    code = round(sum(code_files(run).values()) * packed_share(run)) or None
     artifact = whole_number(sizes.get("artifact")) or whole_number(exported.get("bytes"))
     budget = whole_number(exported.get("budget_bytes")) or DEFAULT_BUDGET
     rungs = objects_in(score.get("ladder"))

@@ -129,7 +129,7 @@ def new_figure(
 
 def settle(figure: Any) -> None:
     """Lay the axes out once, at rounded places: the solver's last bits differ between processes."""
-    figure.draw_without_rendering()
+    figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
     for axes in figure.axes:
         axes.set_position(
@@ -141,10 +141,11 @@ def svg(figure: Any, prefix: str) -> str:
     """Return the inside of an <svg> element from its viewBox on, with page colours and prefixed
     ids.
     """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     out = io.StringIO()
-    figure.savefig(
-        out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-    )
+    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    FigureCanvasSVG(figure).print_svg(out, metadata=metadata)  # savefig would draw twice
     text = out.getvalue()
     text = text[text.index("<svg") :]
     box = re.search(r'viewBox="([^"]+)"', text)[1]
@@ -167,10 +168,13 @@ def one_place(digits: re.Match) -> str:
 
 
 def png(figure: Any) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(
-        out, format="png", dpi=PNG_DPI, facecolor=light("surface"), metadata={"Software": None}
-    )
+    """Return a settled figure as a PNG file, on the page's light background."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    out, dpi = io.BytesIO(), figure.dpi
+    figure.set(dpi=PNG_DPI, facecolor=light("surface"))
+    FigureCanvasAgg(figure).print_png(out, metadata={"Software": None})
+    figure.set(dpi=dpi, facecolor="none")
     return out.getvalue()
 
 

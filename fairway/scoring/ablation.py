@@ -1,4 +1,4 @@
-"""Other mixtures of the same columns: what each expert adds, and what experts that know only older text add."""
+"""Other mixtures of the same columns: what each expert gains, and experts that know older text."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import Text
 
 THREE = ("neural", "ngram", "match")
-# name: settings and experts of each mixture that is tried on the same columns.
+# Name: settings and experts of each mixture. Every expert alone is weighed by online EM, so that
+# the rows differ in their expert only. docs/RESULTS.md has each gain, and what was tried and
+# dropped.
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **{f"+ {e}": (dict(mix_weights="em"), ("neural", e)) for e in EXPERTS[3:]},
     "+ temperature": (dict(mix_weights="em"), ("neural", "sharp", "flat")),
     "all, linear": (dict(mix_weights="exponential"), THREE),
     "all, log": (dict(mix_mode="log"), THREE),
-    "fixed share": (dict(mix_weights="share"), THREE),
     "online EM": (dict(mix_weights="em"), THREE),
     "contextual": (dict(mix_weights="sets"), THREE),
     "contextual, chain": (dict(mix_weights="sets"), (*THREE, "chain")),
-    "gate, chain": (dict(mix_weights="gate"), (*THREE, "chain")),
 }
 
 
@@ -37,19 +37,22 @@ def ablation(
     matches: Matches,
     vocab_size: int,
     cfg: EvalConfig,
-    told: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Sum of log-probabilities for each mixture of VARIANTS, all in one pass over the columns."""
-    tried = {
+    """Return the sum of log-probabilities of each of VARIANTS, in one pass over the columns.
+
+    `on_progress` gets the number of rows that are scored so far.
+    """
+    mixtures = {
         name: Mixture(vocab_size, replace(cfg, **settings), experts)
         for name, (settings, experts) in VARIANTS.items()
     }
-    sums = dict.fromkeys(tried, 0.0)
+    sums = dict.fromkeys(mixtures, 0.0)
     for chunk in chunks(tokens, sizes, columns, matches, make_ngram(vocab_size, cfg, tokens)):
-        for name, mixture in tried.items():
+        for name, mixture in mixtures.items():
             sums[name] += float(mixture.fill(chunk.inputs).sum())
-        if told:
-            told(chunk.first + len(chunk.inputs.targets))
+        if on_progress:
+            on_progress(chunk.first + len(chunk.inputs.targets))
     return sums
 
 
@@ -61,7 +64,7 @@ def delayed(
     cfg: EvalConfig,
     delay: int,
 ) -> float:
-    """Sum of log-probabilities of a linear mixture whose experts know only text that is `delay` tokens old."""
+    """Return the sum of log-probabilities if experts know text `delay` tokens old; linear."""
     matches, total = find_matches(tokens, vocab_size, cfg, delay), 0.0
     mixture = Mixture(vocab_size, replace(cfg, mix_mode="linear"), DEFAULT_EXPERTS)
     for chunk in chunks(
@@ -72,6 +75,6 @@ def delayed(
 
 
 def as_rows(sums: Mapping[str, float], text: Text, base: float) -> list[dict[str, Any]]:
-    """Bits per byte and gain over `base` of each, for a table and for JSON."""
-    found = {name: -total / np.log(2) / text.bytes for name, total in sums.items()}
-    return [dict(name=name, bpb=bpb, gain=base - bpb) for name, bpb in found.items()]
+    """Return name, bits per byte and gain over `base` of each mixture, for a table and for JSON."""
+    bpb = {name: -total / np.log(2) / text.bytes for name, total in sums.items()}
+    return [dict(name=name, bpb=value, gain=base - value) for name, value in bpb.items()]

@@ -13,7 +13,7 @@ import torch
 from fairway.scoring.columns import Columns, columns_in_memory
 from fairway.scoring.commits import CHAIN_START, Commit, chained
 from fairway.scoring.experts.match import Match, Matches
-from fairway.scoring.experts.mixing import EXPERTS, Inputs, Mixture
+from fairway.scoring.experts.mixing import EXPERTS, Mixture, MixtureRows
 from fairway.scoring.experts.ngram import NGram
 from fairway.scoring.neural import KINDS, Neural
 from fairway.scoring.settings import EvalConfig
@@ -39,7 +39,7 @@ def find_matches(tokens: np.ndarray, vocab_size: int, cfg: EvalConfig, delay: in
 
 class Chunk(NamedTuple):
     first: int  # row
-    inputs: Inputs
+    inputs: MixtureRows
     state: str  # digest of the n-gram expert before these rows: of all tokens before them, which the match expert read
 
 
@@ -58,7 +58,7 @@ def chunks(
         state, targets = grams.digest(), tokens[at.start + 1 : at.stop + 1]
         yield Chunk(
             first,
-            Inputs(
+            MixtureRows(
                 *(
                     np.array(columns[name][at])
                     for name in ("logp", "sharp", "flat", "hint", "entropy")

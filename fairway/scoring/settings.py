@@ -82,7 +82,7 @@ class EvalConfig:
     mix_weights: str = knob(
         "sets",
         "how linear weights learn",
-        choices=("exponential", "share", "em", "sets", "gate"),
+        choices=("exponential", "em", "sets"),
         role="mixture",
     )
     mix_lr: float = knob(
@@ -90,13 +90,6 @@ class EvalConfig:
     )
     mix_floor: float = knob(
         0.01, "exponential weights: least weight, before renormalising", 0, 0.2, role="mixture"
-    )
-    mix_share: float = knob(
-        0.1,
-        "share: part of the weight that is dealt out evenly at each token",
-        0,
-        1,
-        role="mixture",
     )
     mix_rate: float = knob(0.05, "em and sets: step size of the weights", 1e-4, 1, role="mixture")
     mix_neural: float = knob(

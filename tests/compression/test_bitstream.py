@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.compression.bitstream import (
+    CHOICES,
     EXPERT_SETTINGS,
     FIELDS,
     MOST_NAME_BYTES,
+    PLACES,
     SETTINGS,
     Header,
     Machine,
@@ -122,7 +124,7 @@ def test_a_proofs_header_leaves_room_in_64_bytes():
             "eval_documents": st.just(True),
             "ntk_rope": st.just(False),
             "ngram_orders": st.integers(1, 5),
-            "mix_weights": st.sampled_from(["em", "gate"]),
+            "mix_weights": st.sampled_from(["em", "exponential"]),
             "mix_lr": st.floats(0, 0.9),
             "mix_guard": st.floats(1, 10),
             "match_least": st.integers(9, 64),
@@ -157,7 +159,7 @@ VERSION_1 = [
     ("mix_weights", "sets", ("exponential", "share", "em", "sets", "gate")),
     ("mix_lr", 1.0, ()),
     ("mix_floor", 0.01, ()),
-    ("mix_share", 0.1, ()),
+    None,  # was MIX_SHARE
     ("mix_rate", 0.05, ()),
     ("mix_neural", 0.5, ()),
     ("mix_guard", 0.0001, ()),
@@ -166,9 +168,10 @@ VERSION_1 = [
 
 def test_places_defaults_and_choices_are_those_of_version_1():
     """Files hold settings by place and value: a change must raise the format's version."""
-    fields = [FIELDS[name] for name in SETTINGS]
-    assert [(f.name, f.default, f.metadata["choices"]) for f in fields] == VERSION_1
-    assert list(EXPERT_SETTINGS) == [name for name, _, _ in VERSION_1[5:]]
+    assert VERSION_1 == [name and (name, FIELDS[name].default, CHOICES[name]) for name in PLACES]
+    assert list(EXPERT_SETTINGS) == [place[0] for place in VERSION_1[5:] if place]
+    assert list(SETTINGS) == [place[0] for place in VERSION_1 if place]
+    assert all(set(f.metadata["choices"]) <= set(CHOICES[name]) for name, f in FIELDS.items())
 
 
 # Files written before settings had roles: a text with experts, a proof, and a text without.
@@ -176,11 +179,11 @@ ARTIFACT, EMPTY_DIGEST = bytes(range(12)), bytes.fromhex("e3b0c44298fc1c149afbf4
 MACHINE = Machine((2, 13, 0), 2, 1)
 GOLDEN = [
     (
-        "46575901ec332d2b02000102030405060708090a0be3b0c44298fc1c149afbf4c8020d0002010101020965"
-        "6d7074792e7478740006e697a5e69cac000409010a040e000000000000d03f0801",
+        "465759010c9610c402000102030405060708090a0be3b0c44298fc1c149afbf4c8020d0002010101020965"
+        "6d7074792e7478740006e697a5e69cac000409010a020e000000000000d03f0801",
         Header(
             *(ARTIFACT, EMPTY_DIGEST, MACHINE, 1, 1, 1, (("empty.txt", 0), ("日本", 0))),
-            {"mix_mode": "log", "mix_weights": "gate", "mix_rate": 0.25, "expert_reset": True},
+            {"mix_mode": "log", "mix_weights": "em", "mix_rate": 0.25, "expert_reset": True},
         ),
         b"",
     ),
@@ -206,6 +209,21 @@ GOLDEN = [
 def test_older_files_are_read_and_written_byte_for_byte(data, header, payload):
     assert parse_bitstream(bytes.fromhex(data), "f") == (header, payload)
     assert bitstream_bytes(header, payload).hex() == data
+
+
+# Files of older code: a weight gate, and MIX_SHARE=0.25.
+RETIRED = {
+    "MIX_WEIGHTS is 'gate'": "46575901ec332d2b02000102030405060708090a0be3b0c44298fc1c149afbf4c8020d"
+    "00020101010209656d7074792e7478740006e697a5e69cac000409010a040e000000000000d03f0801",
+    "setting 13 is unknown": "46575901f8a3b20f02000102030405060708090a0be3b0c44298fc1c149afbf4c8020d"
+    "00020101010209656d7074792e7478740006e697a5e69cac00010d000000000000d03f",
+}
+
+
+@pytest.mark.parametrize("message", RETIRED)
+def test_settings_that_were_dropped_are_refused(message):
+    with pytest.raises(BitstreamError, match=message):
+        parse_bitstream(bytes.fromhex(RETIRED[message]), "f")
 
 
 @given(st.data())

@@ -79,7 +79,7 @@ def write_files(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def made_run(folder: Path, seed: int, evaluated: bool = True, **changes) -> Path:
-    """An OUT_DIR as train_gpt.py and eval_final.py leave it; `changes` are settings."""
+    """Write an OUT_DIR as train_gpt.py and eval_final.py leave it; `changes` are settings."""
     bpb, artifact, run_id = (
         1.2 + seed / 1e5,
         f"artifact of {seed}".encode() * (10_000 + seed),

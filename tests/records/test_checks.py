@@ -1,5 +1,5 @@
-"""fairway/records/checks: each bad folder of the zoo is caught by its own check, good ones pass,
-damage breaks none.
+"""fairway/records/checks: its own check catches each bad folder, good ones pass, damage breaks
+none.
 """
 
 import json
@@ -38,7 +38,7 @@ def failed(found) -> set[str]:
 
 
 def whole(found) -> bool:
-    """Every check ended as it should, in one printable line."""
+    """Tell whether every check ended as it should, in one printable line."""
     return list(found) == list(CHECKS) and all(
         v.verdict in ("ok", "FAIL", "cannot tell")
         and "broke" not in v.text
@@ -105,8 +105,8 @@ def test_the_other_track_has_no_limits_of_seeds_time_and_machine(tmp_path):
     assert failed(found) == set() and whole(found)
 
 
-def test_no_certificate_in_the_folder_silences_a_pattern(tmp_path):
-    """It is a file like the others, which anyone can write."""
+def test_a_certificate_in_the_folder_silences_no_pattern(tmp_path):
+    """A certificate is a file like the others: anyone can write one."""
     counted = with_function(
         "def cached(keys, context, target):\n    key_hash = (context * 31) ^ target\n    return "
         "key_hash"
@@ -268,7 +268,7 @@ WRONG = [
 
 
 def mutated_json(data: bytes, rng: random.Random) -> bytes:
-    """A value of another type, a key less, nesting, or damaged text."""
+    """Return JSON with a value of another type, a key less, nesting, or damaged text."""
     tree = json.loads(data)
     at, path = tree, rng.choice(list(tree))
     while isinstance(at[path], dict) and at[path] and rng.random() < 0.7:
@@ -287,7 +287,7 @@ def mutated_json(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutated_text(data: bytes, rng: random.Random) -> bytes:
-    """Cut, flipped, doubled, or with other numbers."""
+    """Return the text cut, flipped, doubled, or with other numbers."""
     i, j = sorted(rng.randrange(len(data) + 1) for _ in range(2))
     j = min(j, i + 200)
     kind = rng.randrange(5)
@@ -306,7 +306,7 @@ def mutated_text(data: bytes, rng: random.Random) -> bytes:
 
 
 def reread(folder, name: str, data: bytes, tmp_path):
-    """`folder` as it would be read with another content of one file: only that is read again."""
+    """Return `folder` with another content of one file; only that file is read again."""
     new = read_record_folder(write({name: data}, tmp_path / "2026-05-01_x"))
     changed = (
         dict(submission=new.submission, submission_name=new.submission_name)

@@ -88,7 +88,7 @@ def test_the_closure_follows_packages_relative_and_lazy_imports(tmp_path):
     ]
 
 
-def test_our_own_closure_is_what_evaluation_imports():
+def test_our_own_closure_has_what_evaluation_imports():
     found = import_closure(ROOT)
     assert {
         "train_gpt.py",
@@ -99,7 +99,7 @@ def test_our_own_closure_is_what_evaluation_imports():
     assert not any(name.startswith(("tests", "bench", "data", "fairway/records")) for name in found)
 
 
-def test_what_ships_is_what_the_entries_reach(tmp_path):
+def test_code_ships_if_an_entry_script_reaches_it(tmp_path):
     code = read_code(
         tmp_path,
         written(
@@ -196,7 +196,7 @@ def test_plain_code_is_no_stub():
     ],
     ids=["zlib bomb", "dictionary", "no lzma", "no base85", "no brotli", "a loop", "a file"],
 )
-def test_what_cannot_be_unpacked_stays_packed(bomb):
+def test_code_that_cannot_be_unpacked_stays_packed(bomb):
     source = read_code_file("train_gpt.py", bomb.encode())
     assert source.layers == () and source.text == bomb
 
@@ -250,7 +250,7 @@ def test_code_of_any_depth_is_read_or_refused(text):
     list(imports_in(source))
 
 
-def test_odd_escapes_of_others_are_no_warning(recwarn):
+def test_odd_escapes_in_foreign_code_give_no_warning(recwarn):
     assert read_code_file("a.py", b"x = '\\W'\n").tree is not None and not list(recwarn)
 
 

@@ -60,7 +60,7 @@ def test_seeds_in_names(name, seed):
     assert seed_in(name) == seed
 
 
-def test_of_several_logs_of_a_seed_the_claimed_one_counts(tmp_path):
+def test_among_logs_of_one_seed_the_claimed_one_counts(tmp_path):
     files = make()
     other = make(only={42: dict(final_loss=1.95)})["train_seed42.log"]
     folder = read_record_folder(write(files | {"first_seed42.log": other}, tmp_path))

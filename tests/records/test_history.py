@@ -1,6 +1,4 @@
-"""The list of runs: found, joined, filtered, compared; damaged lines are named and cost nothing
-else.
-"""
+"""The history of runs: found, joined, filtered, compared; damaged lines are named."""
 
 import json
 
@@ -44,7 +42,7 @@ def test_files_are_found_here_and_below_out_without_following_links(tmp_path):
     assert find_files(tmp_path / "nothing") == []
 
 
-def test_an_evaluation_stands_beside_the_training_of_its_artifact(history):
+def test_an_evaluation_is_paired_with_the_training_of_its_artifact(history):
     found = [(r.columns["run_id"], r.columns["final_bpb"]) for r in history.rows]
     # The same evaluation again replaces the one before; other settings make another row; newest
     # last.
@@ -192,7 +190,7 @@ def test_a_run_is_found_by_number_run_id_folder_or_log(tmp_path, history):
             find_row(name, history)
 
 
-def test_a_run_of_before_the_list_is_read_from_its_own_log(tmp_path, history):
+def test_a_run_older_than_the_list_is_read_from_its_own_log(tmp_path, history):
     write_log(tmp_path / "old", "ancient", "pass\n")
     events = [
         {"event": name, "time": 5} | A[name] for name in ("start", "val", "artifact", "final")

@@ -1,4 +1,4 @@
-"""records/README.md: ranked, escaped, the same bytes each time, and known to be stale."""
+"""records/README.md: ranked, escaped, the same bytes each time, and reported when it is stale."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def record(
 
 
 def rows(text: str) -> list[list[str]]:
-    """Cells of each record's row; an entity is no bar."""
+    """Return the cells of each record's row; an entity is no cell end."""
     lines = [line for line in text.splitlines() if re.match(r"\| \d", line)]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 

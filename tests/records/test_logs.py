@@ -1,3 +1,5 @@
+"""fairway/records/logs.py: every dialect gives its facts back, and any text gives a log."""
+
 import math
 import re
 
@@ -132,9 +134,7 @@ def test_an_empty_log_says_nothing():
 
 
 def test_code_is_not_mistaken_for_log():
-    """Its print(f"…") look like the lines that they print; here one of them, in a docstring, is
-    such a line.
-    """
+    """Code has print(f"…") lines like those of a log; here a docstring holds such a line."""
     code = SOURCE.replace(
         "language model.", "model.\nfinal_x val_loss:0.10000000 val_bpb:0.10000000\nseed:5"
     )
@@ -173,7 +173,7 @@ def test_code_that_holds_a_rule_stays_one():
         ("DIAGNOSTIC x val_loss:1.5 val_bpb:1.2", None),
     ],
 )
-def test_which_lines_are_scores(line, value):
+def test_lines_are_recognised_as_scores(line, value):
     final = parse_log(line + "\n").final
     assert (final.bpb if final else None) == value
 
@@ -229,7 +229,7 @@ def test_evaluation_counts_all_scoring_but_diagnostics():
     assert parse_log(text + "total_eval_time:1.0s\n").eval_seconds == 400
 
 
-def test_training_ends_where_the_last_word_on_it_says():
+def test_training_ends_at_the_last_stated_time():
     text = april(RunFacts(train_seconds=588.047))
     assert parse_log(text).train_seconds == 588.047
     assert parse_log(re.sub("stopping_early.*\n", "", text)).train_seconds == 588.0  # 9.8 minutes
@@ -274,7 +274,7 @@ def test_shapes_of_single_records():
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("source", ["", SOURCE])
-def test_of_runs_in_one_file_the_last_counts(dialect, source):
+def test_the_last_run_in_a_file_counts(dialect, source):
     first, last = (
         RunFacts(seed=1, loss=3, final_loss=2.9, source=source),
         RunFacts(seed=2, step=600, source=source),
@@ -289,7 +289,7 @@ def test_of_runs_in_one_file_the_last_counts(dialect, source):
 
 
 def test_a_run_that_was_resumed_is_one_run():
-    """Ours appends to its log; steps after the checkpoint were made anew."""
+    """A resumed run appends to its log and repeats the steps after the checkpoint."""
     first = ours(RunFacts(step=2000)).split("step:2000/20000 train_loss")[0]
     again = ours(RunFacts(step=3000)).replace(
         "step:1/20000", "resumed step:1000 train_time:99ms\nstep:1001/20000"
@@ -311,7 +311,7 @@ def test_a_run_that_was_resumed_is_one_run():
 
 
 # ==== Damage ======================================================================================
-def test_what_is_cut_short_is_told():
+def test_truncated_logs_are_recognised():
     text = baseline(RunFacts())
     assert not parse_log(text).truncated and not parse_log(text[:-1]).truncated
     timed = text.rindex("eval_time")
@@ -326,7 +326,7 @@ def test_what_is_cut_short_is_told():
 
 @given(data=st.data(), dialect=st.sampled_from([*DIALECTS.values(), our_eval]))
 def test_a_damaged_log_gives_a_log(data, dialect):
-    """Deleted, doubled, overwritten, cut: every field is what a log may say, or None."""
+    """Each field of a cut, doubled or overwritten log is what a log may say, or None."""
     text = dialect(RunFacts())
     for _ in range(data.draw(st.integers(1, 4))):
         a = data.draw(st.integers(0, len(text)))
@@ -392,7 +392,7 @@ def test_hostile_texts_are_read_in_no_time(text):
     assert log.truncated and len(log.steps) <= MOST_LINES
 
 
-def test_of_too_many_lines_both_ends_are_read():
+def test_both_ends_of_a_huge_log_are_read():
     text = "seed:4\n" + "\n" * MOST_LINES + "final_exact val_loss:1.00000000 val_bpb:0.60000000\n"
     assert parse_log(text).seed == 4 and parse_log(text).final.bpb == 0.6
 

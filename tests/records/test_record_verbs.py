@@ -1,6 +1,4 @@
-"""The verbs that read finished runs and records: quick to start, one line for a mistake, useful
-exit codes.
-"""
+"""The verbs of runs and records: quick to start, one line for a mistake, useful exit codes."""
 
 import json
 import re

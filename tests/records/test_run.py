@@ -1,6 +1,4 @@
-"""What a run left in its OUT_DIR, found by folder or by log: with the evaluation of this artifact
-and no other.
-"""
+"""The files of a run, found by folder or log, with the evaluation of this artifact and no other."""
 
 import hashlib
 import json
@@ -62,7 +60,7 @@ def test_a_folder_and_its_log_name_the_same_run(tmp_path):
     assert len(run.all_events("start")) == 2 and run.event("final") == {}
 
 
-def test_an_evaluation_of_another_artifact_is_none_of_it(tmp_path):
+def test_an_evaluation_of_another_artifact_is_ignored(tmp_path):
     lay_out(tmp_path, scored=b"another")
     run = read_run(tmp_path)
     assert run.artifact is not None and run.score is run.certificate is run.eval_log is None
@@ -74,7 +72,7 @@ def test_an_artifact_that_was_overwritten_is_gone(tmp_path):
     assert read_run(log).artifact is None and read_run(log).score is not None
 
 
-def test_of_several_logs_it_is_the_one_whose_artifact_is_there(tmp_path):
+def test_among_several_logs_the_one_with_its_artifact_counts(tmp_path):
     lay_out(tmp_path, "old", blob=b"one", at=10)
     lay_out(tmp_path, "new", blob=b"two", at=20)
     assert read_run(tmp_path).run_id == "new"
@@ -85,7 +83,7 @@ def test_of_several_logs_it_is_the_one_whose_artifact_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "logs", "absent", "logs/absent.txt"])
-def test_what_is_no_run_is_one_line(tmp_path, name):
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, name):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "eval.txt").write_text("an evaluation is no training run")
     with pytest.raises(RecordError, match="name a run's OUT_DIR, or its logs/RUN_ID.txt"):

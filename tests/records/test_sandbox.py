@@ -1,4 +1,4 @@
-"""fairway/records/sandbox.py: what a record may do while it runs, and how its run is judged."""
+"""fairway/records/sandbox.py: the limits of a record that runs, and how its run is judged."""
 
 import sys
 import time
@@ -20,7 +20,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="limits of the Linux 
 
 @pytest.fixture
 def ran(tmp_path):
-    """`ran(code, seconds=20)`: how a script ends in a sandbox."""
+    """Return `ran(code, seconds=20)`, which tells how a script ends in a sandbox."""
     box = Sandbox(tmp_path / "box")
 
     def run(code: str, seconds: float = 20):
@@ -74,7 +74,7 @@ def test_a_script_may_use_its_own_folders(ran):
         ("try:\n    open('OUT')\nexcept OSError:\n    print('went on')", "reads OUT"),
     ],
 )
-def test_what_lies_outside_is_refused_and_told(ran, tmp_path, code, refused):
+def test_files_and_programs_outside_are_refused_and_reported(ran, tmp_path, code, refused):
     outside = tmp_path / "outside.txt"
     outside.write_text("private")
     ended = ran(code.replace("OUT", str(outside)))

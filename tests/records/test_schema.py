@@ -1,3 +1,5 @@
+"""fairway/records/schema.py: any JSON is judged, and each fault is named with both values."""
+
 import copy
 
 import pytest

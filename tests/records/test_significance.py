@@ -1,3 +1,5 @@
+"""fairway/records/significance.py: both tests by hand, by scipy, and on published figures."""
+
 import json
 import math
 import statistics
@@ -150,8 +152,8 @@ def test_a_mean_on_the_wrong_side_stays_there():
     new=st.lists(st.floats(1, 1.1), min_size=2, max_size=5),
     old=st.lists(st.floats(1, 1.2), min_size=2, max_size=5),
 )
-def test_what_is_missing_is_enough_and_no_more_than_that(new, old):
-    """The nats that are said to be missing, added, reach p < 0.01; a little fewer do not."""
+def test_the_missing_nats_are_enough_and_no_more(new, old):
+    """Adding the missing nats reaches p < 0.01; a little less does not."""
     for run in (lambda s: one_sample(s, statistics.fmean(old)), lambda s: welch(s, seeds(*old))):
         test = run(seeds(*new))
         if test.missing and statistics.stdev(new) > 1e-4:
@@ -176,7 +178,7 @@ def test_the_seeds_that_are_missing_are_enough(new, old):
 
 # ==== Between tokenizers ==========================================================================
 def test_another_tokenizer_is_compared_through_bytes():
-    """The same BPB under tokenizers of 2.4 and 3.7 bytes per token is the same score."""
+    """The same BPB is the same score under tokenizers of 2.4 and 3.7 bytes per token."""
     new, old = seeds(2.80, 2.81, 2.82, factor=2.583), seeds(1.84, 1.85, 1.86, factor=1.6885)
     test = welch(new, old)
     assert test.difference[1] == pytest.approx(
@@ -290,7 +292,7 @@ def test_nats_come_from_tokens_and_bytes_or_from_another_seed(tmp_path):
         (dict(val_bpb=1.1), "its one run has val_bpb but no val_loss"),
     ],
 )
-def test_what_a_folder_lacks_is_named(tmp_path, submission, said):
+def test_missing_scores_are_named(tmp_path, submission, said):
     with pytest.raises(RecordError, match=said) as e:
         read_seeds(
             write(tmp_path / "x", submission, {"train.log": "nothing", "requirements.txt": "numpy"})
@@ -298,6 +300,6 @@ def test_what_a_folder_lacks_is_named(tmp_path, submission, said):
     assert "\n" not in str(e.value)
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path):
+def test_an_absent_folder_is_refused(tmp_path):
     with pytest.raises(RecordError, match="is no folder; name one with"):
         read_seeds(tmp_path / "absent")

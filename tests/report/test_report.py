@@ -1,6 +1,4 @@
-"""The report: what a page must hold and must not, whatever the runs are; and that a browser shows
-all of it.
-"""
+"""The report: what a page must hold for any runs, and that a browser shows all of it."""
 
 import hashlib
 import html
@@ -48,7 +46,9 @@ def write_events(folder: Path, run_id: str, events: list[dict]) -> None:
 
 
 def write_artifact(folder: Path, tokenizer: bytes) -> str:
-    """An artifact with a header as docs/ARTIFACT.md has it; its weights are 900 zeros. Its hash."""
+    """Write an artifact with a header by docs/ARTIFACT.md and 900 zeros as weights; return its
+    hash.
+    """
     import brotli
 
     stored = brotli.compress(tokenizer)
@@ -78,7 +78,7 @@ def write_artifact(folder: Path, tokenizer: bytes) -> str:
 
 
 def training(sha256: str = "", size: int = 1500) -> list[dict]:
-    """The events of a training run of 40 logged steps."""
+    """Return the events of a training run of 40 logged steps."""
     steps = [
         dict(event="train", step=s, tokens=64 * s, seconds=0.5 * s, loss=3 + 4 / s)
         for s in range(1, 41)
@@ -109,7 +109,7 @@ def training(sha256: str = "", size: int = 1500) -> list[dict]:
 
 
 def write_run(folder: Path, run_id: str, corpus, seed: int) -> Path:
-    """A run that has everything a report can show, on a corpus of a few documents."""
+    """Write a run that has everything a report can show, on a corpus of a few documents."""
     folder.mkdir()
     model = (corpus.folder / "tokenizer.model").read_bytes()
     tokens = to_tokens(corpus.tokenizer, corpus.texts[:40])
@@ -161,7 +161,7 @@ def write_run(folder: Path, run_id: str, corpus, seed: int) -> Path:
 
 
 class Outline(HTMLParser):
-    """What a page is made of."""
+    """The tags and the text of a page."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -189,7 +189,7 @@ def folders(tmp_path_factory, corpus) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory, folders) -> Path:
-    """Two whole runs, one above the other."""
+    """Return the report of two complete runs."""
     return write_report(folders, tmp_path_factory.mktemp("report") / "new" / "folder")
 
 
@@ -199,7 +199,7 @@ def text(report) -> str:
 
 
 # ==== THE PAGE ====================================================================================
-def test_a_page_is_small_and_leans_on_nothing(report, text):
+def test_a_page_is_small_and_self_contained(report, text):
     assert report.stat().st_size < 1_500_000
     assert not re.search(
         r"https?:|@import|url\((?!#)|<script|<link|<iframe|\bsrc=|javascript:|\bon\w+=", text
@@ -248,7 +248,7 @@ def test_both_runs_are_named_on_the_page_and_in_every_figure(text):
         assert all(name in html.unescape(drawing) for name in names)
 
 
-def test_runs_of_one_name_are_told_apart(folders, tmp_path):
+def test_runs_with_equal_names_get_different_labels(folders, tmp_path):
     run = read_run(folders[0])._replace(run_id="x", folder=tmp_path / "a")
     twin, alike = run._replace(folder=tmp_path / "b"), run._replace(folder=tmp_path / "c" / "a")
     assert data.run_names([run, run._replace(run_id="y")]) == ["x", "y"]
@@ -269,7 +269,7 @@ def test_numbers_are_those_of_the_run(text, folders):
     assert "1 of 2 rules ok; not: sizes" in words
 
 
-def test_pictures_lie_beside_the_page(report):
+def test_pictures_are_next_to_the_page(report):
     names = sorted(p.name for p in report.parent.iterdir())
     assert names == sorted(["report.html", *(f"report_{figure.key}.png" for figure in FIGURES)])
     assert all(
@@ -278,8 +278,8 @@ def test_pictures_lie_beside_the_page(report):
 
 
 # ==== WHAT IS NOT THERE ===========================================================================
-def test_what_is_missing_costs_its_figure_and_is_named_and_bytes_repeat(tmp_path):
-    """A run that was trained and not scored, twice."""
+def test_missing_data_remove_only_their_figure_and_bytes_repeat(tmp_path):
+    """Report a run that was trained and not scored, twice."""
     write_events(tmp_path / "run", "alone", training()[:30])
     pages = []
     for out in ("a", "b"):
@@ -338,7 +338,7 @@ WITH_LOSSES = WITH_TOKENS | {"by_split"}
         (lambda f: (f / "final_model.int6.ptz").unlink(), {"passages"}, "no tokenizer"),
     ],
 )
-def test_damage_costs_the_figures_that_need_what_is_damaged(
+def test_damage_removes_only_the_figures_that_need_the_file(
     folders, tmp_path, break_it, figures, said
 ):
     folder = shutil.copytree(folders[0], tmp_path / "run")
@@ -382,7 +382,7 @@ VALUES = st.recursive(
 
 
 def spots(value, path=()):
-    """Where a JSON document may be changed."""
+    """Yield the places at which a JSON document may be changed."""
     yield path
     inner = (
         value.items()
@@ -423,7 +423,7 @@ def test_any_value_in_place_of_another_gives_figures_or_a_line(folders, choice, 
     assert all(type(v) is str for v in data.summary_values(run).values())
 
 
-def test_numbers_and_words_of_any_json_are_tame():
+def test_any_json_value_becomes_a_number_or_clean_text():
     assert all(math.isnan(data.finite_number(v)) for v in (None, True, "1", [], {}, 10**400, 1e300))
     assert (data.finite_number(3), data.whole_number(3)) == (3.0, 3)
     assert all(data.whole_number(v) is None for v in (-1, True, 1 << 60, 1.0, "1"))
@@ -450,7 +450,7 @@ def test_rectangles_fill_the_whole_and_have_their_areas(sizes):
     )
 
 
-def test_a_smoothed_line_goes_through_lonely_points_and_between_crowded_ones():
+def test_a_smoothed_line_meets_single_points_and_averages_many():
     x = np.array([1.0, 10, 100, *np.linspace(1000, 1100, 50)])
     y = np.array([7.0, 6, 5, *np.tile([3.9, 4.1], 25)])
     at, mean = data.smooth_curve(x, y)
@@ -473,7 +473,7 @@ def test_loss_by_place_is_the_mean_of_the_right_tokens(monkeypatch, part):
     assert found.mean.tolist() == [2.0, 6.0] and found.share.tolist() == [0.6, 0.4]
 
 
-def test_the_worst_passages_are_the_dearest_windows_and_bytes_come_together(corpus):
+def test_the_worst_passages_cost_most_and_bytes_of_a_character_are_joined(corpus):
     pieces = corpus.tokenizer.encode("the 日")
     spelled = split.token_texts(corpus.tokenizer, [BOS_ID, *pieces], [9.0, *range(len(pieces))])
     assert spelled[0] == ("⟨new document⟩", 9.0) and "".join(t for t, _ in spelled[1:]) == "the 日"
@@ -487,7 +487,7 @@ def test_the_worst_passages_are_the_dearest_windows_and_bytes_come_together(corp
     assert [(p.first, round(p.mean * math.log(2), 6)) for p in found] == [(120, 5.0), (240, 3.0)]
 
 
-def test_an_artifact_says_its_sizes_and_a_bomb_is_no_tokenizer(folders):
+def test_an_artifact_states_its_sizes_and_a_bomb_is_no_tokenizer(folders):
     import brotli
 
     run, unpacked = read_run(folders[0]), artifact.decompress_brotli
@@ -542,18 +542,21 @@ parent.postMessage("probe:" + JSON.stringify({
 }) + ":probe", "*")})</script>"""
 
 
-@pytest.mark.parametrize("width", [400, 1400])
-def test_a_browser_shows_every_figure_within_the_page(text, tmp_path, width):
-    """In a frame of that width, since a window has a least one; sizes are in CSS pixels."""
+def test_a_browser_shows_every_figure_within_the_page(text, tmp_path):
+    """Show the page in frames of both widths, since a window has a least width; in CSS pixels."""
+    widths = (400, 1400)
     chromium = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
     )
     if not chromium:
         pytest.skip("no chromium is installed")
     (tmp_path / "page.html").write_text(text.replace("</body>", PROBE + "</body>"))
-    (tmp_path / "frame.html").write_text(
-        "<script>onmessage = e => document.title = e.data</script>"
+    frames = "".join(
         f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe>'
+        for width in widths
+    )
+    (tmp_path / "frame.html").write_text(
+        f"<script>onmessage = e => document.title += e.data</script>{frames}"
     )
     done = subprocess.run(
         [
@@ -573,13 +576,12 @@ def test_a_browser_shows_every_figure_within_the_page(text, tmp_path, width):
         timeout=60,
     )
     assert "CONSOLE" not in done.stderr
-    found = json.loads(html.unescape(re.search(r"probe:(.*?):probe", done.stdout)[1]))
-    assert found["width"] == width and found["scroll"] <= width
-    assert len(found["figures"]) == len(FIGURES) and all(
-        len(boxes) == 1 for boxes in found["figures"]
-    )
-    assert all(
-        left >= 0 and right <= width and height > 100
-        for [(left, right, height)] in found["figures"]
-    )
-    assert found["letter"] >= 14
+    probes = map(json.loads, re.findall(r"probe:(.*?):probe", html.unescape(done.stdout)))
+    by_width = {probe["width"]: probe for probe in probes}
+    assert set(by_width) == set(widths)
+    for width, probe in by_width.items():
+        assert probe["scroll"] <= width
+        assert [len(boxes) for boxes in probe["figures"]] == [1] * len(FIGURES)
+        for [(left, right, height)] in probe["figures"]:
+            assert left >= 0 and right <= width and height > 100
+        assert probe["letter"] >= 14

@@ -1,14 +1,15 @@
-"""The match expert: hints equal to a plain search's, always verified, however the text is cut, delayed or reset."""
+"""The match expert: its hints equal those of a plain search and are always verified."""
 
 import numpy as np
 import pytest
-from damage import refused_or_read, refused_with
+from damage import assert_refused_with, read_damaged
 from hypothesis import given
 from hypothesis import strategies as st
 from reference_experts import ReferenceMatch
-from test_ngram import delays, pieces, texts
+from token_texts import delays, pieces, texts
 
 from fairway.scoring.experts.match import (
+    BLOCK,
     FRESH,
     GOING_ON,
     LONGEST,
@@ -24,6 +25,7 @@ leasts = st.sampled_from([1, 2, 3, 8])
 
 
 def joined(parts) -> Matches:
+    """Join the hints about the pieces of a text."""
     return Matches(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -41,6 +43,7 @@ def assert_equal_to(matches: Matches, rows: list[tuple[int, int, float]]) -> Non
 
 
 def common_suffix(tokens: np.ndarray, i: int, t: int, start: int) -> int:
+    """Return how many tokens before i, none before `start`, equal those before t."""
     same = 0
     while same < min(i - start, LONGEST) and tokens[i - 1 - same] == tokens[t - 1 - same]:
         same += 1
@@ -48,7 +51,7 @@ def common_suffix(tokens: np.ndarray, i: int, t: int, start: int) -> int:
 
 
 def test_hints_by_hand():
-    """a b c d a b: c followed once, after 2 tokens; then d, after 3."""
+    """After a b c d a b, c followed once, after 2 tokens; then d, after 3."""
     matches = Match(16, least=2).fill(np.array([4, 5, 6, 7, 4, 5, 6, 9, 7]))
     assert matches.hint.tolist() == [-1, -1, -1, -1, -1, -1, 6, 7, -1]
     assert matches.length.tolist() == [0, 0, 0, 0, 0, 0, 2, 3, 0]
@@ -70,7 +73,7 @@ def test_hints_by_hand():
     st.data(),
 )
 def test_equals_plain_python_however_cut(text, least, delay, reset, candidates, buckets, data):
-    """Also with so few buckets that most contexts collide."""
+    """Some tables have so few buckets that most contexts collide."""
     vocab_size, tokens = text
     expert = Match(vocab_size, least, 4 * candidates * buckets, delay, reset, candidates)
     matches = joined([expert.fill(piece) for piece in pieces(data, tokens)])
@@ -85,8 +88,11 @@ def test_equals_plain_python_however_cut(text, least, delay, reset, candidates, 
 
 @given(texts(60), leasts, delays, st.booleans(), st.sampled_from([(1, 1), (2, 3), (64, 1 << 14)]))
 def test_every_hint_is_verified_and_none_is_longer(text, least, delay, reset, shape):
-    """Against a search of the whole text: with room for all places the longest match is found, with little room a
-    real one or none. A place is known once its token lies at least `delay` tokens back."""
+    """Compare with a search of the whole text.
+
+    With room for all positions the longest match is found, with little room a real one or none. A
+    position is known once its token lies at least `delay` tokens back.
+    """
     vocab_size, tokens = text
     candidates, buckets = shape
     matches = Match(vocab_size, least, 4 * candidates * buckets, delay, reset, candidates).fill(
@@ -120,7 +126,7 @@ def test_a_distribution_is_one_and_is_what_is_scored(text, least, delay, reset):
 
 
 @given(texts(), leasts, delays, st.booleans(), st.integers(0, 150), st.integers(0, 3))
-def test_what_follows_changes_nothing_before(text, least, delay, reset, at, other):
+def test_later_tokens_change_no_earlier_row(text, least, delay, reset, at, other):
     vocab_size, tokens = text
     at, changed = min(at, len(tokens)), tokens.copy()
     changed[at:] = other
@@ -129,7 +135,7 @@ def test_what_follows_changes_nothing_before(text, least, delay, reset, at, othe
 
 
 @given(texts(), texts(), leasts, delays)
-def test_after_a_reset_nothing_is_left(first, second, least, delay):
+def test_a_reset_leaves_nothing(first, second, least, delay):
     vocab_size, document = second
     document = np.concatenate([[BOS_ID], document])
     a, b = (Match(vocab_size, least, 1 << 18, delay, reset=True) for _ in range(2))
@@ -140,7 +146,7 @@ def test_after_a_reset_nothing_is_left(first, second, least, delay):
 
 
 @given(texts(), leasts, delays, st.booleans(), st.data())
-def test_saved_in_the_middle_it_goes_on(tmp_path_factory, text, least, delay, reset, data):
+def test_a_saved_expert_goes_on(tmp_path_factory, text, least, delay, reset, data):
     vocab_size, tokens = text
     path, at = tmp_path_factory.mktemp("state") / "match", data.draw(st.integers(0, len(tokens)))
     expert = Match(vocab_size, least, ROOM, delay, reset)
@@ -153,24 +159,24 @@ def test_saved_in_the_middle_it_goes_on(tmp_path_factory, text, least, delay, re
 
 
 @given(texts(), st.data())
-def test_a_digest_tells_histories_apart_and_not_cuts(text, data):
+def test_a_digest_depends_on_the_text_and_not_on_its_pieces(text, data):
     vocab_size, tokens = text
-    whole, parts = Match(vocab_size, memory_bytes=ROOM), Match(vocab_size, memory_bytes=ROOM)
-    whole.fill(tokens)
+    at_once, parts = (Match(vocab_size, memory_bytes=ROOM) for _ in range(2))
+    at_once.fill(tokens)
     for piece in pieces(data, tokens):
         parts.fill(piece)
-    assert whole.digest() == parts.digest()
+    assert at_once.digest() == parts.digest()
     parts.update(0)
-    assert whole.digest() != parts.digest() != Match(vocab_size, memory_bytes=ROOM).digest()
+    assert at_once.digest() != parts.digest() != Match(vocab_size, memory_bytes=ROOM).digest()
     assert Match(vocab_size, 8, ROOM).digest() != Match(vocab_size, 9, ROOM).digest()
 
 
-def test_blocks_are_no_boundary():
-    """Longer than any block inside; a small alphabet, and a passage that comes again."""
+def test_blocks_make_no_difference():
+    """The text is longer than a block; a repeated passage lies across its end."""
     rng = np.random.default_rng(1)
-    tokens = rng.integers(0, 4, 10_000).astype(np.uint16)
-    tokens[7000:8800] = tokens[3000:4800]
-    tokens[[900, 5000, 9000]] = BOS_ID
+    tokens = rng.integers(0, 4, BLOCK + 1000).astype(np.uint16)
+    tokens[BLOCK - 900 : BLOCK + 300] = tokens[300:1500]
+    tokens[[900, BLOCK - 1000, BLOCK + 600]] = BOS_ID
     for delay, reset in ((0, False), (5, False), (3000, False), (0, True), (5, True)):
         expert = Match(4, 5, ROOM, delay, reset)
         rows, _ = ReferenceMatch(4, 5, delay, reset, buckets=expert.buckets).fill(tokens)
@@ -215,7 +221,7 @@ def test_groups_of_length_have_their_rates():
     )
 
 
-def test_random_text_stays_dear_and_text_met_again_is_cheap():
+def test_random_text_is_never_predicted_and_repeated_text_is():
     tokens = np.random.default_rng(6).integers(0, 64, 20_000)
     nats = -np.log(match_probabilities(Match(64).fill(tokens), tokens, 64))
     assert nats.mean() > np.log(64) - 4 * nats.std() / np.sqrt(len(nats)) - 1e-12
@@ -228,7 +234,7 @@ def test_memory_is_bounded_by_the_setting():
 
 
 @pytest.mark.parametrize(
-    "settings, said",
+    "settings, message",
     [
         (dict(vocab_size=3), "VOCAB_SIZE is 3"),
         (dict(least=0), "least match of 0"),
@@ -238,12 +244,12 @@ def test_memory_is_bounded_by_the_setting():
         (dict(candidates=0), "0 candidates"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, said):
-    with pytest.raises(UserError, match=said):
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
         Match(**{"vocab_size": 64, **settings})
 
 
-def test_tokens_that_cannot_be_are_refused_and_leave_no_trace():
+def test_bad_tokens_are_refused_and_change_nothing():
     expert = Match(64, memory_bytes=ROOM)
     before = expert.digest()
     with pytest.raises(UserError, match="holds token 64, but VOCAB_SIZE is 64"):
@@ -265,9 +271,9 @@ def saved(tmp_path_factory):
 
 @given(st.integers(0, 10**6), st.integers(0, 255), st.booleans())
 def test_a_damaged_state_is_refused_or_is_the_same(tmp_path_factory, saved, at, byte, cut):
-    """Some bytes of the container mean nothing; whatever loads must be what was saved."""
+    """Some bytes of a zip file mean nothing; whatever loads must be what was saved."""
     expert, data = saved
-    loaded = refused_or_read(
+    loaded = read_damaged(
         tmp_path_factory.mktemp("state") / "match", data, at % len(data), byte, cut, Match.load
     )
     if loaded:
@@ -289,4 +295,4 @@ def test_a_damaged_state_is_refused_or_is_the_same(tmp_path_factory, saved, at, 
     ],
 )
 def test_a_state_that_points_outside_its_text_is_refused(tmp_path, saved, name, value):
-    refused_with(tmp_path / "match", saved[1], name, value, Match.load)
+    assert_refused_with(tmp_path / "match", saved[1], name, value, Match.load)

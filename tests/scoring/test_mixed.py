@@ -306,7 +306,7 @@ def test_embeddings_look_back_by_one_token_and_never_across_a_bos(model, text):
 # ---- Where experts are useless ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "settings",
-    [dict(), dict(mix_mode="log"), dict(mix_weights="exponential"), dict(mix_weights="gate")],
+    [dict(), dict(mix_mode="log"), dict(mix_weights="exponential"), dict(mix_weights="em")],
     ids=str,
 )
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_every_variant_is_the_mixture_that_it_names(model, text):
     for name, total in sums.items():
         assert math.isfinite(total) and (neural - total) / math.log(2) / text.bytes <= 0.0002, name
     assert sums["contextual, chain"] > neural + 0.05 * len(text.sizes)
-    changed, experts = VARIANTS["fixed share"]
+    changed, experts = VARIANTS["contextual, chain"]
     mixture = Mixture(384, EvalConfig(eval_stride=32, **changed), experts)
     alone = sum(
         mixture.fill(chunk.inputs).sum()
@@ -343,7 +343,7 @@ def test_every_variant_is_the_mixture_that_it_names(model, text):
             text.tokens, text.sizes, columns, matches, make_ngram(384, scorer.cfg, text.tokens)
         )
     )
-    assert sums["fixed share"] == pytest.approx(alone, abs=1e-9)
+    assert sums["contextual, chain"] == pytest.approx(alone, abs=1e-9)
     for row in as_rows(sums, text, 2.0):
         assert (
             row["bpb"] == pytest.approx(text.bpb(np.array([sums[row["name"]]])))

@@ -1,4 +1,4 @@
-"""The mixture: equal to plain Python, a distribution at every place, causal, and never dear, whatever it is told."""
+"""The mixture: equal to plain Python, a distribution everywhere, causal and insured."""
 
 import copy
 import math
@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from reference_mixing import ReferenceMixture, rows_of
 
 from fairway.scoring.experts.match import Match, Matches
-from fairway.scoring.experts.mixing import EXPERTS, WEIGHTS, Inputs, Mixture
+from fairway.scoring.experts.mixing import (
+    EXPERTS,
+    MOST_TRUSTED,
+    WEIGHTS,
+    Mixture,
+    MixtureRows,
+    expert_columns,
+)
 from fairway.scoring.experts.ngram import ContextCounts, NGram
 from fairway.scoring.experts.temperature import TEMPERATURES
 from fairway.scoring.settings import EvalConfig
@@ -22,21 +29,21 @@ seeds = st.integers(0, 2**32 - 1)
 kinds = st.sampled_from(WEIGHTS)
 modes = st.sampled_from(["linear", "log"])
 subsets = st.sets(st.sampled_from(EXPERTS[1:])).map(
-    lambda some: tuple(e for e in EXPERTS if e in some | {"neural"})
+    lambda chosen: tuple(e for e in EXPERTS if e in chosen | {"neural"})
 )
-CERTAIN = np.array(
-    [-1e3, -745.0, -30.0, -1.0, -1e-12, 0.0]
-)  # log-probabilities, down to those whose exp is zero
+# Log-probabilities, down to those whose exponential is zero.
+CERTAIN = np.array([-1e3, -745.0, -30.0, -1.0, -1e-12, 0.0])
 
 
 def settings_of(**changed) -> EvalConfig:
+    """Return settings with three orders, to keep the reference fast."""
     return EvalConfig(**(dict(ngram_orders=3) | changed))
 
 
-def made(
+def random_rows(
     seed: int, rows: int, vocab_size: int = 50, orders: int = 3, extreme: bool = False
-) -> Inputs:
-    """Columns of anything that could stand in them: counts that fit each other, probabilities of one at most."""
+) -> MixtureRows:
+    """Return any values that could be columns: possible counts, probabilities of at most one."""
     rng = np.random.default_rng(seed)
 
     def some_logp() -> np.ndarray:
@@ -48,9 +55,8 @@ def made(
         np.where(rng.random(rows) < 0.5, targets, rng.integers(0, vocab_size, rows)),
         -1,
     )
-    rest = np.log(
-        np.maximum(-np.expm1(np.minimum(logp, -1e-15)), 1e-300)
-    )  # what the target leaves for a hint
+    # The target leaves this much for a hint.
+    rest = np.log(np.maximum(-np.expm1(np.minimum(logp, -1e-15)), 1e-300))
     hint_logp = np.where(hint == targets, logp, np.minimum(some_logp(), rest))
     seen = rng.choice([0, 1, 2, 4, 9, 70, 2**31 - 1], (rows, orders))
     kinds = np.minimum(seen, rng.integers(1, vocab_size, (rows, orders)))
@@ -62,7 +68,7 @@ def made(
         if extreme
         else rng.uniform(0.01, 0.99, rows)
     )
-    return Inputs(
+    return MixtureRows(
         logp,
         some_logp(),
         some_logp(),
@@ -79,14 +85,16 @@ def made(
     )
 
 
-def part(inputs: Inputs, at: slice) -> Inputs:
-    return Inputs(
+def sliced(inputs: MixtureRows, at: slice) -> MixtureRows:
+    """Return some of the rows."""
+    return MixtureRows(
         *(type(p)(*(c[at] for c in p)) if isinstance(p, tuple) else p[at] for p in inputs)
     )
 
 
-def glued(before: Inputs, after: Inputs) -> Inputs:
-    return Inputs(
+def joined(before: MixtureRows, after: MixtureRows) -> MixtureRows:
+    """Return the rows of both."""
+    return MixtureRows(
         *(
             type(a)(*map(np.concatenate, zip(a, b, strict=True)))
             if isinstance(a, tuple)
@@ -100,11 +108,10 @@ def assert_weights_are_distributions(mixture: Mixture) -> None:
     weights = mixture.state.weights
     assert np.isfinite(weights).all() and (weights >= 0).all()
     np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=0, atol=1e-9)
-    for learnt in mixture.state:
-        assert np.isfinite(learnt).all()
+    assert all(np.isfinite(learnt).all() for learnt in mixture.state)
 
 
-# ---- What it computes ------------------------------------------------------------------------------------------------
+# ---- Values --------------------------------------------------------------------------------------
 @given(
     seeds,
     kinds,
@@ -116,7 +123,7 @@ def assert_weights_are_distributions(mixture: Mixture) -> None:
 )
 def test_equals_plain_python(seed, kind, mode, experts, rows, guard, lr):
     cfg = settings_of(mix_weights=kind, mix_mode=mode, mix_guard=guard, mix_lr=float(lr))
-    inputs = made(seed, rows)
+    inputs = random_rows(seed, rows)
     expected = ReferenceMixture(50, cfg, experts).fill(rows_of(inputs))
     np.testing.assert_allclose(Mixture(50, cfg, experts).fill(inputs), expected, rtol=0, atol=1e-9)
 
@@ -125,7 +132,7 @@ def test_equals_plain_python(seed, kind, mode, experts, rows, guard, lr):
 def test_equals_plain_python_at_the_ends_of_what_floats_hold(seed, kind, mode, rows):
     cfg, inputs = (
         settings_of(mix_weights=kind, mix_mode=mode, mix_guard=0.0),
-        made(seed, rows, extreme=True),
+        random_rows(seed, rows, extreme=True),
     )
     expected = ReferenceMixture(50, cfg).fill(rows_of(inputs))
     np.testing.assert_allclose(Mixture(50, cfg).fill(inputs), expected, rtol=1e-11, atol=1e-9)
@@ -133,31 +140,27 @@ def test_equals_plain_python_at_the_ends_of_what_floats_hold(seed, kind, mode, r
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_equals_plain_python_over_a_longer_text(kind):
-    """Long enough for trusts to fade and for most sets of weights to be visited."""
-    cfg, inputs = settings_of(mix_weights=kind, mix_floor=0.0), made(1, 6000)
-    inputs.grams.seen[:, 0], inputs.grams.kinds[:, 0] = (
-        3,
-        1,
-    )  # one situation far more often than others
-    inputs.grams.hits[:, 0] = 3 * (inputs.targets < 40)
+    """One situation is so frequent that its trust fades."""
+    cfg, inputs = settings_of(mix_weights=kind, mix_floor=0.0), random_rows(1, 2400)
+    inputs.counts.seen[:, 0], inputs.counts.kinds[:, 0] = 3, 1
+    inputs.entropy[np.arange(2400) % 10 != 0] = 2.0
+    inputs.counts.hits[:, 0] = 3 * (inputs.targets < 40)
     expected = ReferenceMixture(50, cfg).fill(rows_of(inputs))
     mixture = Mixture(50, cfg)
     np.testing.assert_allclose(mixture.fill(inputs), expected, rtol=0, atol=1e-9)
-    assert mixture.state.trust[0, ..., 1].max() > 1000
+    uses = mixture.state.trust[0, ..., 1]
+    assert MOST_TRUSTED / 2 < uses.max() < MOST_TRUSTED < np.count_nonzero(inputs.entropy == 2.0)
 
 
 def test_exponential_weights_by_hand():
-    """w <- w p^lr, at least .01, to sum one again: neural and match, of which the last is wrong once."""
+    """Weights become w p^lr, at least .01, normalised; the match expert is wrong at the end."""
     cfg = settings_of(
         mix_weights="exponential", mix_lr=2.0, mix_floor=0.01, mix_guard=0.0, ngram_orders=1
     )
-    neural = [
-        0.5,
-        0.25,
-        0.9,
-    ]  # the match: .6, .6, and .4 / 4, as V = 5 and four tokens share what the hint leaves
+    # The match gives .6, .6, and .4 / 4: V = 5, so four tokens share the rest.
+    neural = [0.5, 0.25, 0.9]
     none = np.zeros((3, 1), np.uint32)
-    inputs = Inputs(
+    inputs = MixtureRows(
         np.log(neural),
         *np.zeros((4, 3)),
         ContextCounts(none, none, none),
@@ -181,6 +184,23 @@ def test_exponential_weights_by_hand():
     assert np.count_nonzero(weights) == 2
 
 
+def test_columns_that_nothing_reads_are_not_computed():
+    """The neural column stands in for them, and the tilt learns only where it is chosen."""
+    inputs = random_rows(3, 200)
+    for experts, pooled, computed in (
+        (("neural", "ngram"), False, (False, False, False)),
+        (("neural", "bigram"), False, (True, False, False)),
+        (("neural", "tilt"), False, (False, True, False)),
+        (("neural", "ngram"), True, (False, True, True)),
+    ):
+        neural, *_, bigram, _, hint_p, log_odds = expert_columns(inputs, experts, pooled, 50)
+        assert tuple(c is not neural for c in (bigram, hint_p, log_odds)) == computed
+    for experts in (EXPERTS, EXPERTS[:-1]):
+        mixture = Mixture(50, settings_of(), experts)
+        mixture.fill(inputs)
+        assert mixture.state.lift[1:, 0].any() == ("tilt" in experts)
+
+
 @given(st.sampled_from([0.01, 0.5, 0.99]), subsets)
 def test_initial_weights_are_as_set(neural, experts):
     weights = Mixture(50, settings_of(mix_neural=neural), experts).state.weights[0]
@@ -201,9 +221,9 @@ def test_initial_weights_are_as_set(neural, experts):
     ],
 )
 def test_each_setting_changes_scores(setting, values):
-    inputs = made(3, 200)
-    found = {Mixture(50, settings_of(**{setting: value})).fill(inputs).sum() for value in values}
-    assert len(found) == len(values)
+    inputs = random_rows(3, 200)
+    sums = {Mixture(50, settings_of(**{setting: value})).fill(inputs).sum() for value in values}
+    assert len(sums) == len(values)
 
 
 @pytest.mark.parametrize(
@@ -211,14 +231,12 @@ def test_each_setting_changes_scores(setting, values):
     [
         ("exponential", "mix_lr", (0.5, 1.0)),
         ("exponential", "mix_floor", (0.0, 0.05)),
-        ("share", "mix_share", (0.1, 0.3)),
-        ("share", "mix_lr", (0.5, 1.0)),
         ("em", "mix_rate", (0.01, 0.1)),
         ("sets", "mix_rate", (0.01, 0.1)),
     ],
 )
-def test_each_knob_of_the_weights_changes_scores(kind, setting, values):
-    inputs = made(3, 200)
+def test_each_setting_of_the_weights_changes_scores(kind, setting, values):
+    inputs = random_rows(3, 200)
     first, second = (
         Mixture(50, settings_of(mix_weights=kind, **{setting: value})).fill(inputs).sum()
         for value in values
@@ -226,13 +244,13 @@ def test_each_knob_of_the_weights_changes_scores(kind, setting, values):
     assert first != second
 
 
-# ---- Distributions ---------------------------------------------------------------------------------------------------
-def one_row(p: np.ndarray, grams: NGram, hint: tuple[int, int, float], target: int) -> Inputs:
-    """What `fill` is told of one target, from the neural distribution of its place."""
+# ---- Distributions -------------------------------------------------------------------------------
+def one_row(p: np.ndarray, grams: NGram, hint: tuple[int, int, float], target: int) -> MixtureRows:
+    """Return what `fill` reads about one target, from the neural distribution of its position."""
     logp = np.log(p)
     again = [logp[target] / t - np.log(np.exp(logp / t).sum()) for t in TEMPERATURES.values()]
     token, length, rate = hint
-    return Inputs(
+    return MixtureRows(
         logp[[target]],
         np.array(again[:1]),
         np.array(again[1:]),
@@ -247,7 +265,7 @@ def one_row(p: np.ndarray, grams: NGram, hint: tuple[int, int, float], target: i
 
 @pytest.mark.parametrize("mode, kind", [("log", "sets"), *(("linear", kind) for kind in WEIGHTS)])
 @pytest.mark.parametrize("guard", [0.0, 0.01])
-def test_a_distribution_is_one_and_each_entry_is_what_its_target_would_score(mode, kind, guard):
+def test_a_distribution_sums_to_one_and_holds_the_score_of_each_target(mode, kind, guard):
     size, rng = 6, np.random.default_rng(0)
     text = np.concatenate(
         [np.tile([2, 3, 4, 5, 3], 8), rng.integers(0, size, 30), np.tile([2, 3, 4, 5, 3], 4)]
@@ -258,60 +276,68 @@ def test_a_distribution_is_one_and_each_entry_is_what_its_target_would_score(mod
         p = np.exp(rng.normal(size=size) * rng.choice([0.1, 1, 8]))
         p /= p.sum()
         hint, before = match.hint(), mixture.digest()
-        held = mixture.distribution(p, grams.candidate_counts(), hint)
+        distribution = mixture.distribution(p, grams.candidate_counts(), hint)
         assert mixture.digest() == before
-        assert abs(held.sum() - 1) < 1e-12 and (held > 0).all() and held.shape == (size,)
+        assert (
+            abs(distribution.sum() - 1) < 1e-12
+            and (distribution > 0).all()
+            and distribution.shape == (size,)
+        )
         for target in range(size) if at % 7 == 0 else ():
             scored = copy.deepcopy(mixture).fill(one_row(p, grams, hint, target))
-            assert scored[0] == pytest.approx(math.log(held[target]), abs=1e-12)
+            assert scored[0] == pytest.approx(math.log(distribution[target]), abs=1e-12)
         assert mixture.fill(one_row(p, grams, hint, token))[0] == pytest.approx(
-            math.log(held[token]), abs=1e-12
+            math.log(distribution[token]), abs=1e-12
         )
         grams.update(token)
         match.update(token)
 
 
-# ---- Order -----------------------------------------------------------------------------------------------------------
+# ---- Order ---------------------------------------------------------------------------------------
 @given(seeds, seeds, kinds, modes, st.integers(1, 80), st.data())
-def test_later_rows_change_nothing_before(seed, other, kind, mode, rows, data):
+def test_later_rows_change_no_earlier_row(seed, other, kind, mode, rows, data):
     cfg, at = settings_of(mix_weights=kind, mix_mode=mode), data.draw(st.integers(0, rows - 1))
-    inputs = made(seed, rows)
-    changed = glued(part(inputs, slice(0, at)), part(made(other, rows), slice(at, rows)))
+    inputs = random_rows(seed, rows)
+    changed = joined(
+        sliced(inputs, slice(0, at)), sliced(random_rows(other, rows), slice(at, rows))
+    )
     a, b = (Mixture(50, cfg).fill(x) for x in (inputs, changed))
     assert (a[:at] == b[:at]).all()
 
 
 @given(seeds, kinds, modes, st.integers(1, 80), st.data())
-def test_what_a_target_is_moves_only_what_comes_after_it(seed, kind, mode, rows, data):
-    """Its own row reads its probability, and nothing else of it: how many bytes it has is told to later rows alone."""
+def test_the_size_of_a_target_moves_later_rows_only(seed, kind, mode, rows, data):
     cfg, at = (
         settings_of(mix_weights=kind, mix_mode=mode, mix_guard=0.5),
         data.draw(st.integers(0, rows - 1)),
     )
-    inputs = made(seed, rows)
+    inputs = random_rows(seed, rows)
     longer = inputs._replace(sizes=inputs.sizes + 7 * (np.arange(rows) >= at))
     a, b = (Mixture(50, cfg).fill(x) for x in (inputs, longer))
     assert (a[: at + 1] == b[: at + 1]).all()
 
 
 @given(seeds, kinds, modes, st.integers(0, 80), st.data())
-def test_cutting_into_calls_changes_nothing(seed, kind, mode, rows, data):
-    cfg, inputs = settings_of(mix_weights=kind, mix_mode=mode), made(seed, rows)
+def test_pieces_make_no_difference(seed, kind, mode, rows, data):
+    cfg, inputs = settings_of(mix_weights=kind, mix_mode=mode), random_rows(seed, rows)
     cuts = [0, *sorted(data.draw(st.lists(st.integers(0, rows), max_size=4))), rows]
-    whole, cut = Mixture(50, cfg), Mixture(50, cfg)
-    pieces = [cut.fill(part(inputs, slice(a, b))) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-    assert (whole.fill(inputs) == np.concatenate(pieces)).all() and whole.digest() == cut.digest()
+    at_once, cut = Mixture(50, cfg), Mixture(50, cfg)
+    pieces = [
+        cut.fill(sliced(inputs, slice(a, b))) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+    ]
+    assert (at_once.fill(inputs) == np.concatenate(pieces)).all()
+    assert at_once.digest() == cut.digest()
 
 
 @given(seeds, kinds, st.integers(1, 80))
-def test_the_digest_follows_what_was_learnt(seed, kind, rows):
-    cfg, inputs = settings_of(mix_weights=kind), made(seed, rows)
+def test_the_digest_changes_with_the_state(seed, kind, rows):
+    cfg, inputs = settings_of(mix_weights=kind), random_rows(seed, rows)
     a, b = Mixture(50, cfg), Mixture(50, cfg)
     seen = {a.digest()}
     assert seen == {b.digest()}
     for j in range(min(rows, 5)):
-        a.fill(part(inputs, slice(j, j + 1)))
-        b.fill(part(inputs, slice(j, j + 1)))
+        a.fill(sliced(inputs, slice(j, j + 1)))
+        b.fill(sliced(inputs, slice(j, j + 1)))
         assert a.digest() == b.digest() and a.digest() not in seen
         seen.add(a.digest())
 
@@ -319,7 +345,7 @@ def test_the_digest_follows_what_was_learnt(seed, kind, rows):
 def test_the_trace_holds_the_mean_weights_of_each_call():
     mixture = Mixture(50, settings_of())
     for rows in (30, 0, 50):
-        mixture.fill(made(0, rows))
+        mixture.fill(random_rows(0, rows))
     assert len(mixture.trace) == 2
     for weights in mixture.trace:
         assert (
@@ -329,10 +355,13 @@ def test_the_trace_holds_the_mean_weights_of_each_call():
         )
 
 
-# ---- The insurance ---------------------------------------------------------------------------------------------------
-def hostile(seed: int, rows: int, phase: int, bad_first: bool) -> Inputs:
-    """Phases in turn: experts right where the neural model is lost, then experts wrong with certainty where it is
-    sure. Hints follow the phase, or are always wrong. Every third token stands for no bytes."""
+# ---- The insurance -------------------------------------------------------------------------------
+def hostile(seed: int, rows: int, phase: int, bad_first: bool) -> MixtureRows:
+    """Return phases in turn: experts right where the neural model is wrong, then the reverse.
+
+    Wrong experts are certain. Hints follow the phase, or are always wrong. Every third token stands
+    for no bytes.
+    """
     rng = np.random.default_rng(seed)
     good = (np.arange(rows) // phase % 2 == 0) ^ bad_first
     targets, none = rng.integers(0, 50, rows), rng.random() < 0.3
@@ -345,7 +374,7 @@ def hostile(seed: int, rows: int, phase: int, bad_first: bool) -> Inputs:
         right, logp, np.log(np.maximum(-np.expm1(np.minimum(logp, -1e-15)), 1e-300))
     )
     seen = np.full((rows, 3), 2**31 - 1)
-    return Inputs(
+    return MixtureRows(
         logp,
         np.where(good, logp, -200.0),
         np.where(good, logp, -1e3),
@@ -367,13 +396,12 @@ def hostile(seed: int, rows: int, phase: int, bad_first: bool) -> Inputs:
     )
 
 
-def assert_insured(mixture: Mixture, inputs: Inputs, guard: float) -> None:
+def assert_insured(mixture: Mixture, inputs: MixtureRows, guard: float) -> None:
     out = mixture.fill(inputs)
     assert np.isfinite(out).all()
     cost = np.cumsum(inputs.logp - out) / LN2
-    room = 1e-9 + 1e-14 * np.cumsum(
-        np.abs(inputs.logp) + np.abs(out)
-    )  # the sums themselves are rounded
+    # The sums themselves are rounded.
+    room = 1e-9 + 1e-14 * np.cumsum(np.abs(inputs.logp) + np.abs(out))
     assert (cost <= guard * np.cumsum(inputs.sizes) + room).all()
     assert_weights_are_distributions(mixture)
 
@@ -395,7 +423,7 @@ guards = st.sampled_from([1e-6, 1e-4, 0.1, 10.0])
 )
 @example(0, 1, 1, True, "sets", "linear", 1e-4, 1.0, 0.05)
 @example(0, 2000, 2000, True, "sets", "log", 1e-4, 1.0, 0.05)
-def test_it_never_costs_more_than_the_guard(
+def test_the_guard_bounds_the_cost_on_hostile_text(
     seed, rows, phase, bad_first, kind, mode, guard, lr, rate
 ):
     cfg = settings_of(
@@ -405,43 +433,45 @@ def test_it_never_costs_more_than_the_guard(
 
 
 @given(seeds, st.integers(1, 2000), st.booleans(), kinds, modes, guards, subsets)
-def test_nor_on_anything_at_all(seed, rows, extreme, kind, mode, guard, experts):
+def test_the_guard_bounds_the_cost_on_any_text(seed, rows, extreme, kind, mode, guard, experts):
     cfg = settings_of(mix_weights=kind, mix_mode=mode, mix_guard=guard)
-    assert_insured(Mixture(50, cfg, experts), made(seed, rows, extreme=extreme), guard)
+    assert_insured(Mixture(50, cfg, experts), random_rows(seed, rows, extreme=extreme), guard)
 
 
-def test_a_full_account_is_no_licence():
-    """Weights that have all but forgotten the neural model, then a token of which it is sure: what is gained is lost,
-    and no more. 40 tokens of 3 bits each do not pay for one of 150."""
+def test_a_full_account_is_all_that_can_be_lost():
+    """The weights have nearly forgotten the neural model, then a token comes of which it is sure.
+
+    The gain is lost, and no more: 40 tokens of 3 bits each do not pay for one of 150.
+    """
     cfg = settings_of(mix_weights="exponential", mix_lr=100.0, mix_floor=0.0, ngram_orders=6)
-    inputs = made(0, 41, orders=6)
+    inputs = random_rows(0, 41, orders=6)
     inputs.logp[:40], inputs.logp[40] = math.log(0.125), 0.0
-    for column, gained, lost in zip(inputs.grams, (10**9, 10**9, 1), (0, 10**9, 1), strict=True):
+    for column, gained, lost in zip(inputs.counts, (10**9, 10**9, 1), (0, 10**9, 1), strict=True):
         column[:40], column[40] = gained, lost
     mixture = Mixture(50, cfg, ("neural", "ngram"))
     out = mixture.fill(inputs)
     gained = (out - inputs.logp)[:40].sum() / LN2
     assert 100 < gained < 121 and -out[40] / LN2 == pytest.approx(gained, rel=1e-3)
-    unbound = Mixture(50, replace(cfg, mix_guard=0.0), ("neural", "ngram"))
-    assert -unbound.fill(inputs)[40] / LN2 > 145
+    uninsured = Mixture(50, replace(cfg, mix_guard=0.0), ("neural", "ngram"))
+    assert -uninsured.fill(inputs)[40] / LN2 > 145
 
 
-def test_the_first_target_is_the_neural_models_own():
-    """Nothing is gained yet that could pay."""
-    inputs = made(5, 1)
+def test_the_first_target_has_the_neural_score():
+    """No gain can pay for anything else yet."""
+    inputs = random_rows(5, 1)
     assert Mixture(50, settings_of()).fill(inputs)[0] == inputs.logp[0]
 
 
 @pytest.mark.parametrize("mode", ["linear", "log"])
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_weights_stay_weights_over_20_000_certainties(kind, mode):
-    inputs, rng = made(2, 20_000, extreme=True), np.random.default_rng(0)
+def test_weights_stay_distributions_over_20_000_certainties(kind, mode):
+    inputs, rng = random_rows(2, 20_000, extreme=True), np.random.default_rng(0)
     certain = rng.choice([math.log(1e-300), 0.0], (3, 20_000))
     inputs = inputs._replace(
         logp=certain[0],
         sharp=certain[1],
         flat=certain[2],
-        hint=np.where(
+        hint_logp=np.where(
             inputs.matches.hint == inputs.targets,
             certain[0],
             np.where(certain[0] == 0, math.log(1e-300), -1e-12),
@@ -453,9 +483,9 @@ def test_weights_stay_weights_over_20_000_certainties(kind, mode):
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_where_every_expert_gives_nothing_weights_stay_too(kind):
-    """All of them neural ones, at a probability that no float holds."""
-    inputs = made(0, 3000)
+def test_weights_stay_distributions_where_every_expert_gives_zero(kind):
+    """All experts are neural ones, at a probability too small for a float."""
+    inputs = random_rows(0, 3000)
     for column in (inputs.logp, inputs.sharp, inputs.flat):
         column[:] = -1e3
     mixture = Mixture(50, settings_of(mix_weights=kind), ("neural", "sharp", "flat"))
@@ -463,41 +493,41 @@ def test_where_every_expert_gives_nothing_weights_stay_too(kind):
     assert_weights_are_distributions(mixture)
 
 
-# ---- State on disk ---------------------------------------------------------------------------------------------------
+# ---- State on disk -------------------------------------------------------------------------------
 @given(seeds, kinds, modes, st.integers(1, 60), st.data())
-def test_saved_in_the_middle_it_goes_on(tmp_path_factory, seed, kind, mode, rows, data):
+def test_a_saved_mixture_goes_on(tmp_path_factory, seed, kind, mode, rows, data):
     cfg, at = settings_of(mix_weights=kind, mix_mode=mode), data.draw(st.integers(0, rows))
-    inputs, path = made(seed, rows), tmp_path_factory.mktemp("state") / "mixture"
+    inputs, path = random_rows(seed, rows), tmp_path_factory.mktemp("state") / "mixture"
     mixture, again = Mixture(50, cfg), Mixture(50, cfg)
-    mixture.fill(part(inputs, slice(0, at)))
+    mixture.fill(sliced(inputs, slice(0, at)))
     mixture.save(path)
     again.restore(path)
     assert again.digest() == mixture.digest()
-    rest = part(inputs, slice(at, rows))
+    rest = sliced(inputs, slice(at, rows))
     assert (again.fill(rest) == mixture.fill(rest)).all() and again.digest() == mixture.digest()
 
 
 @pytest.fixture(scope="module")
 def state_file(tmp_path_factory):
-    mixture, path = Mixture(50, settings_of()), tmp_path_factory.mktemp("whole") / "state"
-    mixture.fill(made(0, 50))
+    mixture, path = Mixture(50, settings_of()), tmp_path_factory.mktemp("mixture") / "state"
+    mixture.fill(random_rows(0, 50))
     mixture.save(path)
 
-    class Whole(bytes):
+    class Quiet(bytes):
         __repr__ = object.__repr__  # hypothesis prints it when a test fails
 
-    return Whole(path.read_bytes())
+    return Quiet(path.read_bytes())
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 255), st.booleans())
-def test_a_damaged_file_is_refused_or_means_the_same(tmp_path_factory, state_file, seed, flip, cut):
+def test_a_damaged_file_is_refused_or_is_the_same(tmp_path_factory, state_file, seed, flip, cut):
     at = int(np.random.default_rng(seed).integers(len(state_file)))
     changed = bytearray(state_file)
     changed[at] ^= flip
     path, mixture = tmp_path_factory.mktemp("damaged") / "state", Mixture(50, settings_of())
     path.write_bytes(state_file)
     mixture.restore(path)
-    whole = mixture.digest()
+    undamaged = mixture.digest()
     path.write_bytes(state_file[:at] if cut else changed)
     try:
         mixture.restore(path)
@@ -505,12 +535,12 @@ def test_a_damaged_file_is_refused_or_means_the_same(tmp_path_factory, state_fil
         assert "\n" not in str(e) and "score from the start" in str(e) and str(path) in str(e)
     else:
         assert not cut
-    assert mixture.digest() == whole
+    assert mixture.digest() == undamaged
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "state"
-    NGram(50).save(path)
+    NGram(50, memory_bytes=1 << 14).save(path)
     with pytest.raises(UserError, match="not a whole file of mixture state"):
         Mixture(50, settings_of()).restore(path)
     Mixture(50, settings_of(ngram_orders=4)).save(path)

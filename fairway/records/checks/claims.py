@@ -32,9 +32,9 @@ from fairway.records.folder import (
     seed_in,
 )
 from fairway.records.schema import json_number
+from fairway.records.trainer_source import EVAL_SETTINGS, FREE_ROLES, setting_roles
 
-# Where a run lies and what it is called: the settings that may differ between the seeds of one
-# record.
+# Settings that may differ between seeds in code that declares no roles: places and names.
 FREE_NAMES = re.compile(
     r"seed|run_id|.*(path|dir|file|files|folder|url)$|out_.*|logfile|datasets?|local_rank|rank|"
     r"device_name|"
@@ -437,7 +437,8 @@ def check_same_settings(folder: RecordFolder) -> str:
     runs = claimed_runs(folder)
     if len(runs) < 2:
         raise CheckUndecided("one run has nothing to differ from")
-    tables = {run.name: logged_settings(run) for run in runs}
+    roles = shipped_roles(folder)
+    tables = {run.name: logged_settings(run, roles) for run in runs}
     (first, wanted), *others = tables.items()
     for name, settings in others:
         for key in sorted(wanted.keys() & settings.keys()):
@@ -451,8 +452,8 @@ def check_same_settings(folder: RecordFolder) -> str:
     return f"{len(shared)} settings are the same in {len(runs)} logs"
 
 
-def logged_settings(run: SeedRun) -> dict[str, str]:
-    """Return the settings of a log and of its score_seed<N>.json.
+def logged_settings(run: SeedRun, roles: dict[str, str]) -> dict[str, str]:
+    """Return the settings of a log and of its score_seed<N>.json that must be the same in all runs.
 
     In a log without steps, any line looks like a setting, so it has none.
     """
@@ -465,11 +466,25 @@ def logged_settings(run: SeedRun) -> dict[str, str]:
         if isinstance(scoring, dict)
         else {}
     )
-    return {
-        name: value
-        for name, value in settings.items()
-        if not FREE_NAMES.fullmatch(name.split()[-1].split(".")[-1])
-    }
+    return {name: value for name, value in settings.items() if not is_free(name, roles)}
+
+
+def is_free(name: str, roles: dict[str, str]) -> bool:
+    """Tell whether a setting may differ between seeds: by its role, else by its name."""
+    last = name.split()[-1].split(".")[-1]
+    if last != "resume" and roles.get(last):  # a run that was resumed is still the same experiment
+        return roles[last] in FREE_ROLES
+    return bool(FREE_NAMES.fullmatch(last))
+
+
+def shipped_roles(folder: RecordFolder) -> dict[str, str]:
+    """Return the role of each setting that our sources in the folder declare."""
+    roles: dict[str, str] = {}
+    for name, source in folder.code.sources.items():
+        own = name.split("!")[-1]
+        for class_name in {"train_gpt.py": ["Config"], EVAL_SETTINGS: ["EvalConfig"]}.get(own, ()):
+            roles |= setting_roles(source.text, class_name)
+    return roles
 
 
 # ==== Names and certificates ======================================================================

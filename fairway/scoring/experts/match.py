@@ -294,7 +294,7 @@ def spread_rates(matches, tokens, vocab_size, out):
 
 
 def match_probabilities(matches: Matches, tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Return the match expert's probability of each of m tokens, float64 [m]; 1/V without a hint."""
+    """Return the match expert's probability of m tokens, float64 [m]; 1/V without a hint."""
     out = np.empty(len(matches.hint))
     spread_rates(tuple(matches), np.ascontiguousarray(tokens, dtype=np.uint16), vocab_size, out)
     return out
@@ -306,9 +306,9 @@ class Match:
 
     `fill` scores and learns a text; `hint`, `probability`, `distribution` and `update` take one
     token at a time. `memory_bytes` bounds the table; the history takes 2 bytes a token more. With
-    `delay` D, a hint for position t is a token of tokens[:t - D]; only how often hints were right is
-    learnt at once. `reset` forgets everything at each BOS, rates included; the BOS is then the first
-    token of its document.
+    `delay` D, a hint for position t is a token of tokens[:t - D]; only how often hints were right
+    is learnt at once. `reset` forgets everything at each BOS, rates included; the BOS is then the
+    first token of its document.
     """
 
     def __init__(
@@ -454,7 +454,7 @@ class Match:
                 and -1 <= pointer < end
                 and 0 <= length <= LONGEST
                 and 0 <= start <= end
-                and ((0 <= right) & (right <= hints) & (hints <= RECENT)).all()
+                and ((right >= 0) & (right <= hints) & (hints <= RECENT)).all()
             ):
                 raise ValueError("out of bounds")
         return expert

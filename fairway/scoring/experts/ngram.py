@@ -12,10 +12,10 @@ each order and token, and no text is hashed twice.
     word 1: count << 32 | seen
 
 `count` is how often the gram was read, `seen` how often any token followed it, and `kinds` how many
-different ones did. Entries 0..V-1 are the single tokens, entry V is the empty context, and the hashed
-entries follow. A free entry has count 0. `seen` and `kinds` count only followers that have entries of
-their own. They therefore stay the sum and the number of the counts below when the table is full, and
-the probabilities still sum to one.
+different ones did. Entries 0..V-1 are the single tokens, entry V is the empty context, and the
+hashed entries follow. A free entry has count 0. `seen` and `kinds` count only followers that have
+entries of their own. They therefore stay the sum and the number of the counts below when the table
+is full, and the probabilities still sum to one.
 """
 
 import copy
@@ -52,7 +52,7 @@ USED, LOGGED = 0, 1  # indices into `counters`
 
 
 class ContextCounts(NamedTuple):
-    """Counts about m targets before each was read, for contexts of k = 0..K-1 tokens; uint32 [m, K]."""
+    """Counts about m targets, each before it was read, by context length; uint32 [m, K]."""
 
     hits: np.ndarray  # how often the target followed the last k tokens
     seen: np.ndarray  # how often any token followed the last k tokens
@@ -102,7 +102,7 @@ def find_gram(words, root, capacity, parent, token):
 
 @inlined
 def look_up_gram(words, root, capacity, parent, token):
-    """Return entry, hits, seen and kinds of a token after a context; -1 and zeros without a context."""
+    """Return entry, hits, seen and kinds of a token; -1 and zeros without a context."""
     entry, hits, seen, kinds = -1, 0, 0, 0
     if parent >= 0:
         entry = find_gram(words, root, capacity, parent, token)
@@ -132,7 +132,7 @@ def count_gram(words, root, limit, counters, log, parent, token, entry):
 
 @inlined
 def prefetch_entry(words, entry):
-    """Prefetch an entry and the cache line after it, which searches reach in a well-filled table."""
+    """Prefetch an entry and the next cache line: in a well-filled table searches reach it."""
     prefetch(words, 2 * entry)
     prefetch(words, 2 * entry + 8)
 
@@ -242,7 +242,7 @@ def count_document(table, stream, at, stop, begin, delay, contexts, counts, buff
 
 
 @njit(cache=True, nogil=True)
-def count_text(table, stream, fresh, delay, reset, contexts, counts):
+def count_stream(table, stream, fresh, delay, reset, contexts, counts):
     """Look up stream[fresh:] and count as it goes; stream[:fresh] still waits to be counted.
 
     Returns where the tokens begin that may be counted later. With `reset`, a BOS is predicted from
@@ -286,8 +286,8 @@ def look_up_candidates(table, contexts, first, counts):
 
 # ==== PROBABILITIES ===============================================================================
 # By context length, the last for all longer ones. Tuned on training text alone: first passes over
-# 0.2, 1 and 10 million tokens of web text and 0.2 and 4 million of speeches, V = 1024, in bits a token
-# over the last million of each:
+# 0.2, 1 and 10 million tokens of web text and 0.2 and 4 million of speeches, V = 1024, in bits a
+# token over the last million of each:
 #   absolute discount of .85 alone     5.828  5.280  4.641  5.426  4.161
 #   escapes alone, 2 a kind            5.778  5.234  4.570  5.421  4.086
 #   both as below                      5.679  5.091  4.384  5.284  3.916
@@ -318,7 +318,8 @@ def interpolate(counts, vocab_size, orders, discounts, escapes, out):
 def ngram_probabilities(counts: ContextCounts, vocab_size: int, orders: int = 0) -> np.ndarray:
     """Return the n-gram expert's probability of each of m targets, float64 [m].
 
-    `orders` limits the contexts to fewer than so many tokens (0: all): 2 makes it the bigram expert.
+    `orders` limits the contexts to fewer than so many tokens (0: all): 2 makes it the bigram
+    expert.
     """
     out, counted = np.empty(len(counts.hits)), counts.hits.shape[1]
     orders = min(orders, counted) if orders else counted
@@ -339,7 +340,8 @@ class NGram:
     time. `memory_bytes` bounds the table: once it is full, new grams are dropped and known ones are
     still counted. `expected_tokens` (0: unknown) makes it no larger than that many tokens can need.
     With `delay` D, the counts about position t come from tokens[:t - D]. `reset` empties the state
-    at each BOS, which then is the first token of its document; otherwise grams run across documents.
+    at each BOS, which then is the first token of its document; otherwise grams run across
+    documents.
 
         expert = NGram(1024)
         expert.fill(tokens).hits[-1]  # how often the last token had followed its 0..5 predecessors
@@ -401,7 +403,7 @@ class NGram:
         """
         tokens = check_tokens(tokens, self.vocab_size, self.position)
         counts, stream = self._empty_counts(len(tokens)), np.concatenate([self.pending, tokens])
-        begin = count_text(
+        begin = count_stream(
             self._table(),
             stream,
             len(self.pending),

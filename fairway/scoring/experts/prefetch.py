@@ -8,7 +8,7 @@ from numba.extending import intrinsic
 
 @intrinsic
 def prefetch(typing_context, array, index):
-    """Ask for the cache line of array[index]; the array has one dimension, the index is not checked.
+    """Ask for the cache line of array[index], for one dimension; the index is not checked.
 
     It changes speed and nothing else. The tables do not fit into the processor's caches, so without
     it nearly every lookup would wait for memory.

@@ -131,7 +131,7 @@ def open_state(path: str | Path, kind: str) -> Iterator[Mapping[str, np.ndarray]
     the reader raises because the arrays do not fit each other.
     """
     try:
-        with open(path, "rb") as f:
+        with Path(path).open("rb") as f:
             if not zipfile.is_zipfile(f):
                 raise ValueError("not a zip file")
             f.seek(0)
@@ -150,7 +150,7 @@ def open_state(path: str | Path, kind: str) -> Iterator[Mapping[str, np.ndarray]
 
 
 def same_shape(saved: np.ndarray, ours: np.ndarray) -> np.ndarray:
-    """Return the saved array, contiguous; ValueError unless its shape and type are those of ours."""
+    """Return the saved array, contiguous; ValueError if its shape or type differs from ours."""
     if saved.shape != ours.shape or saved.dtype != ours.dtype:
         raise ValueError("shape")
     return np.ascontiguousarray(saved)

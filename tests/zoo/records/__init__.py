@@ -1,5 +1,5 @@
-"""Record folders with one fault each, beside good ones: `python -m tests.zoo.records OUT` writes
-them all.
+"""Record folders with one fault each, and good ones: `python -m tests.zoo.records OUT` writes
+them.
 """
 
 import os
@@ -12,7 +12,7 @@ __all__ = ["BAD", "GOOD", "Fault", "folder_name", "good_files", "table", "write"
 
 
 def folder_name(name: str) -> str:
-    """A record's folder has its date in its name."""
+    """`folder_name("no_code")` is "2026-05-01_no_code": a record's folder starts with its date."""
     return name if name == "undated" else f"2026-05-01_{name}"
 
 
@@ -29,7 +29,7 @@ def write(files: Files, folder: Path) -> Path:
 
 
 def table() -> str:
-    """For docs/LEGALITY.md."""
+    """Return the table of bad folders in docs/LEGALITY.md."""
     rows = [
         f"| `{name}` | {fault.fault} | `{fault.check}` | {fault.where} |"
         for name, fault in BAD.items()

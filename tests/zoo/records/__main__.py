@@ -1,4 +1,4 @@
-"""python -m tests.zoo.records OUT | --table: write every folder of the zoo, or print its table."""
+"""Write every folder of the zoo, or print its table: python -m tests.zoo.records OUT | --table."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Bad record folders: each a good one with one fault that a real submission had."""
+"""Bad record folders: each is a good one with a fault that a real submission had."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BAD: dict[str, Fault] = {}
 
 
 def bad(fault: str, check: str, where: str, *also: str, verdict: str = "FAIL"):
-    """Registers a builder under its own name."""
+    """Register a builder under its own name."""
 
     def register(build: Callable[[], Files]) -> Callable[[], Files]:
         BAD[build.__name__] = Fault(fault, check, where, build, also, verdict)
@@ -35,14 +35,14 @@ def bad(fault: str, check: str, where: str, *also: str, verdict: str = "FAIL"):
 
 # ==== Changes to finished files ===================================================================
 def replaced(files: Files, name: str, old: str, new: str, count: int = -1) -> Files:
-    """`files` with a text in one of them changed; the text must be there."""
+    """Return `files` with a text in one of them changed; the text must be there."""
     text = files[name].decode()
     assert old in text, f"{old!r} is not in {name}"
     return files | {name: text.replace(old, new, count).encode()}
 
 
 def lines_changed(files: Files, name: str, start: str, change: Callable[[str], str]) -> Files:
-    """Every line with that start, outside the code that is printed."""
+    """Change every line with that start, outside the code that is printed."""
     lines = files[name].decode().split("\n")
     assert any(line.startswith(start) for line in lines), f"{start!r} starts no line of {name}"
     return files | {
@@ -66,7 +66,7 @@ def trainer_with(old: str, new: str) -> str:
 
 
 def with_function(code: str) -> Files:
-    """A trainer that also holds this function; all logs print it."""
+    """Return a record whose trainer also holds this function; all logs print it."""
     return make(trainer=trainer_with("def main():", f"{code.strip()}\n\n\ndef main():"))
 
 

@@ -1,6 +1,7 @@
-"""Honest logs of one run in each dialect: what a training of these facts would have printed. Every
-number is written once, in RunFacts; the rest follows from it, so that a log, a submission.json and
-a README made of the same facts agree.
+"""Honest logs of one run in each dialect: what a training with these facts would print.
+
+Each number is written once, in RunFacts, and everything else follows from it. So a log, a
+submission.json and a README of the same facts agree.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class RunFacts(NamedTuple):
 
 
 def curve(facts: RunFacts) -> list[tuple[int, float, float]]:
-    """(step, loss, seconds) of the lines about training: from ln V down to a little above the
-    end's.
+    """Return (step, loss, seconds) of the lines about training: from ln V down to near the final
+    loss.
     """
     at = sorted({1, min(2, facts.step), *range(500, facts.step, 500), facts.step})
     top, end, rate = math.log(facts.vocab_size), facts.loss, facts.train_seconds / facts.step
@@ -82,7 +83,7 @@ def curve(facts: RunFacts) -> list[tuple[int, float, float]]:
 
 
 def scored(label: str, facts: RunFacts, loss: float, seconds: float, extra: str = "") -> list[str]:
-    """The two lines of a score."""
+    """Return the two lines of a score."""
     bpb = facts.bpb_of(loss)
     return [
         f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f}{extra} eval_time:{1000 * seconds:.0f}ms",
@@ -91,7 +92,7 @@ def scored(label: str, facts: RunFacts, loss: float, seconds: float, extra: str 
 
 
 def machine(facts: RunFacts) -> list[str]:
-    """Versions and the cards, between rules."""
+    """Return the lines about versions and GPUs."""
     cards = [
         f"|   {i}  {facts.gpu}          On  |   00000000:{i:02X}:00.0 Off |                    0 |"
         for i in range(facts.world_size)
@@ -159,9 +160,7 @@ def text_of(facts: RunFacts, lines: list[str]) -> str:
 
 
 def baseline(facts: RunFacts) -> str:
-    """As the first trainer of the challenge logs: its claim is the artifact's score, windows side
-    by side (`loss`).
-    """
+    """Return a log of the challenge's first trainer; it claims the artifact's score, `loss`."""
     return text_of(
         facts,
         [
@@ -176,7 +175,7 @@ def baseline(facts: RunFacts) -> str:
 
 
 def march(facts: RunFacts) -> str:
-    """GPTQ in a reserve of the training time, an average of weights, and a sliding window as the
+    """Return a log with GPTQ in reserved training time, averaged weights, and a sliding-window
     claim.
     """
     lines = [
@@ -204,7 +203,9 @@ def march(facts: RunFacts) -> str:
 
 
 def april(facts: RunFacts) -> str:
-    """Settings as a block, minutes for the training time, test-time training as the claim."""
+    """Return a log with settings in a block, minutes of training time, and a claim of test-time
+    training.
+    """
     settings = dict(
         compressor="brotli",
         distributed=True,
@@ -262,7 +263,7 @@ def april(facts: RunFacts) -> str:
 
 
 def ours(facts: RunFacts) -> str:
-    """The training log of this repository: it claims the artifact's score (`loss`), our_eval
+    """Return our training log; it claims the artifact's score `loss`, and `our_eval` claims
     `final_loss`.
     """
     settings = dict(
@@ -312,7 +313,7 @@ def ours(facts: RunFacts) -> str:
 
 
 def our_eval(facts: RunFacts) -> str:
-    """logs/eval.txt: the ladder from the artifact's score to `final_loss`."""
+    """Return our logs/eval.txt: the ladder from the artifact's score to `final_loss`."""
     loss, bpb, final, gain = facts.loss, facts.bpb, facts.final_bpb, facts.bpb - facts.final_bpb
     return (
         "\n".join(

@@ -1,4 +1,4 @@
-"""Good record folders, made of a few facts: `make(kind, …)` gives all files of one, by name."""
+"""Good record folders, made from a few facts: `make(kind, …)` returns all files of one, by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from tests.zoo.records.dialects import RunFacts, april, baseline, march, our_eval, ours
 
-TRAINER = '''"""A bigram model of tokens: counts of pairs, smoothed, a byte for each log-probability."""
+TRAINER = '''"""A bigram model of tokens: counts of pairs, a byte for each log-probability."""
 
 import glob
 import json
@@ -155,12 +155,13 @@ Files = dict[str, bytes]
 
 
 def stub(code: str) -> str:
-    packed = base64.b85encode(lzma.compress(code.encode(), preset=9)).decode()
+    # Preset 0: the others allocate a dictionary of up to 64 MB each time a stub is read.
+    packed = base64.b85encode(lzma.compress(code.encode(), preset=0)).decode()
     return f"import lzma as L,base64 as B\nexec(L.decompress(B.b85decode({packed!r})))\n"
 
 
 def code_of(kind: str, trainer: str) -> dict[str, str]:
-    """april: packed, with the readable copy beside it; ours: an evaluation with a helper."""
+    """Return the code: packed with a readable copy for april, with a helper for ours."""
     if kind == "april":
         return {"train_gpt.py": stub(trainer), "source/train_gpt.py": trainer}
     if kind == "ours":
@@ -174,7 +175,7 @@ def code_of(kind: str, trainer: str) -> dict[str, str]:
 
 
 def claimed(kind: str, facts: RunFacts) -> float:
-    """The loss of the headline."""
+    """Return the loss of the headline."""
     return facts.loss if kind == "baseline" else facts.final_loss
 
 
@@ -206,7 +207,7 @@ def make(
     only: dict[int, dict] | None = None,
     said: dict | None = None,
 ) -> Files:
-    """`each`: changes to the facts of every run; `only`: to those of one seed; `said`: to
+    """Return a record. `each` changes the facts of every run, `only` those of one seed, `said`
     submission.json.
     """
     code = code_of(kind, trainer) | (code or {})
