@@ -27,7 +27,7 @@ from fairway.command_line import Parser, run_reporting  # noqa: E402
 from fairway.decoding.reader import Reader  # noqa: E402
 from fairway.decoding.strategies import Strategy  # noqa: E402
 from fairway.decoding.writing import Writer  # noqa: E402
-from fairway.scoring.memory import Memory, bytes_a_token, rotations  # noqa: E402
+from fairway.scoring.memory import Memory, bytes_per_token, rotations  # noqa: E402
 from fairway.scoring.settings import EvalConfig  # noqa: E402
 from fairway.scoring.text import load_text  # noqa: E402
 from train_gpt import document_bounds  # noqa: E402
@@ -53,7 +53,7 @@ def spread_text(spread: dict[str, float]) -> str:
 # ==== THE CACHE ===================================================================================
 def reader_after(writer: Writer, tokens: list[int], cache: str) -> Reader:
     """Return a reader that has read all tokens, in a window that holds them."""
-    reader = Reader(Memory(writer.model, window=2 * len(tokens), kept=cache))
+    reader = Reader(Memory(writer.model, window=2 * len(tokens), storage=cache))
     reader.last(tokens)
     return reader
 
@@ -100,7 +100,8 @@ def bench_cache(writer: Writer, stream: list[int], rounds: int, bar: tqdm) -> li
     for row in rows:
         if (key := (row["way"], row["tokens"])) in readers:
             row |= dict(
-                held=readers[key].engine.held, expected=key[1] * bytes_a_token(writer.model, key[0])
+                held=readers[key].engine.stored_bytes,
+                expected=key[1] * bytes_per_token(writer.model, key[0]),
             )
     return rows
 

@@ -230,6 +230,24 @@ def trainer_here(trainer_env, capsys):
     return run
 
 
+@pytest.fixture(scope="session")
+def trained_artifact(run_trainer, tmp_path_factory) -> Path:
+    """Return the artifact of a small model that has learned a little, in thirty steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = run_trainer(
+        folder,
+        ITERATIONS=30,
+        MODEL_DIM=32,
+        NUM_HEADS=4,
+        NUM_KV_HEADS=2,
+        BIGRAM_DIM=8,
+        CODEC="brotli",
+        MAX_WALLCLOCK_SECONDS=0,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "final_model.int6.ptz"
+
+
 def read_events(out_dir: Path, run_id: str = "test") -> list[dict]:
     log = out_dir / "logs" / f"{run_id}.jsonl"
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

@@ -62,7 +62,7 @@ class Writer:
         """
         if self.engines and model is None:
             return Reader(self.engines.new_engine(), most=self.engines.most)
-        return Reader(Memory(model or self.model, kept=self.cache), self.runtime.device)
+        return Reader(Memory(model or self.model, storage=self.cache), self.runtime.device)
 
     def read_prompt(
         self, prompt: Sequence[int], on_progress: Callable[[int], None] | None = None

@@ -1,8 +1,9 @@
 """Score-first test-time training: a chunk is scored, committed, and only then learned from.
 
-Three forms, by TTT: `chunks` trains the whole model on the stream, `lora` gives each document adapters of its own,
-`bias` learns nothing but how often tokens come. In each the state before a chunk follows from the tokens before it
-alone, to the bit: what is learned from is always a whole chunk, in shapes that nothing that comes later can change.
+TTT selects one of three forms. `chunks` trains the whole model on the stream. `lora` gives each
+document its own adapters. `bias` learns only how often each token occurs. In each form the state
+before a chunk depends on the tokens before the chunk alone, to the bit: the model always learns
+from a complete chunk, in tensor shapes that later tokens cannot change.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ from train_gpt import GPT, Runtime, all_reduce_flat, document_bounds, weights_re
 
 
 def clipped(windows: Windows, cuts: np.ndarray) -> Windows:
-    """The same rows with the same context, in windows that score nothing on both sides of a cut."""
+    """Split windows at the rows `cuts`: the same rows with the same context, none across a cut."""
     first = np.union1d(windows.first, cuts)
     at = np.searchsorted(windows.first, first, side="right") - 1
     return Windows(windows.start[at], first, np.append(first[1:], windows.end[-1:]))
 
 
 def fingerprints(tensors: list[Tensor]) -> list[int]:
-    """A 64-bit number for each entry of the tensors' first dimension, in which every bit counts. SHA-256 of all bytes
-    would cost more than the training: this is one multiplication a weight, where the weights are, and exact."""
+    """Return one 64-bit number for each index of the tensors' first dimension; every bit counts.
+
+    SHA-256 of all bytes would take longer than the training. This is exact, and costs one
+    multiplication per weight on the device where the weights are.
+    """
     total: Tensor | int = 0
     for nth, t in enumerate(tensors):
         bits = t.detach().reshape(len(t), -1).contiguous()
@@ -48,54 +52,60 @@ def fingerprints(tensors: list[Tensor]) -> list[int]:
     return [] if isinstance(total, int) else total.tolist()
 
 
-def hexed(*numbers: int) -> str:
+def hash_numbers(*numbers: int) -> str:
+    """Return the SHA-256 (hex) of some numbers."""
     return hashlib.sha256(" ".join(map(str, numbers)).encode()).hexdigest()
 
 
+# ==== WHAT ALL FORMS SHARE ========================================================================
 class Adapting(Neural, ABC):
-    """Rows in chunks. `digests` holds, once a text is filled, (first row of a chunk, digest of all that had been
-    learned before the chunk was scored), in the order of the text."""
+    """A scorer that works in chunks and learns from each one after it is scored.
+
+    After `fill`, `digests` holds for each chunk, in the order of the text, its first row and the
+    digest of everything that was learned before the chunk was scored.
+    """
 
     def __init__(self, model: GPT, cfg: EvalConfig, rt: Runtime):
-        super().__init__(
-            model, replace(cfg, eval_mode="sliding"), rt
-        )  # cached keys would be those of older weights
-        self.rate, self.chunk = cfg.ttt_lr or self.usual_rate(), cfg.ttt_chunk or self.usual_chunk()
-        self.spent, self.digests = 0.0, []
+        # Cached keys and values would come from weights that have changed since.
+        super().__init__(model, replace(cfg, eval_mode="sliding"), rt)
+        self.rate = cfg.ttt_lr or self.default_rate()
+        self.chunk = cfg.ttt_chunk or self.default_chunk()
+        self.seconds_spent = 0.0
 
     @abstractmethod
-    def usual_rate(self) -> float:
-        """What TTT_LR=0 stands for; as the others, chosen on text of the embedded corpus' training shard."""
+    def default_rate(self) -> float:
+        """Return the rate for TTT_LR=0. All defaults were chosen on embedded training text."""
 
     @abstractmethod
-    def usual_chunk(self) -> int:
-        """What TTT_CHUNK=0 stands for."""
+    def default_chunk(self) -> int:
+        """Return the tokens of a chunk for TTT_CHUNK=0."""
 
     @abstractmethod
     def chunk_starts(self, tokens: np.ndarray) -> np.ndarray:
-        """First rows of the chunks."""
+        """Return the first row of each chunk."""
 
     def boundaries(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the rows at which something begins, by kind; chunks are among them."""
         return {**super().boundaries(tokens), "chunk": self.chunk_starts(tokens)}
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[None]:
-        """Nothing learned, no time spent; what the text teaches is gone at the end, however it ends."""
-        self.spent = 0.0
+        """Start with nothing learned, and undo at the end, in any case, what the text taught."""
+        self.seconds_spent = 0.0
         yield
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Work that this rank does by itself."""
+        """Let this rank do all of the work in the body by itself."""
         rt, self.rt = self.rt, self.rt._replace(rank=0, world=1)
         try:
             yield
         finally:
             self.rt = rt
 
-    def timed(self, learn: Callable[[], None]) -> None:
-        """Learn, unless the time for it is spent; all ranks go by the same clock."""
-        if 0 < self.cfg.ttt_seconds <= self.spent:
+    def learn_in_time(self, learn: Callable[[], None]) -> None:
+        """Call `learn` unless TTT_SECONDS are over. All ranks use the mean of their clocks."""
+        if 0 < self.cfg.ttt_seconds <= self.seconds_spent:
             return
         began = time.perf_counter()
         learn()
@@ -104,56 +114,58 @@ class Adapting(Neural, ABC):
                 torch.cuda.synchronize(self.rt.device)
             took = torch.tensor([time.perf_counter() - began], device=self.rt.device)
             all_reduce_flat([took], self.rt)
-            self.spent += float(took) / self.rt.world
+            self.seconds_spent += float(took) / self.rt.world
 
     def losses(self, tokens: np.ndarray, windows: Windows, width: int) -> Tensor:
-        """Nats of the windows' rows, [B, width], zero elsewhere, with what a gradient needs."""
+        """Return the nats of the windows' rows, [B, width], zero elsewhere, with their graph."""
         inputs = windows.start[:, None] + np.arange(width)
         wanted = (inputs >= windows.first[:, None]) & (inputs < windows.end[:, None])
-        data = torch.from_numpy(
-            tokens[np.minimum(inputs[..., None] + [0, 1], len(tokens) - 1)].astype(np.int64)
-        )
+        pairs = np.minimum(inputs[..., None] + [0, 1], len(tokens) - 1)  # input and target
+        data = torch.from_numpy(tokens[pairs].astype(np.int64))
         x, y = data.to(self.rt.device).unbind(-1)
         with self.rt.autocast():
-            logits = self.model.from_embedded(
-                self.model.embed(x), tuple(table[:width] for table in self.rope)
-            )
+            logits = self.window_logits(x)
             nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
         return nats * torch.from_numpy(wanted).to(nats.device)
 
 
 class Streaming(Adapting):
-    """What learns from the stream, chunk after chunk, whatever documents it holds."""
+    """Learns from the stream, chunk after chunk, across the documents that it holds."""
 
     def chunk_starts(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the first row of each chunk."""
         return np.arange(0, len(tokens) - 1, self.chunk)
 
     def plan(self, tokens: np.ndarray) -> Windows:
+        """Return the windows of a text; none scores rows of two chunks."""
         return clipped(super().plan(tokens), self.chunk_starts(tokens))
 
     def reread(self, tokens: np.ndarray, windows: Windows) -> None:
-        """Of a chunk whose rows are there already: what learning needs from its scoring."""
+        """Compute again what learning needs from a chunk's scoring, if its rows are on disk."""
 
     @abstractmethod
     def learn(self, tokens: np.ndarray, first: int, end: int) -> None:
-        """From rows `first` to `end` and what lies before them."""
+        """Learn the rows from `first` to `end`; the tokens before them are context."""
 
     @abstractmethod
     def digest(self) -> str:
-        """Of all that has been learned."""
+        """Return a digest of everything that was learned."""
 
     def chunks(self, tokens: np.ndarray, last: int) -> Iterator[tuple[int, int, Windows]]:
-        """(first row, one past the last, windows) of each chunk up to the one with row `last`, each learned from
-        before the next is given out. The text's last chunk, which may be cut short, teaches nobody."""
+        """Yield (first row, end row, windows) of each chunk up to the one that has row `last`.
+
+        Each chunk is learned before the next one is yielded. The last one, which the end of the
+        text may cut short, is not learned.
+        """
         windows, starts = self.plan(tokens), self.chunk_starts(tokens)
         ends = np.minimum(starts + self.chunk, len(tokens) - 1)
         for first, end in zip(starts.tolist(), ends.tolist(), strict=True):
             if first > last:
                 return
-            at = np.searchsorted(windows.first, [first, end])
-            yield first, end, Windows(*(part[at[0] : at[1]] for part in windows))
+            a, b = np.searchsorted(windows.first, [first, end])
+            yield first, end, windows.pick(slice(a, b))
             if end <= last:
-                self.timed(lambda first=first, end=end: self.learn(tokens, first, end))
+                self.learn_in_time(lambda first=first, end=end: self.learn(tokens, first, end))
 
     def fill(
         self,
@@ -162,38 +174,39 @@ class Streaming(Adapting):
         hints: np.ndarray | None = None,
         on_progress: OnRows | None = None,
     ) -> None:
-        """As Neural's. Chunks that an earlier run filled are learned from again, but not scored."""
-        assert (coverage(self.plan(tokens), columns.rows) == 1).all(), (
-            "the plan must score each row once"
-        )
-        done, self.digests = np.array(columns.covered) == 1, []
-        self.wait()  # every rank has seen what is left before any begins
+        """Fill the rows that are not filled. Chunks that an earlier run filled are only learned."""
+        windows = self.plan(tokens)
+        assert (coverage(windows, columns.rows) == 1).all(), "the plan must score each row once"
+        filled, self.digests = np.array(columns.covered) == 1, []
+        self.wait()  # no rank may fill rows before every rank has seen which are left
         with self.fresh():
             for first, end, windows in self.chunks(tokens, columns.rows - 1):
                 self.digests.append((first, self.digest()))
-                if done[first:end].all():
+                if filled[first:end].all():
                     self.reread(tokens, windows)
                 else:
                     self.score(tokens, windows, columns, hints, on_progress)
         self.wait()
 
     def distributions(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """As Neural's, by learning from the chunks before each row again; each rank for itself."""
+        """Return float64[len(rows), V], after learning the chunks before each row again."""
         rows, back = np.unique(np.asarray(rows, np.int64), return_inverse=True)
-        found, last = np.empty((len(rows), self.model.cfg.vocab_size)), int(rows.max(initial=-1))
+        last = int(rows.max(initial=-1))
+        out = np.empty((len(rows), self.model.cfg.vocab_size))
         tokens = tokens[: last + 2]
         with self.alone(), self.fresh():
             for first, end, windows in self.chunks(tokens, last):
                 own = (rows >= first) & (rows < end)
                 if own.any():
-                    found[own] = super().distributions(tokens[: end + 1], rows[own])
+                    out[own] = super().distributions(tokens[: end + 1], rows[own])
                 if end <= last:
                     self.reread(tokens, windows)
-        return found[back]
+        return out[back]
 
 
-class Adam:
-    """Adam in place, over tensors [lanes, n] of which each lane has begun at a time of its own."""
+# ==== TTT=chunks ==================================================================================
+class LaneAdam:
+    """Adam in place over tensors [lanes, n]; each lane counts its own steps."""
 
     BETAS, EPS = (0.9, 0.999), 1e-8
 
@@ -203,84 +216,96 @@ class Adam:
         self.steps = torch.zeros(len(values[0]), 1, device=values[0].device)
 
     def state(self) -> list[Tensor]:
+        """Return all tensors that a step reads or writes."""
         return [*self.values, *self.mean, *self.square, self.steps]
 
     def reset(self, lane: int) -> None:
+        """Forget the gradients of a lane."""
         for t in (*self.mean, *self.square, self.steps):
             t[lane] = 0
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor], rate: float) -> None:
+        """Take one step in every lane."""
         self.steps += 1
         a, b = self.BETAS
         torch._foreach_lerp_(self.mean, gradients, 1 - a)
         torch._foreach_mul_(self.square, b)
         torch._foreach_addcmul_(self.square, gradients, gradients, 1 - b)
-        share, shared = (
+        # Both averages start at zero; dividing by the weight of the real gradients corrects that.
+        mean_weight, square_weight = (
             -torch.expm1(self.steps * math.log(beta)) for beta in self.BETAS
-        )  # of gradients seen so far
+        )
         for value, mean, square in zip(self.values, self.mean, self.square, strict=True):
-            value -= rate * (mean / share) / ((square / shared).sqrt() + self.EPS)
+            value -= rate * (mean / mean_weight) / ((square / square_weight).sqrt() + self.EPS)
 
 
 class Chunks(Streaming):
-    """All weights take a step of Adam on each chunk. SGD with momentum and a clipped gradient, used in records (#549),
-    gave an eighth of the gain on training text, whatever its rate."""
+    """All weights take a step of Adam on each chunk.
+
+    SGD with momentum and clipped gradients, which records use (#549), gained an eighth as much on
+    training text, at any rate.
+    """
 
     def __init__(self, model: GPT, cfg: EvalConfig, rt: Runtime):
         super().__init__(model, cfg, rt)
         self.params = list(model.parameters())
-        self.adam = Adam([p.detach().view(1, -1) for p in self.params])
+        self.adam = LaneAdam([p.detach().view(1, -1) for p in self.params])
 
-    def usual_rate(self) -> float:
-        return (
-            0.128 / self.model.cfg.model_dim
-        )  # measured at 128; Adam's rates fall as width grows (arXiv 2203.03466)
+    def default_rate(self) -> float:
+        """Return a rate measured at width 128: Adam's fall as width grows (arXiv 2203.03466)."""
+        return 0.128 / self.model.cfg.model_dim
 
-    def usual_chunk(self) -> int:
-        return (
-            self.length
-        )  # shorter ones gain more, and cost more: each is read with the window before it
+    def default_chunk(self) -> int:
+        """Return a window. Shorter chunks gain more and cost more: each is read with context."""
+        return self.length
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[None]:
+        """Start with the artifact's weights, and restore them at the end."""
         self.adam.reset(0)
         with super().fresh(), weights_replaced(self.params, self.params):
             yield
 
     def digest(self) -> str:
-        return hexed(*fingerprints(self.adam.state()))
+        """Return a digest of weights and optimiser state."""
+        return hash_numbers(*fingerprints(self.adam.state()))
 
     @torch.enable_grad()
     def gradients(self, tokens: np.ndarray, first: int, end: int) -> list[Tensor]:
-        """Of the rows' mean loss, in sequences as long as a window that ranks share; added up in float64, so that
-        their number does not matter."""
+        """Return the gradients of the rows' mean loss, [1, n] for each parameter.
+
+        The rows are cut into sequences as long as a window, which the ranks share. Sums are in
+        float64, so that the number of ranks makes no difference.
+        """
         begin = np.arange(first, end, self.length)
         stop = np.minimum(begin + self.length, end)
         windows = Windows(np.maximum(stop - self.length, 0), begin, stop)
         size, width = self.batch_size(self.length), int((stop - windows.start).max())
         wide = torch.float32 if self.rt.device.type == "mps" else torch.float64
         sums = [torch.zeros_like(p, dtype=wide) for p in self.params]
-        mine = np.arange(len(begin))[self.rt.mine]
-        for at in range(0, len(mine), size):
-            loss = self.losses(
-                tokens, Windows(*(part[mine[at : at + size]] for part in windows)), width
-            ).sum()
-            torch._foreach_add_(
-                sums, torch.autograd.grad(loss / (end - first), self.params, materialize_grads=True)
-            )
+        own = np.arange(len(begin))[self.rt.mine]
+        for at in range(0, len(own), size):
+            loss = self.losses(tokens, windows.pick(own[at : at + size]), width).sum()
+            parts = torch.autograd.grad(loss / (end - first), self.params, materialize_grads=True)
+            torch._foreach_add_(sums, parts)
         all_reduce_flat(sums, self.rt)
         return [total.to(p.dtype).view(1, -1) for total, p in zip(sums, self.params, strict=True)]
 
     def learn(self, tokens: np.ndarray, first: int, end: int) -> None:
+        """Take TTT_EPOCHS steps on a chunk."""
         for _ in range(self.cfg.ttt_epochs):
             self.adam.step(self.gradients(tokens, first, end), self.rate)
 
 
+# ==== TTT=bias ====================================================================================
 class Bias(Streaming):
-    """A number for each token, added to its logit, learned by online gradient descent: the gradient of the mean loss is
-    what was expected less what came, so there is no backward pass, and the forward pass is scoring's own. Steps stay as
-    long as they were: AdaGrad, and steps that shrink, gained half as much on training text."""
+    """A number for each token is added to its logit, and learned by online gradient descent.
+
+    The gradient of the mean loss is the expected count of each token minus the actual one, so
+    there is no backward pass, and the forward pass is the scoring's own. The step size is constant:
+    AdaGrad and falling step sizes gained half as much on training text.
+    """
 
     def __init__(self, model: GPT, cfg: EvalConfig, rt: Runtime):
         super().__init__(model, cfg, rt)
@@ -289,14 +314,17 @@ class Bias(Streaming):
             2, model.cfg.vocab_size, dtype=wide, device=rt.device
         )
 
-    def usual_rate(self) -> float:
+    def default_rate(self) -> float:
+        """Return the step size."""
         return 15.0
 
-    def usual_chunk(self) -> int:
-        return 256  # shorter ones gain more, and leave a GPU idle
+    def default_chunk(self) -> int:
+        """Return 256: shorter chunks gain more, but leave a GPU idle."""
+        return 256
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[None]:
+        """Start without a bias, and remove it at the end."""
         with super().fresh():
             try:
                 yield
@@ -304,9 +332,11 @@ class Bias(Streaming):
                 self.bias.zero_()
 
     def digest(self) -> str:
-        return hexed(*fingerprints([self.bias[None]]))
+        """Return a digest of the bias."""
+        return hash_numbers(*fingerprints([self.bias[None]]))
 
     def adjusted(self, logits: Tensor) -> Tensor:
+        """Add the bias, and add up the expected counts for `learn`."""
         z = in_float64(logits) + self.bias.to(logits.device)
         self.expected += z.softmax(dim=1).sum(dim=0).to(self.expected)
         return z
@@ -319,10 +349,12 @@ class Bias(Streaming):
         hints: np.ndarray | None,
         on_progress: OnRows | None,
     ) -> None:
+        """Fill the rows of a chunk; `adjusted` counts from zero."""
         self.expected.zero_()
         super().score(tokens, windows, columns, hints, on_progress)
 
     def reread(self, tokens: np.ndarray, windows: Windows) -> None:
+        """Compute the expected counts of a chunk whose rows are on disk."""
         self.expected.zero_()
         for batch in self.batches(windows)[self.rt.mine]:
             for _, logits in self.passes(tokens, windows, batch):
@@ -330,18 +362,22 @@ class Bias(Streaming):
 
     @torch.no_grad()
     def learn(self, tokens: np.ndarray, first: int, end: int) -> None:
+        """Take one step against the gradient of the chunk's mean loss."""
         all_reduce_flat([self.expected], self.rt)
-        came = np.bincount(tokens[first + 1 : end + 1], minlength=self.model.cfg.vocab_size)
+        actual = np.bincount(tokens[first + 1 : end + 1], minlength=self.model.cfg.vocab_size)
         share = self.expected / (end - first)
-        step = (1 / share.max()).clamp(
-            max=self.rate
-        )  # the loss curves by share.max() at most: no step overshoots
-        self.bias -= step * (share - torch.from_numpy(came / (end - first)).to(share))
+        # The curvature of the loss is at most share.max(): no step goes beyond the minimum.
+        step = (1 / share.max()).clamp(max=self.rate)
+        self.bias -= step * (share - torch.from_numpy(actual / (end - first)).to(share))
 
 
+# ==== TTT=lora ====================================================================================
 class Adapters:
-    """Low-rank additions to every linear layer of attention and MLP, a set of them for each of some lanes. The first
-    factor is random, the second zero: at the start they add exactly nothing, yet the second has a gradient."""
+    """Low-rank additions to every linear layer of attention and MLP, one set for each lane.
+
+    The first factor is random and the second one zero: at the start the product adds exactly
+    nothing, yet the second factor has a gradient.
+    """
 
     def __init__(self, model: GPT, rank: int, lanes: int):
         noise, device = torch.Generator().manual_seed(0), model.tok_emb.weight.device
@@ -353,32 +389,34 @@ class Adapters:
         up = [torch.zeros(m.out_features, rank) for m in self.layers]
         self.start = [t.to(device) for pair in zip(down, up, strict=True) for t in pair]
         self.values = [t.expand(lanes, *t.shape).clone().requires_grad_() for t in self.start]
-        self.adam = Adam([t.detach().view(lanes, -1) for t in self.values])
+        self.adam = LaneAdam([t.detach().view(lanes, -1) for t in self.values])
 
     @property
     def lanes(self) -> int:
+        """Number of documents that can learn at the same time."""
         return len(self.adam.steps)
 
     def reset(self, lane: int) -> None:
+        """Give a lane new adapters."""
         for start, value in zip(self.start, self.adam.values, strict=True):
             value[lane] = start.flatten()
         self.adam.reset(lane)
 
     def step(self, gradients: tuple[Tensor, ...], rate: float) -> None:
+        """Take a step of Adam in every lane."""
         self.adam.step([g.flatten(1) for g in gradients], rate)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        """To the model: lane i serves sequence i of a batch."""
+        """Attach the adapters to the model: lane i serves sequence i of a batch."""
 
         def hook(down: Tensor, up: Tensor) -> Callable:
             return lambda _, inputs, output: output + (inputs[0] @ down.mT) @ up.mT
 
+        pairs = zip(self.values[::2], self.values[1::2], strict=True)
         handles = [
             layer.register_forward_hook(hook(*pair))
-            for layer, pair in zip(
-                self.layers, zip(self.values[::2], self.values[1::2], strict=True), strict=True
-            )
+            for layer, pair in zip(self.layers, pairs, strict=True)
         ]
         try:
             yield
@@ -388,40 +426,45 @@ class Adapters:
 
 
 class Lora(Adapting):
-    """Adapters of its own for each document. A chunk's context is the window of the document that ends where it does,
-    so that a chunk is a window at most; a quarter of one, and at most 256 tokens, unless TTT_CHUNK says otherwise.
+    """Each document has its own adapters.
 
-    Documents run side by side, one a lane; the next takes the lane that is free first. Which lane that is depends on
-    the documents before it alone, and so do all shapes that are learned in: sorting documents by length would not."""
+    The context of a chunk is the window of its document that ends where the chunk ends, so that a
+    chunk is at most a window long. Documents run side by side, one in each lane; the next document
+    takes the lane that is free first. The lane, and all shapes that are learned in, depend on
+    earlier documents alone. Sorting documents by length would break that.
+    """
 
     def __init__(self, model: GPT, cfg: EvalConfig, rt: Runtime):
         super().__init__(model, cfg, rt)
-        self.chunk = min(self.chunk, self.length)  # a window's context and rows are one
-        # On a CPU side by side is no faster, and lanes that are done have to be fed all the same.
-        self.adapters = Adapters(
-            model, cfg.ttt_rank, 1 if rt.device.type == "cpu" else self.batch_size(self.length)
-        )
-        self.batch = np.zeros(0, np.int64)  # the windows that lanes are at, -1 where they are idle
+        self.chunk = min(self.chunk, self.length)
+        # On a CPU lanes are no faster, and idle ones would have to be computed all the same.
+        lanes = 1 if rt.device.type == "cpu" else self.batch_size(self.length)
+        self.adapters = Adapters(model, cfg.ttt_rank, lanes)
+        self.batch = np.zeros(0, np.int64)  # the window in each lane; -1: the lane is idle
 
-    def usual_rate(self) -> float:
+    def default_rate(self) -> float:
+        """Return Adam's rate."""
         return 0.002
 
-    def usual_chunk(self) -> int:
-        return max(1, min(256, self.length // 4))  # (#77)
+    def default_chunk(self) -> int:
+        """Return a quarter of a window, at most 256 tokens (#77)."""
+        return max(1, min(256, self.length // 4))
 
     def plan(self, tokens: np.ndarray) -> Windows:
+        """Return one window for each chunk; none crosses a document's start."""
         rows = max(len(tokens) - 1, 0)
         begin = np.unique(np.minimum(document_bounds(tokens), rows))
         chunks = plan(tokens, self.chunk, self.chunk, documents=True)
-        of = begin[np.searchsorted(begin, chunks.first, side="right") - 1]
-        return Windows(
-            np.maximum(of, chunks.first + self.chunk - self.length), chunks.first, chunks.end
-        )
+        document = begin[np.searchsorted(begin, chunks.first, side="right") - 1]
+        start = np.maximum(document, chunks.first + self.chunk - self.length)
+        return Windows(start, chunks.first, chunks.end)
 
     def chunk_starts(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the first row of each chunk."""
         return self.plan(tokens).first
 
     def batches(self, windows: Windows) -> list[np.ndarray]:
+        """Return the one batch of windows that the lanes hold now."""
         return [self.batch]
 
     def sweep(
@@ -429,9 +472,12 @@ class Lora(Adapting):
         tokens: np.ndarray,
         windows: Windows,
         documents: list[np.ndarray],
-        see: Callable[[], None],
+        visit: Callable[[], None],
     ) -> None:
-        """Lead documents, each a range of windows, through the lanes; `see` what lanes are at, then they learn."""
+        """Lead documents through the lanes: call `visit` for the current windows, then learn them.
+
+        A document is the array of its windows.
+        """
         queue, lanes = iter(documents), [np.zeros(0, np.int64)] * self.adapters.lanes
         with self.alone(), self.fresh(), self.adapters.attached():
             while True:
@@ -442,26 +488,29 @@ class Lora(Adapting):
                 if not any(map(len, lanes)):
                     return
                 self.batch = np.array([left[0] if len(left) else -1 for left in lanes])
-                see()
+                visit()
                 lanes = [left[1:] for left in lanes]
+                # The last chunk of a document teaches nobody.
                 self.batch = np.where([len(left) > 0 for left in lanes], self.batch, -1)
                 if (self.batch >= 0).any():
-                    self.timed(lambda: self.learn_side_by_side(tokens, windows))
+                    self.learn_in_time(lambda: self.learn_side_by_side(tokens, windows))
 
     @torch.enable_grad()
     def learn_side_by_side(self, tokens: np.ndarray, windows: Windows) -> None:
-        """A step for each lane on the chunk that it is at. One lane's sequences grow with its document; several are
-        always as long as a window, since a shape that follows the neighbours changes how sums are rounded."""
-        own = Windows(*(np.where(self.batch < 0, 0, part[self.batch]) for part in windows))
+        """Take TTT_EPOCHS steps in each lane on its current chunk.
+
+        The sequences of a single lane grow with its document. With several lanes they are always
+        as long as a window: a shape that depends on the neighbours would change the rounding.
+        """
+        own = windows.pick(self.batch)
         width = int((own.end - own.start).max()) if self.adapters.lanes == 1 else self.length
+        busy = torch.from_numpy(self.batch >= 0)
         for _ in range(self.cfg.ttt_epochs):
-            loss = (
-                self.losses(tokens, own, width).sum(dim=1)[torch.from_numpy(self.batch >= 0)].sum()
-                / self.chunk
-            )
+            loss = self.losses(tokens, own, width).sum(dim=1)[busy].sum() / self.chunk
             self.adapters.step(torch.autograd.grad(loss, self.adapters.values), self.rate)
 
     def documents(self, tokens: np.ndarray, windows: Windows) -> list[np.ndarray]:
+        """Return the indices of the windows of each document."""
         cuts = np.searchsorted(windows.first, document_bounds(tokens))
         return [np.arange(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if a < b]
 
@@ -472,45 +521,44 @@ class Lora(Adapting):
         hints: np.ndarray | None = None,
         on_progress: OnRows | None = None,
     ) -> None:
-        """As Neural's. Under torchrun each rank has documents of its own."""
+        """Fill the rows that are not filled. Under torchrun each rank has its own documents."""
         windows = self.plan(tokens)
         assert (coverage(windows, columns.rows) == 1).all(), "the plan must score each row once"
-        done = np.array(columns.covered) == 1
-        left = np.array(
-            [not done[a:b].all() for a, b in zip(windows.first, windows.end, strict=True)], bool
-        )
+        filled = np.array(columns.covered) == 1
+        spans = zip(windows.first, windows.end, strict=True)
+        left = np.array([not filled[a:b].all() for a, b in spans], bool)
         documents = self.documents(tokens, windows)
-        begins = {int(i): int(windows.first[d[0]]) for d in documents for i in d}
+        # The first row of the document of each window: part of the digest, as adapters are its own.
+        document_rows = {int(i): int(windows.first[d[0]]) for d in documents for i in d}
         states = np.zeros((len(left), 32), np.uint8)
 
-        def see() -> None:
-            now = self.batch
-            for i, state in zip(
-                now.tolist(), fingerprints(self.adapters.adam.state()), strict=True
-            ):
+        def visit() -> None:
+            batch = self.batch
+            prints = fingerprints(self.adapters.adam.state())
+            for i, state in zip(batch.tolist(), prints, strict=True):
                 if i >= 0:
-                    states[i] = np.frombuffer(bytes.fromhex(hexed(begins[i], state)), np.uint8)
-            self.batch = np.where((now >= 0) & left[now], now, -1)
+                    digest = bytes.fromhex(hash_numbers(document_rows[i], state))
+                    states[i] = np.frombuffer(digest, np.uint8)
+            self.batch = np.where((batch >= 0) & left[batch], batch, -1)
             if (self.batch >= 0).any():
                 self.score(tokens, windows, columns, hints, on_progress)
-            self.batch = now
+            self.batch = batch
 
         self.wait()
-        self.sweep(tokens, windows, documents[self.rt.mine], see)
+        self.sweep(tokens, windows, documents[self.rt.mine], visit)
+        # Each window is zero on all ranks but one, so that the sum is every rank's states.
         all_states = torch.from_numpy(states).to(self.rt.device)
         all_reduce_flat([all_states], self.rt)
-        self.digests = [
-            (int(first), bytes(state).hex())
-            for first, state in zip(windows.first, all_states.cpu().numpy(), strict=True)
-        ]
+        pairs = zip(windows.first.tolist(), all_states.cpu().numpy(), strict=True)
+        self.digests = [(first, bytes(state).hex()) for first, state in pairs]
         self.wait()
 
     def distributions(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """As Neural's, by leading the documents of these rows through the lanes again."""
+        """Return float64[len(rows), V], after leading the documents of these rows through again."""
         rows = np.asarray(rows, np.int64)
         tokens = tokens[: rows.max(initial=-1) + 2]
         windows = self.plan(tokens)
-        found = np.empty((len(rows), self.model.cfg.vocab_size))
+        out = np.empty((len(rows), self.model.cfg.vocab_size))
         at = np.searchsorted(windows.first, rows, side="right") - 1
         wanted = [
             d[d <= at[own].max()]
@@ -518,15 +566,15 @@ class Lora(Adapting):
             if (own := (at >= d[0]) & (at <= d[-1])).any()
         ]
 
-        def see() -> None:
+        def visit() -> None:
             if np.isin(self.batch, at).any():
-                for got, logits in self.passes(tokens, windows, self.batch):
-                    z = in_float64(logits).softmax(dim=1).cpu().numpy()
-                    for row, p in zip(got, z, strict=True):
-                        found[rows == row] = p
+                for own, logits in self.passes(tokens, windows, self.batch):
+                    p = in_float64(logits).softmax(dim=1).cpu().numpy()
+                    for row, p_row in zip(own, p, strict=True):
+                        out[rows == row] = p_row
 
-        self.sweep(tokens, windows, wanted, see)
-        return found
+        self.sweep(tokens, windows, wanted, visit)
+        return out
 
 
 FORMS = {"chunks": Chunks, "lora": Lora, "bias": Bias}  # by TTT

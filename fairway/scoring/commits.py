@@ -1,4 +1,4 @@
-"""The commit log: what was scored, chunk by chunk, and what the scorer knew before each."""
+"""The commit log: which rows were scored in which order, and what the scorer knew before each."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import NamedTuple
 
 
 class Commit(NamedTuple):
+    """One chunk of scored rows, chained to the commits before it."""
+
     first: int  # target row
     count: int  # rows
-    nats: float  # sum of -log p over them
-    bytes: int  # counted for them
-    state: str  # hex digest of all adaptive state before they were scored
-    chain: str  # SHA-256 (hex) of the chain before it and of all the other fields
+    nats: float  # sum of -log p over the rows
+    bytes: int  # counted for the rows
+    state: str  # hex digest of all adaptive state before the rows were scored
+    chain: str  # SHA-256 (hex) of the previous chain and of all other fields
 
 
 CHAIN_START = "fairway commit log 1"
 
 
 def chained(previous: str, first: int, count: int, nats: float, bytes: int, state: str) -> Commit:
-    """The commit that follows `previous`, the chain of the one before it (CHAIN_START for the first)."""
+    """Return the commit that follows the one whose chain is `previous` (CHAIN_START: the first)."""
     fields = dict(
         first=int(first), count=int(count), nats=float(nats), bytes=int(bytes), state=str(state)
     )
@@ -30,10 +32,10 @@ def chained(previous: str, first: int, count: int, nats: float, bytes: int, stat
 
 
 def verify_chain(commits: Iterable[Commit]) -> int | None:
-    """Index of the first commit that does not follow from those before it; None where all do."""
+    """Return the index of the first commit that does not follow from those before it, or None."""
     chain = CHAIN_START
-    for at, commit in enumerate(commits):
+    for index, commit in enumerate(commits):
         if chained(chain, *commit[:5]).chain != commit[5]:
-            return at
+            return index
         chain = commit[5]
     return None

@@ -1,4 +1,4 @@
-"""The experts over a text, and the scorer that mixes them with the neural model and logs what was scored when."""
+"""The scorer whose score counts: the model, mixed with experts that learn from scored text."""
 
 from __future__ import annotations
 
@@ -19,60 +19,29 @@ from fairway.scoring.neural import KINDS, Neural
 from fairway.scoring.settings import EvalConfig
 from train_gpt import ByteTable, normalised
 
-COMMIT_ROWS = 1024  # rows that are scored, then committed, then learnt from
-DEFAULT_EXPERTS = tuple(
-    e for e in EXPERTS if e not in ("bigram", "tilt")
-)  # those two say nothing that chain does not
+COMMIT_ROWS = 1024  # rows that are scored, then committed, then learned from
+# bigram and tilt add nothing to what chain already says.
+DEFAULT_EXPERTS = tuple(e for e in EXPERTS if e not in ("bigram", "tilt"))
 
 
-# ==== THE EXPERTS OVER A TEXT =========================================================================================
+# ==== THE EXPERTS OVER A TEXT =====================================================================
 def make_match(vocab_size: int, cfg: EvalConfig, delay: int = 0) -> Match:
+    """Return a match expert that has read nothing; it learns each token `delay` tokens late."""
     return Match(vocab_size, cfg.match_least, delay=delay, reset=cfg.expert_reset)
 
 
 def find_matches(tokens: np.ndarray, vocab_size: int, cfg: EvalConfig, delay: int = 0) -> Matches:
-    """The match expert over a whole text, row by row: its hints are what the neural model is asked about."""
+    """Run the match expert over a whole text: one hint for each row.
+
+    The neural model is then asked for the probability of each hint.
+    """
     expert = make_match(vocab_size, cfg, delay)
     expert.fill(tokens[:1])
     return expert.fill(tokens[1:])
 
 
-class Chunk(NamedTuple):
-    first: int  # row
-    inputs: MixtureRows
-    state: str  # digest of the n-gram expert before these rows: of all tokens before them, which the match expert read
-
-
-def chunks(
-    tokens: np.ndarray,
-    sizes: np.ndarray,
-    columns: Columns,
-    matches: Matches,
-    grams: NGram,
-    starts: list[int] | None = None,
-) -> Iterator[Chunk]:
-    """Rows in order, with all that a mixture reads about them; the n-gram expert learns each chunk as it is made."""
-    starts = starts or list(range(0, columns.rows, COMMIT_ROWS))
-    for first, end in pairwise([*starts, columns.rows]):
-        at = slice(first, end)
-        state, targets = grams.digest(), tokens[at.start + 1 : at.stop + 1]
-        yield Chunk(
-            first,
-            MixtureRows(
-                *(
-                    np.array(columns[name][at])
-                    for name in ("logp", "sharp", "flat", "hint", "entropy")
-                ),
-                grams.fill(targets),
-                Matches(*(part[at] for part in matches)),
-                targets.astype(np.int64),
-                sizes[at].astype(np.int64),
-            ),
-            state,
-        )
-
-
 def empty_ngram(vocab_size: int, cfg: EvalConfig, expected_tokens: int, delay: int = 0) -> NGram:
+    """Return an n-gram expert that has read nothing, with tables for `expected_tokens`."""
     return NGram(
         vocab_size,
         cfg.ngram_orders,
@@ -84,35 +53,67 @@ def empty_ngram(vocab_size: int, cfg: EvalConfig, expected_tokens: int, delay: i
 
 
 def make_ngram(vocab_size: int, cfg: EvalConfig, tokens: np.ndarray, delay: int = 0) -> NGram:
-    """The n-gram expert, having read the first token, which no row is about."""
+    """Return the n-gram expert of a text. It has read the first token, which no row predicts."""
     expert = empty_ngram(vocab_size, cfg, max(len(tokens), 1), delay)
     expert.fill(tokens[:1])
     return expert
 
 
-# ==== THE SCORER ======================================================================================================
-class MixedScorer:
-    """What is counted: the neural model, mixed with experts that learn from what has been scored. `score` and
-    `distribution` are the contract of every scorer; the rest is for the certificate."""
+class Chunk(NamedTuple):
+    """Consecutive rows, with everything that a mixture reads about them."""
 
-    tolerance = (
-        2e-5  # of log-probabilities: a shorter text runs in other shapes, which round otherwise
-    )
+    first: int  # row
+    inputs: MixtureRows
+    state: str  # digest of the n-gram expert before these rows; it covers all tokens before them
+
+
+def chunks(
+    tokens: np.ndarray,
+    sizes: np.ndarray,
+    columns: Columns,
+    matches: Matches,
+    grams: NGram,
+    starts: list[int] | None = None,
+) -> Iterator[Chunk]:
+    """Yield the rows of a text in order; the n-gram expert learns each chunk as it is yielded.
+
+    `starts` are the first rows of the chunks; without them a chunk has COMMIT_ROWS rows.
+    """
+    starts = starts or list(range(0, columns.rows, COMMIT_ROWS))
+    names = ("logp", "sharp", "flat", "hint", "entropy")
+    for first, end in pairwise([*starts, columns.rows]):
+        rows = slice(first, end)
+        state, targets = grams.digest(), tokens[first + 1 : end + 1]
+        inputs = MixtureRows(
+            *(np.array(columns[name][rows]) for name in names),
+            grams.fill(targets),
+            Matches(*(part[rows] for part in matches)),
+            targets.astype(np.int64),
+            sizes[rows].astype(np.int64),
+        )
+        yield Chunk(first, inputs, state)
+
+
+# ==== THE SCORER ==================================================================================
+class MixedScorer:
+    """The neural model, mixed with experts. `score` and `distribution` are every scorer's contract.
+
+    The other public names (`tolerance`, `commits`, `boundaries`, `embeddings`) are for the
+    certificate.
+    """
+
+    # Log-probabilities of a shorter text may differ by this: other shapes round differently.
+    tolerance = 2e-5
 
     def __init__(self, neural: Neural, cfg: EvalConfig, table: ByteTable):
-        self.neural, self.cfg, self.table, self.vocab_size = (
-            neural,
-            cfg,
-            table,
-            neural.model.cfg.vocab_size,
-        )
-        self.commits: list[Commit] = []
-        self.mixture, self.grams = (
-            Mixture(self.vocab_size, cfg, DEFAULT_EXPERTS),
-            None,
-        )  # as the last score left them
+        self.neural, self.cfg, self.table = neural, cfg, table
+        self.vocab_size = neural.model.cfg.vocab_size
+        self.commits: list[Commit] = []  # of the last score, as `mixture` and `grams` are
+        self.mixture = Mixture(self.vocab_size, cfg, DEFAULT_EXPERTS)
+        self.grams: NGram | None = None
 
     def score(self, tokens: np.ndarray) -> np.ndarray:
+        """Return float64[n - 1]: the log-probability of tokens[1:], in order."""
         matches = find_matches(tokens, self.vocab_size, self.cfg)
         columns = columns_in_memory(len(matches.hint), KINDS)
         self.neural.fill(tokens, columns, matches.hint)
@@ -123,38 +124,36 @@ class MixedScorer:
         tokens: np.ndarray,
         columns: Columns,
         matches: Matches,
-        told: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """The mixture over columns that are filled, logged chunk by chunk in `commits`."""
-        self.mixture, self.commits = Mixture(self.vocab_size, self.cfg, DEFAULT_EXPERTS), []
-        sizes, out, chain = self.table.count(tokens), np.empty(columns.rows), CHAIN_START
-        self.grams, learnt = (
-            make_ngram(self.vocab_size, self.cfg, tokens),
-            dict(self.neural.digests),
-        )
+        """Mix filled columns with the experts, and log each chunk in `commits`.
+
+        `on_progress` is called with the number of rows that are done.
+        """
+        self.mixture = Mixture(self.vocab_size, self.cfg, DEFAULT_EXPERTS)
+        self.grams = make_ngram(self.vocab_size, self.cfg, tokens)
+        self.commits, chain = [], CHAIN_START
+        sizes, out = self.table.count(tokens), np.empty(columns.rows)
+        trained = dict(self.neural.digests)  # first row → digest of what test-time training learned
         for first, inputs, state in chunks(
-            tokens, sizes, columns, matches, self.grams, sorted(learnt)
+            tokens, sizes, columns, matches, self.grams, sorted(trained)
         ):
-            before = hashlib.sha256(
-                (state + self.mixture.digest() + learnt.get(first, "")).encode()
-            ).hexdigest()
+            states = state + self.mixture.digest() + trained.get(first, "")
+            before = hashlib.sha256(states.encode()).hexdigest()
             logp = self.mixture.fill(inputs)
-            out[first : first + len(logp)] = logp
-            self.commits.append(
-                chained(
-                    chain, first, len(logp), -float(logp.sum()), int(inputs.sizes.sum()), before
-                )
-            )
-            chain = self.commits[-1].chain
-            if told:
-                told(first + len(logp))
+            count, nats = len(logp), -float(logp.sum())
+            out[first : first + count] = logp
+            commit = chained(chain, first, count, nats, int(inputs.sizes.sum()), before)
+            self.commits.append(commit)
+            chain = commit.chain
+            if on_progress:
+                on_progress(first + count)
         return out
 
     def distribution(self, tokens: np.ndarray, i: int) -> np.ndarray:
-        """float64[V] for position i, from tokens[:i] alone: all of it is scored and learnt again."""
-        known = np.append(tokens[:i], 0).astype(
-            tokens.dtype
-        )  # a row has a target; any token serves, it is not read
+        """Return float64[V] for position i, from tokens[:i] alone, which are scored again."""
+        # The row needs a target. Any token will do, because it is not read.
+        known = np.append(tokens[:i], 0).astype(tokens.dtype)
         p = self.neural.distributions(known, np.array([i - 1]))[0]
         self.score(tokens[:i])
         match = make_match(self.vocab_size, self.cfg)
@@ -162,16 +161,19 @@ class MixedScorer:
         return self.mixture.distribution(p, self.grams.candidate_counts(), match.hint())
 
     def boundaries(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        return {
-            "chunk": np.arange(0, max(len(tokens) - 1, 0), COMMIT_ROWS),
-            **self.neural.boundaries(tokens),
-        }
+        """Return the rows at which something begins, by kind: where a leak would show first."""
+        chunk_starts = np.arange(0, max(len(tokens) - 1, 0), COMMIT_ROWS)
+        return {"chunk": chunk_starts, **self.neural.boundaries(tokens)}
 
     @torch.no_grad()
     def embeddings(self, tokens: np.ndarray) -> np.ndarray:
-        """Token embeddings once they are smeared: float[n, D]. The hashed bigram is left out; it names the token before
-        a BOS as attention does, and no row was ever turned down for it."""
+        """Return the token embeddings after the smear gate: float[n, D].
+
+        The hashed bigram is left out. It reads the token before a BOS, as attention does, and no
+        row was ever refused for that.
+        """
         model = self.neural.model
         x = torch.from_numpy(tokens.astype(np.int64))[None].to(model.cos.device)
         plain = normalised(model.tok_emb(x))
-        return (plain if model.smear is None else model.smear(plain, x))[0].float().cpu().numpy()
+        smeared = plain if model.smear is None else model.smear(plain, x)
+        return smeared[0].float().cpu().numpy()

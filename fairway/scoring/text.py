@@ -12,82 +12,91 @@ import sentencepiece
 
 import train_gpt
 from fairway.scoring.settings import EvalConfig
-from train_gpt import Artifact, ByteTable, need, proven_table, read_shard
+from train_gpt import Artifact, ByteTable, UserError, file_sha256, proven_table, read_shard
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 
 
 class Text(NamedTuple):
-    """A split that is to be scored, and how many bytes each of its targets stands for."""
+    """The tokens of a split, and the number of bytes that each target token stands for."""
 
     tokens: np.ndarray  # uint16[n]
     sizes: np.ndarray  # int16[n - 1]
     table: ByteTable
     tokenizer: sentencepiece.SentencePieceProcessor
-    tokenizer_path: str  # empty: it is the artifact's own
-    name: str
+    tokenizer_path: str  # "" if it came from inside the artifact
+    name: str  # the pattern of its shards
     sha256: str
 
     @property
     def bytes(self) -> int:
+        """Bytes of all targets: the denominator of bits per byte."""
         return int(self.sizes.sum())
 
     def bpb(self, logp: np.ndarray) -> float:
+        """Return bits per byte for the log-probabilities (nats) of all targets."""
         return float(-np.sum(logp, dtype=np.float64) / np.log(2) / self.bytes)
 
 
 def load_text(cfg: EvalConfig, artifact: Artifact) -> Text:
-    """The shards of a split, and the proof that the artifact's tokenizer wrote them."""
-    data = ROOT / "data"
-    fineweb = data / "datasets" / f"fineweb10B_sp{artifact.config.vocab_size}"
-    folder = (
-        Path(cfg.data_path) if cfg.data_path else fineweb if fineweb.is_dir() else data / "embedded"
-    )
-    pattern = cfg.val_files or str(folder / "*_val_*.bin")
-    paths = [Path(p) for p in sorted(glob.glob(pattern))]
-    need(paths, f"no shards match {pattern}; run `make data`, or set VAL_FILES or DATA_PATH")
-    tokens, size = np.concatenate([read_shard(p) for p in paths]), artifact.config.vocab_size
-    need(
-        len(tokens) > 1,
-        f"{pattern} holds {len(tokens)} tokens; at least 2 are needed to predict one",
-    )
-    need(
-        tokens.max() < size,
-        f"{pattern} holds token {tokens.max()}, but the artifact knows {size}; set VAL_FILES to "
-        "shards that its tokenizer wrote",
-    )
+    """Read the shards of a split, and prove that the artifact's tokenizer wrote them."""
+    pattern, paths = find_shards(cfg, artifact.config.vocab_size)
+    tokens, vocab_size = np.concatenate([read_shard(p) for p in paths]), artifact.config.vocab_size
+    if len(tokens) < 2:
+        raise UserError(
+            f"{pattern} holds {len(tokens)} tokens; at least 2 are needed to predict one"
+        )
+    if tokens.max() >= vocab_size:
+        raise UserError(
+            f"{pattern} holds token {tokens.max()}, but the artifact knows {vocab_size}; set "
+            "VAL_FILES to shards that its tokenizer wrote"
+        )
     tokenizer, origin = load_tokenizer(cfg.tokenizer_path, artifact, paths[0].parent)
     table = proven_table(tokenizer, origin, tokens)
     sizes = table.count(tokens)
-    need(sizes.sum() > 0, f"the tokens of {pattern} stand for no bytes; bits per byte need some")
-    own = artifact.tokenizer and not cfg.tokenizer_path
-    return Text(
-        tokens,
-        sizes,
-        table,
-        tokenizer,
-        "" if own else origin,
-        pattern,
-        hashlib.sha256(tokens).hexdigest(),
-    )
+    if sizes.sum() <= 0:
+        raise UserError(f"the tokens of {pattern} stand for no bytes; bits per byte need some")
+    embedded = artifact.tokenizer and not cfg.tokenizer_path
+    tokenizer_path = "" if embedded else origin
+    sha256 = hashlib.sha256(tokens).hexdigest()
+    return Text(tokens, sizes, table, tokenizer, tokenizer_path, pattern, sha256)
+
+
+def find_shards(cfg: EvalConfig, vocab_size: int) -> tuple[str, list[Path]]:
+    """Return the pattern of the shards to score, and the files that match it, sorted."""
+    data = ROOT / "data"
+    fineweb = data / "datasets" / f"fineweb10B_sp{vocab_size}"
+    default = fineweb if fineweb.is_dir() else data / "embedded"
+    pattern = cfg.val_files or str(Path(cfg.data_path or default) / "*_val_*.bin")
+    paths = [Path(p) for p in sorted(glob.glob(pattern))]
+    if not paths:
+        raise UserError(
+            f"no shards match {pattern}; run `make data`, or set VAL_FILES or DATA_PATH"
+        )
+    return pattern, paths
 
 
 def load_tokenizer(
-    given: str, artifact: Artifact, beside: Path, option: str = "TOKENIZER_PATH"
+    path_given: str, artifact: Artifact, folder: Path, option: str = "TOKENIZER_PATH"
 ) -> tuple[Any, str]:
-    """The tokenizer that the artifact was trained with: inside it, or a file with its hash. `option` is how the user
-    gives one."""
-    path = Path(given) if given else beside / "tokenizer.model"
-    if artifact.tokenizer and not given:
-        return sentencepiece.SentencePieceProcessor(
-            model_proto=artifact.tokenizer
-        ), "the artifact's tokenizer"
-    absent = f"no tokenizer at {path}" if given else f"no tokenizer in the artifact nor at {path}"
-    need(path.is_file(), f"{absent}; set {option} to the one that the artifact was trained with")
-    ours, theirs = train_gpt.file_sha256(path), artifact.header["tokenizer_sha256"]
-    need(
-        ours == theirs,
-        f"{path} is tokenizer {ours[:12]}, but the artifact was trained with {theirs[:12]}; unset "
-        f"{option} or set it to that one",
-    )
+    """Return the tokenizer that the artifact was trained with, and where it was found.
+
+    It is the file `path_given` (the user's `option`), else the one inside the artifact, else
+    tokenizer.model in `folder`. A file must have the hash that the artifact names.
+    """
+    if artifact.tokenizer and not path_given:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=artifact.tokenizer)
+        return processor, "the artifact's tokenizer"
+    path = Path(path_given) if path_given else folder / "tokenizer.model"
+    if not path.is_file():
+        places = f"at {path}" if path_given else f"in the artifact nor at {path}"
+        raise UserError(
+            f"no tokenizer {places}; set {option} to the one that the artifact was trained with"
+        )
+    ours, theirs = file_sha256(path), artifact.header["tokenizer_sha256"]
+    if ours != theirs:
+        raise UserError(
+            f"{path} is tokenizer {ours[:12]}, but the artifact was trained with {theirs[:12]}; "
+            f"unset {option} or set it to that one"
+        )
     return sentencepiece.SentencePieceProcessor(model_file=str(path)), str(path)

@@ -1,4 +1,4 @@
-"""Columns on disk: kept for their key, begun anew for another, and one line for whatever is wrong with them."""
+"""Columns on disk: reused for the same key, emptied for another, refused in one line if damaged."""
 
 import errno
 import json
@@ -28,9 +28,9 @@ def names(folder) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def refusal(folder, rows: int = 5, make: bool = True) -> str:
+def refusal(folder, rows: int = 5, create: bool = True) -> str:
     with pytest.raises(UserError) as caught:
-        open_columns(folder, rows, TYPES, KEY, make)
+        open_columns(folder, rows, TYPES, KEY, create)
     message = str(caught.value)
     assert "\n" not in message and str(folder) in message and len(message) < 300
     return message
@@ -38,7 +38,7 @@ def refusal(folder, rows: int = 5, make: bool = True) -> str:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Columns of five rows, two of them filled."""
+    """Return a folder with columns of five rows, two of them filled."""
     put(open_columns(tmp_path / "a" / "b", 5, TYPES, KEY), [1, 3])
     return tmp_path / "a" / "b"
 
@@ -74,7 +74,7 @@ def test_the_same_key_finds_the_rows_that_were_filled(folder):
         dict(kinds={"logp": "f8"}),
     ],
 )
-def test_another_key_begins_anew_and_leaves_nothing_of_the_old_one(folder, changed):
+def test_another_key_empties_the_folder(folder, changed):
     (folder / "old.npy").write_bytes(b"something")
     wanted = dict(rows=5, kinds=TYPES, key=KEY) | changed
     columns = open_columns(folder, **wanted)
@@ -87,7 +87,7 @@ def test_another_key_begins_anew_and_leaves_nothing_of_the_old_one(folder, chang
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "null", "[1]", '"\ud800"'])
-def test_without_a_whole_manifest_columns_are_made_anew(folder, text):
+def test_a_missing_or_damaged_manifest_empties_the_columns(folder, text):
     manifest = folder / "columns.json"
     manifest.unlink()
     if text is not None:
@@ -101,8 +101,8 @@ def test_without_a_whole_manifest_columns_are_made_anew(folder, text):
     st.integers(0, 400),
     st.one_of(st.none(), st.binary(min_size=1, max_size=3)),
 )
-def test_a_damaged_file_is_refused_or_holds_what_it_says(tmp_path_factory, name, at, noise):
-    """Header and length are checked; what the numbers are is the reader's to find odd."""
+def test_a_damaged_file_is_refused_or_has_the_right_shape(tmp_path_factory, name, at, noise):
+    """Header and length are checked; the values are not."""
     folder = tmp_path_factory.mktemp("damaged") / "columns"
     put(open_columns(folder, 40, TYPES, KEY), [1, 3])
     whole = (folder / name).read_bytes()
@@ -122,11 +122,11 @@ def test_a_damaged_file_is_refused_or_holds_what_it_says(tmp_path_factory, name,
 
 @pytest.mark.parametrize("keep", [0, 5, 64, 127, 128, 136, -1])
 def test_a_file_cut_short_is_refused_and_nothing_is_lost(folder, keep):
-    """Not lengthened with zeros, which would be log-probabilities of certainty in rows that count as filled."""
+    """It is not lengthened with zeros: they would be certainties in rows that count as filled."""
     whole = (folder / "logp.npy").read_bytes()
     (folder / "logp.npy").write_bytes(whole[:keep])
-    for make in (True, False):
-        assert "delete" in refusal(folder, make=make)
+    for create in (True, False):
+        assert "delete" in refusal(folder, create=create)
     assert names(folder) == FILES
 
 
@@ -146,7 +146,7 @@ def test_a_file_of_another_shape_or_type_is_refused(folder, other):
     assert "delete" in refusal(folder)
 
 
-def test_a_file_that_is_gone_is_refused(folder):
+def test_a_missing_file_is_refused(folder):
     (folder / "hint.npy").unlink()
     assert "hint.npy" in refusal(folder)
 
@@ -175,7 +175,7 @@ def test_no_space_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch, h
     assert calls and not (tmp_path / "columns").exists()
 
 
-def test_space_is_taken_when_columns_are_made(tmp_path):
+def test_space_is_reserved_when_columns_are_created(tmp_path):
     open_columns(tmp_path / "c", 100_000, TYPES, KEY)
     for name, size in (("logp", 8), ("hint", 4), (COVERED, 1)):
         assert (tmp_path / "c" / f"{name}.npy").stat().st_blocks * 512 >= 100_000 * size
@@ -189,12 +189,12 @@ def test_without_fallocate_files_are_the_same(tmp_path, monkeypatch):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_only_opening_makes_nothing(tmp_path, folder):
+def test_only_opening_creates_nothing(tmp_path, folder):
     assert "no columns of this artifact, text and settings" in refusal(
-        tmp_path / "none", make=False
+        tmp_path / "none", create=False
     )
     assert not (tmp_path / "none").exists()
-    seen = open_columns(folder, 5, TYPES, KEY, make=False)
+    seen = open_columns(folder, 5, TYPES, KEY, create=False)
     assert seen.covered.tolist() == [0, 1, 0, 1, 0]
     put(seen, [0])  # one rank's rows are the other's too
     assert open_columns(folder, 5, TYPES, KEY).covered.tolist() == [1, 1, 0, 1, 0]
@@ -204,7 +204,7 @@ def test_only_opening_a_folder_of_another_key_is_refused(folder):
     with pytest.raises(
         UserError, match="holds no columns of this artifact, text and settings; all ranks must"
     ):
-        open_columns(folder, 5, TYPES, KEY | dict(artifact="b"), make=False)
+        open_columns(folder, 5, TYPES, KEY | dict(artifact="b"), create=False)
     assert open_columns(folder, 5, TYPES, KEY).covered.tolist() == [0, 1, 0, 1, 0]
 
 

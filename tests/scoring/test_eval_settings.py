@@ -1,4 +1,4 @@
-"""Settings of an evaluation: nothing dead, nothing misspelt, nothing out of range, beside those of the trainer."""
+"""Settings of an evaluation: all are used, and wrong names and values are refused."""
 
 import ast
 import dataclasses
@@ -32,7 +32,7 @@ def is_config(node: ast.expr) -> bool:
 
 
 def test_every_setting_is_read():
-    """Somewhere that scores: to check a value, or to hash it into a key, is not to use it."""
+    """Each is read as an attribute; a value that is only checked or hashed is not used."""
     read = set()
     for path in [*(ROOT / "fairway").rglob("*.py"), ROOT / "eval_final.py"]:
         read |= {
@@ -80,7 +80,7 @@ def test_help_has_a_line_for_each_setting():
         )
 
 
-# ---- One value -------------------------------------------------------------------------------------------------------
+# ---- One value -----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
@@ -158,7 +158,7 @@ def test_a_stride_that_would_leave_rows_out_is_refused():
     )  # the model's own, which is not known yet
 
 
-# ---- Names -----------------------------------------------------------------------------------------------------------
+# ---- Names ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "right"),
     [
@@ -188,7 +188,7 @@ def test_every_setting_in_lower_case_is_a_near_miss_of_itself():
         assert f"did you mean {name.upper()}?" in refusal(**{name: "0"}), name
 
 
-def test_ordinary_environments_are_none_of_ours():
+def test_ordinary_environment_variables_are_ignored():
     for name in ORDINARY:
         assert EvalConfig.from_env({name: "something"}) == EvalConfig(), name
 

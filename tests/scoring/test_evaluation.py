@@ -1,4 +1,4 @@
-"""eval_final.py and build_correction_table.py as their users run them: what they print, write, survive and refuse."""
+"""Run eval_final.py and build_correction_table.py as users do: output, files, kills, refusals."""
 
 import json
 import os
@@ -22,45 +22,28 @@ from fairway.scoring.shipped import counted_code_bytes
 from train_gpt import file_sha256, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
-# What the default settings import until the score is known; the certificate, the correction
-# table and test-time training are no part of it.
-COUNTED = {
+SCORING = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fairway/scoring").rglob("*.py")}
+# What the default settings import until the score is known. Certificate, correction table and
+# test-time training are no part of it.
+COUNTED = SCORING - {"fairway/scoring/adaptation.py"} | {
     "train_gpt.py",
     "eval_final.py",
     "fairway/__init__.py",
     "fairway/command_line.py",
-    *(
-        f"fairway/scoring/{name}.py"
-        for name in (
-            "__init__ ablation columns commits evaluation memory mixed neural settings shipped text"
-        ).split()
-    ),
-    *(
-        f"fairway/scoring/experts/{name}.py"
-        for name in ("__init__ match mixing ngram state temperature").split()
-    ),
 }
 LADDER = ["neural, windows side by side", "neural, sliding", "+ experts, mixed: final"]
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory, run_trainer) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    done = run_trainer(folder, ITERATIONS=30, CODEC="brotli", MAX_WALLCLOCK_SECONDS=0)
-    assert done.returncode == 0, done.stderr
-    return folder / "final_model.int6.ptz"
-
-
-@pytest.fixture(scope="module")
-def env(artifact, corpus):
-    """`env(out_dir, **settings)`: a clean environment for the scripts."""
+def env(trained_artifact, corpus):
+    """Return `env(out_dir, **settings)`, which builds a clean environment for the scripts."""
 
     def build(out_dir, **settings) -> dict[str, str]:
         base = dict(
             PATH=os.environ["PATH"],
             HOME=str(out_dir),
             OMP_NUM_THREADS="1",
-            CHECKPOINT=artifact,
+            CHECKPOINT=trained_artifact,
             DATA_PATH=corpus.folder,
             OUT_DIR=out_dir,
             EVAL_STRIDE=32,
@@ -77,7 +60,7 @@ class Done(NamedTuple):
 
 
 def run(env: dict[str, str], *arguments: str, launcher: tuple = (sys.executable,)) -> Done:
-    """In a process of its own."""
+    """Run eval_final.py in its own process."""
     done = subprocess.run(
         [*launcher, str(ROOT / "eval_final.py"), *arguments],
         env=env,
@@ -90,27 +73,26 @@ def run(env: dict[str, str], *arguments: str, launcher: tuple = (sys.executable,
 
 @pytest.fixture
 def here(capsys):
-    """`here(main, ...)`: a script's main in this process, where nothing has to be imported again."""
+    """Return `here(main, ...)`: it calls a script's main in this process, which saves imports."""
 
     def call(main, *arguments) -> Done:
         code = main(*arguments)
-        said = capsys.readouterr()
-        return Done(
-            code, said.out, "".join(line for line in said.err.splitlines(True) if "\r" not in line)
-        )
+        return Done(code, *capsys.readouterr())
 
     return call
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, env):
-    """One whole run, certificate and correction included."""
+    """Return a complete run with certificate and correction: its folder, output and score."""
     folder = tmp_path_factory.mktemp("scored")
     done = run(env(folder, USE_CORRECTION=1, CERTIFY_SECONDS=4, WANDB_MODE="offline"), "--certify")
     return folder, done, json.loads((folder / "eval/score.json").read_text())
 
 
-def test_a_run_prints_the_ladder_and_leaves_scores_that_agree_with_it(finished, artifact, corpus):
+def test_a_run_prints_the_ladder_and_leaves_scores_that_agree_with_it(
+    finished, trained_artifact, corpus
+):
     folder, done, score = finished
     assert done.returncode == 0, done.stdout + done.stderr
     assert [rung["name"] for rung in score["ladder"]] == LADDER
@@ -135,7 +117,7 @@ def test_a_run_prints_the_ladder_and_leaves_scores_that_agree_with_it(finished, 
         trace.sum(axis=1), 1, atol=1e-3
     )
     assert set(score["sizes"]["code"]) == COUNTED
-    assert score["sizes"]["artifact"] == artifact.stat().st_size
+    assert score["sizes"]["artifact"] == trained_artifact.stat().st_size
     assert score["code"].keys() == score["sizes"]["code"].keys()
     assert score["code"]["fairway/scoring/neural.py"] == file_sha256(
         ROOT / "fairway/scoring/neural.py"
@@ -155,10 +137,11 @@ def test_a_run_adds_a_line_to_the_history_and_weights_and_biases_has_it_too(fini
     assert len(list(folder.rglob("run-*.wandb"))) == 1
 
 
-def test_the_plain_rung_is_what_training_printed(finished, artifact):
+def test_the_plain_rung_is_what_training_printed(finished, trained_artifact):
     folder, _, score = finished
     events = [
-        json.loads(line) for line in (artifact.parent / "logs/test.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (trained_artifact.parent / "logs/test.jsonl").read_text().splitlines()
     ]
     assert score["ladder"][0]["bpb"] == pytest.approx(events[-1]["bpb"], abs=1e-6)
 
@@ -192,7 +175,7 @@ def test_the_commit_log_covers_every_row_and_its_chain_holds(finished):
     assert sum(c.nats for c in commits) == pytest.approx(score["val_loss"] * score["tokens"])
 
 
-def test_the_correction_table_stays_apart_from_the_score(finished):
+def test_the_correction_table_is_no_part_of_the_score(finished):
     folder, done, score = finished
     correction = score["correction"]
     assert correction["oracle_bpb"] < score["val_bpb"]
@@ -202,7 +185,7 @@ def test_the_correction_table_stays_apart_from_the_score(finished):
     assert "oracle_bpb:" in done.stdout and "no record may use the table" in done.stdout
 
 
-def test_a_second_run_reads_its_columns_and_says_the_same(finished, env, here):
+def test_a_second_run_reads_its_columns_and_gives_the_same_score(finished, env, here):
     folder, done, _ = finished
     again = here(eval_final.main, env(folder), [])
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
@@ -220,7 +203,7 @@ def test_a_second_run_reads_its_columns_and_says_the_same(finished, env, here):
 
 
 def test_a_proof_joins_the_certificate(finished, env, here):
-    """Also alone, and of a split that is shorter than what was asked for."""
+    """Ask for a proof alone, without the certificate."""
     folder, done, score = finished
     proved = here(eval_final.main, env(folder), ["--prove", "300"])
     assert proved.returncode == 0 and proved.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
@@ -237,7 +220,7 @@ def test_a_proof_joins_the_certificate(finished, env, here):
     assert d["ratio"] == pytest.approx(d["file_bits"] / d["claimed_bits"])
 
 
-def test_a_killed_run_goes_on_from_its_columns(finished, env, tmp_path, here):
+def test_a_killed_run_continues_from_its_columns(finished, env, tmp_path, here):
     _, done, _ = finished
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "eval_final.py")],
@@ -277,7 +260,7 @@ def test_two_ranks_give_the_score_of_one(finished, env, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings, says",
+    "settings, expected",
     [
         (dict(CHECKPOINT="nowhere.ptz"), "nowhere.ptz: cannot be read (No such file or directory)"),
         (
@@ -292,14 +275,14 @@ def test_two_ranks_give_the_score_of_one(finished, env, tmp_path):
         ),
     ],
 )
-def test_mistakes_end_in_one_line(env, tmp_path, here, settings, says):
+def test_mistakes_end_in_one_line(env, tmp_path, here, settings, expected):
     done = here(eval_final.main, env(tmp_path, **settings), [])
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("eval_final: error: ") and says in done.stderr
+    assert done.stderr.startswith("eval_final: error: ") and expected in done.stderr
 
 
 @pytest.mark.parametrize(
-    "settings, options, says",
+    "settings, options, expected",
     [
         (
             dict(TTT="bias"),
@@ -311,10 +294,10 @@ def test_mistakes_end_in_one_line(env, tmp_path, here, settings, says):
     ],
 )
 def test_what_cannot_be_proved_is_refused_before_it_is_scored(
-    env, tmp_path, here, settings, options, says
+    env, tmp_path, here, settings, options, expected
 ):
     done = here(eval_final.main, env(tmp_path, **settings), options)
-    assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 1 and expected in done.stderr and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -356,14 +339,16 @@ def test_texts_too_short_for_a_window_or_a_certificate(env, tmp_path, corpus, he
     assert refused.returncode == 1 and "holds 20 tokens; --certify needs 128" in refused.stderr
 
 
-def test_help_names_every_setting():
-    done = run(dict(PATH=os.environ["PATH"]), "--help")
-    assert done.returncode == 0 and all(f.name.upper() in done.stdout for f in fields(EvalConfig))
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as done:
+        eval_final.main({}, ["--help"])
+    out = capsys.readouterr().out
+    assert done.value.code == 0 and all(f.name.upper() in out for f in fields(EvalConfig))
 
 
-def test_a_table_is_attached_and_read_back(env, artifact, corpus, tmp_path, here):
+def test_a_table_is_attached_and_read_back(env, trained_artifact, corpus, tmp_path, here):
     copy = tmp_path / "final_model.int6.ptz"
-    copy.write_bytes(artifact.read_bytes())
+    copy.write_bytes(trained_artifact.read_bytes())
     built = here(
         build_correction_table.main,
         ["--artifact", str(copy), "--val", str(corpus.folder / "*_val_*.bin"), "--attach"],
@@ -384,12 +369,12 @@ def test_a_table_is_attached_and_read_back(env, artifact, corpus, tmp_path, here
     )
 
 
-def test_a_budget_that_holds_nothing_is_refused_in_one_line(artifact, corpus, here):
+def test_a_budget_that_holds_nothing_is_refused_in_one_line(trained_artifact, corpus, here):
     done = here(
         build_correction_table.main,
         [
             "--artifact",
-            str(artifact),
+            str(trained_artifact),
             "--val",
             str(corpus.folder / "*_val_*.bin"),
             "--budget",

@@ -1,4 +1,4 @@
-"""From an artifact and a text to the score: what cannot be scored is one line, and what can keeps every contract."""
+"""The text and the mixed scorer: bad input is one error line, and a score keeps every contract."""
 
 import math
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, english_like, train_tokenizer
 
 from fairway.certificate.judge import certify
+from fairway.scoring import mixed as mixed_module
 from fairway.scoring.ablation import VARIANTS, ablation, as_rows, delayed
 from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.commits import verify_chain
@@ -39,28 +40,22 @@ each_mode = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="session")
-def artifact(run_trainer, tmp_path_factory):
-    """Of a model that has learnt a little: thirty steps."""
-    folder = tmp_path_factory.mktemp("scored")
-    done = run_trainer(
-        folder, ITERATIONS=30, MODEL_DIM=32, NUM_HEADS=4, NUM_KV_HEADS=2, BIGRAM_DIM=8
-    )
-    assert done.returncode == 0, done.stderr
-    return read_artifact(folder / "final_model.int6.ptz")
+@pytest.fixture(scope="module")
+def artifact(trained_artifact):
+    return read_artifact(trained_artifact)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def model(artifact):
     return build_model(artifact)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def text(artifact, corpus):
     return load_text(EvalConfig(data_path=str(corpus.folder)), artifact)
 
 
-def made(model, text, **settings) -> MixedScorer:
+def make_scorer(model, text, **settings) -> MixedScorer:
     cfg = EvalConfig(**(dict(eval_stride=32) | settings))
     return MixedScorer(make_neural(model, cfg, ALONE), cfg, text.table)
 
@@ -74,7 +69,7 @@ def neural_columns(scorer: MixedScorer, tokens: np.ndarray):
     return columns, matches
 
 
-# ---- The text --------------------------------------------------------------------------------------------------------
+# ---- The text ------------------------------------------------------------------------------------
 def refusal(artifact, **settings) -> str:
     with pytest.raises(UserError) as caught:
         load_text(EvalConfig(**{name: str(value) for name, value in settings.items()}), artifact)
@@ -83,10 +78,10 @@ def refusal(artifact, **settings) -> str:
     return message
 
 
-def test_a_split_is_its_shards_in_order(artifact, corpus, text, tmp_path):
+def test_a_text_is_its_shards_in_order(artifact, corpus, text, tmp_path):
     write_shard(tmp_path / "x_val_1.bin", text.tokens[1000:])
     write_shard(tmp_path / "x_val_0.bin", text.tokens[:1000])
-    (tmp_path / "x_train_0.bin").write_bytes(b"none of it")
+    (tmp_path / "x_train_0.bin").write_bytes(b"not part of it")
     again = load_text(EvalConfig(data_path=str(tmp_path)), artifact)
     assert (
         (again.tokens == text.tokens).all()
@@ -107,7 +102,7 @@ def test_a_split_is_its_shards_in_order(artifact, corpus, text, tmp_path):
     )
 
 
-def test_no_shards(artifact, tmp_path):
+def test_a_pattern_that_matches_no_shards(artifact, tmp_path):
     assert refusal(artifact, data_path=tmp_path).startswith(
         f"no shards match {tmp_path}/*_val_*.bin; run `make data`"
     )
@@ -115,7 +110,7 @@ def test_no_shards(artifact, tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 1])
-def test_nothing_to_predict(artifact, tmp_path, size):
+def test_a_text_of_one_token_has_nothing_to_predict(artifact, tmp_path, size):
     write_shard(tmp_path / "x_val_0.bin", np.full(size, BOS_ID))
     assert f"holds {size} tokens; at least 2 are needed" in refusal(artifact, data_path=tmp_path)
 
@@ -145,7 +140,9 @@ def test_shards_that_another_tokenizer_wrote(artifact, tmp_path):
     assert "the artifact's tokenizer" in refusal(artifact, data_path=tmp_path)
 
 
-def test_which_tokenizer_is_taken(artifact, corpus, text, tmp_path):
+def test_the_tokenizer_is_the_given_file_the_artifacts_own_or_the_shards(
+    artifact, corpus, text, tmp_path
+):
     bare, beside = artifact._replace(tokenizer=b""), corpus.folder / "tokenizer.model"
     for settings in (
         dict(data_path=corpus.folder),
@@ -176,7 +173,7 @@ def test_which_tokenizer_is_taken(artifact, corpus, text, tmp_path):
     )
 
 
-def test_code_is_what_was_imported_and_what_is_named(tmp_path):
+def test_counted_code_is_what_was_imported_and_the_extra_files(tmp_path):
     (tmp_path / "more.cu").write_bytes(b"12345")
     sizes = code_sizes(f" {tmp_path / 'more.cu'}, ")
     assert sizes[str(tmp_path / "more.cu")] == 5 and len(sizes) == len(code_sizes("")) + 1
@@ -186,10 +183,10 @@ def test_code_is_what_was_imported_and_what_is_named(tmp_path):
         code_sizes("nowhere.py")
 
 
-# ---- The scorer ------------------------------------------------------------------------------------------------------
+# ---- The scorer ----------------------------------------------------------------------------------
 @each_mode
 def test_scoring_twice_gives_the_same_and_commits_to_all_of_it(model, text, settings):
-    scorer, tokens = made(model, text, **settings), text.tokens
+    scorer, tokens = make_scorer(model, text, **settings), text.tokens
     out = scorer.score(tokens)
     commits, digest = scorer.commits, scorer.mixture.digest()
     assert (
@@ -217,11 +214,15 @@ def test_scoring_twice_gives_the_same_and_commits_to_all_of_it(model, text, sett
 
 
 @each_mode
-def test_distributions_are_what_was_counted_and_see_nothing_else(model, text, settings):
-    scorer, tokens = made(model, text, **settings), text.tokens[: COMMIT_ROWS + 300]
+def test_distributions_are_what_was_counted_and_read_no_later_token(
+    model, text, settings, monkeypatch
+):
+    """Rows on both sides of a commit, of a window and of a document; commits are shortened."""
+    monkeypatch.setattr(mixed_module, "COMMIT_ROWS", 192)
+    scorer, tokens = make_scorer(model, text, **settings), text.tokens[:300]
     out = scorer.score(tokens)
-    bos = int(np.flatnonzero(tokens == BOS_ID)[5])
-    for i in (1, 2, 64, 65, bos, bos + 1, COMMIT_ROWS, COMMIT_ROWS + 1, len(tokens) - 1):
+    bos = int(np.flatnonzero(tokens == BOS_ID)[2])
+    for i in (1, 2, 64, 65, bos, bos + 1, 192, 193, len(tokens) - 1):
         held = scorer.distribution(tokens, i)
         assert held.shape == (384,) and abs(held.sum() - 1) < 1e-12 and (held > 0).all()
         assert math.log(held[tokens[i]]) == pytest.approx(out[i - 1], abs=scorer.tolerance)
@@ -235,8 +236,8 @@ def test_distributions_are_what_was_counted_and_see_nothing_else(model, text, se
 
 @each_mode
 @pytest.mark.parametrize("size", [0, 1, 2, 3])
-def test_texts_of_hardly_a_token(model, text, settings, size):
-    scorer = made(model, text, **settings)
+def test_texts_of_at_most_three_tokens(model, text, settings, size):
+    scorer = make_scorer(model, text, **settings)
     for tokens in (text.tokens[:size], text.tokens[5 : 5 + size], np.full(size, BOS_ID, np.uint16)):
         out = scorer.score(tokens)
         assert out.shape == (max(size - 1, 0),) and np.isfinite(out).all()
@@ -250,7 +251,7 @@ def test_texts_of_hardly_a_token(model, text, settings, size):
 
 @each_mode
 def test_boundaries_are_rows_of_the_text(model, text, settings):
-    found = made(model, text, **settings).boundaries(text.tokens)
+    found = make_scorer(model, text, **settings).boundaries(text.tokens)
     assert {"chunk", "window", "document", "batch"} <= found.keys()
     assert set(range(0, len(text.sizes), COMMIT_ROWS)) <= set(found["chunk"].tolist())
     for kind, rows in found.items():
@@ -258,12 +259,12 @@ def test_boundaries_are_rows_of_the_text(model, text, settings):
     assert set(np.flatnonzero(text.tokens[:-1] == BOS_ID)) <= set(found["document"].tolist())
 
 
-def test_a_document_is_told_nothing_when_experts_reset(model, text):
+def test_reset_experts_know_nothing_of_earlier_documents(model, text):
     starts = np.flatnonzero(text.tokens == BOS_ID)
     document = text.tokens[starts[20] : starts[25]]
     changed = [np.concatenate([text.tokens[a:b], document]) for a, b in ((0, 300), (600, 900))]
     for reset in (True, False):
-        scorer = made(model, text, expert_reset=reset, eval_documents=True)
+        scorer = make_scorer(model, text, expert_reset=reset, eval_documents=True)
         evidence = []
         for tokens in changed:
             grams = make_ngram(384, scorer.cfg, tokens)
@@ -274,7 +275,7 @@ def test_a_document_is_told_nothing_when_experts_reset(model, text):
 
 @each_mode
 def test_the_certificate_finds_nothing(model, text, settings):
-    scorer = made(model, text, **settings)
+    scorer = make_scorer(model, text, **settings)
     certificate = certify(
         scorer,
         text.tokens,
@@ -290,7 +291,7 @@ def test_the_certificate_finds_nothing(model, text, settings):
 
 
 def test_embeddings_look_back_by_one_token_and_never_across_a_bos(model, text):
-    scorer, tokens = made(model, text), text.tokens[:200].copy()
+    scorer, tokens = make_scorer(model, text), text.tokens[:200].copy()
     before = scorer.embeddings(tokens)
     assert before.shape == (200, 32)
     bos = int(np.flatnonzero(tokens == BOS_ID)[1])
@@ -303,7 +304,7 @@ def test_embeddings_look_back_by_one_token_and_never_across_a_bos(model, text):
         )
 
 
-# ---- Where experts are useless ---------------------------------------------------------------------------------------
+# ---- Texts on which experts are useless ----------------------------------------------------------
 @pytest.mark.parametrize(
     "settings",
     [dict(), dict(mix_mode="log"), dict(mix_weights="exponential"), dict(mix_weights="em")],
@@ -317,20 +318,20 @@ def test_mixing_costs_next_to_nothing(model, text, settings, kind):
     tokens = rng.integers(4, 384 if kind == "random tokens" else 260, 3000).astype(np.uint16)
     if kind == "one document a token":
         tokens[::2] = BOS_ID
-    scorer = made(model, text, **settings)
+    scorer = make_scorer(model, text, **settings)
     columns, matches = neural_columns(scorer, tokens)
     out = scorer.mixed(tokens, columns, matches)
     cost = (columns["logp"].sum() - out.sum()) / math.log(2) / scorer.table.count(tokens).sum()
     assert cost <= 0.0002
 
 
-# ---- Ablation --------------------------------------------------------------------------------------------------------
+# ---- Ablation ------------------------------------------------------------------------------------
 def test_every_variant_is_the_mixture_that_it_names(model, text):
-    scorer, heard = made(model, text), []
+    scorer, progress = make_scorer(model, text), []
     columns, matches = neural_columns(scorer, text.tokens)
-    sums = ablation(text.tokens, text.sizes, columns, matches, 384, scorer.cfg, heard.append)
+    sums = ablation(text.tokens, text.sizes, columns, matches, 384, scorer.cfg, progress.append)
     assert list(sums) == list(VARIANTS) and len(set(sums.values())) == len(sums)
-    assert heard[-1] == len(text.sizes) and heard == sorted(heard)
+    assert progress[-1] == len(text.sizes) and progress == sorted(progress)
     neural = columns["logp"].sum()
     for name, total in sums.items():
         assert math.isfinite(total) and (neural - total) / math.log(2) / text.bytes <= 0.0002, name
@@ -351,8 +352,8 @@ def test_every_variant_is_the_mixture_that_it_names(model, text):
         )
 
 
-def test_delayed_experts_know_less_and_in_the_end_nothing(model, text):
-    scorer = made(model, text)
+def test_delayed_experts_know_less_and_finally_nothing(model, text):
+    scorer = make_scorer(model, text)
     columns, matches = neural_columns(scorer, text.tokens)
     now, later, never = (
         delayed(text.tokens, text.sizes, columns, 384, scorer.cfg, d) for d in (0, 1000, 10**6)
@@ -367,4 +368,4 @@ def test_delayed_experts_know_less_and_in_the_end_nothing(model, text):
     )
     rows = len(text.sizes)
     assert now - later > 0.02 * rows and later - never > 0.02 * rows
-    assert abs(never - rest) < 0.02 * rows  # what is left is what the model's own temperatures give
+    assert abs(never - rest) < 0.02 * rows  # the rest is what the model's own temperatures gain

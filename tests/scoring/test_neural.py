@@ -1,4 +1,4 @@
-"""Neural scoring: each row once, in windows that only the past decides, as one window at a time would score it."""
+"""Neural scoring: each row is scored once, in a window that depends on earlier tokens alone."""
 
 import dataclasses
 import math
@@ -14,11 +14,11 @@ from models import trained
 from fairway.scoring import neural as scoring
 from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.experts.temperature import TEMPERATURES
-from fairway.scoring.neural import KINDS, Neural, Windows, coverage, measure, plan
+from fairway.scoring.neural import KINDS, Neural, Windows, coverage, neural_columns, plan
 from fairway.scoring.settings import EvalConfig
 from train_gpt import BOS_ID, GPT, Runtime, UserError, mean_nats
 
-V, LENGTH = 97, 16  # of test_model's models
+V, LENGTH = 97, 16  # of the models of tests/models.py
 ALONE = Runtime(0, 1, torch.device("cpu"), "test")
 MODES = [
     dict(eval_stride=4),
@@ -56,7 +56,7 @@ def logp_of(neural: Neural, tokens: np.ndarray) -> np.ndarray:
     return filled(neural, tokens, {"logp": "f8"})["logp"]
 
 
-# ---- The plan --------------------------------------------------------------------------------------------------------
+# ---- The plan ------------------------------------------------------------------------------------
 texts = st.builds(
     lambda size, often, seed: np.where(np.random.default_rng(seed).random(size) < often, BOS_ID, 9),
     st.integers(0, 150),
@@ -93,7 +93,7 @@ def starts_of_rows(planned) -> np.ndarray:
 
 
 @given(plans(), st.data())
-def test_what_a_row_looks_back_on_follows_from_the_tokens_before_its_target(planned, data):
+def test_the_context_of_a_row_depends_on_the_tokens_before_its_target(planned, data):
     tokens, *how = planned
     at = data.draw(st.integers(0, len(tokens)))
     known, other = tokens[:at], data.draw(texts)
@@ -106,8 +106,8 @@ def test_what_a_row_looks_back_on_follows_from_the_tokens_before_its_target(plan
 
 
 @given(plans())
-def test_rows_look_back_as_far_as_the_window_allows(planned):
-    """All of the document or text, or `length - stride` tokens besides its own at least."""
+def test_rows_have_as_much_context_as_the_window_allows(planned):
+    """A row sees its whole document or text, or at least `length - stride` earlier tokens."""
     tokens, length, stride, documents = planned
     for row, start in enumerate(starts_of_rows(planned)):
         begin = max((i for i in range(row + 1) if documents and tokens[i] == BOS_ID), default=0)
@@ -135,7 +135,7 @@ def test_coverage_counts():
     ]
 
 
-# ---- Rows ------------------------------------------------------------------------------------------------------------
+# ---- Rows ----------------------------------------------------------------------------------------
 @torch.no_grad()
 def log_softmax_at_the_end(model: GPT, tokens: np.ndarray, rope, attention=None) -> np.ndarray:
     x = torch.from_numpy(tokens.astype(np.int64))[None]
@@ -154,7 +154,7 @@ def log_softmax_at_the_end(model: GPT, tokens: np.ndarray, rope, attention=None)
     ],
     ids=str,
 )
-def test_sliding_windows_one_at_a_time(model, settings):
+def test_sliding_windows_agree_with_one_window_at_a_time(model, settings):
     tokens, neural = text(90), scorer(model, **settings)
     how = (
         settings.get("eval_seq_len", LENGTH),
@@ -198,7 +198,7 @@ def test_neither_batches_nor_ranks_change_a_row(model, settings):
 
 
 @pytest.mark.parametrize("settings", MODES, ids=str)
-def test_what_comes_later_changes_no_row(model, settings):
+def test_later_tokens_change_no_row(model, settings):
     tokens, neural = text(), scorer(model, **settings)
     whole = logp_of(neural, tokens)
     for at in (1, 2, 17, 150, 399):
@@ -212,8 +212,8 @@ def test_what_comes_later_changes_no_row(model, settings):
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_cached_keys_are_one_long_pass_with_a_band_of_attention(model, documents):
-    """A row of a cached stream sees `length` tokens in each layer, so the reference is the whole stream at once."""
+def test_cached_scoring_is_one_long_pass_with_banded_attention(model, documents):
+    """A row of a stream sees `length` tokens in each layer: the reference is one pass over it."""
 
     def band(q, k, v):
         back = torch.arange(q.size(2))[:, None] - torch.arange(q.size(2))
@@ -230,7 +230,7 @@ def test_cached_keys_are_one_long_pass_with_a_band_of_attention(model, documents
         assert found[row] == pytest.approx(expected[tokens[row + 1]], abs=1e-4)
 
 
-def test_pieces_change_no_row(model, monkeypatch):
+def test_the_size_of_pieces_changes_no_row(model, monkeypatch):
     tokens, found = text(500), []
     for piece in (1, 7, 128, 200):
         monkeypatch.setattr(scoring, "PIECE", piece)
@@ -239,7 +239,7 @@ def test_pieces_change_no_row(model, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["sliding", "cached"])
-def test_documents_know_nothing_of_each_other(model, mode):
+def test_separate_documents_do_not_affect_each_other(model, mode):
     tokens = text(200)
     tokens[90] = BOS_ID
     changed = np.concatenate([text(57, seed=1), tokens[90:]])
@@ -259,7 +259,7 @@ def test_longer_context_than_in_training_runs_and_ntk_matters(model):
     )
     np.testing.assert_allclose(
         raw[:LENGTH], plain[:LENGTH], rtol=0, atol=2e-6
-    )  # the same context so far
+    )  # the context is the same up to here
     for a, b in ((ntk, raw), (plain[LENGTH:], raw[LENGTH:])):
         assert np.abs(a - b).max() > 1e-3
     shorter = [logp_of(scorer(model, eval_seq_len=8, ntk_rope=on), tokens) for on in (True, False)]
@@ -267,7 +267,7 @@ def test_longer_context_than_in_training_runs_and_ntk_matters(model):
 
 
 @pytest.mark.parametrize("settings", MODES, ids=str)
-def test_distributions_are_what_the_rows_were_read_off(model, settings):
+def test_distributions_agree_with_the_columns(model, settings):
     tokens, neural = text(300), scorer(model, **settings)
     columns = filled(neural, tokens)
     rows = np.array([298, 0, 15, 16, 17, 150, 1, 3, 150, 290, 3])  # in any order, some twice
@@ -295,7 +295,7 @@ def test_short_texts(model, settings, size):
         assert ((0 <= where) & (where < max(size - 1, 1))).all()
 
 
-def test_boundaries_are_where_something_begins(model):
+def test_boundaries_are_the_rows_where_something_begins(model):
     tokens = text(300)
     found = scorer(model, eval_stride=4, eval_batch_tokens=192).boundaries(tokens)
     assert set(found["document"].tolist()) == {0, *np.flatnonzero(tokens[:-1] == BOS_ID).tolist()}
@@ -304,16 +304,16 @@ def test_boundaries_are_where_something_begins(model):
     assert scorer(model, eval_mode="cached").boundaries(tokens)["chunk"].tolist() == [0, 128, 256]
 
 
-# ---- Filling ---------------------------------------------------------------------------------------------------------
-def test_a_killed_run_goes_on_and_scores_no_row_twice(model):
-    tokens, told = text(), []
+# ---- Filling -------------------------------------------------------------------------------------
+def test_a_killed_run_continues_and_scores_no_row_twice(model):
+    tokens, calls = text(), []
     neural, hints = scorer(model), np.full(399, -1)
     whole = filled(neural, tokens, {"logp": "f8"})["logp"]
     columns = columns_in_memory(399, {"logp": "f8"})
 
     def kill(rows, logp):
-        told.append(rows)
-        if sum(map(len, told)) > 100:
+        calls.append(rows)
+        if sum(map(len, calls)) > 100:
             raise KeyboardInterrupt
 
     few = scorer(model, eval_batch_tokens=64)
@@ -324,22 +324,22 @@ def test_a_killed_run_goes_on_and_scores_no_row_twice(model):
     columns.covered[np.flatnonzero(done)[-2:]] = (
         0  # a window cut in the middle: all of it is scored again
     )
-    told.clear()
-    few.fill(tokens, columns, hints, lambda rows, logp: told.append(rows))
-    assert columns.complete() and len(np.concatenate(told)) < 399 - done.sum() + 16
+    calls.clear()
+    few.fill(tokens, columns, hints, lambda rows, logp: calls.append(rows))
+    assert columns.complete() and len(np.concatenate(calls)) < 399 - done.sum() + 16
     np.testing.assert_allclose(columns["logp"], whole, rtol=0, atol=2e-6)
-    told.clear()
-    few.fill(tokens, columns, hints, lambda rows, logp: told.append(rows))
-    assert told == []
+    calls.clear()
+    few.fill(tokens, columns, hints, lambda rows, logp: calls.append(rows))
+    assert calls == []
 
 
-def test_progress_hears_of_every_row_once(model):
-    tokens, told = text(), []
+def test_progress_is_reported_once_for_every_row(model):
+    tokens, calls = text(), []
     columns = columns_in_memory(399, {"logp": "f8"})
     scorer(model, eval_batch_tokens=64).fill(
-        tokens, columns, None, lambda *heard: told.append(heard)
+        tokens, columns, None, lambda *filled_rows: calls.append(filled_rows)
     )
-    rows, logp = map(np.concatenate, zip(*told, strict=True))
+    rows, logp = map(np.concatenate, zip(*calls, strict=True))
     assert sorted(rows.tolist()) == list(range(399)) and (columns["logp"][rows] == logp).all()
 
 
@@ -355,7 +355,7 @@ def test_damaged_weights_are_one_line(mode):
     assert "\n" not in str(caught.value)
 
 
-# ---- Columns from logits ---------------------------------------------------------------------------------------------
+# ---- Columns from logits -------------------------------------------------------------------------
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from([0.1, 3.0, 30.0]),
@@ -369,7 +369,7 @@ def test_columns_are_plain_float64_arithmetic(seed, scale, size, rows):
         rng.integers(0, size, rows).astype(np.uint16),
         rng.integers(-1, size, rows).astype(np.int32),
     )
-    found = measure(torch.from_numpy(z), targets, hints, list(KINDS))
+    found = neural_columns(torch.from_numpy(z), targets, hints, list(KINDS))
     assert {name: c.dtype.str[1:] for name, c in found.items()} == KINDS
     for j in range(rows):
         logits = z[j].astype(np.float64)
@@ -383,8 +383,12 @@ def test_columns_are_plain_float64_arithmetic(seed, scale, size, rows):
             assert found[name][j] == pytest.approx(value, abs=1e-9), name
 
 
-def test_only_the_named_columns_are_measured():
-    assert list(measure(torch.zeros(2, 5), np.zeros(2, np.uint16), None, ["logp"])) == ["logp"]
-    uniform = measure(torch.zeros(2, 5), np.zeros(2, np.uint16), np.zeros(2, np.int32), list(KINDS))
+def test_only_the_named_columns_are_computed():
+    assert list(neural_columns(torch.zeros(2, 5), np.zeros(2, np.uint16), None, ["logp"])) == [
+        "logp"
+    ]
+    uniform = neural_columns(
+        torch.zeros(2, 5), np.zeros(2, np.uint16), np.zeros(2, np.int32), list(KINDS)
+    )
     for name, values in uniform.items():
         np.testing.assert_allclose(np.abs(values), math.log(5), rtol=1e-12, err_msg=name)
