@@ -27,7 +27,7 @@ from fairway.command_line import Parser, run_reporting  # noqa: E402
 from fairway.decoding.reader import Reader  # noqa: E402
 from fairway.decoding.strategies import Strategy  # noqa: E402
 from fairway.decoding.writing import Writer  # noqa: E402
-from fairway.scoring.memory import Memory, bytes_per_token, rotations  # noqa: E402
+from fairway.scoring.memory import Memory, bytes_per_token, model_rope  # noqa: E402
 from fairway.scoring.settings import EvalConfig  # noqa: E402
 from fairway.scoring.text import load_text  # noqa: E402
 from train_gpt import document_bounds  # noqa: E402
@@ -70,7 +70,7 @@ def cached_step(reader: Reader, token: int) -> float:
 @torch.inference_mode()
 def recomputed_step(writer: Writer, tokens: list[int], token: int) -> float:
     """Return the seconds of the same without a cache: a pass over all tokens."""
-    rope, text = rotations(writer.model, len(tokens) + 1), torch.tensor([[*tokens, token]])
+    rope, text = model_rope(writer.model, len(tokens) + 1), torch.tensor([[*tokens, token]])
     began = time.perf_counter()
     writer.model.from_embedded(writer.model.embed(text), rope)[0, -1].double().numpy()
     return time.perf_counter() - began

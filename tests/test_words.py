@@ -23,7 +23,7 @@ LEAST_WORDS = 3  # "Nothing here." says nothing
 # Files that still have fragments. The list may only shrink.
 NOT_CONVERTED = set(
     """
-bench/adapt.py bench/coreml.py bench/mixing.py bench/scoring.py bench/train.py
+bench/coreml.py bench/mixing.py bench/train.py
 export_coreml.py fairway/__init__.py
 fairway/command_line.py fairway/compression/bitstream.py
 fairway/compression/proof.py fairway/compression/streams.py fairway/coreml/engine.py
@@ -34,15 +34,15 @@ fairway/coreml/ranges.py fairway/correction/entries.py fairway/correction/oracle
 fairway/correction/range_coder.py fairway/correction/table.py fairway/correction/varint.py
 fairway/options.py fairway/records/checks/base.py fairway/records/checks/size.py
 fairway/records/checks/source.py fairway/records/sandbox.py fairway/records/significance.py
-fairway/scoring/adaptation.py fairway/scoring/columns.py fairway/scoring/experts/match.py
-fairway/scoring/experts/mixing.py fairway/scoring/experts/state.py fairway/scoring/memory.py
-fairway/scoring/mixed.py fairway/scoring/neural.py tests/compression/test_bitstream.py
+fairway/scoring/experts/match.py
+fairway/scoring/experts/mixing.py fairway/scoring/experts/state.py
+tests/compression/test_bitstream.py
 tests/compression/test_compress_text.py tests/compression/test_proof.py tests/conftest.py
 tests/coreml/test_export.py tests/coreml/test_host.py tests/coreml/test_layout.py
 tests/coreml/test_mlpackage.py tests/coreml/test_runtime_swift.py tests/coreml/test_tools.py
 tests/correction/test_correction.py tests/damage.py tests/oracle.py tests/records/test_run.py
-tests/reference_mixing.py tests/report/test_report.py tests/scoring/test_memory.py
-tests/scoring/test_mixed.py tests/scoring/test_mixing.py tests/test_house.py
+tests/reference_mixing.py tests/report/test_report.py
+tests/scoring/test_mixing.py tests/test_house.py
 tests/test_options.py tests/trainer/test_artifact.py tests/trainer/test_codecs.py
 tests/zoo/records/__init__.py train_gpt.py
 """.split()

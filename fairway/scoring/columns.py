@@ -87,7 +87,9 @@ def open_columns(
                 f"{folder}: holds no columns of this artifact, text and settings; all ranks must "
                 "have the same, and the same OUT_DIR"
             )
-        return Columns({name: map_column(folder, name, rows, kind) for name, kind in files.items()})
+        return Columns(
+            {name: mapped_column(folder, name, rows, kind) for name, kind in files.items()}
+        )
     except OSError as e:
         size = rows * sum(np.dtype(kind).itemsize for kind in files.values())
         if create and not manifest.exists():
@@ -131,7 +133,7 @@ def allocate(path: Path, rows: int, kind: str) -> None:
                     f.write(bytes(min(1 << 24, size - start)))
 
 
-def map_column(folder: Path, name: str, rows: int, kind: str) -> np.ndarray:
+def mapped_column(folder: Path, name: str, rows: int, kind: str) -> np.ndarray:
     """Map a column's file into memory, after checking that it is complete.
 
     np.load would lengthen a file that was cut short, and fill it with rows of zeros.

@@ -16,7 +16,7 @@ REWIND = 64  # tokens that can always be cropped, even after older ones have lef
 LEAST_ROOM = 64  # tokens that the first tensors have room for
 
 
-def rotations(model: GPT, length: int, stretch: float = 1.0) -> tuple[Tensor, Tensor]:
+def model_rope(model: GPT, length: int, stretch: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return RoPE's cos and sin for `length` positions.
 
     `stretch` slows the rotation as NTK scaling does: in a context that many times longer, the
@@ -135,7 +135,7 @@ class Memory:
         """
         B, T = tokens_BT.shape
         if self.rope_grows and self.read + T > len(self.rope[0]):
-            self.rope = rotations(self.model, 2 * (self.read + T))
+            self.rope = model_rope(self.model, 2 * (self.read + T))
         if self.tokens is not None and self.used + T <= self.tokens.size(1):
             return
         keep = min(self.used, self.window + 1 + REWIND)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fairway.scoring.columns import Columns
 from fairway.scoring.experts.temperature import TEMPERATURES, tempered_at
-from fairway.scoring.memory import Memory, rotations
+from fairway.scoring.memory import Memory, model_rope
 from fairway.scoring.settings import EvalConfig
 from train_gpt import GPT, Runtime, UserError, document_bounds
 
@@ -64,7 +64,7 @@ def plan(tokens: np.ndarray, length: int, stride: int, documents: bool = False) 
     return Windows(start, first, end)
 
 
-def coverage(windows: Windows, rows: int) -> np.ndarray:
+def times_scored(windows: Windows, rows: int) -> np.ndarray:
     """Return int64[rows]: how often each row is scored. In a correct plan all are ones."""
     steps = np.zeros(rows + 1, np.int64)
     np.add.at(steps, windows.first, 1)
@@ -117,7 +117,7 @@ class Neural:
         self.fixed_shape = rt.device.type == "cuda"
         span = self.length * (WARM + 1) + PIECE if self.cached else self.length + ROUND
         stretch = max(1.0, self.length / model.cfg.train_seq_len) if cfg.ntk_rope else 1.0
-        self.rope = rotations(model, span, stretch)
+        self.rope = model_rope(model, span, stretch)
 
     # ==== PLANNING ================================================================================
     def plan(self, tokens: np.ndarray) -> Windows:
@@ -233,7 +233,7 @@ class Neural:
     ) -> None:
         """Fill every row that is not filled yet. Ranks share the windows and wait for the last."""
         windows = self.plan(tokens)
-        assert (coverage(windows, columns.rows) == 1).all(), "the plan must score each row once"
+        assert (times_scored(windows, columns.rows) == 1).all(), "the plan must score each row once"
         spans = zip(windows.first, windows.end, strict=True)
         left = [i for i, (a, b) in enumerate(spans) if not columns.covered[a:b].all()]
         self.wait()  # no rank may fill rows before every rank has seen which are left

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fairway.scoring import adaptation as adapt
 from fairway.scoring.adaptation import Adapters, Bias, Chunks, Lora, clipped, fingerprints
 from fairway.scoring.columns import columns_in_memory
-from fairway.scoring.neural import KINDS, Neural, coverage, make_neural, plan
+from fairway.scoring.neural import KINDS, Neural, make_neural, plan, times_scored
 from fairway.scoring.settings import EvalConfig
 from train_gpt import BOS_ID, GPT, PRESETS, Config, Runtime, UserError, initialise
 
@@ -86,7 +86,7 @@ def test_cutting_windows_leaves_each_row_its_context(size, length, stride, chunk
     whole = plan(tokens, length, min(stride, length), documents)
     cut = clipped(whole, np.arange(0, size - 1, chunk))
     rows = np.arange(max(size - 1, 0))
-    assert (coverage(cut, len(rows)) == 1).all()
+    assert (times_scored(cut, len(rows)) == 1).all()
     assert (cut.first // chunk == (cut.end - 1) // chunk).all()
     context = (
         [w.start[np.searchsorted(w.first, rows, side="right") - 1] for w in (whole, cut)]

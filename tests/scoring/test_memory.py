@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import FEATURES, some_tokens, trained
 
-from fairway.scoring.memory import REWIND, STORAGE, Memory, bytes_per_token, first_layers, rotations
+from fairway.scoring.memory import (
+    REWIND,
+    STORAGE,
+    Memory,
+    bytes_per_token,
+    first_layers,
+    model_rope,
+)
 from train_gpt import GPT, UserError, rope_tables
 
 # Every feature in four layers instead of seven, for properties that are tried on many examples.
@@ -41,7 +48,7 @@ def at_once(model: GPT, tokens: torch.Tensor, window: int) -> torch.Tensor:
             q, k, v, attn_mask=(back >= 0) & (back < window), enable_gqa=True
         )
 
-    return model.from_embedded(model.embed(tokens), rotations(model, tokens.size(1)), band)
+    return model.from_embedded(model.embed(tokens), model_rope(model, tokens.size(1)), band)
 
 
 cut_places = st.lists(st.integers(1, 15), max_size=6, unique=True).map(sorted)
@@ -85,7 +92,7 @@ def test_no_token_beyond_the_reach_of_the_windows_changes_a_row(name, layers):
 @pytest.mark.parametrize("window", [1, 16])
 @torch.no_grad()
 def test_the_cache_grows_as_computed_and_then_no_more(window, storage):
-    model, tokens = model_of("all"), some_tokens(length=400)
+    model, tokens = model_of("all, short"), some_tokens(length=400)
     memory, a_token = (
         Memory(model, window, storage=storage),
         2 * bytes_per_token(model, storage),
@@ -243,15 +250,15 @@ def test_a_draft_of_no_layers_or_of_all_is_refused(count):
         first_layers(model_of("plain"), count)
 
 
-# ---- Rotations -----------------------------------------------------------------------------------
+# ---- RoPE -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["plain", "partial_rope"])
 def test_without_a_stretch_rotations_are_the_models_own(name):
     model = model_of(name)
-    for own, table in zip((model.cos, model.sin), rotations(model, 40), strict=True):
+    for own, table in zip((model.cos, model.sin), model_rope(model, 40), strict=True):
         assert torch.equal(own, table[:16]) and len(table) == 40 and table.dtype == own.dtype
     assert all(
         torch.equal(a, b)
-        for a, b in zip(rotations(model, 9, 1.0), rotations(model, 9), strict=True)
+        for a, b in zip(model_rope(model, 9, 1.0), model_rope(model, 9), strict=True)
     )
 
 
@@ -260,7 +267,7 @@ def test_without_a_stretch_rotations_are_the_models_own(name):
 def test_a_stretch_slows_the_slowest_dimension_by_itself_and_the_fastest_not_at_all(
     name, dims, stretch
 ):
-    cos, sin = rotations(model_of(name), 30, stretch)
+    cos, sin = model_rope(model_of(name), 30, stretch)
     angle = torch.atan2(sin[1], cos[1]).double()
     slowest = 10_000.0 ** -((dims - 2) / dims)
     assert angle[0].item() == pytest.approx(1, rel=1e-6)
@@ -270,4 +277,4 @@ def test_a_stretch_slows_the_slowest_dimension_by_itself_and_the_fastest_not_at_
 
 def test_two_dimensions_have_nothing_to_slow():
     model = trained(rope_dims=2)
-    assert all(torch.isfinite(table).all() for table in rotations(model, 20, 3.0))
+    assert all(torch.isfinite(table).all() for table in model_rope(model, 20, 3.0))

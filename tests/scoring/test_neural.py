@@ -14,7 +14,7 @@ from models import trained
 from fairway.scoring import neural as scoring
 from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.experts.temperature import TEMPERATURES
-from fairway.scoring.neural import KINDS, Neural, Windows, coverage, neural_columns, plan
+from fairway.scoring.neural import KINDS, Neural, Windows, neural_columns, plan, times_scored
 from fairway.scoring.settings import EvalConfig
 from train_gpt import BOS_ID, GPT, Runtime, UserError, mean_nats
 
@@ -78,7 +78,7 @@ def plans(draw):
 def test_each_row_is_scored_once(planned):
     tokens, length, stride, documents = planned
     windows, rows = plan(*planned), max(len(tokens) - 1, 0)
-    assert (coverage(windows, rows) == 1).all() and (len(windows.first) > 0) == (rows > 0)
+    assert (times_scored(windows, rows) == 1).all() and (len(windows.first) > 0) == (rows > 0)
     assert (np.diff(windows.first) > 0).all() and (windows.first[:1] == 0).all()
     assert (windows.start <= windows.first).all() and (windows.first < windows.end).all()
     assert (windows.end - windows.start <= length).all() and (windows.end <= rows).all()
@@ -125,7 +125,9 @@ def test_a_plan_by_hand():
 
 
 def test_coverage_counts():
-    assert coverage(Windows(np.array([0, 2]), np.array([0, 2]), np.array([3, 5])), 6).tolist() == [
+    assert times_scored(
+        Windows(np.array([0, 2]), np.array([0, 2]), np.array([3, 5])), 6
+    ).tolist() == [
         1,
         1,
         2,
