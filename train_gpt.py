@@ -96,19 +96,19 @@ class Config:
     iterations: int = knob(20_000, "most steps", 1, role="schedule")
     max_wallclock_seconds: float = knob(600.0, "training time; 0 = no limit", 0, role="schedule")
     warmup_steps: int = knob(20, "steps that compile and are then undone", 0, role="runtime")
-    warmdown_frac: float = knob(0.09, "last part of the run: rate falls", 0, 1, role="schedule")
-    min_lr: float = knob(0.0, "last learning rate, as part of the peak", 0, 1, role="schedule")
+    warmdown_frac: float = knob(0.09, "part of the run with a falling rate", 0, 1, role="schedule")
+    min_lr: float = knob(0.0, "last rate, as part of the peak", 0, 1, role="schedule")
     train_batch_tokens: int = knob(524_288, "tokens a step, all devices", 8, role="schedule")
     micro_batch_tokens: int = knob(0, "tokens a pass; 0 = batch / 8", 0, role="runtime")
-    holdout_tokens: int = knob(262_144, "last tokens, to judge averages", 1, role="schedule")
-    qat_start_frac: float = knob(1.0, "then rounded passes; 1 = never", 0, 1, role="schedule")
-    swa_start_frac: float = knob(1.0, "then average weights; 1 = never", 0, 1, role="schedule")
-    swa_every: int = knob(50, "steps between averaged weights", 1, role="schedule")
-    ema_decay: float = knob(0.0, "decay for 7,000 steps; 0 = no EMA", 0, 1, role="schedule")
+    holdout_tokens: int = knob(262_144, "held out to judge averages", 1, role="schedule")
+    qat_start_frac: float = knob(1.0, "part before QAT; 1 = no QAT", 0, 1, role="schedule")
+    swa_start_frac: float = knob(1.0, "part before SWA; 1 = no SWA", 0, 1, role="schedule")
+    swa_every: int = knob(50, "steps between weights that SWA averages", 1, role="schedule")
+    ema_decay: float = knob(0.0, "decay in 7,000 steps; 0 = no EMA", 0, 1, role="schedule")
     val_batch_size: int = knob(524_288, "tokens of eight validation passes", 1, role="runtime")
     val_loss_every: int = knob(1000, "steps a validation; 0 = only at the end", 0, role="runtime")
     train_log_every: int = knob(200, "steps between log lines", 1, role="runtime")
-    checkpoint_seconds: float = knob(300.0, "between two; 0 = only last", 0, role="runtime")
+    checkpoint_seconds: float = knob(300.0, "between saves; 0 = last only", 0, role="runtime")
     vocab_size: int = knob(1024, "pieces of the tokenizer", 4, 65_536, role="model")
     train_seq_len: int = knob(1024, "tokens of a sequence", 2, 65_536, role="model")
     num_layers: int = knob(9, "transformer blocks", 1, 256, role="model")
@@ -141,8 +141,8 @@ class Config:
     scalar_lr: float = knob(0.04, "AdamW's rate, for vectors and gates", 0, role="optimiser")
     tied_embed_lr: float = knob(0.05, "AdamW's rate, for embeddings", 0, role="optimiser")
     muon_momentum: float = knob(0.95, "Muon's momentum", 0, 1, role="optimiser")
-    muon_momentum_warmup_start: float = knob(0.85, "its first value", 0, 1, role="optimiser")
-    muon_momentum_warmup_steps: int = knob(500, "steps to reach it", 0, role="optimiser")
+    muon_momentum_warmup_start: float = knob(0.85, "first momentum", 0, 1, role="optimiser")
+    muon_momentum_warmup_steps: int = knob(500, "steps to full momentum", 0, role="optimiser")
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", 1, 20, role="optimiser")
     muon_polar_express: bool = knob(False, "Polar Express polynomials", role="optimiser")
     muon_row_normalize: bool = knob(False, "equal rows before Newton-Schulz", role="optimiser")
@@ -156,10 +156,10 @@ class Config:
     codec: str = knob("auto", "coder; auto = smallest", choices=CODEC_CHOICES, role="runtime")
     size_budget_bytes: int = knob(16_000_000, "artifact and packed code", 1, role="size")
     size_margin_bytes: int = knob(20_000, "left free below the budget", 0, role="size")
-    extra_code_files: str = knob("", "also counted, separated by commas", role="size")
+    extra_code_files: str = knob("", "files counted too, with commas between", role="size")
     embed_tokenizer: bool = knob(True, "put the tokenizer into the artifact", role="size")
     gptq: bool = knob(False, "round with Hessians of training batches", role="rounding")
-    gptq_reserve_seconds: float = knob(10.0, "of training time for GPTQ", 0, role="rounding")
+    gptq_reserve_seconds: float = knob(10.0, "of training kept for GPTQ", 0, role="rounding")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -1399,7 +1399,7 @@ class Log:
             if screen:
                 print(line, flush=True)
         numbers = {f"{event}/{n}": v for n, v in data.items() if type(v) in (int, float)}
-        if self.wandb:
+        if self.wandb and numbers:
             self.wandb.log(numbers)
             self.wandb.config.update(data.get("settings", {}))
 

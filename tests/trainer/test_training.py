@@ -582,7 +582,7 @@ def test_a_damaged_or_missing_checkpoint_is_refused(stopped, trainer_env, tmp_pa
             r"checkpoint\.pt is damaged \(.*\); start again without RESUME", message
         ), i
     assert re.match(
-        r"RESUME is 1, but there is no .*checkpoint\.pt; set OUT_DIR to the run's folder, or unset RESUME",
+        r"RESUME is 1, but there is no .*checkpoint\.pt; set OUT_DIR, or unset RESUME",
         refused(trainer_env, tmp_path / "nowhere"),
     )
 
