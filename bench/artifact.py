@@ -2,10 +2,11 @@
 
     python bench/artifact.py [--state final_model.pt] [--quick]
 
-Two states: one that was trained (`--state`, else a minute of PRESET=cpu is run), and one in the shapes of the
-consensus model, 26.8 M weights, whose rows are drawn with the tails and the uneven spread that trained rows have. Each
-at the k that fits 16,000,000 bytes and at k = 12.85 (#1855). The bound is the order-0 entropy of each plane; tables
-are counted in every file. Times are the median of three runs, the slow codecs' of one. The last line is JSON.
+There are two states. One was trained (`--state`, else a minute of PRESET=cpu is run). The other has
+the shapes of the consensus model, 26.8 M weights, with the tails and the uneven spread of trained
+rows. Each is rounded at the k that fits 16,000,000 bytes and at k = 12.85 (#1855). The bound is the
+order-0 entropy of each plane; tables are counted in every file. Times are the median of three
+runs, for brotli of one. The last line is JSON.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def trained_state(path: str) -> tuple[dict[str, torch.Tensor], train_gpt.Config]
 
 
 def consensus_state() -> tuple[dict[str, torch.Tensor], train_gpt.Config]:
-    """Rows of Student-t weights (8 degrees), spread log-normally by row and by column (standard deviation 0.2)."""
+    """Return Student-t weights (8 degrees), spread log-normally by row and column (0.2)."""
     cfg, noise = train_gpt.Config(**train_gpt.PRESETS["consensus"]), np.random.default_rng(0)
     state = {}
     for name, p in train_gpt.GPT(cfg).named_parameters():
@@ -100,8 +101,8 @@ def measure(label: str, state, cfg, k: float, names: list[str]) -> list[dict]:
         )
         over = 100 * (len(payload) / bound - 1)
         print(
-            f"{label:18} k {k:5.2f} {symbols:>10} symbols  {name:7}{len(payload):>10} bytes, bound {over:+6.2f} %"
-            f"  encode {encode:6.2f} s  decode {decode:5.2f} s",
+            f"{label:18} k {k:5.2f} {symbols:>10} symbols  {name:7}{len(payload):>10} bytes, "
+            f"bound {over:+6.2f} %  encode {encode:6.2f} s  decode {decode:5.2f} s",
             flush=True,
         )
         rows.append(

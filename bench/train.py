@@ -1,10 +1,12 @@
-"""What the consensus features are worth at the cpu shape: equal tokens, equal seeds, embedded corpus, CPU.
+"""Measure what the consensus features gain at the cpu shape, at equal tokens and seeds.
 
     python bench/train.py [--steps 500] [--seeds 1337,42,2025] [--out FOLDER]
 
-`consensus` is PRESET=cpu: SmearGate, BigramHash, MLP 3x, orthogonal start, Muon with weight decay, clipping, QAT at 6
-bits and SWA. `baseline` is the same shape with the challenge's starter settings: none of these, MLP 2x, 8 bits. The
-score is that of the artifact read back from disk. A run that is interrupted resumes; finished runs are not repeated.
+`consensus` is PRESET=cpu: SmearGate, BigramHash, MLP 3x, orthogonal initial matrices, Muon with
+weight decay, clipping, QAT at 6 bits and SWA. `baseline` is the same shape with the challenge's
+starter settings: none of these, MLP 2x, 8 bits. Both train on the embedded corpus, on a CPU. The
+score is that of the artifact read back from disk. A run that is interrupted resumes; finished runs
+are not repeated.
 The last line is JSON.
 """
 
@@ -101,7 +103,8 @@ def main() -> None:
         for features in ("baseline", "consensus")
     ]
     print(
-        f"\n{'features':10} {f'BPB, mean of {len(seeds)}':>16} {'deviation':>10} {'tokens/s':>9} {'parameters':>11}"
+        f"\n{'features':10} {f'BPB, mean of {len(seeds)}':>16} {'deviation':>10} {'tokens/s':>9} "
+        f"{'parameters':>11}"
     )
     summary = {}
     for features in ("baseline", "consensus"):
@@ -113,7 +116,8 @@ def main() -> None:
             mean=statistics.mean(bpb), deviation=spread, tokens_per_second=speed
         )
         print(
-            f"{features:10} {statistics.mean(bpb):16.4f} {spread:10.4f} {speed:9.0f} {mine[0]['parameters']:11}"
+            f"{features:10} {statistics.mean(bpb):16.4f} {spread:10.4f} {speed:9.0f} "
+            f"{mine[0]['parameters']:11}"
         )
     gain = summary["baseline"]["mean"] - summary["consensus"]["mean"]
     print(f"consensus is {gain:.4f} BPB lower, at equal tokens ({rows[0]['tokens']})")

@@ -1,4 +1,4 @@
-"""What tests share: a tiny corpus on disk, and the trainer run as its users run it, in a process of its own."""
+"""Fixtures that all tests share: a tiny corpus, and the trainer, in this process or its own."""
 
 import contextlib
 import importlib.util
@@ -39,12 +39,15 @@ hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=Non
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-WORDS = """the of and to in a is that for it as was with be by on not he his but at are this have from or had an they
-which one you were all her she there would their we him been has when who will no more if out so up said what its about
-than into them can only other time new some could these two may first then do any like my now over such our man me even
-most made after also did many off before must well back through years where much your way down should because long each
-people just state those between own under never day same another know while last might great old year come since against
-go came right used take three small world house water country government congress nation peace war law public citizens
+WORDS = """
+the of and to in a is that for it as was with be by on not he his but at are this have from or had
+an they which one you were all her she there would their we him been has when who will no more if
+out so up said what its about than into them can only other time new some could these two may first
+then do any like my now over such our man me even most made after also did many off before must well
+back through years where much your way down should because long each people just state those between
+own under never day same another know while last might great old year come since against go came
+right used take three small world house water country government congress nation peace war law
+public citizens
 """.split()
 SAMPLES = [
     "naïve",
@@ -61,7 +64,7 @@ SAMPLES = [
 
 
 def english_like(seed: int, documents: int) -> list[str]:
-    """Documents in which a word depends on the one before it, so that there is something to learn."""
+    """Return documents in which each word depends on the one before, so that models learn."""
     rng = np.random.default_rng(seed)
     followers = np.random.default_rng(1).integers(0, len(WORDS), (len(WORDS), 4))
     texts = []
@@ -77,7 +80,7 @@ def english_like(seed: int, documents: int) -> list[str]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, **options) -> bytes:
-    """A SentencePiece model as data/prepare.py makes it: BPE with byte fallback, text kept exactly."""
+    """Train a SentencePiece model like data/prepare.py: BPE with byte fallback, exact text."""
     model = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         **dict(
@@ -144,7 +147,7 @@ def corpus(tmp_path_factory) -> Corpus:
 
 @pytest.fixture(scope="session")
 def trainer_env(corpus):
-    """`trainer_env(out_dir, **settings)`: a clean environment for train_gpt.py; a setting of None is left out."""
+    """Return `trainer_env(out_dir, **settings)`: an environment; None leaves a setting out."""
 
     def build(out_dir, **settings) -> dict[str, str]:
         env = dict(
@@ -165,7 +168,7 @@ def trainer_env(corpus):
 
 @pytest.fixture(scope="session")
 def run_trainer(trainer_env):
-    """`run_trainer(out_dir, timeout=120, **settings)`: runs `python train_gpt.py` to its end, in `out_dir`."""
+    """Return `run_trainer(out_dir, timeout=120, **settings)`, which runs train_gpt.py."""
 
     def run(out_dir, timeout: float = 120, **settings) -> Result:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -255,7 +258,7 @@ def read_events(out_dir: Path, run_id: str = "test") -> list[dict]:
 
 @pytest.fixture(scope="session")
 def artifacts(tmp_path_factory, corpus) -> Path:
-    """For the decoding tests: a folder with model.ptz, artifacts that differ from it in one respect, and two prompts."""
+    """Return a folder with model.ptz, artifacts that differ from it in one respect, and prompts."""
     from artifacts import make_artifact
 
     folder = tmp_path_factory.mktemp("decoding")
@@ -275,7 +278,7 @@ def artifacts(tmp_path_factory, corpus) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory, corpus):
-    """`exported(**choice)`: a folder of CoreML shards of a small random model, made once for all processes of a run."""
+    """Return `exported(**choice)`: a folder of CoreML shards, made once for all processes."""
     from artifacts import make_artifact
 
     from fairway.coreml.export import Choice, Source, export

@@ -1,8 +1,9 @@
-"""One small golden file that every implementation of the model must match; `python tests/oracle.py` writes it.
+"""One golden file that every implementation must match; `python tests/oracle.py` writes it.
 
-A tiny model with the parts of the consensus preset, moved off its initial zeros and ones so that every parameter
-matters; one batch's logits, loss and gradients; the weights after each of three optimiser steps; the losses of 20, the
-last ten with rounded weights. PyTorch makes them by the trainer's own functions, in fp32, on one thread.
+It holds a tiny model with the parts of the consensus preset, moved off its initial zeros and ones
+so that every parameter matters; the logits, loss and gradients of one batch; the weights after
+each of three optimiser steps; and the losses of 20 steps, the last ten with rounded weights.
+PyTorch makes them by the trainer's own functions, in fp32, on one thread.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import torch
 import train_gpt
 from train_gpt import BOS_ID, GPT, K_GRID, Averages, Config, Run, Runtime, TokenStream
 
-# Rounding is a staircase: where a weight lies on an edge, the last bit of a sum decides its code, and a loss moves by
-# 1e-3. So rates are a fifth of consensus's, and the seed is the best of eight: in twelve trials with weights perturbed
-# by 1e-7 to 1e-6 of themselves no loss moved by more than 2e-5.
+# Rounding is a staircase: where a weight lies on an edge, the last bit of a sum decides its code,
+# and a loss moves by 1e-3. So rates are a fifth of consensus's, and the seed is the best of eight:
+# in twelve trials with weights changed by 1e-7 to 1e-6 of themselves no loss moved by 2e-5.
 PATH = Path(__file__).resolve().parent / "golden" / "oracle.npz"
 SETTINGS = dict(
     vocab_size=64,
@@ -59,16 +60,14 @@ SETTINGS = dict(
     mlp_bits=6,
 )
 K = K_GRID[0]  # of the quantiser, in the steps whose passes see rounded weights
-# How far an implementation may be off: largest difference, of gradients and weights as a part of the tensor's largest.
+# The largest difference allowed; of gradients and weights as a part of the tensor's largest value.
 TOLERANCES = {"logits": 1e-5, "loss": 1e-5, "gradients": 1e-4, "steps": 1e-4, "losses": 1e-4}
 
 
 class Oracle(NamedTuple):
     cfg: Config
     weights: dict[str, np.ndarray]  # by the names of train_gpt.GPT
-    tokens: (
-        np.ndarray
-    )  # uint16: batch i is tokens[128 i : 128 i + 129], inputs and, one further, their targets
+    tokens: np.ndarray  # uint16: batch i is tokens[128 i : 128 i + 129]
     logits: np.ndarray  # [8, 16, 64] of batch 0
     loss: float  # its mean cross-entropy
     gradients: dict[str, np.ndarray]  # of that mean, before clipping
@@ -82,13 +81,13 @@ class Oracle(NamedTuple):
         return ids[:-1].reshape(-1, length), ids[1:].reshape(-1, length)
 
 
-# ---- Reading and judging ---------------------------------------------------------------------------------------------
+# ---- Reading and judging -------------------------------------------------------------------------
 def read(path: Path = PATH) -> Oracle:
     with np.load(path) as file:
         held = dict(file)
 
     def named(part):
-        return {n.removeprefix(f"{part}/"): v for n, v in held.items() if n.startswith(f"{part}/")}  # noqa: E731
+        return {n.removeprefix(f"{part}/"): v for n, v in held.items() if n.startswith(f"{part}/")}
 
     return Oracle(
         Config(**json.loads(str(held["settings"]))),
@@ -103,7 +102,7 @@ def read(path: Path = PATH) -> Oracle:
 
 
 def differences(golden: Oracle, made: Oracle) -> dict[str, float]:
-    """How far `made` is off in each of TOLERANCES."""
+    """Return the difference of `made` from `golden` for each of TOLERANCES."""
 
     def worst(wanted: dict[str, np.ndarray], got: dict[str, np.ndarray]) -> float:
         assert {n: v.shape for n, v in got.items()} == {n: v.shape for n, v in wanted.items()}
@@ -120,7 +119,7 @@ def differences(golden: Oracle, made: Oracle) -> dict[str, float]:
     }
 
 
-# ---- Making it -------------------------------------------------------------------------------------------------------
+# ---- Making it -----------------------------------------------------------------------------------
 def some_tokens(cfg: Config) -> np.ndarray:
     """Tokens that mostly follow from the one before them, in documents of about twelve."""
     rng, tokens = np.random.default_rng(cfg.seed), [BOS_ID]
@@ -144,7 +143,7 @@ def arrays(model: GPT, what=lambda p: p) -> dict[str, np.ndarray]:
 
 
 def make(cfg: Config, weights: dict[str, torch.Tensor], tokens: np.ndarray) -> Oracle:
-    """What PyTorch says of these settings, weights and tokens."""
+    """Compute with PyTorch what the file holds for these settings, weights and tokens."""
     cpu, model = Runtime(0, 1, torch.device("cpu"), "cpu"), GPT(cfg)
     model.load_state_dict(weights, strict=True)
     run = Run(

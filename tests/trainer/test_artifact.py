@@ -1,4 +1,4 @@
-"""The artifact: what was rounded in training is what a reader gets, to the bit; everything else is refused."""
+"""A reader gets the weights that training rounded, to the bit; all other files are refused."""
 
 import ast
 import copy
@@ -70,7 +70,7 @@ CONFIGS = {
 }
 
 
-# ---- Exact -----------------------------------------------------------------------------------------------------------
+# ---- Exact ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -145,7 +145,7 @@ def test_without_its_tokenizer_it_still_names_it(tmp_path):
 
 
 def test_everything_that_the_model_reads_is_in_the_header():
-    """A setting that changes the forward pass but is not in the artifact would be lost on the way."""
+    """A setting that changes the forward pass but is not in the header would be lost."""
     model_part = inspect.getsource(train_gpt).split("# ==== MODEL")[1].split("# ==== OPTIMISERS")[0]
     used = {
         n.attr
@@ -176,7 +176,7 @@ def test_the_file_of_a_run_is_read_back(trainer_here, corpus, tmp_path):
     assert artifact.config.vocab_size == corpus.vocab_size
 
 
-# ---- Layout ----------------------------------------------------------------------------------------------------------
+# ---- Layout --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ class Parts:
         self.inside = blob[start + self.header["payload_bytes"] :]
 
     def forged(self, text: bytes | None = None, **changes) -> bytes:
-        """Sizes and checksums follow the contents, unless `changes` say otherwise; None leaves a key out."""
+        """Return an artifact with right sizes and checksums; None in `changes` drops a key."""
         sizes = dict(
             payload_bytes=len(self.payload),
             tokenizer_bytes=len(self.inside),
@@ -242,7 +242,7 @@ def test_the_tensor_table_names_every_tensor_once_with_bits_and_shape(blob, mode
     assert {bits for bits, *_ in table.values()} == {5, 6, 7, 16}
 
 
-# ---- Damage ----------------------------------------------------------------------------------------------------------
+# ---- Damage --------------------------------------------------------------------------------------
 
 
 def refused(path: Path) -> str:
@@ -300,7 +300,7 @@ def test_flipped_bits(blob, tmp_path):
         refused(path)
 
 
-# ---- Hostile: every checksum is right --------------------------------------------------------------------------------
+# ---- Hostile: every checksum is right ------------------------------------------------------------
 
 
 def model_change(says: str, **changes):
@@ -320,7 +320,7 @@ def header_change(says: str, **changes):
 
 
 def payload_change(says: str, change, **header):
-    """`change` gets the payload's planes by tensor: codes and steps of a matrix, or the bytes of fp16 values."""
+    """Forge a payload: `change` gets its planes by tensor name (codes, steps, fp16 bytes)."""
 
     def forge(parts):
         shapes, names = [], []
@@ -528,7 +528,7 @@ HOSTILE = {
 
 
 def largest(blob: bytes) -> bytes:
-    """As many weights as are read, all zero: a hundred kilobytes that ask for as much memory as any may."""
+    """Return 100 kB that hold as many weights as a reader accepts, all zero."""
     parts = Parts(blob)
     header = described(
         parts,
@@ -556,9 +556,12 @@ import json, resource, sys
 sys.path.insert(0, sys.argv[1])
 import train_gpt
 def hook(event, args):
-    if event in ("pickle.find_class", "subprocess.Popen", "os.system", "socket.connect"): raise SystemExit(event)
+    if event in ("pickle.find_class", "subprocess.Popen", "os.system", "socket.connect"):
+        raise SystemExit(event)
 sys.addaudithook(hook)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() if sys.platform == "linux" else 0
+used = 0
+if sys.platform == "linux":
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 if used: resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
 for path in sys.argv[2:]:
     try:
@@ -567,14 +570,15 @@ for path in sys.argv[2:]:
         del artifact
     except BaseException as e:
         verdict = type(e).__name__, str(e).removeprefix(path + ": ")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(json.dumps([path, *verdict, peak]), flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def verdicts(blob, tmp_path_factory) -> dict[str, tuple[str, str, int]]:
-    """Of each: what reading it ended in, why, and the peak of memory; in one process that may take 1 GiB more."""
+    """Read every file in one process of at most 1 GiB more: outcome, reason and memory peak."""
     folder = tmp_path_factory.mktemp("hostile")
     for i, (_, forge) in enumerate(HOSTILE.values()):
         (folder / f"{i:03}").write_bytes(forge(Parts(copy.copy(blob))))
@@ -634,11 +638,11 @@ def test_hostile_artifacts_take_less_than_a_gibibyte(verdicts):
     assert max(peak for *_, peak in verdicts.values()) < 2**30
 
 
-# ---- Mutants ---------------------------------------------------------------------------------------------------------
+# ---- Mutants -------------------------------------------------------------------------------------
 
 
 def mutant_header(parts: Parts, rng: np.random.Generator) -> bytes:
-    """A value of the header, somewhere, replaced by one that is as wrong as can be; checksums right."""
+    """Replace one value of the header by a hostile one; the checksums stay right."""
     nasty = [
         0,
         1,
@@ -731,7 +735,7 @@ def test_2000_mutants_end_in_artifact_or_shard_error(blob, corpus, tmp_path):
     assert ends["refused"] > 1500 and ends["read"] > 20  # harmless changes are read, and build
 
 
-# ---- Code is never run -----------------------------------------------------------------------------------------------
+# ---- Code is never run ---------------------------------------------------------------------------
 
 
 class Exploit:
@@ -754,7 +758,7 @@ def test_a_pickle_is_refused_and_not_run(tmp_path):
 
 
 def test_nothing_on_the_way_to_a_model_can_unpickle():
-    """All functions that `read_artifact` and `build_model` reach, by name, call no loader but JSON's."""
+    """No function that `read_artifact` and `build_model` reach calls a loader but JSON's."""
     tree = ast.parse(inspect.getsource(train_gpt))
     functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     reached, todo = (

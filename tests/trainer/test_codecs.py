@@ -1,4 +1,4 @@
-"""Codecs: lossless, bounded, only `CodecError` on damage, and a format that plain integers can decode."""
+"""Codecs are lossless and bounded, refuse damage by `CodecError`, and decode by integers alone."""
 
 import functools
 import tracemalloc
@@ -66,7 +66,7 @@ def small_payload(name: str) -> bytes:
 
 
 def survives(name: str, payload: bytes, shapes) -> bool:
-    """Whether it decoded; a refusal must be CodecError, anything else propagates."""
+    """Return True if it decodes, False on CodecError; any other error propagates."""
     try:
         planes = decode_planes(name, payload, shapes)
     except CodecError:
@@ -75,7 +75,7 @@ def survives(name: str, payload: bytes, shapes) -> bool:
     return True
 
 
-# ---- Lossless --------------------------------------------------------------------------------------------------------
+# ---- Lossless ------------------------------------------------------------------------------------
 
 
 def test_each_is_registered_under_its_own_name():
@@ -153,7 +153,7 @@ def order_0_bytes(plane: np.ndarray) -> float:
 
 
 def test_layout_and_classes_pay():
-    """Rows of different spread: below order-0 entropy and both general coders, whichever way the matrix lies."""
+    """Rows of different spread cost less than their order-0 entropy, transposed or not."""
     rng = np.random.default_rng(3)
     w = rng.normal(0, 6, (256, 256)) * np.exp(rng.normal(0, 0.8, (256, 1)))
     codes = np.clip(np.round(w), -31, 31).astype(np.int8).view(np.uint8)
@@ -171,7 +171,7 @@ def test_equal_rows_cost_their_entropy():
     assert len(encode_planes("ans", [codes])) < 1.001 * order_0_bytes(codes) + 64
 
 
-# ---- Damage ----------------------------------------------------------------------------------------------------------
+# ---- Damage --------------------------------------------------------------------------------------
 
 
 @each
@@ -200,7 +200,7 @@ def test_other_shapes_are_refused(name):
 
 @each
 def test_changed_bytes(name):
-    """Any outcome but a crash: the artifact's checksum stands before this. Early bytes each, the others by chance."""
+    """Damaged bytes may decode or be refused, but never crash: a checksum guards the artifact."""
     good, rng = small_payload(name), np.random.default_rng(9)
     for i in range(min(len(good), 120)):
         for flip in (1, 128, 255):
@@ -286,7 +286,7 @@ def test_bombs_stay_bounded():
         tracemalloc.stop()
 
 
-# ---- The format ------------------------------------------------------------------------------------------------------
+# ---- The format ----------------------------------------------------------------------------------
 
 
 def reference_decode(payload: bytes, shapes) -> list[np.ndarray]:
@@ -360,7 +360,7 @@ GOLDEN = {
 
 @each
 def test_golden_bytes_decode(name):
-    """Old artifacts stay readable. Brotli may change how it compresses, so only decoding is golden."""
+    """Old artifacts stay readable. Brotli may compress otherwise, so only decoding is golden."""
     back = decode_planes(name, bytes.fromhex(GOLDEN[name]), [p.shape for p in GOLDEN_PLANES])
     assert all(np.array_equal(a, b) for a, b in zip(GOLDEN_PLANES, back, strict=True))
 

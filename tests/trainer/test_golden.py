@@ -1,8 +1,8 @@
 """An artifact of older code stays readable: the same score, and the same bytes when written again.
 
-tests/golden/frontier.int6.ptz was trained by the code of November 2026, before its header could lack a setting: four
-layers with loops, two lanes, gates, SmearGate, BigramHash, 5, 6 and 7 bits, and its tokenizer. frontier.json holds
-what that code printed for 513 tokens.
+tests/golden/frontier.int6.ptz was trained by the code of November 2026, before its header could
+lack a setting: four layers with loops, two lanes, gates, SmearGate, BigramHash, 5, 6 and 7 bits,
+and its tokenizer. frontier.json holds what that code printed for 513 tokens.
 """
 
 import hashlib

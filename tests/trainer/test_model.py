@@ -92,7 +92,7 @@ def test_rope_makes_scores_depend_on_distance_alone_and_leaves_the_rest(dims):
 
 
 def test_smear_gate_never_reads_across_bos():
-    """The smeared output at every BOS equals its unsmeared input; elsewhere it mixes by the gate."""
+    """At every BOS the output equals the input; elsewhere the gate mixes."""
     gate, x, tokens = train_gpt.SmearGate(6), torch.randn(2, 10, 6), torch.full((2, 10), 5)
     tokens[0, 4] = tokens[1, 0] = tokens[1, 9] = BOS_ID
     with torch.no_grad():
@@ -280,7 +280,7 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 def test_consensus_has_the_parameters_of_the_record_198():
-    """#198 has 26,829,913, with five skips of 512 out of eleven layers. Ours is equal to the unit."""
+    """Record #198 has 26,829,913 parameters, with five skips of 512. Ours has as many."""
     with torch.device("meta"):
         model = GPT(Config(**PRESETS["consensus"]))
     assert sum(p.numel() for p in model.parameters()) == 26_829_913

@@ -27,7 +27,7 @@ def config(**changed) -> Config:
     return Config(**(SMALL | changed))
 
 
-# ---- Muon ------------------------------------------------------------------------------------------------------------
+# ---- Muon ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "coefficients", [NEWTON_SCHULZ, POLAR_EXPRESS], ids=["newton_schulz", "polar_express"]
 )
@@ -63,7 +63,7 @@ def test_polar_express_comes_closer_to_one_than_the_fixed_polynomial():
 
 
 def muon_reference(weight, grads, cfg):
-    """Muon on one matrix, by its definition: Nesterov momentum, five quintics, scale, decoupled decay."""
+    """Compute Muon by its definition: Nesterov momentum, five quintics, scale, decoupled decay."""
     weight, buffer = weight.clone(), torch.zeros_like(weight)
     for g in grads:
         buffer = cfg.muon_momentum * buffer + g
@@ -137,7 +137,7 @@ def test_ranks_share_the_matrices_and_together_have_them_all():
 
 
 def test_weight_decay_is_decoupled_and_exact():
-    """Without gradient nothing but decay is left: every matrix, embedding and vector shrinks by 1 - lr * wd."""
+    """Without gradients only decay is left: every parameter shrinks by 1 - lr * wd."""
     cfg = config(
         muon_wd=0.1, adam_wd=0.2, embed_wd=0.3, matrix_lr=0.5, scalar_lr=0.25, tied_embed_lr=0.125
     )
@@ -192,7 +192,7 @@ def test_a_new_parameter_is_found_without_being_named():
     assert any(p is model.matrix.weight for p in muon.param_groups[0]["params"])
 
 
-# ---- Schedules -------------------------------------------------------------------------------------------------------
+# ---- Schedules -----------------------------------------------------------------------------------
 def test_progress_is_the_further_of_steps_and_clock():
     cfg = config(iterations=200, max_wallclock_seconds=50.0)
     assert train_gpt.progress_of(0, 0.0, cfg) == 0
@@ -226,7 +226,7 @@ def test_momentum_warms_up_linearly():
     assert train_gpt.momentum_at(0, config(muon_momentum=0.9, muon_momentum_warmup_steps=0)) == 0.9
 
 
-# ---- Averages --------------------------------------------------------------------------------------------------------
+# ---- Averages ------------------------------------------------------------------------------------
 def followed(averages: Averages, cfg: Config, steps: int, weight=lambda part: part) -> None:
     """A run of `steps` in which every weight is a function of progress."""
     param = torch.nn.Parameter(torch.zeros(3))

@@ -1,4 +1,4 @@
-"""PyTorch and the golden file: the trainer still says what the file says, and the file has what it promises."""
+"""The trainer still computes what the golden file says, and the file holds what it promises."""
 
 import dataclasses
 
@@ -28,7 +28,7 @@ def test_pytorch_matches_the_file(golden):
 
 
 def test_the_script_still_writes_the_file(golden, made, tmp_path):
-    """Settings and tokens to the bit, weights but for the last bits of another PyTorch's orthogonal matrices."""
+    """Settings and tokens are equal; orthogonal weights may differ in their last bits."""
     oracle.write(made, tmp_path / "again.npz")
     again = oracle.read(tmp_path / "again.npz")
     assert again.cfg == golden.cfg and np.array_equal(again.tokens, golden.tokens)

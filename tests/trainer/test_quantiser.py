@@ -1,4 +1,4 @@
-"""One function rounds, in training and in the export: what it promises of steps, codes, sizes and errors."""
+"""The one rounding function keeps its promises on steps, codes, sizes and errors."""
 
 import bisect
 import dataclasses
@@ -61,7 +61,7 @@ def weights(draw):
     return w
 
 
-# ---- Steps and codes -------------------------------------------------------------------------------------------------
+# ---- Steps and codes -----------------------------------------------------------------------------
 
 
 def test_levels():
@@ -114,7 +114,7 @@ def test_rows_of_zeros_stay_zeros(bits):
 
 @given(w=weights(), bits=st.sampled_from(BITS), k=st.floats(3, 64))
 def test_rounding_on_one_grid_is_idempotent(w, bits, k):
-    """With its own step, a rounded weight rounds to itself. (A second `quantise` measures another rms.)"""
+    """A rounded weight rounds to itself at its own step; another rms would give another step."""
     step = row_steps(w, k, bits)
     codes = to_codes(w, step, bits)
     assert torch.equal(to_codes(codes * step, step, bits), codes)
@@ -174,7 +174,7 @@ def test_bits_by_name():
     assert {"skip_weights", "smear.gate", "blocks.0.attn.q_gain"} <= bits.keys()
 
 
-# ---- Sizes -----------------------------------------------------------------------------------------------------------
+# ---- Sizes ---------------------------------------------------------------------------------------
 
 CFG = Config(
     **PRESETS["smoke"] | dict(model_dim=128, num_layers=3, attn_bits=6, mlp_bits=5, embed_bits=8)
@@ -229,7 +229,7 @@ def test_when_nothing_fits_it_is_the_largest(gaussian):
         assert bisect_k(gaussian, target, CFG) == K_GRID[-1]
 
 
-# ---- GPTQ ------------------------------------------------------------------------------------------------------------
+# ---- GPTQ ----------------------------------------------------------------------------------------
 
 
 def correlated(inputs: int, samples: int, seed: int) -> torch.Tensor:
@@ -267,7 +267,7 @@ def test_gptq_is_nearest_when_inputs_do_not_correlate(bits, scale):
 
 
 def test_gptq_permutes_back():
-    """Columns are rounded by falling Hessian; a diagonal Hessian in any order must change nothing."""
+    """Columns are rounded by falling Hessian; a diagonal Hessian must change nothing."""
     w, diagonal = normal(16, 70), torch.rand(70, generator=torch.Generator().manual_seed(1)) + 0.1
     assert torch.equal(gptq(w, torch.diag(diagonal), 8.0, 6), to_codes(w, row_steps(w, 8.0, 6), 6))
 

@@ -1,4 +1,4 @@
-"""Shards, byte table and token stream: what the trainer reads is what was written, or it says why not."""
+"""The trainer reads the tokens that were written, or says why it cannot."""
 
 import os
 import shutil
@@ -35,7 +35,7 @@ def refused(path, vocab_size: int = 0) -> str:
     return message
 
 
-# ---- The file --------------------------------------------------------------------------------------------------------
+# ---- The file ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tokens", [[], [1], [1, 2, 3], [0, 65535, 256], list(range(5000))])
@@ -51,7 +51,7 @@ def test_round_trip(tmp_path, tokens):
 
 
 def test_golden_bytes(tmp_path):
-    """The challenge's own format: 256 little-endian int32 (magic, version, count), then uint16 tokens."""
+    """Return a shard: 256 little-endian int32 (magic, version, count), then uint16 tokens."""
     path = tmp_path / "golden.bin"
     write_shard(path, np.array([1, 258, 65535]))
     assert path.read_bytes() == bytes.fromhex("88d834010100000003000000") + bytes(
@@ -182,12 +182,12 @@ def test_document_bounds():
     assert document_bounds(np.array([], int)).tolist() == [0]
 
 
-# ---- Bytes -----------------------------------------------------------------------------------------------------------
+# ---- Bytes ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def prefixed():
-    """A tokenizer of the other kind, like the challenge's: a dummy blank that decoding takes away again."""
+    """Train a tokenizer like the challenge's: decoding removes its dummy blank again."""
     model = train_tokenizer(english_like(0, 400), 384, add_dummy_prefix=True)
     return sentencepiece.SentencePieceProcessor(model_proto=model)
 
@@ -202,7 +202,8 @@ def check_text(tokenizer, texts: list[str]) -> None:
 
 @given(
     texts=st.lists(
-        st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0▁")), min_size=1
+        st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0▁")),
+        min_size=1,
     )
 )
 def test_bytes_of_any_text_that_is_kept_exactly(corpus, texts):
@@ -231,7 +232,7 @@ def test_every_text_of_the_corpus(corpus):
 
 @given(data=st.data())
 def test_bytes_of_any_tokens(corpus, prefixed, data):
-    """Not what a text encodes to, but any tokens without control pieces, in any order: as decoding has it."""
+    """Any tokens but control pieces, in any order, count as they decode."""
     for tokenizer in (corpus.tokenizer, prefixed):
         ordinary = [i for i in range(4, 384) if not tokenizer.is_byte(i)]
         ids = data.draw(st.lists(st.sampled_from(ordinary), max_size=20))
@@ -288,7 +289,7 @@ def test_the_audit_names_the_token(corpus):
 
 
 def test_the_audit_is_not_led_astray_by_characters_of_several_bytes(corpus):
-    """A document cut inside a character decodes to other bytes too: that is not the token at fault."""
+    """A prefix cut inside a character decodes to other bytes, but no token is wrong there."""
     wrong = corpus.tokenizer.piece_to_id("▁the")
     for before in range(12):
         ids = corpus.tokenizer.encode("ꙮ" * before + " the" + "ꙮ" * 7)
@@ -309,7 +310,7 @@ def test_the_audit_bears_long_runs_of_byte_pieces(corpus):
 
 
 def test_the_audit_finds_bytes_that_no_text_has(corpus):
-    """A lone continuation byte decodes to U+FFFD, three bytes: such tokens were not written from text."""
+    """A lone continuation byte decodes to U+FFFD, three bytes: no text has such tokens."""
     lone = corpus.tokenizer.piece_to_id("<0x80>")
     with pytest.raises(ShardError, match=rf"token {lone} \('<0x80>'\)"):
         audit_bytes(
@@ -319,7 +320,7 @@ def test_the_audit_finds_bytes_that_no_text_has(corpus):
         )
 
 
-# ---- The stream ------------------------------------------------------------------------------------------------------
+# ---- The stream ----------------------------------------------------------------------------------
 
 
 @given(
@@ -347,7 +348,7 @@ def test_the_stream_goes_on_from_its_state():
     assert second.take(30).tolist() == first.take(30).tolist()
 
 
-# ---- Loading ---------------------------------------------------------------------------------------------------------
+# ---- Loading -------------------------------------------------------------------------------------
 
 
 def config(folder, **settings) -> Config:
