@@ -357,7 +357,7 @@ def document_bounds(tokens: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ByteTable:
-    """How many bytes each token stands for: count([BOS, ▁the, ▁a]) is [3, 2]."""
+    """The bytes that each token stands for: count([BOS, ▁the, ▁a]) is [3, 2]."""
 
     base: np.ndarray  # int16[V] bytes without the leading ▁
     space: np.ndarray  # bool[V] piece starts with ▁
@@ -1316,7 +1316,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "5
 
 
 class Runtime(NamedTuple):
-    """Where a process runs: its rank, the number of ranks, its device and that device's name."""
+    """The place of a process: its rank, the number of ranks, its device, that device's name."""
 
     rank: int
     world: int
