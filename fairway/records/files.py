@@ -105,7 +105,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Write a file next to `path`, then rename it, so that readers see the old file or the new."""
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise RecordError(f"{path} is no regular file and cannot be replaced; name another")
+        raise RecordError(f"{path} is no regular file, so it cannot be replaced; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -118,6 +118,6 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
+def replace_text(path: str | Path, text: str) -> None:
     with replacing(path) as f:
         f.write(text.encode())

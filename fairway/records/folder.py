@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fairway.records.code import READABLE, ShippedCode, read_code
 from fairway.records.files import RecordError, read_json, read_text
 from fairway.records.logs import LoggedScore, RunLog, parse_log
 from fairway.records.schema import json_count, read_submission
+from fairway.records.shipped_code import READABLE, ShippedCode, read_code
 
 MOST_FILES, DEEPEST, MOST_LOGS, MOST_SEEDS, LOG_LIMIT = 5000, 12, 40, 100, 32 << 20
 TRACKS = ("10min_16mb", "non_record_16mb")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from fairway.records.files import RecordError, read_json, read_text, write_text
+from fairway.records.files import RecordError, read_json, read_text, replace_text
 from fairway.records.markdown import markdown_cell, markdown_table
 from fairway.records.schema import read_submission
 
@@ -38,7 +38,7 @@ def read_line(folder: Path, records: Path) -> LeaderboardLine:
         raise RecordError(f"{folder} has no submission.json; pack it again, or remove it")
     data = read_submission(read_json(path))
     if data.val_bpb is None:
-        raise RecordError(f"{path} has no val_bpb; mend it, or remove {folder}")
+        raise RecordError(f"{path} has no val_bpb; repair it, or remove {folder}")
     return LeaderboardLine(
         data.val_bpb,
         data.date or "",
@@ -96,5 +96,5 @@ def is_stale(records: Path) -> bool:
 
 def write_leaderboard(records: Path) -> Path:
     records.mkdir(parents=True, exist_ok=True)
-    write_text(records / "README.md", leaderboard_text(records))
+    replace_text(records / "README.md", leaderboard_text(records))
     return records / "README.md"

@@ -44,7 +44,7 @@ HEADERS = (
     "Hyperparameters:",
     "val_bpb:enabled tokenize",
 )
-# A part of a score, said once more beside it: no score of the run.
+# These lines repeat parts of a score and are no score of the run.
 PARTS = ("ablation:", "ladder:")
 # Of weights or windows that the claimed score does not come from; printed on the way.
 DIAGNOSTIC = ("diagnostic", "pre-quant", "prequant", "pre_quant")

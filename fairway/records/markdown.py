@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-PLACES = 6  # decimals of every score; seeds differ by a thousand times the last one
+SCORE_DECIMALS = 6  # decimals of every score; seeds differ by a thousand times the last one
 
 
 def markdown_cell(text: object) -> str:
@@ -23,7 +23,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str
 
 def score_text(value: float) -> str:
     """Return a score with the decimals of submission.json."""
-    return f"{value:.{PLACES}f}"
+    return f"{value:.{SCORE_DECIMALS}f}"
 
 
 def markdown_section(title: str, *paragraphs: str) -> str:

@@ -15,9 +15,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fairway.records.code import ENTRIES, READABLE, import_closure, imports_in, read_code_file
 from fairway.records.files import RecordError, read_bytes
 from fairway.records.run import RunFiles, dict_at
+from fairway.records.shipped_code import (
+    ENTRIES,
+    READABLE,
+    import_closure,
+    imports_in,
+    read_code_file,
+)
 
 ARCHIVE = "code.xz"
 

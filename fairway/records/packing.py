@@ -18,7 +18,7 @@ from fairway.records.atomic_folder import AtomicFolder, restore_replaced
 from fairway.records.experiment import Result, check_one_experiment, read_result, short_value
 from fairway.records.files import RecordError, compact_json, read_bytes, sha256
 from fairway.records.folder import TRACKS, read_record_folder
-from fairway.records.markdown import PLACES, markdown_cell, markdown_table
+from fairway.records.markdown import SCORE_DECIMALS, markdown_cell, markdown_table
 from fairway.records.packed_code import (
     counted_bytes,
     pack_sources,
@@ -27,7 +27,7 @@ from fairway.records.packed_code import (
 )
 from fairway.records.readme import Entry, Record, certified, readme_text
 from fairway.records.run import dict_at
-from fairway.records.significance import read_seeds, significance_text
+from fairway.records.t_tests import read_seeds, significance_text
 from fairway.records.techniques import default_blurb, technique_line
 from fairway.records.trainer_source import EVAL_SETTINGS, free_settings
 
@@ -243,18 +243,18 @@ def submission_json(entry: Entry, results: list[Result], files: dict[str, bytes]
     """Return submission.json: each figure is the mean over seeds, or the largest."""
 
     def mean(values: list[float]) -> float:
-        return round(statistics.fmean(values), PLACES)
+        return round(statistics.fmean(values), SCORE_DECIMALS)
 
     def spread(values: list[float]) -> float:
-        return round(statistics.stdev(values), PLACES) if len(values) > 1 else 0.0
+        return round(statistics.stdev(values), SCORE_DECIMALS) if len(values) > 1 else 0.0
 
     loss, bpb = [r.loss for r in results], [r.bpb for r in results]
     code = counted_bytes(files)
     seeds = {
         str(r.seed): dict(
-            val_loss=round(r.loss, PLACES),
-            val_bpb=round(r.bpb, PLACES),
-            pre_quant_val_bpb=round(r.raw_bpb, PLACES),
+            val_loss=round(r.loss, SCORE_DECIMALS),
+            val_bpb=round(r.bpb, SCORE_DECIMALS),
+            pre_quant_val_bpb=round(r.raw_bpb, SCORE_DECIMALS),
             artifact_bytes=r.artifact_bytes,
             steps=r.steps,
             step_avg_ms=round(r.step_avg_ms, 2),

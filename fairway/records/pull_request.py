@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fairway.records import checks
 from fairway.records.files import RecordError, read_json
-from fairway.records.markdown import PLACES, markdown_cell, markdown_table
+from fairway.records.markdown import SCORE_DECIMALS, markdown_cell, markdown_table
 from fairway.records.schema import read_submission
 
 
@@ -32,7 +32,7 @@ def pull_request_text(folder: Path) -> str:
     if data.val_bpb is None:
         raise RecordError(f"{folder}/submission.json has no val_bpb; pack it again")
     kind = "Non-record" if "non_record" in folder.parent.name else "Record"
-    title = f"{kind}: {markdown_cell(data.name or folder.name)}, val_bpb {data.val_bpb:.{PLACES}f}"
+    title = f"{kind}: {markdown_cell(data.name or folder.name)}, val_bpb {data.val_bpb:.{SCORE_DECIMALS}f}"
     rows = [
         [seed, *("" if v is None else v for v in (r.val_bpb, r.val_loss, r.steps, r.bytes))]
         for seed, r in data.seed_results.items()

@@ -7,7 +7,6 @@ import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fairway.records.code import READABLE
 from fairway.records.experiment import Result
 from fairway.records.markdown import (
     bullets,
@@ -18,6 +17,7 @@ from fairway.records.markdown import (
 )
 from fairway.records.packed_code import is_code
 from fairway.records.run import dict_at
+from fairway.records.shipped_code import READABLE
 from fairway.records.techniques import (
     bits_text,
     features,
@@ -183,46 +183,15 @@ def results_section(record: Record) -> str:
         ]
         for (seed, r), result in zip(data["seed_results"].items(), record.results, strict=True)
     ]
-    rows.append(
-        [
-            "mean",
-            "",
-            "",
-            "",
-            "",
-            score_text(data["val_bpb"]),
-            score_text(data["val_loss"]),
-            "",
-            "",
-            "",
-        ]
-    )
+    empty = [""] * 4
+    means = [score_text(data["val_bpb"]), score_text(data["val_loss"])]
+    rows.append(["mean", *empty, *means, "", "", ""])
     if len(record.results) > 1:
-        rows.append(
-            [
-                "std",
-                "",
-                "",
-                "",
-                "",
-                score_text(data["val_bpb_std"]),
-                score_text(data["val_loss_std"]),
-                "",
-                "",
-                "",
-            ]
-        )
+        spreads = [score_text(data["val_bpb_std"]), score_text(data["val_loss_std"])]
+        rows.append(["std", *empty, *spreads, "", "", ""])
     head = (
-        "seed",
-        "steps",
-        "ms/step",
-        "before quantising",
-        "artifact",
-        "final BPB",
-        "final nats",
-        "artifact bytes",
-        "training s",
-        "evaluation s",
+        *("seed", "steps", "ms/step", "before quantising", "artifact", "final BPB", "final nats"),
+        *("artifact bytes", "training s", "evaluation s"),
     )
     return markdown_section(
         "Results",

@@ -30,11 +30,11 @@ from fairway.records.checks.base import (
     CheckFailed,
     CheckUndecided,
     code_bytes_in_use,
-    vocabulary_of,
+    named_vocabulary,
 )
-from fairway.records.code import PACKAGES, CodeFile
 from fairway.records.folder import RecordFolder
 from fairway.records.logs import parse_log
+from fairway.records.shipped_code import PACKAGES, CodeFile
 from fairway.records.syntax import constant_value
 
 # Seconds for training and evaluation together: a few times what ours take on two busy cores.
@@ -62,7 +62,7 @@ NO_CUDA = re.compile(r"(?i)cuda|nvidia|flash.?attn|triton|nccl|no gpu")
 
 
 class Ending(NamedTuple):
-    """How a process ended."""
+    """The exit code, the output and the refusals of a process that ended."""
 
     code: int | None  # None if it was stopped at the limit
     output: str  # the end of what it printed
@@ -313,7 +313,7 @@ def copy_folder(folder: RecordFolder, copy: Path) -> None:
 def environment(folder: RecordFolder, box: Sandbox, trainer: str) -> dict[str, str]:
     """Return the settings: the challenge's names, or PRESET=smoke where the trainer has it."""
     log = folder.runs[0].log if folder.runs else None
-    wanted = min((log.vocab_size or vocabulary_of(log)) if log else 1024, 8192) or 1024
+    wanted = min((log.vocab_size or named_vocabulary(log)) if log else 1024, 8192) or 1024
     texts = training_texts(folder)
     model, vocabulary = tokenizer_of(texts, max(wanted, SMALLEST_VOCABULARY))
     data = box.copy / "data"

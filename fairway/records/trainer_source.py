@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import shlex
 from typing import Any
 
 from fairway.records.syntax import constant_value, parse_python
@@ -71,46 +70,39 @@ def free_settings(source: str, class_name: str) -> set[str]:
 
 
 def trainer_presets(source: str) -> dict[str, dict[str, Any]]:
-    """Return PRESETS of a trainer; a preset that is computed in another way is left out.
+    """Return the presets of a trainer: PRESET_LINES, texts of NAME=value words, or PRESETS, dicts.
 
-    Values of a text are typed like the defaults of `Config`: `NUM_LAYERS=4` is {"num_layers": 4}.
+    Values of a text get the types of the defaults in `Config`: `NUM_LAYERS=4` is {"num_layers": 4}.
+    A preset that is computed in another way is left out.
     """
     names: dict[str, Any] = {}
     for node in parse_tree(source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if (
-            isinstance(target, ast.Name)
-            and isinstance(node, ast.Assign | ast.AnnAssign)
-            and node.value
-        ):
+        assigns = isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+        if isinstance(target, ast.Name) and assigns:
             names[target.id] = literal_value(node.value, names)
-    presets = names.get("PRESETS")
-    if not isinstance(presets, dict):
-        return {}
-    defaults = setting_defaults(source, "Config")
-    texts = {
-        name: p if isinstance(p, dict) else preset_of_text(p, defaults)
-        for name, p in presets.items()
-    }
-    return {name: preset for name, preset in texts.items() if preset is not None}
+    lines, dicts = names.get("PRESET_LINES"), names.get("PRESETS")
+    if isinstance(lines, dict):
+        defaults = setting_defaults(source, "Config")
+        return {name: preset_of_text(name, lines, defaults) for name in lines}
+    return {name: p for name, p in (dicts or {}).items() if isinstance(p, dict)}
 
 
-def preset_of_text(text: Any, defaults: dict[str, Any]) -> dict[str, Any] | None:
-    """`preset_of_text("GPTQ=1 CODEC=lzma", defaults)` is {"gptq": True, "codec": "lzma"}."""
-    if not isinstance(text, str):
-        return None
-    preset = {}
-    for word in shlex.split(text):
-        name, _, value = word.partition("=")
-        kind = type(defaults.get(name.lower(), ""))
-        preset[name.lower()] = value == "1" if kind is bool else kind(value)
+def preset_of_text(name: str, lines: dict[str, str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`preset_of_text("x", {"x": "GPTQ=1"}, defaults)` is {"gptq": True}; PRESET=y starts from
+    y.
+    """
+    words = dict(word.split("=", 1) for word in lines[name].split())
+    start = words.pop("PRESET", None)
+    preset = preset_of_text(start, lines, defaults) if start else {}
+    for setting, value in words.items():
+        kind = type(defaults.get(setting.lower(), ""))
+        preset[setting.lower()] = value == "1" if kind is bool else kind(value)
     return preset
 
 
 def literal_value(node: ast.expr, names: dict[str, Any]) -> Any:
-    """Return the value of constants, known names, dict(…), {…}, `a | b`, and texts joined by + or
-    f"…"; else None.
-    """
+    """Return the value of constants, known names, dict(…), {…} and `a | b`; None for others."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "dict" and not node.args:
@@ -121,17 +113,9 @@ def literal_value(node: ast.expr, names: dict[str, Any]) -> Any:
             for key, value in zip(node.keys, node.values, strict=True)
             if isinstance(key, ast.Constant)
         }
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr | ast.Add):
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         left, right = literal_value(node.left, names), literal_value(node.right, names)
-        if isinstance(node.op, ast.Add):
-            return left + right if isinstance(left, str) and isinstance(right, str) else None
         return left | right if isinstance(left, dict) and isinstance(right, dict) else None
-    if isinstance(node, ast.JoinedStr):
-        parts = [
-            literal_value(part.value if isinstance(part, ast.FormattedValue) else part, names)
-            for part in node.values
-        ]
-        return "".join(parts) if all(isinstance(part, str) for part in parts) else None
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):

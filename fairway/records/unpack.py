@@ -171,7 +171,7 @@ def limited(data: bytes) -> bytes:
     return data
 
 
-def unpack_lzma(data: bytes, options: dict[str, Any]) -> bytes:
+def undo_lzma(data: bytes, options: dict[str, Any]) -> bytes:
     filters = options.get("filters")
     for one in filters or []:  # the filter of a raw stream sets its memory
         if not 0 < one.get("dict_size", 1) <= 256 << 20:
@@ -183,15 +183,15 @@ def unpack_lzma(data: bytes, options: dict[str, Any]) -> bytes:
     return limited(decoder.decompress(data, LIMIT + 1))
 
 
-def unpack_zlib(data: bytes, options: dict[str, Any]) -> bytes:
+def undo_zlib(data: bytes, options: dict[str, Any]) -> bytes:
     return limited(zlib.decompressobj(options.get("wbits", 47)).decompress(data, LIMIT + 1))
 
 
-def unpack_bz2(data: bytes, _: dict[str, Any]) -> bytes:
+def undo_bz2(data: bytes, _: dict[str, Any]) -> bytes:
     return limited(bz2.BZ2Decompressor().decompress(data, LIMIT + 1))
 
 
-def unpack_brotli(data: bytes, _: dict[str, Any]) -> bytes:
+def undo_brotli(data: bytes, _: dict[str, Any]) -> bytes:
     import brotli
 
     try:
@@ -200,7 +200,7 @@ def unpack_brotli(data: bytes, _: dict[str, Any]) -> bytes:
         raise Unreadable from None
 
 
-def unpack_zstandard(data: bytes, _: dict[str, Any]) -> bytes:
+def undo_zstandard(data: bytes, _: dict[str, Any]) -> bytes:
     import zstandard
 
     try:
@@ -221,12 +221,12 @@ DECODERS: dict[str, Callable[[bytes], bytes]] = {
     "binascii.a2b_base64": binascii.a2b_base64,
 }
 DECOMPRESSORS = {
-    "lzma": unpack_lzma,
-    "zlib": unpack_zlib,
-    "gzip": unpack_zlib,
-    "bz2": unpack_bz2,
-    "brotli": unpack_brotli,
-    "zstandard": unpack_zstandard,
+    "lzma": undo_lzma,
+    "zlib": undo_zlib,
+    "gzip": undo_zlib,
+    "bz2": undo_bz2,
+    "brotli": undo_brotli,
+    "zstandard": undo_zstandard,
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fairway.records.files import RecordError, replacing, write_text
+from fairway.records.files import RecordError, replace_text, replacing
 from fairway.records.run import RunFiles, read_run
 from fairway.report import data, page, split, style
 from fairway.report.data import Missing
@@ -42,7 +42,7 @@ def write_report(runs: list[Path], out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with (
-            progress_bar(len(run_files) + len(FIGURES)) as bar,
+            report_bar(len(run_files) + len(FIGURES)) as bar,
             style.drawing(),
         ):
             taken = []
@@ -59,7 +59,7 @@ def write_report(runs: list[Path], out: Path) -> Path:
             sections,
             page_tables(run_files, names, [t["passages"] for t in taken]),
         )
-        write_text(out / "report.html", html)
+        replace_text(out / "report.html", html)
     except OSError as e:
         raise RecordError(
             f"{e.filename or out}: {e.strerror or e}; name another folder with --out"
@@ -67,7 +67,7 @@ def write_report(runs: list[Path], out: Path) -> Path:
     return out / "report.html"
 
 
-def progress_bar(total: int) -> tqdm:
+def report_bar(total: int) -> tqdm:
     """Return a bar that a terminal shows after two seconds, and a file never."""
     return tqdm(total=total, desc="report", delay=2, leave=False, disable=None)
 

@@ -74,7 +74,7 @@ def read_artifact_file(run: RunFiles) -> ArtifactFile:
     )
 
 
-def decompress_brotli(stream: bytes) -> bytes:
+def brotli_content(stream: bytes) -> bytes:
     """Decompress a stream of at most MOST_TOKENIZER bytes; b"" if it is longer or damaged."""
     import brotli
 

@@ -321,7 +321,7 @@ def summary_values(run: RunFiles) -> dict[str, str]:
     rungs = objects_in(score.get("ladder"))
     rows = {
         "val_bpb (bits per byte)": decimal_text(score.get("val_bpb", final.get("bpb")), 6),
-        "counted by": "eval_final.py" if score else "train_gpt.py, neural only" if final else "",
+        "scored by": "eval_final.py" if score else "train_gpt.py, neural only" if final else "",
         "val_loss (nats per token)": decimal_text(score.get("val_loss", final.get("loss")), 6),
         "neural alone (bits per byte)": decimal_text(rungs[-2].get("bpb"), 6)
         if len(rungs) > 1

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fairway.records.run import RunFiles, dict_at
-from fairway.report.artifact import MOST_TOKENIZER, decompress_brotli, read_artifact_file
+from fairway.report.artifact import MOST_TOKENIZER, brotli_content, read_artifact_file
 from fairway.report.data import (
     Missing,
     clean_text,
@@ -170,7 +170,7 @@ class ScoredSplit:
         tokens = np.concatenate(parts)
         if len(tokens) != rows + 1 or hashlib.sha256(tokens).hexdigest() != self.hashes.get("data"):
             raise Missing(
-                f"the shards beside {clean_text(self.shards[0].name)} are not those that were "
+                f"the shards next to {clean_text(self.shards[0].name)} are not those that were "
                 f"scored ({rows + 1:,} tokens, by hash); put them back (make data), or score again "
                 "with VAL_FILES"
             )
@@ -182,7 +182,7 @@ class ScoredSplit:
         import sentencepiece
 
         wanted = self.hashes.get("tokenizer")
-        for model in (self.embedded, self.beside):
+        for model in (self.embedded, self.next_to_shards):
             data = model()
             if data and hashlib.sha256(data).hexdigest() == wanted:
                 try:
@@ -193,16 +193,16 @@ class ScoredSplit:
                     return processor
         raise Missing(
             "no tokenizer with the evaluation's hash in the artifact, nor as tokenizer.model "
-            "beside the shards; put it there"
+            "next to the shards; put it there"
         )
 
     def embedded(self) -> bytes:
         try:
-            return decompress_brotli(read_artifact_file(self.run).tokenizer)
+            return brotli_content(read_artifact_file(self.run).tokenizer)
         except Missing:
             return b""
 
-    def beside(self) -> bytes:
+    def next_to_shards(self) -> bytes:
         path = self.shards[0].parent / "tokenizer.model"
         try:
             return (

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from fairway.records.significance import read_seeds, significance_text
+    from fairway.records.t_tests import read_seeds, significance_text
 
     print(significance_text(read_seeds(options.new), read_seeds(options.old)))
     return 0

@@ -182,25 +182,27 @@ def test_settings_and_presets_of_the_real_trainer_are_read_without_running_it():
         assert trainer_source.trainer_presets(text) == {}
 
 
-def test_presets_may_be_texts():
-    source = """
+def test_presets_may_be_texts_or_dicts():
+    config = """
 class Config:
     layers: int = knob(9, "layers", role="model")
     width: float = knob(2.0, "width")
     gptq: bool = knob(False, "GPTQ")
     out_dir: str = knob(".", "folder", role="place")
 
-BASE = "LAYERS=11 WIDTH=3"
-PRESETS = {"base": BASE, "wide": f"{BASE} GPTQ=1 OUT_DIR='a b'", "tall": BASE + " LAYERS=12"}
 """
+    texts = """PRESET_LINES = {"base": "LAYERS=11 WIDTH=3", "wide": "PRESET=base GPTQ=1 WIDTH=4"}
+PRESETS = {name: read_preset(name) for name in PRESET_LINES}"""
+    dicts = """BASE = dict(layers=11, width=3.0)
+PRESETS = {"base": BASE, "wide": BASE | {"gptq": True, "width": 4.0}, "odd": open("x")}"""
     base = {"layers": 11, "width": 3.0}
-    assert trainer_source.trainer_presets(source) == {
-        "base": base,
-        "wide": base | {"gptq": True, "out_dir": "a b"},
-        "tall": base | {"layers": 12},
-    }
-    assert trainer_source.free_settings(source, "Config") == {"out_dir"}
-    old = source.replace(', role="model"', "").replace(', role="place"', "")
+    for presets in (texts, dicts):
+        assert trainer_source.trainer_presets(config + presets) == {
+            "base": base,
+            "wide": base | {"gptq": True, "width": 4.0},
+        }
+    assert trainer_source.free_settings(config, "Config") == {"out_dir"}
+    old = config.replace(', role="model"', "").replace(', role="place"', "")
     assert "run_id" in trainer_source.free_settings(old, "Config")
 
 
@@ -532,7 +534,7 @@ def test_our_code_counts_at_most_90_000_bytes_and_training_reserves_enough():
     """Training must reserve what the record counts, and not much more: the rest goes to weights."""
     names = shipped_files(ROOT)
     assert {"train_gpt.py", "eval_final.py", "fairway/scoring/experts/ngram.py"} <= set(names)
-    rooms = ("records", "report", "correction", "decoding", "coreml", "verbs")
+    rooms = ("records", "report", "correction", "certificate", "decoding", "coreml", "verbs")
     assert not [name for name in names if name.startswith(tuple(f"fairway/{r}" for r in rooms))]
     counted = counted_bytes(pack_sources({name: (ROOT / name).read_bytes() for name in names}))
     reserved = packed_code_bytes([ROOT / name for name in sorted(names, key="train_gpt.py".__ne__)])

@@ -79,7 +79,7 @@ def test_among_several_logs_the_one_with_its_artifact_counts(tmp_path):
     (tmp_path / "final_model.int6.ptz").write_bytes(b"one")
     assert read_run(tmp_path).run_id == "old"
     (tmp_path / "final_model.int6.ptz").unlink()
-    assert read_run(tmp_path).run_id == "new"  # the newest, where none can be told
+    assert read_run(tmp_path).run_id == "new"  # the newest, if nothing else decides
 
 
 @pytest.mark.parametrize("name", ["", "logs", "absent", "logs/absent.txt"])

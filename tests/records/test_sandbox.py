@@ -8,9 +8,9 @@ import pytest
 
 from fairway.records.checks import check_result
 from fairway.records.checks.base import CheckResult
-from fairway.records.code import import_closure
 from fairway.records.folder import read_record_folder
 from fairway.records.sandbox import Sandbox, check_run, tokenizer_of, training_texts
+from fairway.records.shipped_code import import_closure
 from tests.zoo.records import write
 from tests.zoo.records.good import make
 

@@ -490,7 +490,7 @@ def test_the_worst_passages_cost_most_and_bytes_of_a_character_are_joined(corpus
 def test_an_artifact_states_its_sizes_and_a_bomb_is_no_tokenizer(folders):
     import brotli
 
-    run, unpacked = read_run(folders[0]), artifact.decompress_brotli
+    run, unpacked = read_run(folders[0]), artifact.brotli_content
     made = artifact.read_artifact_file(run)
     assert (
         made.payload_bytes == 900

@@ -16,7 +16,7 @@ from fairway.records.folder import RecordFolder, read_record_folder
 
 __all__ = ["CHECKS", "CheckResult", "check_record", "results_text", "run_check"]
 
-COLOURS = {"ok": "\x1b[32m", "FAIL": "\x1b[31;1m", "cannot tell": "\x1b[33m"}
+VERDICT_COLOURS = {"ok": "\x1b[32m", "FAIL": "\x1b[31;1m", "cannot tell": "\x1b[33m"}
 CHECKS: dict[str, Callable[[RecordFolder], str]] = (
     size.SIZE_CHECKS | claims.CLAIM_CHECKS | course.COURSE_CHECKS | source.SOURCE_CHECKS
 )
@@ -67,10 +67,10 @@ def results_text(results: Sequence[CheckResult], colours: bool = False) -> str:
     """
     lines = []
     for result in results:
-        start, end = (COLOURS.get(result.verdict, ""), "\x1b[0m") if colours else ("", "")
+        start, end = (VERDICT_COLOURS.get(result.verdict, ""), "\x1b[0m") if colours else ("", "")
         lines.append(f"{start}{result.verdict:11}{end}  {result.check:14}  {result.text}")
         lines += [f"{'':13}{warning}" for warning in result.warnings]
-    counts = {kind: sum(result.verdict == kind for result in results) for kind in COLOURS}
+    counts = {kind: sum(result.verdict == kind for result in results) for kind in VERDICT_COLOURS}
     warnings = sum(len(result.warnings) for result in results)
     totals = [*(f"{count} {kind}" for kind, count in counts.items()), f"{warnings} warnings"]
     return "\n".join([*lines, ", ".join(totals)])

@@ -1,4 +1,4 @@
-"""What all checks share: how a check ends, the challenge's limits, and readings of one run or one
+"""The common part of all checks: how a check ends, the challenge's limits, and readings of a
 folder.
 """
 
@@ -87,7 +87,7 @@ def artifact_bytes(run: SeedRun) -> int | None:
     return None
 
 
-def vocabulary_of(log: RunLog) -> int | None:
+def named_vocabulary(log: RunLog) -> int | None:
     """Return the vocabulary size in the name of the tokenizer or data set, such as
     `fineweb10B_sp1024`.
     """

@@ -516,7 +516,7 @@ def check_certificate(folder: RecordFolder) -> str:
     """A certificate must have passed, for this artifact and this score."""
     runs = [run for run in folder.record if run.certificate is not None or run.score is not None]
     if not runs:
-        raise CheckUndecided("no certificate lies beside the logs")
+        raise CheckUndecided("no certificate lies next to the logs")
     for run in runs:
         judge_certificate(run)
     bare = [run.name for run in folder.record if run.certificate is None]

@@ -16,12 +16,12 @@ from fairway.records.checks.base import (
     by_run,
     claimed_runs,
     is_record_track,
+    named_vocabulary,
     printed_code,
-    vocabulary_of,
 )
-from fairway.records.code import READABLE, CodeFile
 from fairway.records.folder import RecordFolder, SeedRun, final_score, scoring_log, scoring_log_name
 from fairway.records.logs import RunLog
+from fairway.records.shipped_code import READABLE, CodeFile
 
 # Scored targets of the challenge's split by tokenizer, with and without the tail, and its bytes,
 # the same for all.
@@ -211,10 +211,10 @@ def check_split(folder: RecordFolder) -> str:
                 f"one log counts {low:,.0f} bytes, another {high:,.0f}: one split for all"
             )
         return f"{number:,} tokens, {high:,.0f} bytes, in all {len(tokens)} logs that state them"
-    return canonical_split(number, next(iter(tokens)), split_bytes)
+    return challenge_split(number, next(iter(tokens)), split_bytes)
 
 
-def canonical_split(number: int, name: str, split_bytes: dict[str, float]) -> str:
+def challenge_split(number: int, name: str, split_bytes: dict[str, float]) -> str:
     """Fail if the bytes are not those of the challenge's split; return the line that names it."""
     known = next((kind for n, kind in SPLIT_TOKENS.items() if 0 <= n - number < TAIL), None)
     if number == BEFORE_REBUILD:
@@ -313,7 +313,7 @@ def check_loss_range(folder: RecordFolder) -> str:
             raise CheckFailed(
                 f"{run.name} has {bad[0]} after {text[: bad.start()].count(chr(10))} lines"
             )
-        vocabulary = run.log.vocab_size or vocabulary_of(run.log)
+        vocabulary = run.log.vocab_size or named_vocabulary(run.log)
         limit = math.log(vocabulary) + 0.05 if vocabulary else math.inf
         for step in run.log.steps:
             if step.loss <= 0 or (step.bpb or 1) <= 0:

@@ -1,4 +1,4 @@
-"""Files and bytes: is everything there, is it counted, and does it fit?"""
+"""Files and bytes: everything must be there, be counted, and fit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fairway.records.checks.base import (
     by_run,
     code_bytes_in_use,
 )
-from fairway.records.code import CHALLENGE, PACKAGES, READABLE, CodeFile, distribution_of
 from fairway.records.files import read_text
 from fairway.records.folder import RecordFolder, read_or_fault, scoring_log
+from fairway.records.shipped_code import CHALLENGE, PACKAGES, READABLE, CodeFile, distribution_of
 from fairway.records.syntax import dotted_name, names_in
 
 MIB = 1 << 20
@@ -78,7 +78,7 @@ def check_schema(folder: RecordFolder) -> str:
 # ==== Bytes =======================================================================================
 
 
-def check_bytes(folder: RecordFolder) -> str:
+def check_total_bytes(folder: RecordFolder) -> str:
     """The largest artifact and the code as it ships must fit, whatever the log counted."""
     artifacts, code, claims = (
         by_run(folder.record, artifact_bytes),
@@ -311,7 +311,7 @@ def check_stub(folder: RecordFolder) -> str:
         if not copies:
             bare.append(
                 f"{name}:1 packed ({', '.join(source.layers) or name.split('!')[0]}), and no "
-                "readable source lies beside it"
+                "readable source lies next to it"
             )
         elif not any(same_code(source, r) for r in copies):
             other.append(
@@ -338,7 +338,7 @@ def same_code(a: CodeFile, b: CodeFile) -> bool:
 SIZE_CHECKS = {
     "files": check_folder_files,
     "schema": check_schema,
-    "bytes": check_bytes,
+    "bytes": check_total_bytes,
     "helpers": check_helpers,
     "units": check_units,
     "stub": check_stub,

@@ -1,5 +1,4 @@
-"""What the shipped code would do, read from its syntax: network, paths, validation text, loading,
-patterns.
+"""Read from its syntax what the shipped code would do: network, paths, validation text, patterns.
 
 A tree shows what is written, not what happens. So a check fails only on what has one meaning. A
 pattern that honest code may also show is a warning with its line, for a reader to look at.
@@ -12,8 +11,8 @@ import re
 from collections.abc import Callable, Iterator
 
 from fairway.records.checks.base import CheckFailed, CheckUndecided
-from fairway.records.code import CodeFile
 from fairway.records.folder import RecordFolder
+from fairway.records.shipped_code import CodeFile
 from fairway.records.syntax import constant_value, dotted_name, names_in
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -484,7 +483,7 @@ def last_epoch_counts(source: CodeFile) -> Iterator[str]:
             ]
             if resets and any(is_step(n) for s in loop.body for n in ast.walk(s)):
                 yield (
-                    f"{location(source, resets[0])} each epoch starts the score anew: the last "
+                    f"{location(source, resets[0])} each epoch resets the score: the last "
                     "epoch's is reported"
                 )
 

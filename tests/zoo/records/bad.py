@@ -377,7 +377,7 @@ def log_cut():
     return files | {"train_seed42.log": text[: text.index(b"step:4500/20000") + 30]}
 
 
-@bad("a training log that was cut off, beside a whole evaluation", "log_whole", "#209")
+@bad("a training log that was cut off, next to a whole evaluation", "log_whole", "#209")
 def training_log_cut():
     files = make("ours")
     text = files["train_seed42.log"].decode()

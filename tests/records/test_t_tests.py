@@ -1,4 +1,4 @@
-"""fairway/records/significance.py: both tests by hand, by scipy, and on published figures."""
+"""fairway/records/t_tests.py: both tests by hand, by scipy, and on published figures."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.records.files import RecordError
-from fairway.records.significance import (
+from fairway.records.t_tests import (
     SeedScores,
     one_sample,
     read_seeds,

@@ -1,4 +1,4 @@
-"""Significance: is a new record better than the old one by more than chance, in nats per token?
+"""Test whether a new record is better than the old one by more than chance, in nats per token.
 
 The rule asks for 0.005 nats per token better than the standing record at p < 0.01. Two tests are in
 use, and both are printed. The one-sample test holds the new seeds against the old mean less the

@@ -1,4 +1,4 @@
-"""fairway/records/code.py: what a folder's scripts reach, and packed code that is read and never
+"""fairway/records/shipped_code.py: what a folder's scripts reach, and packed code that is read and never
 run.
 """
 
@@ -18,7 +18,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairway.records.code import MOST_CODE, import_closure, imports_in, read_code, read_code_file
+from fairway.records.shipped_code import (
+    MOST_CODE,
+    import_closure,
+    imports_in,
+    read_code,
+    read_code_file,
+)
 from fairway.records.syntax import parse_python, without_f_strings
 from fairway.records.unpack import LIMIT, archive_members
 from tests.zoo.records import write
