@@ -9,17 +9,21 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 import build_correction_table
 import eval_final
+from fairway.certificate import evaluation_verdicts
 from fairway.scoring.commits import Commit, verify_chain
+from fairway.scoring.evaluation import Evaluation
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.shipped import counted_code_bytes
-from train_gpt import file_sha256, read_shard, write_shard
+from train_gpt import Runtime, file_sha256, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORING = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fairway/scoring").rglob("*.py")}
@@ -337,6 +341,28 @@ def test_texts_too_short_for_a_window_or_a_certificate(env, tmp_path, corpus, he
     assert here(eval_final.main, settings, []).returncode == 0
     refused = here(eval_final.main, settings, ["--certify"])
     assert refused.returncode == 1 and "holds 20 tokens; --certify needs 128" in refused.stderr
+
+
+def test_the_score_is_on_disk_before_it_is_judged(env, tmp_path, corpus, here, monkeypatch):
+    """An interrupted certificate costs no score."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation_verdicts, "judge_evaluation", interrupt)
+    tokens = read_shard(corpus.folder / "tiny_val_000000.bin")
+    write_shard(tmp_path / "short_val_0.bin", tokens[:200])
+    settings = env(tmp_path, VAL_FILES=tmp_path / "short_val_0.bin")
+    assert here(eval_final.main, settings, ["--certify"]).returncode == 130
+    score = json.loads((tmp_path / "eval/score.json").read_text())
+    assert score["tokens"] == 199 and score["val_bpb"] > 0 and score["certificate"] is None
+    assert not (tmp_path / "eval/certificate.json").exists()
+
+
+def test_no_bar_is_drawn_into_a_file():
+    """Tests capture stderr in a file."""
+    ranks = [Runtime(rank, 2, torch.device("cpu"), "cpu") for rank in (0, 1)]
+    assert all(Evaluation.bar(SimpleNamespace(rt=rt), "rows", 9).disable for rt in ranks)
 
 
 def test_help_names_every_setting(capsys):
