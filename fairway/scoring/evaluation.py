@@ -161,7 +161,7 @@ class Evaluation:
         with self.stage(name):
             columns = self.open_rung(name, neural, kinds, matches)
             if filled := int(np.count_nonzero(columns.covered)):
-                self.log(f"columns:{name} {100 * filled / rows:.0f}% were there already")
+                self.log(f"columns:{name} {100 * filled / rows:.0f}% read from disk")
             with self.bar(name, -(-(rows - filled) // self.rt.world)) as bar:
                 neural.fill(self.text.tokens, columns, matches.hint, self.show_bpb(bar))
         assert columns.complete(), "each row must be scored exactly once"

@@ -193,7 +193,7 @@ def test_a_second_run_reads_its_columns_and_gives_the_same_score(finished, env, 
     folder, done, _ = finished
     again = here(eval_final.main, env(folder), [])
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
-    assert "columns:blocks 100% were there already" in again.stdout
+    assert "columns:blocks 100% read from disk" in again.stdout
     first, second = (
         float(re.search(r"sliding:([\d.]+)s", out)[1]) for out in (done.stdout, again.stdout)
     )
@@ -245,7 +245,7 @@ def test_a_killed_run_continues_from_its_columns(finished, env, tmp_path, here):
     process.wait()
     assert np.load(covered).any() and not (tmp_path / "eval/score.json").exists()
     again = here(eval_final.main, env(tmp_path), [])
-    assert again.returncode == 0 and "were there already" in again.stdout
+    assert again.returncode == 0 and "read from disk" in again.stdout
     first, second = (
         float(d.stdout.splitlines()[-1].split()[0].split(":")[1]) for d in (done, again)
     )

@@ -231,7 +231,6 @@ def test_the_first_layers_are_blocks_of_the_model_under_its_head(name):
                 lambda q, k, v: F.scaled_dot_product_attention(
                     q, k, v, is_causal=True, enable_gqa=True
                 ),
-                None,
             )
         x = F.linear(F.rms_norm((x + lane) / 2, (x.size(-1),)), model.tok_emb.weight)
         expected = model.cfg.logit_softcap * torch.tanh(x / model.cfg.logit_softcap)
