@@ -1,11 +1,12 @@
-"""Bits per byte of what people use and of ours, on the same texts, each taken back byte for byte.
+"""Compare our bits per byte with the compressors that people use, on the same texts.
 
     python bench/compress.py [--artifact A] [--bytes N] [--val GLOB] [--text FILE...]
 
-The embedded validation split (its documents, a line end between them) and any --text (.txt or .jsonl with "text", also
-.xz), the first N bytes of each. Ours encodes and decodes with compress_text.py, each in a process of its own; its
-decoder needs the artifact, whose bytes stand beside it and are in no figure. PPMd (variant I, 64 MiB) gets each of
-several orders, and the best one counts. The last line is JSON.
+The texts are the first N bytes of the embedded validation split (its documents, a line end between
+them) and of any --text (.txt, or .jsonl with "text", also .xz). Every codec must give a text back
+byte for byte. Ours runs as `fairway compress` and `fairway decompress`, each in a new process. Its
+decoder needs the artifact too; its bytes are printed, and are part of no figure. PPMd (variant I,
+64 MiB) runs with several orders, and the best one counts. The last line is JSON.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # data/ is not installed
 
 import brotli  # noqa: E402
 import numpy as np  # noqa: E402
@@ -33,21 +34,24 @@ import zstandard  # noqa: E402
 
 from data.documents import Files  # noqa: E402
 from fairway.compression.spelling import Speller  # noqa: E402
-from train_gpt import document_bounds, need, read_artifact, read_shard  # noqa: E402
+from train_gpt import UserError, document_bounds, read_artifact, read_shard  # noqa: E402
 
 PPMD_ORDERS, PPMD_BYTES = (3, 4, 5, 6, 8, 12, 16, 24, 32), 64 << 20
+# A pair of functions: compress, decompress.
 Codec = tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]
 
 
 def ppmd(order: int) -> Codec:
+    """Return PPMd with a context of `order` bytes."""
     options = dict(max_order=order, mem_size=PPMD_BYTES)
-    return lambda data: pyppmd.compress(data, **options), lambda packed: pyppmd.decompress(
-        packed, **options
+    return (
+        lambda data: pyppmd.compress(data, **options),
+        lambda packed: pyppmd.decompress(packed, **options),
     )
 
 
 def zstd() -> Codec:
-    """--ultra -22 --long=27."""
+    """Return zstd as --ultra -22 --long=27 runs it."""
     options = zstandard.ZstdCompressionParameters.from_level(22, window_log=27, enable_ldm=True)
     return (
         zstandard.ZstdCompressor(compression_params=options).compress,
@@ -55,7 +59,8 @@ def zstd() -> Codec:
     )
 
 
-def others() -> dict[str, Codec]:
+def other_codecs() -> dict[str, Codec]:
+    """Return the codecs to compare with, by the names that the table shows."""
     return {
         "gzip -9": (lambda data: gzip.compress(data, 9, mtime=0), gzip.decompress),
         "bzip2 -9": (lambda data: bz2.compress(data, 9), bz2.decompress),
@@ -72,46 +77,58 @@ def others() -> dict[str, Codec]:
     }
 
 
-def row(name: str, data: bytes, size: int, seconds: float, back: float, **more) -> dict:
+def figures(
+    name: str, data: bytes, size: int, encode_seconds: float, decode_seconds: float, **more
+) -> dict:
+    """Return the figures of one codec on one text."""
     return dict(
         name=name,
         bytes=size,
         bits_per_byte=8 * size / len(data),
-        encode_seconds=seconds,
-        decode_seconds=back,
+        encode_seconds=encode_seconds,
+        decode_seconds=decode_seconds,
         **more,
     )
 
 
-def measured(name: str, codec: Codec, data: bytes) -> dict:
+def measure_codec(name: str, codec: Codec, data: bytes) -> dict:
+    """Compress a text and get it back."""
     began = time.perf_counter()
     packed = codec[0](data)
     middle = time.perf_counter()
-    need(codec[1](packed) == data, f"{name} does not give the text back")
-    return row(name, data, len(packed), middle - began, time.perf_counter() - middle)
+    check_same(name, codec[1](packed), data)
+    return figures(name, data, len(packed), middle - began, time.perf_counter() - middle)
 
 
-def script(*arguments: str | Path) -> tuple[float, float]:
-    """compress_text.py in a process of its own: its seconds, loading included, and the tokens/s that it tells."""
+def check_same(name: str, decoded: bytes, data: bytes) -> None:
+    """Refuse a codec that gives other bytes back."""
+    if decoded != data:
+        raise UserError(f"{name} does not give the text back")
+
+
+def run_verb(*arguments: str | Path) -> tuple[float, float]:
+    """Run a verb in a new process; return its seconds, loading included, and its tokens/s."""
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, str(ROOT / "compress_text.py"), *map(str, arguments)],
+        [sys.executable, "-m", "fairway", *map(str, arguments)],
         capture_output=True,
         text=True,
     )
     lines = [""] + done.stderr.splitlines()
-    need(done.returncode == 0, lines[-1])
+    if done.returncode:
+        raise UserError(lines[-1])
     return time.perf_counter() - began, float(re.search(r"(\d+) tokens/s", lines[-1])[1])
 
 
-def ours(name: str, options: list[str], data: bytes, artifact: str) -> dict:
+def measure_ours(name: str, options: list[str], data: bytes, artifact: str) -> dict:
+    """Compress a text with the artifact and get it back."""
     with tempfile.TemporaryDirectory() as folder:
         text, file, out = (Path(folder) / part for part in ("text", "text.fwy", "out"))
         text.write_bytes(data)
-        encoding = script("encode", "--artifact", artifact, "--out", file, *options, text)
-        decoding = script("decode", "--artifact", artifact, file, "--out", out)
-        need((out / "text").read_bytes() == data, f"{name} does not give the text back")
-        return row(
+        encoding = run_verb("compress", "--artifact", artifact, "--out", file, *options, text)
+        decoding = run_verb("decompress", "--artifact", artifact, file, "--out", out)
+        check_same(name, (out / "text").read_bytes(), data)
+        return figures(
             name,
             data,
             file.stat().st_size,
@@ -122,50 +139,55 @@ def ours(name: str, options: list[str], data: bytes, artifact: str) -> dict:
         )
 
 
-def embedded(pattern: str, artifact: str, most: int) -> bytes:
+def embedded_text(pattern: str, artifact: str, most: int) -> bytes:
+    """Return at most `most` bytes of the text of some shards."""
     paths = sorted(glob.glob(pattern))
-    need(paths, f"no shards match {pattern}; run `make data`, or pass --val")
-    found = read_artifact(artifact)
-    need(
-        found.tokenizer,
-        f"{artifact} has no tokenizer inside, and the shards are decoded with it; train with "
-        "EMBED_TOKENIZER=1",
-    )
+    if not paths:
+        raise UserError(f"no shards match {pattern}; run `make data`, or pass --val")
+    loaded = read_artifact(artifact)
+    if not loaded.tokenizer:
+        raise UserError(
+            f"{artifact} has no tokenizer inside, which decodes the shards; train with "
+            "EMBED_TOKENIZER=1"
+        )
     speller = Speller(
-        sentencepiece.SentencePieceProcessor(model_proto=found.tokenizer), found.config.vocab_size
+        sentencepiece.SentencePieceProcessor(model_proto=loaded.tokenizer), loaded.config.vocab_size
     )
-    tokens = np.concatenate([read_shard(path, found.config.vocab_size) for path in paths])[:most]
+    tokens = np.concatenate([read_shard(path, loaded.config.vocab_size) for path in paths])[:most]
     documents = np.split(tokens, document_bounds(tokens)[1:-1])
     return b"\n".join(speller.data(document[1:]) for document in documents)[:most]
 
 
-def texts(given: argparse.Namespace) -> dict[str, bytes]:
-    found = {"validation split": embedded(given.val, given.artifact, given.bytes)}
-    for path in map(Path, given.text):
+def read_texts(options: argparse.Namespace) -> dict[str, bytes]:
+    """Return the texts to compress, by name."""
+    texts = {"validation split": embedded_text(options.val, options.artifact, options.bytes)}
+    for path in map(Path, options.text):
         parts, size = [], 0
         for document in Files([path]):
             parts.append(document.text().encode())
             size += len(parts[-1]) + 1
-            if size > given.bytes:
+            if size > options.bytes:
                 break
-        found[path.name] = b"\n".join(parts)[: given.bytes]
-    return found
+        texts[path.name] = b"\n".join(parts)[: options.bytes]
+    return texts
 
 
-def compared(data: bytes, artifact: str) -> list[dict]:
-    rows = [measured(name, codec, data) for name, codec in others().items()]
+def compare(data: bytes, artifact: str) -> list[dict]:
+    """Return a row of figures for each codec, ours last."""
+    rows = [measure_codec(name, codec, data) for name, codec in other_codecs().items()]
     tuned = [r for r in rows if r["name"].startswith("PPMd")]
     best = min(tuned, key=lambda r: r["bytes"])
     rows = [r for r in rows if r not in tuned] + [
         best | dict(tried={r["name"]: r["bytes"] for r in tuned})
     ]
     return rows + [
-        ours("ours, the model alone", [], data, artifact),
-        ours("ours, with experts", ["--experts"], data, artifact),
+        measure_ours("ours, the model alone", [], data, artifact),
+        measure_ours("ours, with experts", ["--experts"], data, artifact),
     ]
 
 
 def main() -> None:
+    """Print a table for each text, and then JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -177,16 +199,16 @@ def main() -> None:
         "--val", metavar="GLOB", default=str(ROOT / "data" / "embedded" / "*_val_*.bin")
     )
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE")
-    given = parser.parse_args()
-    size, tables = Path(given.artifact).stat().st_size, []
+    options = parser.parse_args()
+    size, tables = Path(options.artifact).stat().st_size, []
     print(f"artifact: {size:,} bytes, needed by both of ours, in neither figure")
-    for name, data in texts(given).items():
+    for name, data in read_texts(options).items():
         print(
-            f"\n{name}: {len(data):,} bytes\n{'':28} {'bytes':>10} {'bits/byte':>10} {'encode s':>9} {'decode s':>9}"
-            f"  {'tokens/s':>14}",
+            f"\n{name}: {len(data):,} bytes\n{'':28} {'bytes':>10} {'bits/byte':>10} "
+            f"{'encode s':>9} {'decode s':>9}  {'tokens/s':>14}",
             flush=True,
         )
-        rows = compared(data, given.artifact)
+        rows = compare(data, options.artifact)
         for r in rows:
             rates = [
                 f"{r[k]:.0f}"
@@ -194,8 +216,8 @@ def main() -> None:
                 if k in r
             ]
             print(
-                f"{r['name']:28} {r['bytes']:10,} {r['bits_per_byte']:10.4f} {r['encode_seconds']:9.1f} "
-                f"{r['decode_seconds']:9.1f}  {' / '.join(rates):>14}",
+                f"{r['name']:28} {r['bytes']:10,} {r['bits_per_byte']:10.4f} "
+                f"{r['encode_seconds']:9.1f} {r['decode_seconds']:9.1f}  {' / '.join(rates):>14}",
                 flush=True,
             )
         tables.append(dict(text=name, bytes=len(data), rows=rows))

@@ -1,14 +1,16 @@
-"""Bytes an entry of each correction codec, against its computed floor, and what a table is worth once it is charged.
+"""Measure bits an entry of each correction codec, and what a table is worth once it is charged.
 
-    python bench/correction.py [--artifact final_model.int6.ptz --val 'data/embedded/*_val_*.bin'] [--rows 62000000]
+    python bench/correction.py [--artifact A] [--val GLOB] [--rows 62000000]
 
-Two sources. *Synthetic*: 908 thousand entries, drawn evenly from 62 million rows (`--rows` scales both), V = 1024, for
-the codecs that ask no model. *Real*: all targets of a split to which an artifact gives less than 2^-10 and less than
-2^-13, as build_correction_table.py scores and reads them; without `--artifact`, PRESET=cpu is trained for a minute.
-Floors: varint, the sum of its code lengths; rice, entries at random positions and log2 V a token; modelled, the sum of
--log2 of its own chances. `flags` is the entropy of the flags given the octave of the tail alone, in bits an entry: a
-static bound, which a codec that also sees bursts may pass. The table is made from the text that it corrects, so no
-oracle_bpb is a score. The last line is JSON.
+Synthetic entries: 908 thousand, drawn evenly from 62 million rows, V = 1024, for the codecs that do
+not use the model; --rows scales both. Real entries: all targets of a split to which an artifact
+gives less than 2^-10, and less than 2^-13. Without --artifact, PRESET=cpu is trained for a minute.
+
+Floors. varint: the sum of its code lengths; rice: entries at random positions and log2 V bits a
+token; modelled: the sum of -log2 of its own chances. `flags` is the entropy of the flags, in bits
+an entry, if only the octave of the tail is known: a static bound, which a codec that sees bursts
+may pass. The table is made from the text that it corrects, so no oracle_bpb is a score. The last
+line is JSON.
 """
 
 import argparse
@@ -25,24 +27,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import train_gpt
+from fairway.correction import table
+from fairway.correction.entries import Entries, ModelView, position_entropy
+from fairway.correction.oracle import model_view, view_scorer
+from fairway.scoring.columns import columns_in_memory
+from fairway.scoring.settings import EvalConfig
+from fairway.scoring.text import load_text
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_gpt  # noqa: E402
-from fairway.correction import table  # noqa: E402
-from fairway.correction.entries import Entries, ModelView, position_entropy  # noqa: E402
-from fairway.correction.oracle import model_view, view_scorer  # noqa: E402
-from fairway.scoring.columns import columns_in_memory  # noqa: E402
-from fairway.scoring.settings import EvalConfig  # noqa: E402
-from fairway.scoring.text import load_text  # noqa: E402
-
-ENTRIES, ROWS = (
-    907_927,
-    62_021_845,
-)  # of the table that was published in #232, and targets of the challenge's split
-BITS = (10, 13)
+ENTRIES = 907_927  # of the table that #232 published
+ROWS = 62_021_845  # targets of the challenge's validation split
+BITS = (10, 13)  # real entries cost more than this
 
 
-def trained(folder: str) -> str:
+def train(folder: str) -> str:
+    """Train PRESET=cpu for a minute and return the path of its artifact."""
     print("no --artifact: training PRESET=cpu for a minute", file=sys.stderr, flush=True)
     env = {
         **os.environ,
@@ -58,16 +58,16 @@ def trained(folder: str) -> str:
 
 
 def static_flag_bits(entries: Entries, view: ModelView) -> float:
-    """Bits an entry of the flags, each octave of the tail having its own constant rate."""
+    """Return bits an entry of the flags, with one constant rate for each octave of the tail."""
     octaves = np.frexp(np.maximum(view.tail, 2.0**-30))[1]
     listed = octaves[entries.positions]
     sizes = {o: int((octaves == o).sum()) for o in np.unique(octaves)}
-    return sum(position_entropy(int((listed == o).sum()), n) for o, n in sizes.items()) / len(
-        entries.positions
-    )
+    bits = sum(position_entropy(int((listed == o).sum()), n) for o, n in sizes.items())
+    return bits / len(entries.positions)
 
 
 def timed(function):
+    """Return the result of a function and the seconds that it took."""
     began = time.perf_counter()
     result = function()
     return result, time.perf_counter() - began
@@ -76,13 +76,13 @@ def timed(function):
 def measure(
     label: str, entries: Entries, view: ModelView, logp: np.ndarray | None, size: int
 ) -> list[dict]:
-    """A row of figures for each codec that this view can serve; prints them."""
+    """Print and return a row of figures for each codec that can use this view."""
     rows, count = [], len(entries.positions)
     for name, codec in table.CODECS.items():
         if name == "modelled" and view.tail is None:
             continue
         few = Entries(entries.positions[:9], entries.tokens[:9])
-        codec.decode(codec.encode(few, view), view)  # compiled, and distributions held
+        codec.decode(codec.encode(few, view), view)  # compiles, and caches the distributions
         payload, encode = timed(lambda codec=codec: codec.encode(entries, view))
         back, decode = timed(lambda codec=codec, payload=payload: codec.decode(payload, view))
         assert all(np.array_equal(a, b) for a, b in zip(entries, back, strict=True)), (
@@ -104,18 +104,20 @@ def measure(
         rows.append(row)
         row["of_varint"] = len(payload) / rows[0]["bytes"]
         line = (
-            f"{label:20}{name:9}{count:>8}{len(payload) / count:>9.3f}{bits / count:>9.3f}{floor / count:>9.3f}"
-            f"{100 * row['over_floor']:>+8.2f} %{row['of_varint']:>8.4f}{encode:>8.2f}{decode:>8.2f}"
+            f"{label:20}{name:9}{count:>8}{len(payload) / count:>9.3f}{bits / count:>9.3f}"
+            f"{floor / count:>9.3f}{100 * row['over_floor']:>+8.2f} %{row['of_varint']:>8.4f}"
+            f"{encode:>8.2f}{decode:>8.2f}"
         )
         if logp is not None:
-            told = table.charge(logp, entries, table.file_size(entries, view, name), size)
-            row |= told._asdict() | dict(saved_an_entry=told.saved_bits / count, text_bytes=size)
-            line += f"{row['saved_an_entry']:>8.2f}{told.oracle_bpb:>9.4f}{told.charged_bpb:>9.4f}"
+            cost = table.charge(logp, entries, table.file_size(entries, view, name), size)
+            row |= cost._asdict() | dict(saved_an_entry=cost.saved_bits / count, text_bytes=size)
+            line += f"{row['saved_an_entry']:>8.2f}{cost.oracle_bpb:>9.4f}{cost.charged_bpb:>9.4f}"
         print(line, flush=True)
     return rows
 
 
-def synthetic(rows: int) -> list[dict]:
+def measure_synthetic(rows: int) -> list[dict]:
+    """Measure entries that are drawn evenly from `rows` rows."""
     rng = np.random.default_rng(0)
     positions = np.sort(
         rng.choice(rows, max(1, round(rows * ENTRIES / ROWS)), replace=False, shuffle=False)
@@ -124,20 +126,22 @@ def synthetic(rows: int) -> list[dict]:
     return measure("synthetic, even", entries, ModelView(rows, 1024), None, 0)
 
 
-def progress(what: str, rows: int) -> tqdm:
-    return tqdm(total=rows, desc=what, unit="tok", unit_scale=True, delay=3, leave=False)
+def progress_bar(label: str, rows: int) -> tqdm:
+    """Return a progress bar that shows after 3 s, and only on a terminal."""
+    return tqdm(
+        total=rows, desc=label, unit="tok", unit_scale=True, delay=3, leave=False, disable=None
+    )
 
 
-def real(path: str, pattern: str) -> list[dict]:
+def measure_real(path: str, pattern: str) -> list[dict]:
+    """Measure the targets of a split that an artifact predicts worst."""
     artifact, rows, device = train_gpt.read_artifact(path), [], torch.device("cpu")
     text = load_text(EvalConfig(val_files=pattern), artifact)
     neural = view_scorer(train_gpt.build_model(artifact), train_gpt.Runtime(0, 1, device, "cpu"))
-    columns, targets = (
-        columns_in_memory(len(text.sizes), {"logp": "f8"}),
-        text.tokens[1:].astype(np.int64),
-    )
-    with progress("scoring", len(targets)) as bar:
-        neural.fill(text.tokens, columns, on_progress=lambda own, _: bar.update(len(own)))
+    columns = columns_in_memory(len(text.sizes), {"logp": "f8"})
+    targets = text.tokens[1:].astype(np.int64)
+    with progress_bar("scoring", len(targets)) as bar:
+        neural.fill(text.tokens, columns, on_progress=lambda scored, _: bar.update(len(scored)))
     logp, plain = columns["logp"], text.bpb(columns["logp"])
     print(
         f"{len(logp)} real targets, {text.bytes} bytes, {plain:.6f} bits per byte without a table",
@@ -145,15 +149,15 @@ def real(path: str, pattern: str) -> list[dict]:
     )
     for bits in BITS:
         listed = np.flatnonzero(logp < -bits * math.log(2))
-        train_gpt.need(
-            len(listed),
-            f"no target costs over {bits} bits: nothing to measure; set --val to more text",
-        )
-        # Held where they fit, so that the clock sees codecs alone: `measure` asks first.
-        with progress("tails", len(targets)) as bar:
+        if not len(listed):
+            raise train_gpt.UserError(
+                f"no target costs over {bits} bits: nothing to measure; set --val to more text"
+            )
+        # Distributions are cached, so that the clock sees codecs alone: `measure` asks first.
+        with progress_bar("tails", len(targets)) as bar:
             view = model_view(neural, text.tokens, 2.0**-bits, bar.update).cached_for(listed)
         entries = Entries(listed, targets[listed])
-        found = measure(f"real, over {bits} bits", entries, view, logp, text.bytes)
+        measured = measure(f"real, over {bits} bits", entries, view, logp, text.bytes)
         static = static_flag_bits(entries, view)
         print(
             f"{'':20}flags {static:.3f} bits an entry given the tail's octave, "
@@ -165,18 +169,19 @@ def real(path: str, pattern: str) -> list[dict]:
             for name in table.CODECS
         }
         print(
-            f"{'':20}entries that pay for themselves: {', '.join(f'{n} {c}' for n, c in pay.items())}",
+            f"{'':20}entries that pay for themselves: "
+            + ", ".join(f"{n} {c}" for n, c in pay.items()),
             flush=True,
         )
         rows += [
             row | dict(plain_bpb=plain, static_flags=static, paying=pay[row["codec"]])
-            for row in found
+            for row in measured
         ]
     return rows
 
 
-def applying() -> dict:
-    """A million entries on four million rows."""
+def measure_application() -> dict:
+    """Measure the time of a million entries on four million rows."""
     rng = np.random.default_rng(0)
     logp, targets = -20 * rng.random(4_000_000), rng.integers(0, 1024, 4_000_000).astype(np.uint16)
     entries = Entries(np.arange(0, 4_000_000, 4), targets[::4].astype(np.int64))
@@ -189,6 +194,7 @@ def applying() -> dict:
 
 
 def main() -> None:
+    """Print a table of all measurements, and then JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -201,14 +207,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of the synthetic table")
     args = parser.parse_args()
     print(
-        f"{'source':20}{'codec':9}{'entries':>8}{'bytes':>9}{'bits':>9}{'floor':>9}{'over':>10}{'varint':>8}{'encode':>8}"
-        f"{'decode':>8}{'saved':>8}{'oracle':>9}{'charged':>9}",
+        f"{'source':20}{'codec':9}{'entries':>8}{'bytes':>9}{'bits':>9}{'floor':>9}{'over':>10}"
+        f"{'varint':>8}{'encode':>8}{'decode':>8}{'saved':>8}{'oracle':>9}{'charged':>9}",
         flush=True,
     )
-    rows = synthetic(args.rows)
+    rows = measure_synthetic(args.rows)
     with tempfile.TemporaryDirectory() as folder:
-        rows += real(args.artifact or trained(folder), args.val)
-    rows.append(applying())
+        rows += measure_real(args.artifact or train(folder), args.val)
+    rows.append(measure_application())
     print(json.dumps({"bench": "correction", "threads": torch.get_num_threads(), "rows": rows}))
 
 
