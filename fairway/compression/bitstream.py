@@ -46,7 +46,7 @@ DOUBLE = struct.Struct("<d")
 
 # ==== HEADER ======================================================================================
 class Machine(NamedTuple):
-    """What decides the last bits of a model's probabilities, as far as it has a name."""
+    """Software and hardware that decide the last bits of a model's probabilities."""
 
     torch: tuple[int, ...]  # version: 2, 13, 0
     device: int  # index in DEVICES

@@ -29,7 +29,7 @@ class Entries(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelView:
-    """What the model says about each row from the text before it: known to writer and reader alike.
+    """The model's opinion of each row, from the text before it: known to writer and reader alike.
 
     Codecs that do not use the model read only `rows` and `vocab_size`. `distributions(positions)`
     returns float64[m, V]; the same positions must always give the same bits.

@@ -74,7 +74,7 @@ class Table(NamedTuple):
 
 
 class Charge(NamedTuple):
-    """What a table does to a score, and what is left of it when its bits are paid."""
+    """The score with a table, and what is left of it when the table's bits are paid."""
 
     oracle_bpb: float
     charged_bpb: float

@@ -61,7 +61,7 @@ def logp(cfg, text) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def evaluation(cfg, text, logp, tmp_path_factory):
-    """What a proof reads of a finished evaluation."""
+    """Return the parts of a finished evaluation that a proof reads."""
     folder = tmp_path_factory.mktemp("eval")
     return SimpleNamespace(
         cfg=cfg,
