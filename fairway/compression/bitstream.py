@@ -34,10 +34,10 @@ SETTINGS = tuple(names_with_role(EvalConfig, "neural", "experts", "mixture"))
 # Settings of a text: its streams are read without the windows of a score.
 EXPERT_SETTINGS = tuple(names_with_role(EvalConfig, "experts", "mixture"))
 FIELDS = {f.name: f for f in fields(EvalConfig)}
-# A header names each setting by its place here, and a choice by its place in CHOICES. So both orders
+# A header names each setting by its place here, and a choice by its place in CHOICES. Both orders
 # and the defaults are part of the format; a test holds them to the table in docs/BITSTREAM.md. What
-# was dropped keeps its number: MIX_SHARE was 13 (None here), and two choices of MIX_WEIGHTS, which
-# EvalConfig refuses now.
+# was dropped keeps its number: MIX_SHARE was 13 (None here), and EvalConfig refuses two choices of
+# MIX_WEIGHTS.
 PLACES = (*SETTINGS[:13], None, *SETTINGS[13:])
 CHOICES = {name: f.metadata["choices"] for name, f in FIELDS.items()}
 CHOICES["mix_weights"] = ("exponential", "share", "em", "sets", "gate")

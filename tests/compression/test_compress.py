@@ -108,7 +108,7 @@ def random_bytes(count: int) -> dict[str, bytes]:
 
 # ==== ROUND TRIPS =================================================================================
 @pytest.mark.parametrize(
-    "options", [[], ["--experts", "--streams", 4], ["--streams", 200]], ids=str
+    "options", [["--streams", 8], ["--experts", "--streams", 4], ["--streams", 200]], ids=str
 )
 def test_corners_come_back_from_one_bitstream(here, tmp_path, options):
     paths = written(tmp_path / "in", CORNERS)
@@ -387,7 +387,7 @@ def test_500_mutations_are_refused_in_time_and_memory(compressor):
 
     What passes changed nothing that matters: torch's version, the number of threads, a file name.
     """
-    files = [("x", CORNERS["text"][:120]), ("y", b"\xff\0 the")]
+    files = [("x", CORNERS["text"][:60]), ("y", b"\xff\0 the")]
     blob, r, seconds, refusals = compressor.encode(files, None, 4), random.Random(1), 0.0, 0
     for n in range(500):
         bad, began = (

@@ -106,10 +106,10 @@ def test_without_experts_streams_are_independent(model):
 
 def test_with_experts_a_stream_learns_from_the_others(model):
     """The second stream reads what the first read a little earlier; the third reads new text."""
-    cfg, text = EvalConfig(), np.random.default_rng(0).integers(2, V, 440)
-    texts = [text[40:240], text[20:220], text[240:440]]
-    costs_alone = [costs(mixed(model, 1, cfg, 200), [t]).mean() for t in texts]
-    together = costs(mixed(model, 3, cfg, 600), texts).mean(axis=0)
+    cfg, text = EvalConfig(), np.random.default_rng(0).integers(2, V, 240)
+    texts = [text[40:140], text[20:120], text[140:240]]
+    costs_alone = [costs(mixed(model, 1, cfg, 100), [t]).mean() for t in texts]
+    together = costs(mixed(model, 3, cfg, 300), texts).mean(axis=0)
     assert together[1] > costs_alone[1] + 1 and abs(together[2] - costs_alone[2]) < 0.5
 
 

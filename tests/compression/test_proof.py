@@ -21,7 +21,7 @@ from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import Text, load_text
 from train_gpt import Config, Runtime, UserError, build_model, read_artifact, read_shard
 
-COUNT = 400
+COUNT = 250
 ALONE = Runtime(0, 1, torch.device("cpu"), "cpu")
 
 
@@ -163,12 +163,21 @@ def test_a_damaged_proof_is_one_line(artifact, facts, evaluation, tmp_path, caps
         assert reason in error and not out.exists()
 
 
-def test_the_error_of_another_process_is_passed_on(cfg, corpus, text, facts, evaluation, tmp_path):
-    other = str(make_artifact(tmp_path / "b.ptz", corpus, num_layers=1))
-    settings = replace(cfg, checkpoint=other, tokenizer_path=text.tokenizer_path)
-    message = proof.decode_elsewhere(settings, evaluation.folder / "proof.fwy")
+def test_the_error_of_another_process_is_passed_on(artifact, facts, evaluation):
+    """It names a device that does not exist, which the process finds before it loads anything."""
+    cfg = SimpleNamespace(checkpoint=str(artifact), tokenizer_path="", device="abacus")
+    message = proof.decode_elsewhere(cfg, evaluation.folder / "proof.fwy")
     assert isinstance(message, str) and message.startswith("fairway decode-proof: error: ")
-    assert "was made with artifact" in message
+    assert "abacus" in message
+
+
+def test_a_proof_of_another_artifact_is_refused(corpus, text, facts, evaluation, tmp_path, capsys):
+    other, out = make_artifact(tmp_path / "b.ptz", corpus, num_layers=1), tmp_path / "tokens.bin"
+    options = ["--artifact", str(other), "--tokenizer", text.tokenizer_path, "--out", str(out)]
+    assert cli.main(["decode-proof", *options, str(evaluation.folder / "proof.fwy")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fairway decode-proof: error: ") and "was made with artifact" in error
+    assert not out.exists()
 
 
 def test_settings_that_no_bitstream_holds_are_refused_before_coding(evaluation, tmp_path):
