@@ -702,7 +702,7 @@ def coding_order(units: Planes, ids: np.ndarray) -> Iterator[tuple[int, np.ndarr
 def pack_ans(planes: Planes) -> bytes:
     layouts = [best_layout(p) for p in planes]
     units = [units_of(p, layout) for p, layout in zip(planes, layouts, strict=True)]
-    rows = [(np.arange(len(u))[:, None] * 256 + u).ravel() for u in units]
+    rows = ((np.arange(len(u))[:, None] * 256 + u).ravel() for u in units)
     counts = [np.bincount(r, minlength=256 * len(u)) for r, u in zip(rows, units, strict=True)]
     counts = np.concatenate(counts).astype(np.int32).reshape(-1, 256)  # [units, symbols]
     used, trials = counts[:, counts.any(axis=0)].astype(np.float32), []
