@@ -173,22 +173,12 @@ def imports_in(source: CodeFile) -> Iterator[Import]:
             if match := re.match(r"\s*(?:import|from)\s+([A-Za-z_][\w.]*)", line):
                 yield Import(match[1], (), number, True, False)
     package = Path(source.name).parent.parts
-    guarded = {
-        id(inner)
-        for node in source.nodes
-        if isinstance(node, ast.Try) and node.handlers
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
-    lazy_nodes = {
-        id(inner)
-        for node in source.nodes
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(node)
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
+    guarded = body_lines(n for n in source.nodes if isinstance(n, ast.Try) and n.handlers)
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    delayed = body_lines(n for n in source.nodes if isinstance(n, functions) or is_type_checking(n))
     for node in source.nodes:
-        optional, lazy = id(node) in guarded, id(node) in lazy_nodes
+        line = getattr(node, "lineno", 0)
+        optional, lazy = line in guarded, line in delayed
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(alias.name, (), node.lineno, optional, lazy)
@@ -214,6 +204,15 @@ def imports_in(source: CodeFile) -> Iterator[Import]:
                     r"[A-Za-z_][\w.]*", str(constant_value(module) or "")
                 ):
                     yield Import(str(constant_value(module)), (), node.lineno, True, lazy)
+
+
+def body_lines(nodes: Iterable[ast.AST]) -> set[int]:
+    """Return the numbers of the lines in the bodies of these statements."""
+    return {
+        line
+        for node in nodes
+        for line in range(node.body[0].lineno, (node.body[-1].end_lineno or 0) + 1)
+    }
 
 
 def is_type_checking(node: ast.AST) -> bool:
