@@ -1,4 +1,4 @@
-"""Bytes and seconds of each codec, against the entropy of what it codes.
+"""Measure bytes and seconds of each artifact codec, against the entropy of what it codes.
 
     python bench/artifact.py [--state final_model.pt] [--quick]
 
@@ -11,41 +11,27 @@ runs, for brotli of one. The last line is JSON.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from short_run import train_for_a_minute
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_gpt  # noqa: E402
+import train_gpt
 
 RECORD_K = 12.85
 
 
 def trained_state(path: str) -> tuple[dict[str, torch.Tensor], train_gpt.Config]:
-    """The weights of a cpu run, as they were before rounding."""
+    """Return the weights of a cpu run before rounding, and its settings."""
     cfg = train_gpt.Config(**train_gpt.PRESETS["cpu"])
     if path:
         return torch.load(path, weights_only=True), cfg
     with tempfile.TemporaryDirectory() as folder:
-        print("no --state: training PRESET=cpu for a minute", flush=True)
-        env = {
-            **os.environ,
-            "PRESET": "cpu",
-            "OUT_DIR": folder,
-            "MAX_WALLCLOCK_SECONDS": "60",
-            "RUN_ID": "bench",
-        }
-        subprocess.run(
-            [sys.executable, ROOT / "train_gpt.py"], env=env, check=True, stdout=subprocess.DEVNULL
-        )
+        train_for_a_minute(folder, "--state")
         return torch.load(Path(folder) / "final_model.pt", weights_only=True), cfg
 
 
@@ -65,6 +51,7 @@ def consensus_state() -> tuple[dict[str, torch.Tensor], train_gpt.Config]:
 
 
 def entropy_bytes(planes: list[np.ndarray]) -> float:
+    """Return the order-0 entropy of all planes."""
     bits = 0.0
     for plane in planes:
         counts = np.bincount(plane.ravel(), minlength=256)
@@ -74,6 +61,7 @@ def entropy_bytes(planes: list[np.ndarray]) -> float:
 
 
 def timed(function, runs: int):
+    """Return the result of a call, and the median seconds of so many calls."""
     seconds = []
     for _ in range(runs):
         began = time.perf_counter()
@@ -82,14 +70,11 @@ def timed(function, runs: int):
     return result, statistics.median(seconds)
 
 
-def measure(label: str, state, cfg, k: float, names: list[str]) -> list[dict]:
+def measure_codecs(label: str, state, cfg, k: float, names: list[str]) -> list[dict]:
+    """Print and return a row for each named codec, on one state at one k."""
     planes = train_gpt.planes_of(train_gpt.quantised(state, k, cfg, {}))
-    bound, symbols, shapes, rows = (
-        entropy_bytes(planes),
-        sum(p.size for p in planes),
-        [p.shape for p in planes],
-        [],
-    )
+    bound, symbols = entropy_bytes(planes), sum(p.size for p in planes)
+    shapes, rows = [p.shape for p in planes], []
     for name in names:
         runs = 3 if name == "ans" else 1
         payload, encode = timed(lambda name=name: train_gpt.encode_planes(name, planes), runs)
@@ -122,6 +107,7 @@ def measure(label: str, state, cfg, k: float, names: list[str]) -> list[dict]:
 
 
 def main() -> None:
+    """Measure both states, and print one line of JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -133,15 +119,15 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="the entropy coder alone: seconds instead of minutes"
     )
-    args = parser.parse_args()
-    names, rows = ["ans"] if args.quick else ["ans", "brotli"], []
+    options = parser.parse_args()
+    names, rows = ["ans"] if options.quick else ["ans", "brotli"], []
     for label, (state, cfg) in (
-        ("trained, cpu", trained_state(args.state)),
+        ("trained, cpu", trained_state(options.state)),
         ("26.8 M, consensus", consensus_state()),
     ):
         fitted = train_gpt.bisect_k(state, train_gpt.size_target(cfg), cfg)
         for k in (fitted, RECORD_K):
-            rows += measure(label, state, cfg, k, names)
+            rows += measure_codecs(label, state, cfg, k, names)
     print(json.dumps({"bench": "artifact", "threads": torch.get_num_threads(), "rows": rows}))
 
 

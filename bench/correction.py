@@ -16,15 +16,13 @@ line is JSON.
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from short_run import EMBEDDED, train_for_a_minute
 from tqdm import tqdm
 
 import train_gpt
@@ -35,26 +33,9 @@ from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import load_text
 
-ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = 907_927  # of the table that #232 published
 ROWS = 62_021_845  # targets of the challenge's validation split
 BITS = (10, 13)  # real entries cost more than this
-
-
-def train(folder: str) -> str:
-    """Train PRESET=cpu for a minute and return the path of its artifact."""
-    print("no --artifact: training PRESET=cpu for a minute", file=sys.stderr, flush=True)
-    env = {
-        **os.environ,
-        "PRESET": "cpu",
-        "OUT_DIR": folder,
-        "MAX_WALLCLOCK_SECONDS": "60",
-        "RUN_ID": "bench",
-    }
-    subprocess.run(
-        [sys.executable, ROOT / "train_gpt.py"], env=env, check=True, stdout=subprocess.DEVNULL
-    )
-    return str(Path(folder) / "final_model.int6.ptz")
 
 
 def static_flag_bits(entries: Entries, view: ModelView) -> float:
@@ -201,9 +182,7 @@ def main() -> None:
     parser.add_argument(
         "--artifact", default="", help="an artifact of train_gpt.py; unset: trained for a minute"
     )
-    parser.add_argument(
-        "--val", default=str(ROOT / "data" / "embedded" / "*_val_*.bin"), help="pattern of shards"
-    )
+    parser.add_argument("--val", default=EMBEDDED, help="pattern of shards")
     parser.add_argument("--rows", type=int, default=ROWS, help="rows of the synthetic table")
     args = parser.parse_args()
     print(
@@ -213,7 +192,11 @@ def main() -> None:
     )
     rows = measure_synthetic(args.rows)
     with tempfile.TemporaryDirectory() as folder:
-        rows += measure_real(args.artifact or train(folder), args.val)
+        artifact = args.artifact
+        if not artifact:
+            trained = train_for_a_minute(folder, "--artifact")
+            artifact = str(trained / "final_model.int6.ptz")
+        rows += measure_real(artifact, args.val)
     rows.append(measure_application())
     print(json.dumps({"bench": "correction", "threads": torch.get_num_threads(), "rows": rows}))
 

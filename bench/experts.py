@@ -32,10 +32,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from short_run import ROOT
 
 from fairway.scoring.commits import CHAIN_START, chained
 from fairway.scoring.experts.match import Match, Matches, match_probabilities
@@ -46,7 +46,6 @@ from fairway.scoring.mixed import COMMIT_ROWS, DEFAULT_EXPERTS, make_match, make
 from fairway.scoring.settings import EvalConfig
 from train_gpt import BOS_ID, UserError, read_shard
 
-ROOT = Path(__file__).resolve().parent.parent
 SINGLE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 V, BYTES = 1024, 3  # vocabulary; bytes that every token is taken for
 SIZES, QUICK, FULL = [1_000_000, 10_000_000], [100_000, 300_000], 62_021_846

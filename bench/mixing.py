@@ -17,7 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from short_run import ROOT
+
 MODEL = dict(PRESET="cpu", OMP_NUM_THREADS="1")
 
 

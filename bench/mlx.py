@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from short_run import ROOT
 
 
 def run_script(script: str, out: Path, **settings: str) -> tuple[str, float]:
@@ -45,6 +45,7 @@ def read_bpb(pattern: str, text: str) -> float:
 
 
 def main() -> None:
+    """Train with both, score both artifacts, and print a table."""
     preset = sys.argv[1] if len(sys.argv) > 1 else "smoke"
     with tempfile.TemporaryDirectory() as folder:
         torch_out, mlx_out = Path(folder) / "torch", Path(folder) / "mlx"

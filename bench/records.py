@@ -14,13 +14,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from short_run import ROOT
 
-from fairway.records.checks import check_record  # noqa: E402
+from fairway.records.checks import check_record
 
 
-def zoo(out: str) -> list[Path]:
+def make_zoo(out: str) -> list[Path]:
+    """Write the records of the zoo, and return their folders."""
     subprocess.run(
         [sys.executable, "-m", "tests.zoo.records", out],
         cwd=ROOT,
@@ -30,7 +30,8 @@ def zoo(out: str) -> list[Path]:
     return sorted(Path(out).glob("*/*"))
 
 
-def judged(folder: Path) -> dict:
+def check_folder(folder: Path) -> dict:
+    """Run all checks on a folder; return their results and the processor seconds."""
     began = time.process_time()
     verdicts = check_record(folder)
     seconds = time.process_time() - began
@@ -43,13 +44,14 @@ def judged(folder: Path) -> dict:
 
 
 def main() -> None:
+    """Check each folder, and print a table and one line of JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     folders = parser.parse_args().folders
     with tempfile.TemporaryDirectory() as out:
-        rows = [judged(folder) for folder in folders or zoo(out)]
+        rows = [check_folder(folder) for folder in folders or make_zoo(out)]
     print(f"{'folder':95}   ok  FAIL  cannot tell  seconds")
     for row in rows:
         counts = [row["verdicts"][verdict] for verdict in ("ok", "FAIL", "cannot tell")]

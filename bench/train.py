@@ -6,8 +6,7 @@
 weight decay, clipping, QAT at 6 bits and SWA. `baseline` is the same shape with the challenge's
 starter settings: none of these, MLP 2x, 8 bits. Both train on the embedded corpus, on a CPU. The
 score is that of the artifact read back from disk. A run that is interrupted resumes; finished runs
-are not repeated.
-The last line is JSON.
+are not repeated. The last line is JSON.
 """
 
 import argparse
@@ -18,11 +17,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import train_gpt  # noqa: E402
+from short_run import ROOT
 
-# What stays as it is in PRESET=cpu: shape, batch, and how long momentum warms up.
+import train_gpt
+
+# Settings of PRESET=cpu that `baseline` keeps: shape, batch, and the warm-up of momentum.
 SHAPE = {
     "num_layers",
     "model_dim",
@@ -39,16 +38,16 @@ SHAPE = {
 
 
 def settings_of(features: str) -> dict[str, str]:
-    """Every setting that the cpu preset changes, set back to the starter's value for `baseline`."""
+    """Return the environment: for `baseline`, the starter's value of what PRESET=cpu changes."""
     if features == "consensus":
         return {}
     starter = train_gpt.Config()
-    back = {n: getattr(starter, n) for n in train_gpt.PRESETS["cpu"] if n not in SHAPE}
-    return {n.upper(): str(int(v) if isinstance(v, bool) else v) for n, v in back.items()}
+    values = {n: getattr(starter, n) for n in train_gpt.PRESETS["cpu"] if n not in SHAPE}
+    return {n.upper(): str(int(v) if isinstance(v, bool) else v) for n, v in values.items()}
 
 
 def run(features: str, seed: int, steps: int, out: Path) -> dict:
-    """One training run in a folder of its own; its last events."""
+    """Train once in a folder of its own, unless that is done; return figures of its log."""
     folder = out / f"{features}_seed{seed}"
     log = folder / "logs" / "bench.jsonl"
     env = {
@@ -87,6 +86,7 @@ def run(features: str, seed: int, steps: int, out: Path) -> dict:
 
 
 def main() -> None:
+    """Train every run, then print a table and one line of JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -95,10 +95,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "out" / "bench_train", help="folder for the runs"
     )
-    args = parser.parse_args()
-    seeds = [int(s) for s in args.seeds.split(",")]
+    options = parser.parse_args()
+    seeds = [int(s) for s in options.seeds.split(",")]
     rows = [
-        run(features, seed, args.steps, args.out)
+        run(features, seed, options.steps, options.out)
         for seed in seeds
         for features in ("baseline", "consensus")
     ]
@@ -108,16 +108,16 @@ def main() -> None:
     )
     summary = {}
     for features in ("baseline", "consensus"):
-        mine = [r for r in rows if r["features"] == features]
-        bpb = [r["bpb"] for r in mine]
+        of_kind = [r for r in rows if r["features"] == features]
+        bpb = [r["bpb"] for r in of_kind]
         spread = statistics.stdev(bpb) if len(bpb) > 1 else 0.0
-        speed = statistics.median(r["tokens_per_second"] for r in mine)
+        speed = statistics.median(r["tokens_per_second"] for r in of_kind)
         summary[features] = dict(
             mean=statistics.mean(bpb), deviation=spread, tokens_per_second=speed
         )
         print(
             f"{features:10} {statistics.mean(bpb):16.4f} {spread:10.4f} {speed:9.0f} "
-            f"{mine[0]['parameters']:11}"
+            f"{of_kind[0]['parameters']:11}"
         )
     gain = summary["baseline"]["mean"] - summary["consensus"]["mean"]
     print(f"consensus is {gain:.4f} BPB lower, at equal tokens ({rows[0]['tokens']})")
