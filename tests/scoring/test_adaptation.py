@@ -19,6 +19,7 @@ from train_gpt import BOS_ID, GPT, PRESETS, Config, Runtime, UserError, initiali
 V, LENGTH = 64, 32
 ALONE = Runtime(0, 1, torch.device("cpu"), "test")
 TTT = ("chunks", "lora", "bias")
+FORMS_AND_LANES = [("chunks", 1), ("lora", 1), ("lora", 3), ("bias", 1)]  # lora alone has lanes
 SMALL = dict(
     vocab_size=V,
     train_seq_len=LENGTH,
@@ -209,13 +210,10 @@ def changes(tokens: np.ndarray, row: int) -> list[np.ndarray]:
     return [np.append(known, (after + 7) % V), known, np.concatenate([known, [BOS_ID], after[:-1]])]
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-@pytest.mark.parametrize("ttt", TTT)
+@pytest.mark.parametrize("ttt, lanes", FORMS_AND_LANES)
 def test_no_row_and_no_state_knows_what_comes_later(model, ttt, lanes):
     tokens, learns = text(), scorer(model, ttt)
     if lanes > 1:
-        if ttt != "lora":
-            pytest.skip("has no lanes")
         learns.adapters = Adapters(model, 2, lanes)
     base, digests = filled(learns, tokens), learns.digests
     kinds = learns.boundaries(tokens)
@@ -265,8 +263,7 @@ def test_every_bit_counts_in_a_fingerprint():
     )
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-@pytest.mark.parametrize("ttt", TTT)
+@pytest.mark.parametrize("ttt, lanes", FORMS_AND_LANES)
 def test_distributions_are_those_that_scoring_used(model, ttt, lanes):
     tokens, learns = text(), scorer(model, ttt)
     if ttt == "lora":
