@@ -3,7 +3,7 @@
 The folder must pass `fairway check`, and git must show no other change.
 
 Example:
-    fairway pr records/track_non_record_16mb/2026-05-01_SmearGate
+    fairway pr records/track_non_record_16mb/*_SmearGate
 """
 
 from __future__ import annotations

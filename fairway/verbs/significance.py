@@ -1,7 +1,7 @@
 """Compare the scores of one record with those of another by both tests in use, in nats.
 
 Example:
-    fairway significance records/track_10min_16mb/NEW records/track_10min_16mb/OLD
+    fairway significance records/track_non_record_16mb/*Consensus records/track_non_record_16mb/*Consensus
 """
 
 from __future__ import annotations
