@@ -30,7 +30,7 @@ SLACK, SLACK_BYTES = 0.001, 64
 
 
 class ProofFacts(NamedTuple):
-    """Whether a proof holds, the line that says so, and its figures."""
+    """The result of a proof: does it hold, the line that says so, and its figures."""
 
     passed: bool
     figure: str
