@@ -1,7 +1,7 @@
 """Compare the scores of one record with those of another by both tests in use, in nats.
 
 Example:
-    fairway significance records/track_non_record_16mb/*Consensus records/track_non_record_16mb/*Consensus
+    fairway significance records/*/*_CPU_Consensus records/*/*_CPU_Consensus
 """
 
 from __future__ import annotations
