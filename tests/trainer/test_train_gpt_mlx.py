@@ -168,7 +168,7 @@ def test_gradients_match_pytorch(name):
     run = make_run(model.cfg, to_arrays(params), tokens.flatten().numpy())
     run.model.looping = True
     x, y = (to_ids(t.numpy()) for t in (tokens[:, :-1], tokens[:, 1:]))
-    got = ours.gradient_function(run)(run.weights, x, y, mx.array(1.0))
+    got = ours.gradient_function(run)(run.weights, x, y)
     assert np.allclose(got[0][0].item(), loss.item(), atol=1e-6)
     for (n, g), w in zip(to_tensors(got[1]).items(), wanted, strict=True):
         assert (g - w).abs().max() <= 1e-4 * w.abs().max().clamp(min=1e-6), n
@@ -371,7 +371,7 @@ def test_the_estimate_of_activations_matches_mlx(changed):
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(ours.gradient_function(run)(run.weights, x, x, mx.array(1.0)))
+        mx.eval(ours.gradient_function(run)(run.weights, x, x))
         peaks.append(mx.get_peak_memory() - before)
     measured = (peaks[1] - peaks[0]) / 256
     assert 0.95 * measured <= ours.activation_bytes(cfg) <= 1.3 * measured
