@@ -2,7 +2,7 @@
 # make report a page of pictures of that run
 # make test   the fast tests; make test-apple: those of MLX and CoreML, on Linux too; make test-slow: those behind the
 #             marker; make lint; make bench
-# make apple  installs what train_gpt_mlx.py and export_coreml.py need, beside the rest
+# make apple  also installs what train_gpt_mlx.py and fairway export-coreml need
 
 PYTHON ?= python3
 PRESET ?= cpu

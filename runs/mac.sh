@@ -11,10 +11,10 @@ export DATA_PATH=data/embedded OUT_DIR=out/mac
 PRESET=cpu RUN_ID=mac .venv/bin/python train_gpt_mlx.py
 artifact=$(ls "$OUT_DIR"/final_model.*.ptz)
 CHECKPOINT=$artifact .venv/bin/python eval_final.py --certify
-.venv/bin/python export_coreml.py --artifact "$artifact" --out "$OUT_DIR/coreml" --quantise artifact --check
+.venv/bin/fairway export-coreml --artifact "$artifact" --out "$OUT_DIR/coreml" --quantise artifact --check
 .venv/bin/fairway generate --artifact "$artifact" --engine coreml --shards "$OUT_DIR/coreml" --draft ngram \
   --strategy greedy --prompt "The people of the United States"
 if [ "$(uname)" = Darwin ]; then
-  .venv/bin/python export_coreml.py --artifact "$artifact" --out "$OUT_DIR/coreml" --audit
-  .venv/bin/python export_coreml.py --artifact "$artifact" --out "$OUT_DIR/coreml" --bench
+  .venv/bin/fairway export-coreml --artifact "$artifact" --out "$OUT_DIR/coreml" --audit
+  .venv/bin/fairway export-coreml --artifact "$artifact" --out "$OUT_DIR/coreml" --bench
 fi

@@ -57,7 +57,7 @@ def make_artifact(
     inside: bool = True,
     **settings,
 ) -> Path:
-    """Write the artifact of a small random model with the corpus's vocabulary, and return its path."""
+    """Write the artifact of a small random model for the corpus, and return its path."""
     model = models.trained(
         **dict(vocab_size=corpus.vocab_size, train_seq_len=32, train_batch_tokens=256) | settings
     )

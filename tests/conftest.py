@@ -4,9 +4,11 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -278,40 +280,40 @@ def artifacts(tmp_path_factory, corpus) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory, corpus):
-    """Return `exported(**choice)`: a folder of CoreML shards, made once for all processes."""
+    """Return `exported(**options)`: a folder of CoreML shards of a small random model.
+
+    Options that equal their defaults do not matter. Each folder is exported once, and shared by
+    all processes of a test run; a test that changes it must copy it first.
+    """
     from artifacts import make_artifact
 
-    from fairway.coreml.export import Choice, Source, export
+    from fairway.coreml.export import ExportOptions, ExportSource, export_shards
 
     folder = tmp_path_factory.mktemp("coreml")
-    source = Source.read(
-        make_artifact(
-            folder,
-            corpus,
-            num_layers=2,
-            smear_gate=True,
-            bigram_vocab_size=32,
-            bigram_dim=8,
-            xsa_last_n=1,
-        )
-    )
-    sha256, text = (
-        file_sha256(source.path),
-        read_shard(corpus.folder / "tiny_train_000000.bin")[:400],
-    )
-    shared = Path(tmp_path_factory.getbasetemp())
-    shared = (
-        shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
-    ) / f"shards-{sha256[:12]}"
+    features = dict(smear_gate=True, bigram_vocab_size=32, bigram_dim=8, xsa_last_n=1)
+    source = ExportSource.read(make_artifact(folder, corpus, num_layers=2, **features))
+    sha256 = file_sha256(source.path)
+    text = read_shard(corpus.folder / "tiny_train_000000.bin")[:400]
+    base = Path(tmp_path_factory.getbasetemp())
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    shared = base / f"shards-{sha256[:12]}"
 
-    def get(**choice) -> Path:
-        made = shared / "-".join(f"{name}={value}" for name, value in sorted(choice.items()))
-        if not made.exists():
-            export(source, Choice(**choice), folder / made.name, text, lambda line: None)
+    def get(**options) -> Path:
+        options = ExportOptions(**options)
+        changed = {n: v for n, v in asdict(options).items() if v != getattr(ExportOptions, n)}
+        path = shared / ("-".join(f"{n}={v}" for n, v in sorted(changed.items())) or "default")
+        if not path.exists():
+            export_shards(source, options, folder / path.name, text, lambda line: None)
             shared.mkdir(exist_ok=True)
-            with contextlib.suppress(OSError):  # another process was sooner
-                os.rename(folder / made.name, made)
-        return made
+            with contextlib.suppress(OSError):  # another process exported it meanwhile
+                (folder / path.name).rename(path)
+        return path
 
-    get.source, get.source_sha256, get.text = source, sha256, text
+    def saving(**options):
+        """Return a stand-in for export.save_shard that copies the shards of `get(**options)`."""
+        return lambda ct, shard, opts, sizes, path: shutil.copytree(
+            get(**options) / path.name, path
+        )
+
+    get.source, get.source_sha256, get.text, get.saving = source, sha256, text, saving
     return get

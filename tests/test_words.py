@@ -23,24 +23,11 @@ LEAST_WORDS = 3  # "Nothing here." says nothing
 # Files that still have fragments. The list may only shrink.
 NOT_CONVERTED = set(
     """
-bench/coreml.py bench/mixing.py
-export_coreml.py fairway/__init__.py
-fairway/command_line.py
-fairway/coreml/engine.py
-fairway/coreml/export.py fairway/coreml/graph.py fairway/coreml/host.py
-fairway/coreml/interpret.py fairway/coreml/layout.py fairway/coreml/mac.py
-fairway/coreml/manifest.py fairway/coreml/mlpackage.py fairway/coreml/parity.py
-fairway/coreml/ranges.py
-fairway/options.py
-fairway/scoring/experts/match.py
-fairway/scoring/experts/mixing.py fairway/scoring/experts/state.py
-tests/coreml/test_export.py tests/coreml/test_host.py tests/coreml/test_layout.py
-tests/coreml/test_mlpackage.py tests/coreml/test_runtime_swift.py tests/coreml/test_tools.py
-tests/damage.py
-tests/reference_mixing.py
-tests/scoring/test_mixing.py tests/test_house.py
-tests/test_options.py
-""".split()
+bench/mixing.py fairway/__init__.py fairway/command_line.py fairway/options.py
+fairway/scoring/experts/match.py fairway/scoring/experts/mixing.py
+fairway/scoring/experts/state.py tests/damage.py tests/reference_mixing.py
+tests/scoring/test_mixing.py tests/test_house.py tests/test_options.py
+    """.split()
 )
 
 

@@ -1,1 +1,1 @@
-"""An artifact on Apple's Neural Engine: its graph, its export, what a runtime must check, and an interpreter of it."""
+"""Export an artifact to CoreML shards for the Neural Engine, check them, and run them anywhere."""

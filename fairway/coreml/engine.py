@@ -1,7 +1,8 @@
-"""A folder of shards as an engine that decoding drives: tokens in, logits out, keys and values of what is accepted.
+"""A folder of shards as a decoding engine: tokens in, logits out, keys and values in a cache.
 
-Off a Mac the shards are interpreted; on one, CoreML runs them. What is around them, embeddings, rotations, masks and
-slots, is the same code."""
+On a Mac CoreML runs the shards; elsewhere the interpreter does. The code around them (embeddings,
+RoPE tables, masks and slots) is the same.
+"""
 
 from __future__ import annotations
 
@@ -17,216 +18,257 @@ import numpy as np
 import torch
 
 from fairway.compression.loading import Loaded
-from fairway.coreml.graph import dims_of, host_tables
-from fairway.coreml.host import Embedding, mask_of, rotations
-from fairway.coreml.interpret import Program
-from fairway.coreml.manifest import Folder, read_folder
+from fairway.coreml.graph import host_tables, model_dims
+from fairway.coreml.host import Embedding, attention_mask, rotary_tables
+from fairway.coreml.interpret import InterpretedFunction
+from fairway.coreml.manifest import ShardFolder, read_shard_folder
 from fairway.scoring.memory import REWIND
-from train_gpt import file_sha256, need
+from train_gpt import UserError, file_sha256
 
-Call = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-Runner = Callable[[Folder, str, str], Call]  # of a folder's shard and function
-
-
-def interpreted(precision: str = "declared") -> Runner:
-    return lambda folder, shard, function: Program(folder.packages[shard], function, precision)
+ShardCall = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+Runner = Callable[[ShardFolder, str, str], ShardCall]  # (folder, shard, function) -> its call
 
 
-def on_this_machine() -> Runner:
-    """CoreML's own predict on a Mac, the interpreter elsewhere."""
+def interpreter_runner(precision: str = "declared") -> Runner:
+    """Return the runner that interprets each function in numpy."""
+    return lambda folder, shard, function: InterpretedFunction(
+        folder.packages[shard], function, precision
+    )
+
+
+def default_runner() -> Runner:
+    """Return the runner of this machine: CoreML on a Mac, the interpreter elsewhere."""
     if sys.platform != "darwin":
-        return interpreted()
-    from fairway.coreml.mac import predicted
+        return interpreter_runner()
+    from fairway.coreml.mac import coreml_runner
 
-    return predicted()
+    return coreml_runner()
 
 
 @dataclass
-class Used:
-    """What was asked of the shards."""
+class CallCounts:
+    """Calls of the whole chain so far, the tokens in them, and their seconds."""
 
-    calls: int = 0  # of the whole chain
-    tokens: int = 0  # in them
+    calls: int = 0
+    tokens: int = 0
     seconds: float = 0.0
 
 
-class Chain:
-    """The shards of a folder, each function of them loaded when it is first called."""
+class ShardChain:
+    """The shards of a folder, run one after the other; each function is loaded at its first call.
 
-    def __init__(self, folder: Folder | str | Path, runner: Runner | None = None):
-        self.folder = folder if isinstance(folder, Folder) else read_folder(folder)
-        self.manifest, self.runner = self.folder.manifest, runner or on_this_machine()
+    The cache of one text is a `SlotCache`, from `new_cache()`; one chain serves many caches.
+    """
+
+    def __init__(self, folder: ShardFolder | str | Path, runner: Runner | None = None):
+        self.folder = folder if isinstance(folder, ShardFolder) else read_shard_folder(folder)
+        self.manifest, self.runner = self.folder.manifest, runner or default_runner()
         self.interfaces, self.embed = self.manifest.interfaces(), Embedding(self.folder.tables)
-        self.loaded: dict[tuple[str, str], Call] = {}
-        self.used = Used()
+        self.loaded: dict[tuple[str, str], ShardCall] = {}
+        self.counts = CallCounts()
 
     @property
     def most(self) -> int:
+        """The largest number of tokens in one call."""
         return self.manifest.sizes[-1]
 
-    def function(self, shard: str, function: str) -> Call:
+    def function(self, shard: str, function: str) -> ShardCall:
         if (shard, function) not in self.loaded:
             self.loaded[shard, function] = self.runner(self.folder, shard, function)
         return self.loaded[shard, function]
 
-    def __call__(self, stream: Stream, tokens: Sequence[int]) -> np.ndarray:
-        """float32[len(tokens), V], and the stream holds their keys and values."""
+    def __call__(self, cache: SlotCache, tokens: Sequence[int]) -> np.ndarray:
+        """Return logits, float32[len(tokens), vocab]; the cache then holds these tokens."""
         m, began = self.manifest, time.perf_counter()
-        need(
-            1 <= len(tokens) <= self.most,
-            f"a call of {len(tokens)} tokens; these shards take 1 to {self.most}",
-        )
-        need(
-            all(0 <= token < m.dims.vocab for token in tokens),
-            f"a token outside the {m.dims.vocab} of these shards",
-        )
+        if not 1 <= len(tokens) <= self.most:
+            raise UserError(
+                f"a call of {len(tokens)} tokens; these shards take 1 to {self.most} tokens"
+            )
+        if not all(0 <= token < m.dims.vocab for token in tokens):
+            raise UserError(f"a token outside the vocabulary of {m.dims.vocab} of these shards")
         name, size = m.function_for(len(tokens))
-        have = self.given(stream, tokens, size)
+        have = self.inputs(cache, tokens, size)
         for shard, interface in self.interfaces.items():
             have |= self.function(shard, name)({n: have[n] for n in interface.inputs})
         logits = np.concatenate([have[f"logits{n}"] for n in range(len(m.split) - 1)], axis=1)
-        stream.hold(
-            tokens, np.stack([have[f"{c}{n}_new"][0] for n in range(m.dims.passes) for c in "kv"])
-        )
-        self.used.calls, self.used.tokens = self.used.calls + 1, self.used.tokens + len(tokens)
-        self.used.seconds += time.perf_counter() - began
+        new = np.stack([have[f"{c}{n}_new"][0] for n in range(m.dims.passes) for c in "kv"])
+        cache.hold(tokens, new)
+        self.counts.calls += 1
+        self.counts.tokens += len(tokens)
+        self.counts.seconds += time.perf_counter() - began
         return logits[0, :, 0, : len(tokens)].T.astype(np.float32)
 
-    def given(self, stream: Stream, tokens: Sequence[int], size: int) -> dict[str, np.ndarray]:
-        """What goes into the first shard, and beside what is handed on into the others."""
-        stream.commit()
-        m, filled = self.manifest, [*tokens, *[0] * (size - len(tokens))]
-        cos, sin = rotations(stream.read, size, m.dims.rotary, m.rope_base)
-        mask = mask_of(stream.positions, stream.read, len(tokens), size)
-        as_4d = {
-            name: array[None, :, None]
-            for name, array in (("x0", self.embed(filled, stream.last)), ("cos", cos), ("sin", sin))
-        } | {"mask": mask[None, None]}
-        kept = {
-            f"{c}{n}": stream.data[2 * n + i][None]
-            for n in range(m.dims.passes)
-            for i, c in enumerate("kv")
-        }
-        return {name: array.astype(m.dtype) for name, array in as_4d.items()} | kept
+    def inputs(self, cache: SlotCache, tokens: Sequence[int], size: int) -> dict[str, np.ndarray]:
+        """Return the inputs that no shard computes, for a call padded to `size` tokens."""
+        cache.commit()
+        m, padded = self.manifest, [*tokens, *[0] * (size - len(tokens))]
+        cos, sin = rotary_tables(cache.read, size, m.dims.rotary, m.rope_base)
+        mask = attention_mask(cache.positions, cache.read, len(tokens), size)
+        flat = (("x0", self.embed(padded, cache.last)), ("cos", cos), ("sin", sin))
+        inputs = {name: array[None, :, None].astype(m.dtype) for name, array in flat}
+        inputs["mask"] = mask[None, None].astype(m.dtype)
+        for n in range(m.dims.passes):
+            for i, c in enumerate("kv"):
+                inputs[f"{c}{n}"] = cache.data[2 * n + i][None]
+        return inputs
 
-    def stream(self) -> Stream:
-        return Stream(self)
+    def new_cache(self) -> SlotCache:
+        return SlotCache(self)
 
 
-class Stream:
-    """What one text has left in the slots. Token p lies in slot p mod slots; the keys and values of the last call are
-    held apart until it is known how many of its tokens are accepted."""
+class SlotCache:
+    """Keys and values of one text. Token p is stored in slot p mod slots.
 
-    def __init__(self, chain: Chain):
+    The last call's keys and values stay outside the slots until the next call, since decoding may
+    reject some of its tokens.
+    """
+
+    def __init__(self, chain: ShardChain):
         d, dtype = chain.manifest.dims, chain.manifest.dtype
         self.data = np.zeros((2 * d.passes, d.head, d.kv_heads, d.slots), dtype)
-        self.positions = np.full(d.slots, -1, np.int64)
-        self.kept, self.tokens = 0, []  # tokens in the slots, ever; and all that were read
+        self.positions = np.full(d.slots, -1, np.int64)  # of the token in each slot, or -1
+        self.committed, self.tokens = 0, []  # how many tokens went into slots; all tokens read
         self.held = np.zeros((2 * d.passes, d.head, d.kv_heads, 0), dtype)
-        self.gone: deque[np.ndarray] = deque(
-            maxlen=REWIND
-        )  # what was overwritten, the last one last
+        self.overwritten: deque[np.ndarray] = deque(maxlen=REWIND)  # newest last
 
     @property
     def read(self) -> int:
+        """The number of tokens read."""
         return len(self.tokens)
 
     @property
     def last(self) -> list[int]:
-        """The last two tokens: an embedding looks back that far."""
+        """The last two tokens, which the embedding of the next one depends on."""
         return self.tokens[-2:]
 
     def hold(self, tokens: Sequence[int], new: np.ndarray) -> None:
-        """[2 passes, C, G, size] of a call, of which the first len(tokens) are real."""
+        """Hold [2 passes, C, G, size] of a call, of which the first len(tokens) are real."""
         self.held = new[..., : len(tokens)]
         self.tokens += tokens
 
     def commit(self) -> None:
-        """Keep what is held, each token in its slot."""
+        """Move the held keys and values into their slots."""
         for at in range(self.held.shape[-1]):
-            slot = self.kept % len(self.positions)
+            slot = self.committed % len(self.positions)
             if self.positions[slot] >= 0:
-                self.gone.append(self.data[..., slot].copy())
-            self.data[..., slot], self.positions[slot] = self.held[..., at], self.kept
-            self.kept += 1
+                self.overwritten.append(self.data[..., slot].copy())
+            self.data[..., slot], self.positions[slot] = self.held[..., at], self.committed
+            self.committed += 1
         self.held = self.held[..., :0]
 
     def crop(self, length: int) -> None:
-        """Forget the tokens from `length` on: those held first, then those in slots, which get back what they had."""
-        slots, back = len(self.positions), max(0, self.kept - length)
-        lost = max(0, self.kept - slots) - max(0, length - slots) if back else 0
-        if not 0 <= length <= self.read or lost > len(self.gone):
+        """Forget the tokens from `length` on: first the held ones, then those in slots.
+
+        A slot gets its previous content back. That works for the last REWIND overwritten slots;
+        raise ValueError for a crop that needs more.
+        """
+        slots, back = len(self.positions), max(0, self.committed - length)
+        lost = max(0, self.committed - slots) - max(0, length - slots) if back else 0
+        if not 0 <= length <= self.read or lost > len(self.overwritten):
             raise ValueError(f"{self.read} tokens were read; they cannot be cropped to {length}")
         del self.tokens[length:]
-        self.held = self.held[..., : max(0, length - self.kept)]
-        for position in range(self.kept - 1, length - 1, -1):
+        self.held = self.held[..., : max(0, length - self.committed)]
+        for position in range(self.committed - 1, length - 1, -1):
             slot = position % slots
             self.positions[slot] = position - slots if position >= slots else -1
             if position >= slots:
-                self.data[..., slot] = self.gone.pop()
-        self.kept = min(self.kept, length)
+                self.data[..., slot] = self.overwritten.pop()
+        self.committed = min(self.committed, length)
 
-    def copy(self) -> Stream:
+    def copy(self) -> SlotCache:
         return copy.deepcopy(self)
 
 
-class Shards:
-    """What fairway.decoding asks of an engine, for any number of texts side by side."""
+class ShardEngine:
+    """A chain behind the interface of `fairway.decoding.search.Reader`, for a batch of texts."""
 
-    def __init__(self, chain: Chain):
-        self.chain, self.streams = chain, [chain.stream()]
+    def __init__(self, chain: ShardChain):
+        self.chain, self.caches = chain, [chain.new_cache()]
 
     @property
     def read(self) -> int:
-        return self.streams[0].read
+        """The number of tokens read of each text."""
+        return self.caches[0].read
 
     def logits(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """[B, T, V]: what each position says of the token after it."""
-        rows = []
-        for stream, tokens in zip(self.streams, tokens_BT.tolist(), strict=True):
-            pieces = [
-                tokens[at : at + self.chain.most] for at in range(0, len(tokens), self.chain.most)
-            ]
-            rows.append(np.concatenate([self.chain(stream, piece) for piece in pieces]))
+        """Return [B, T, V]: the prediction of the token after each position."""
+        rows, most = [], self.chain.most
+        for cache, tokens in zip(self.caches, tokens_BT.tolist(), strict=True):
+            pieces = [tokens[at : at + most] for at in range(0, len(tokens), most)]
+            rows.append(np.concatenate([self.chain(cache, piece) for piece in pieces]))
         return torch.from_numpy(np.stack(rows))
 
     def crop(self, length: int) -> None:
-        for stream in self.streams:
-            stream.crop(length)
+        for cache in self.caches:
+            cache.crop(length)
 
     def pick(self, rows: torch.Tensor) -> None:
-        self.streams = [self.streams[row].copy() for row in rows.tolist()]
+        """Make text i a copy of text rows[i]."""
+        self.caches = [self.caches[row].copy() for row in rows.tolist()]
 
 
 def load_chain(
     folder: str | Path, path: str | Path, loaded: Loaded, runner: Runner | None = None
-) -> Chain:
-    """The shards in a folder, once it is sure that they are those of the artifact at `path`: by its hash, and by all
-    that can be compared with the model without running it."""
-    chain, ours = Chain(folder, runner), file_sha256(path)
+) -> ShardChain:
+    """Load the shards in `folder`; require that they were exported from the artifact at `path`.
+
+    The artifact's hash must match, and so must everything that can be compared with the model
+    without running it: dimensions, RoPE base, tokenizer and embeddings.
+    """
+    chain, ours = ShardChain(folder, runner), file_sha256(path)
     m, cfg = chain.manifest, loaded.model.cfg
-    need(
-        m.artifact_sha256 == ours,
-        f"{folder} was exported from artifact {m.artifact_sha256[:12]!r}, not from "
-        f"{ours[:12]}; export it again with export_coreml.py",
-    )
-    same = (
-        m.dims == dims_of(loaded.model, m.dims.slots)
+    if m.artifact_sha256 != ours:
+        raise UserError(
+            f"{folder} was exported from artifact {m.artifact_sha256[:12]!r}, not from "
+            f"{ours[:12]}; export it again with fairway export-coreml"
+        )
+    wanted = {name: table.astype(m.dtype) for name, table in host_tables(loaded.model).items()}
+    if not (
+        m.dims == model_dims(loaded.model, m.dims.slots)
         and m.rope_base == cfg.rope_base
         and m.tokenizer_sha256 == loaded.artifact.header["tokenizer_sha256"]
-    )
-    tables = {name: table.astype(m.dtype) for name, table in host_tables(loaded.model).items()}
-    same = (
-        same
-        and tables.keys() == chain.folder.tables.keys()
+        and wanted.keys() == chain.folder.tables.keys()
         and all(
             np.array_equal(table.astype(np.float32), chain.folder.tables[name])
-            for name, table in tables.items()
+            for name, table in wanted.items()
         )
-    )
-    need(
-        same,
-        f"{folder} says that it was exported from this artifact, but its numbers are of another one; export it "
-        "again with export_coreml.py",
-    )
+    ):
+        raise UserError(
+            f"{folder} says that it was exported from this artifact, but its numbers are from "
+            "another one; export it again with fairway export-coreml"
+        )
     return chain
+
+
+class ShardEngineSource:
+    """Engines that share one chain of shards (an EngineSource of fairway.decoding.reader)."""
+
+    def __init__(self, chain: ShardChain):
+        self.chain = chain
+
+    @property
+    def context(self) -> int:
+        """The number of tokens that the shards see at a time."""
+        return self.chain.manifest.dims.slots
+
+    @property
+    def most(self) -> int:
+        """The largest number of tokens in one call."""
+        return self.chain.most
+
+    @property
+    def calls(self) -> int:
+        """The number of calls so far."""
+        return self.chain.counts.calls
+
+    def new_engine(self) -> ShardEngine:
+        """Return an engine for a new text."""
+        return ShardEngine(self.chain)
+
+
+def connect_shards(folder: str, artifact: str) -> Callable[[Loaded], ShardEngineSource]:
+    """Return what `Writer(artifact, connect=...)` needs to run the shards in `folder`.
+
+    Connecting checks that the shards were exported from this artifact.
+    """
+    return lambda loaded: ShardEngineSource(load_chain(folder, artifact, loaded))

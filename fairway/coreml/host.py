@@ -1,5 +1,7 @@
-"""What a runtime does itself: embeddings of tokens, rotations of positions, and the mask; in numpy, so that a runtime
-in any language can be held against it."""
+"""The work that a runtime does itself, in numpy: embeddings, RoPE tables and the attention mask.
+
+A runtime in another language can be compared with this module, number by number.
+"""
 
 from __future__ import annotations
 
@@ -10,56 +12,67 @@ import numpy as np
 from fairway.coreml.layout import MASKED
 
 EPS = np.float32(2.0**-23)  # of F.rms_norm in fp32
-BOS = 1  # nothing is smeared across it
+BOS = 1  # the first token of a document; SmearGate does not reach across it
 
 
 class Embedding:
-    """[width, T] of tokens, with all that looks at the token before: the hashed bigram and the SmearGate."""
+    """Look up x0, float32[width, T], for T tokens: embedding, hashed bigram, norm and SmearGate."""
 
     def __init__(self, tables: Mapping[str, np.ndarray]):
-        """embed [vocab, width]; bigram [buckets, width], projected and scaled already; smear [width], a sigmoid
-        already; the last two where the model has them."""
+        """Take the tables that `fairway.coreml.graph.host_tables` returns.
+
+        `embed` is [vocab, width]. `bigram` [buckets, width] is already projected and scaled, and
+        `smear` [width] is already a sigmoid; a model without these features lacks the table.
+        """
         self.tables = {name: np.asarray(table, np.float32) for name, table in tables.items()}
 
     def __call__(self, tokens: Sequence[int], before: Sequence[int]) -> np.ndarray:
-        """`before`: the two tokens before them, or as many as there were."""
-        all_of = np.array([*before, *tokens], np.int64)
-        x = self.tables["embed"][all_of]
+        """Embed `tokens`; `before` holds the last two tokens before them, fewer at the start."""
+        ids = np.array([*before, *tokens], np.int64)
+        x = self.tables["embed"][ids]
         if "bigram" in self.tables:
-            x = x + self.tables["bigram"][self.buckets(all_of)]
+            x = x + self.tables["bigram"][self.buckets(ids)]
         x = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True, dtype=np.float32) + EPS)
         if "smear" in self.tables:
-            last = np.concatenate([x[:1], x[:-1]])
-            last[all_of == BOS] = x[all_of == BOS]
-            x = x + self.tables["smear"] * (last - x)
+            previous = np.concatenate([x[:1], x[:-1]])
+            previous[ids == BOS] = x[ids == BOS]
+            x = x + self.tables["smear"] * (previous - x)
         return np.ascontiguousarray(x[len(before) :].T)
 
     def buckets(self, tokens: np.ndarray) -> np.ndarray:
-        """(36313 cur xor 27191 prev) mod (buckets - 1); the first token of a text has the last bucket."""
+        """Return the bigram bucket of each token: (36313 current xor 27191 previous) mod (n - 1).
+
+        The first token has no predecessor and takes the last bucket, n - 1.
+        """
         last = len(self.tables["bigram"]) - 1
         return np.concatenate(
             [[last], np.bitwise_xor(36313 * tokens[1:], 27191 * tokens[:-1]) % last]
         )
 
 
-def rotations(first: int, count: int, rotary: int, base: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin, float32[rotary, count], of float64 angles, for positions from `first` on."""
+def rotary_tables(first: int, count: int, rotary: int, base: float) -> tuple[np.ndarray, ...]:
+    """Return cos and sin, float32[rotary, count], for `count` positions from `first` on.
+
+    Angles are computed in float64: at position 1,000 a float32 angle is off by 6e-5.
+    """
     frequency = base ** -(np.arange(rotary, dtype=np.float64) / rotary)
     angle = np.outer(frequency, np.arange(first, first + count, dtype=np.float64))
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def mask_of(
+def attention_mask(
     positions: np.ndarray, first: int, count: int, tokens: int, window: int = 0
 ) -> np.ndarray:
-    """float32[tokens, slots + tokens] for a call of `count` tokens from position `first`, filled up to `tokens`.
+    """Return the mask of one call, float32[tokens, slots + tokens]: 0 where a token may look.
 
-    positions: int64[slots], of the token in each slot, or -1. A token looks back on `window` tokens, itself included
-    (0: as many as there are slots): mask_of([0, 1, -1], 2, 1, 2) lets the first see slots 0 and 1, and itself."""
-    at = first + np.arange(tokens)[:, None]
+    The call holds `count` real tokens from position `first` on, padded to `tokens`. `positions`,
+    int64[slots], holds the position of the token in each slot, or -1. A token sees the last
+    `window` tokens, itself included; 0 means as many as there are slots. For example,
+    attention_mask([0, 1, -1], 2, 1, 2) lets the first token see slots 0 and 1, and itself.
+    """
+    rows = first + np.arange(tokens)[:, None]
     keys = np.concatenate([positions, first + np.arange(tokens)])[None, :]
-    real = np.concatenate([positions >= 0, np.arange(tokens) < count])[None, :] | (
-        keys == at
-    )  # a filler sees itself
-    seen = real & (keys <= at) & (keys > at - (window or len(positions)))
-    return np.where(seen, 0.0, MASKED).astype(np.float32)
+    real = np.concatenate([positions >= 0, np.arange(tokens) < count])[None, :]
+    # A padding token sees itself: a softmax over nothing is not a number.
+    visible = (real | (keys == rows)) & (keys <= rows) & (keys > rows - (window or len(positions)))
+    return np.where(visible, 0.0, MASKED).astype(np.float32)

@@ -1,14 +1,16 @@
-"""What goes into each shard of a model and what comes out of it: names and shapes, from a few numbers.
+"""Names and shapes of the inputs and outputs of every shard, derived from a few numbers.
 
-All that a chain of shards hands on has one name in all of it: a shard takes what it names from what is there, and what
-it gives is there for those after it. Positions are the last axis, as the Neural Engine likes it:
+A tensor has one name in the whole chain of shards. A shard reads the names that it needs, and its
+outputs are available to all shards after it. Positions are the last axis, because the Neural
+Engine pads the last axis to 64 bytes:
 
-    x0            [1, width, 1, T]      embeddings; x7, the stream after seven passes; lane7, its second lane
+    x0            [1, width, 1, T]      embeddings; x7 is the residual stream after seven passes,
+                                        lane7 its second lane
     cos, sin      [1, rotary, 1, T]     RoPE at each position
-    mask          [1, 1, T, slots + T]  added to attention: 0 where a position may look, MASKED where it may not
-    k3, v3        [1, head, kv, slots]  keys and values of the fourth pass, kept by the runtime in slots
-    k3_new, ...   [1, head, kv, T]      those of these positions, for the runtime to keep if it wants them
-    logits0, ...  [1, part, 1, T]       of a part of the vocabulary
+    mask          [1, 1, T, slots + T]  added to attention scores: 0, or MASKED to hide a key
+    k3, v3        [1, head, kv, slots]  keys and values of the fourth pass, stored by the runtime
+    k3_new, ...   [1, head, kv, T]      keys and values of this call's tokens
+    logits0, ...  [1, part, 1, T]       logits of one part of the vocabulary
 """
 
 from __future__ import annotations
@@ -16,32 +18,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-MASKED = -1e4  # far below any score, and a number in fp16
-MOST_TOKENS = 4  # of a call
+MASKED = -1e4  # far below any attention score, and finite in fp16
+MAX_TOKENS = 4  # in one call
 SHAPES = ("fixed", "range", "enumerated", "multifunction")
-T = "T"  # an axis of as many positions as a call has
+T = "T"  # an axis whose length is the number of tokens in the call
 
 
-class Axis(NamedTuple):
-    """slots + T."""
+class CacheAxis(NamedTuple):
+    """An axis of length slots + T: the cached keys, then those of the call."""
 
     slots: int
 
 
-Shape = tuple[int | str | Axis, ...]
+Shape = tuple[int | str | CacheAxis, ...]
 
 
 class Dims(NamedTuple):
-    """The numbers of a model that shapes follow from."""
+    """The numbers of a model from which all shapes follow."""
 
     width: int
     heads: int
     kv_heads: int
-    head: int  # channels of one
-    rotary: int  # pairs of channels that RoPE turns
+    head: int  # channels of one head
+    rotary: int  # pairs of channels that RoPE rotates
     vocab: int
-    parted: tuple[bool, ...]  # after each pass: whether the stream has two lanes
-    slots: int  # tokens that are kept: what a prediction looks back on, itself included
+    parted: tuple[bool, ...]  # for each pass: does the stream have two lanes after it?
+    slots: int  # tokens in the cache: a token sees this many, itself included
 
     @property
     def passes(self) -> int:
@@ -49,41 +51,45 @@ class Dims(NamedTuple):
 
 
 class Interface(NamedTuple):
-    """Of one shard, in order."""
+    """Inputs and outputs of one shard, in order."""
 
     inputs: dict[str, Shape]
     outputs: dict[str, Shape]
 
 
-def concrete(shape: Shape, tokens: int) -> tuple[int, ...]:
-    """The shape in a call of so many tokens."""
+def concrete_shape(shape: Shape, tokens: int) -> tuple[int, ...]:
+    """Return the shape in a call of `tokens` tokens."""
     return tuple(
-        tokens if axis == T else axis.slots + tokens if isinstance(axis, Axis) else axis
+        tokens if axis == T else axis.slots + tokens if isinstance(axis, CacheAxis) else axis
         for axis in shape
     )
 
 
-def skip_of(nth: int, passes: int) -> int | None:
-    """Pass `nth` adds the stream as it was after so many passes; None: it adds nothing. 4 passes: 2 adds x2, 3 x1."""
+def skip_source(nth: int, passes: int) -> int | None:
+    """Return n if pass `nth` adds the stream xn as a skip connection, else None.
+
+    With 4 passes, pass 2 adds x2 and pass 3 adds x1: the second half reads the first backwards.
+    """
     back = nth - passes // 2
     return passes // 2 - back if 0 <= back < passes // 2 else None
 
 
-def lane(nth: int, dims: Dims) -> list[str]:
+def lane_names(nth: int, dims: Dims) -> list[str]:
+    """Return the name of the second lane after `nth` passes, or an empty list."""
     return [f"lane{nth}"] if nth and dims.parted[nth - 1] else []
 
 
-def layers(first: int, end: int, dims: Dims) -> Interface:
-    """Of a shard of passes first to end - 1."""
-    skips = {nth: skip_of(nth, dims.passes) for nth in range(dims.passes)}
-    before = sorted({s for nth in range(first, end) if (s := skips[nth]) and s < first})
+def layers_interface(first: int, end: int, dims: Dims) -> Interface:
+    """Return the interface of a shard of passes `first` to `end` - 1."""
+    skips = {nth: skip_source(nth, dims.passes) for nth in range(dims.passes)}
+    needed = sorted({s for nth in range(first, end) if (s := skips[nth]) and s < first})
     later = sorted({s for nth in range(end, dims.passes) if (s := skips[nth]) and first < s < end})
-    stream, turn = (1, dims.width, 1, T), (1, dims.rotary, 1, T)
-    names = [f"x{first}", *["x0"][: first > 0], *lane(first, dims), *(f"x{s}" for s in before)]
-    inputs: dict[str, Shape] = dict.fromkeys(names, stream)
-    inputs |= {"cos": turn, "sin": turn, "mask": (1, 1, T, Axis(dims.slots))}
+    stream, rope = (1, dims.width, 1, T), (1, dims.rotary, 1, T)
+    names = [f"x{first}", *["x0"][: first > 0], *lane_names(first, dims)]
+    inputs: dict[str, Shape] = dict.fromkeys([*names, *(f"x{s}" for s in needed)], stream)
+    inputs |= {"cos": rope, "sin": rope, "mask": (1, 1, T, CacheAxis(dims.slots))}
     outputs: dict[str, Shape] = dict.fromkeys(
-        [f"x{end}", *lane(end, dims), *(f"x{s}" for s in later)], stream
+        [f"x{end}", *lane_names(end, dims), *(f"x{s}" for s in later)], stream
     )
     for nth in range(first, end):
         for name in (f"k{nth}", f"v{nth}"):
@@ -92,22 +98,28 @@ def layers(first: int, end: int, dims: Dims) -> Interface:
     return Interface(inputs, outputs)
 
 
-def head(nth: int, split: Sequence[int], dims: Dims) -> Interface:
-    """Of the shard of the `nth` part of the vocabulary; `split`: where the parts begin, and the end."""
-    names = [f"x{dims.passes}", *lane(dims.passes, dims)]
+def head_interface(nth: int, split: Sequence[int], dims: Dims) -> Interface:
+    """Return the interface of the shard that computes logits of tokens split[nth]:split[nth + 1].
+
+    `split` holds the first token of each part and the size of the vocabulary.
+    """
+    names = [f"x{dims.passes}", *lane_names(dims.passes, dims)]
     return Interface(
         dict.fromkeys(names, (1, dims.width, 1, T)),
         {f"logits{nth}": (1, split[nth + 1] - split[nth], 1, T)},
     )
 
 
-def even(total: int, parts: int) -> list[int]:
-    """Where `parts` parts of about one size begin, and the end: even(7, 2) is [0, 4, 7]."""
+def even_cuts(total: int, parts: int) -> list[int]:
+    """Return the start of each of `parts` nearly equal parts, and the end.
+
+    even_cuts(7, 2) is [0, 4, 7].
+    """
     return [-(-total * nth // parts) for nth in range(parts + 1)]
 
 
-def sizes(shapes: str, tokens: int) -> list[int]:
-    """How many tokens a call may have; a runtime fills up a step to the next of them."""
+def call_sizes(shapes: str, tokens: int) -> list[int]:
+    """Return the numbers of tokens that one call may have. A runtime pads to the next of them."""
     return {
         "fixed": [tokens],
         "range": list(range(1, tokens + 1)),

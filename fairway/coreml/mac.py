@@ -1,6 +1,7 @@
-"""What only a Mac can do: run the shards by CoreML, ask which device each operation runs on, and time it.
+"""The steps that need a Mac: run shards in CoreML, list the device of each operation, time them.
 
-Written from Apple's documentation of MLModel and MLComputePlan; not run by us on any Mac."""
+Written from Apple's documentation of MLModel and MLComputePlan; we have not run it on a Mac.
+"""
 
 from __future__ import annotations
 
@@ -13,26 +14,26 @@ from typing import Any
 
 import numpy as np
 
-from fairway.coreml.manifest import Folder
+from fairway.coreml.manifest import ShardFolder
 from fairway.coreml.tools import import_coremltools
-from train_gpt import UserError, need
+from train_gpt import UserError
 
-UNITS = "CPU_AND_NE"
-
-
-def need_mac(option: str) -> None:
-    need(
-        sys.platform == "darwin",
-        f"{option} asks CoreML on a Mac, and this is {platform.system()}; run it there "
-        "(--check runs here, by interpreting)",
-        UserError,
-    )
+COMPUTE_UNITS = "CPU_AND_NE"
 
 
-def predicted(units: str = UNITS) -> Callable[[Folder, str, str], Any]:
-    """A runner for fairway.coreml.engine.Chain: each function of each shard as CoreML loads it."""
+def require_mac(option: str) -> None:
+    """Raise UserError unless this machine is a Mac."""
+    if sys.platform != "darwin":
+        raise UserError(
+            f"{option} needs CoreML on a Mac, and this machine runs {platform.system()}; run it "
+            "on a Mac (--check works here, with the interpreter)"
+        )
 
-    def load(folder: Folder, shard: str, function: str) -> Any:
+
+def coreml_runner(units: str = COMPUTE_UNITS) -> Callable[[ShardFolder, str, str], Any]:
+    """Return a runner for `fairway.coreml.engine.ShardChain` that calls CoreML."""
+
+    def load(folder: ShardFolder, shard: str, function: str) -> Any:
         ct, path = import_coremltools(), folder.packages[shard].path
         model = ct.models.MLModel(
             str(path),
@@ -41,36 +42,38 @@ def predicted(units: str = UNITS) -> Callable[[Folder, str, str], Any]:
         )
         outputs = folder.packages[shard].functions[function].outputs
 
-        def call(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            made = model.predict(given)
-            return {name: np.asarray(made[name]) for name in outputs}
+        def call(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            results = model.predict(inputs)
+            return {name: np.asarray(results[name]) for name in outputs}
 
         return call
 
     return load
 
 
-# ==== --audit =========================================================================================================
-def audited(folder: Folder) -> Iterator[dict[str, Any]]:
-    """Of each function of each shard: how many operations are preferred on which device, what share of the cost that
-    is, and every operation whose device is not the Neural Engine."""
+# ==== --audit =====================================================================================
+def audit_devices(folder: ShardFolder) -> Iterator[dict[str, Any]]:
+    """Yield for each function of each shard how many operations CoreML wants to run on each device.
+
+    `elsewhere` lists the operations that do not run on the Neural Engine, with their share of the
+    cost.
+    """
     ct = import_coremltools()
     from coremltools.models.compute_plan import MLComputePlan
 
     for shard, package in folder.packages.items():
         compiled = ct.models.utils.compile_model(str(package.path))
-        plan = MLComputePlan.load_from_path(path=str(compiled), compute_units=ct.ComputeUnit[UNITS])
+        plan = MLComputePlan.load_from_path(
+            path=str(compiled), compute_units=ct.ComputeUnit[COMPUTE_UNITS]
+        )
         for name, function in plan.model_structure.program.functions.items():
             devices, elsewhere = Counter(), []
-            for operation in operations_of(function.block):
+            for operation in nested_operations(function.block):
                 usage = plan.get_compute_device_usage_for_mlprogram_operation(operation)
-                if usage is None:  # constants, which run nowhere
+                if usage is None:  # constants run on no device
                     continue
-                device = (
-                    type(usage.preferred_compute_device)
-                    .__name__.removeprefix("ML")
-                    .removesuffix("ComputeDevice")
-                )
+                device = type(usage.preferred_compute_device).__name__
+                device = device.removeprefix("ML").removesuffix("ComputeDevice")
                 cost = plan.get_estimated_cost_for_mlprogram_operation(operation)
                 devices[device] += 1
                 if device != "NeuralEngine":
@@ -85,17 +88,21 @@ def audited(folder: Folder) -> Iterator[dict[str, Any]]:
             yield dict(shard=shard, function=name, devices=dict(devices), elsewhere=elsewhere)
 
 
-def operations_of(block: Any) -> Iterator[Any]:
+def nested_operations(block: Any) -> Iterator[Any]:
+    """Yield the operations of a block and of the blocks inside them."""
     for operation in block.operations:
         yield operation
         for inner in operation.blocks or []:
-            yield from operations_of(inner)
+            yield from nested_operations(inner)
 
 
-# ==== --bench =========================================================================================================
-def timed(call: Callable[[], int], seconds: float = 5.0) -> list[float]:
-    """Tokens a second of one call after another, each of which says how many tokens it wrote."""
-    call()  # the first one loads
+# ==== --bench =====================================================================================
+def token_rates(call: Callable[[], int], seconds: float = 5.0) -> list[float]:
+    """Call `call`, which returns how many tokens it wrote, for `seconds` or three times.
+
+    Return the tokens a second of each call.
+    """
+    call()  # warm-up: the first call loads the model
     rates, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(rates) < 3:
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Whether shards say what the model says: every shape, chunking and quantisation against PyTorch, on real text."""
+"""Compare shards with PyTorch on real text: every shape, chunking and quantisation."""
 
 from __future__ import annotations
 
@@ -15,25 +15,32 @@ import torch
 from rich import box
 from rich.table import Table
 
-from fairway.coreml.engine import Chain, Runner, Used
-from fairway.coreml.export import QUANTISATIONS, Choice, Source, export, folder_bytes
+from fairway.coreml.engine import CallCounts, Runner, ShardChain
+from fairway.coreml.export import (
+    QUANTISATIONS,
+    ExportOptions,
+    ExportSource,
+    export_shards,
+    shards_bytes,
+)
 from fairway.coreml.layout import SHAPES
 from fairway.scoring.memory import Memory
 from fairway.scoring.text import Text
-from train_gpt import need
+from train_gpt import UserError
 
 STREAM = 64  # tokens of a comparison
-LONG = 2000  # tokens whose bits are counted; the slots come round several times
+LONG = 2000  # tokens whose bits are counted; the slots are overwritten several times
 PIECE = 128  # tokens that PyTorch reads at once
-MIXED = (3, 1, 4, 2)  # lengths of steps
-WRONG = 3  # a token that no text holds, in place of drafts that are taken back
-# What is asked of a variant: gaps of logits, as they would be at a deviation of 1; T=1 against slot 0; BPB; cosine.
+MIXED = (3, 1, 4, 2)  # call lengths
+WRONG = 3  # unk, which no text holds: it stands for a draft that is rejected
+# Limits: a logit's error, as it would be if logits had a standard deviation of 1 (fp32, fp16); the
+# difference between a token alone and first of a call (slot); BPB (int8); cosine.
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "slot": 1e-6, "int8": 0.01, "cosine": 0.5}
-ASKED_BPB = ("int8", "artifact")
+BPB_LIMITED = ("int8", "artifact")
 
 
-class Reference(NamedTuple):
-    """What PyTorch says, in fp32."""
+class TorchReference(NamedTuple):
+    """The results of PyTorch in fp32."""
 
     logits: np.ndarray  # float32[n, V], after each token but the last
     bpb: float
@@ -41,107 +48,107 @@ class Reference(NamedTuple):
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, source: Source, text: Text, window: int) -> Reference:
-        memory, tokens = (
-            Memory(source.model, window),
-            torch.from_numpy(text.tokens.astype(np.int64))[None, :-1],
-        )
-        logits = torch.cat(
-            [memory.logits(piece)[0] for piece in tokens.split(PIECE, dim=1)]
-        ).numpy()
-        return cls(
-            logits, text.bpb(log_probabilities(logits, text.tokens)), float(logits[:STREAM].std())
-        )
+    def compute(cls, source: ExportSource, text: Text, window: int) -> TorchReference:
+        memory = Memory(source.model, window)
+        tokens = torch.from_numpy(text.tokens.astype(np.int64))[None, :-1]
+        pieces = [memory.logits(piece)[0] for piece in tokens.split(PIECE, dim=1)]
+        logits = torch.cat(pieces).numpy()
+        bpb = text.bpb(target_log_probabilities(logits, text.tokens))
+        return cls(logits, bpb, float(logits[:STREAM].std()))
 
 
-def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """float64: of tokens[1:]."""
+def target_log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return the log-probability of each of tokens[1:] in nats, float64[n - 1]."""
     z = logits.astype(np.float64)
     z = z - z.max(axis=1, keepdims=True)
     return z[np.arange(len(z)), tokens[1:].astype(np.int64)] - np.log(np.exp(z).sum(axis=1))
 
 
-def shortened(text: Text, count: int) -> Text:
-    """Its first `count` targets."""
+def shorten_text(text: Text, count: int) -> Text:
+    """Return the text with its first `count` targets only."""
     return text._replace(tokens=text.tokens[: count + 1], sizes=text.sizes[:count])
 
 
-# ==== ONE FOLDER ======================================================================================================
-def in_steps(
-    chain: Chain,
+# ==== ONE FOLDER ==================================================================================
+def logits_in_steps(
+    chain: ShardChain,
     tokens: Sequence[int],
     steps: Sequence[int],
-    told: Callable[[int], None] = lambda n: None,
+    on_progress: Callable[[int], None] = lambda tokens: None,
 ) -> np.ndarray:
-    """Logits of a stream read in steps of these lengths, again and again."""
-    stream, out, at = chain.stream(), [], 0
+    """Return logits of a text read in calls of these lengths, repeated to its end."""
+    cache, rows, at = chain.new_cache(), [], 0
     for step in cycle(steps):
         if at >= len(tokens):
-            return np.concatenate(out)
-        out.append(chain(stream, tokens[at : at + step]))
-        at += len(out[-1])
-        told(len(out[-1]))
+            return np.concatenate(rows)
+        rows.append(chain(cache, tokens[at : at + step]))
+        at += len(rows[-1])
+        on_progress(len(rows[-1]))
 
 
-def with_rejections(chain: Chain, tokens: Sequence[int]) -> np.ndarray:
-    """The same, each step filled up with wrong tokens that are then taken back."""
-    stream, out, at = chain.stream(), [], 0
+def logits_with_rejections(chain: ShardChain, tokens: Sequence[int]) -> np.ndarray:
+    """Return logits of a text read with wrong tokens after each call, which are then cropped."""
+    cache, rows, at = chain.new_cache(), [], 0
     for step in cycle(MIXED):
         piece = list(tokens[at : at + min(step, chain.most)])
         if not piece:
-            return np.concatenate(out)
-        out.append(chain(stream, piece + [WRONG] * (chain.most - len(piece)))[: len(piece)])
+            return np.concatenate(rows)
+        padded = piece + [WRONG] * (chain.most - len(piece))
+        rows.append(chain(cache, padded)[: len(piece)])
         at += len(piece)
-        stream.crop(at)
+        cache.crop(at)
 
 
-def slot_gap(chain: Chain, tokens: Sequence[int]) -> float:
-    """The largest difference that it makes to a token's logits whether it comes alone or before others."""
-    stream, most = chain.stream(), 0.0
+def slot_gap(chain: ShardChain, tokens: Sequence[int]) -> float:
+    """Return the largest difference between a token's logits alone and first of a full call."""
+    cache, largest = chain.new_cache(), 0.0
     for at in range(0, len(tokens) - chain.most, chain.most):
         alone, first = (
-            chain(stream.copy(), list(tokens[at : at + many]))[0] for many in (1, chain.most)
+            chain(cache.copy(), list(tokens[at : at + count]))[0] for count in (1, chain.most)
         )
-        most = max(most, float(np.abs(alone - first).max()))
-        chain(stream, list(tokens[at : at + chain.most]))
-    return most
+        largest = max(largest, float(np.abs(alone - first).max()))
+        chain(cache, list(tokens[at : at + chain.most]))
+    return largest
 
 
-def compare(
-    chain: Chain, reference: Reference, text: Text, told: Callable[[int], None]
+def compare_chain(
+    chain: ShardChain, reference: TorchReference, text: Text, on_progress: Callable[[int], None]
 ) -> dict[str, Any]:
-    """All that a row of the report says of a folder."""
+    """Return the measurements of one chain, a row of the report."""
     tokens = text.tokens[:STREAM].tolist()
     ways = {
-        "T=1": in_steps(chain, tokens, [1]),
-        f"T={chain.most}": in_steps(chain, tokens, [chain.most]),
-        "mixed": in_steps(chain, tokens, [step for step in MIXED if step <= chain.most]),
-        "taken back": with_rejections(chain, tokens),
+        "T=1": logits_in_steps(chain, tokens, [1]),
+        f"T={chain.most}": logits_in_steps(chain, tokens, [chain.most]),
+        "mixed": logits_in_steps(chain, tokens, [step for step in MIXED if step <= chain.most]),
+        "taken back": logits_with_rejections(chain, tokens),
     }
-    found = {way: against(logits, reference.logits[: len(tokens)]) for way, logits in ways.items()}
-    slot, chain.used = slot_gap(chain, tokens), Used()
-    long = in_steps(chain, text.tokens[:-1].tolist(), [chain.most], told)
+    errors = {
+        way: logit_errors(logits, reference.logits[: len(tokens)]) for way, logits in ways.items()
+    }
+    slot, chain.counts = slot_gap(chain, tokens), CallCounts()
+    long = logits_in_steps(chain, text.tokens[:-1].tolist(), [chain.most], on_progress)
     return dict(
-        ways=found,
+        ways=errors,
         slot=slot,
-        long=against(long, reference.logits),
-        bpb=text.bpb(log_probabilities(long, text.tokens)),
-        milliseconds=1000 * chain.used.seconds / chain.used.calls,
+        long=logit_errors(long, reference.logits),
+        bpb=text.bpb(target_log_probabilities(long, text.tokens)),
+        milliseconds=1000 * chain.counts.seconds / chain.counts.calls,
     )
 
 
-def against(logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+def logit_errors(logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
+    """Return the cosine and the largest difference of two sets of logits."""
     a, b = logits.astype(np.float64), wanted.astype(np.float64)
-    lengths = math.sqrt((a * a).sum() * (b * b).sum())
+    norms = math.sqrt((a * a).sum() * (b * b).sum())
     return dict(
-        cosine=float((a * b).sum()) / lengths if lengths else math.nan,
+        cosine=float((a * b).sum()) / norms if norms else math.nan,
         gap=float(np.abs(a - b).max()),
     )
 
 
-# ==== ALL VARIANTS ====================================================================================================
-def variants(base: Choice, passes: int) -> Iterator[Choice]:
-    """Each shape and chunking in both precisions, then each quantisation."""
+# ==== ALL VARIANTS ================================================================================
+def export_variants(base: ExportOptions, passes: int) -> Iterator[ExportOptions]:
+    """Yield each shape and chunking in both precisions, then each quantisation."""
     for precision in ("fp32", "fp16"):
         own = replace(base, precision=precision)
         yield from (replace(own, shapes=shapes) for shapes in SHAPES)
@@ -156,56 +163,56 @@ def variants(base: Choice, passes: int) -> Iterator[Choice]:
     )
 
 
-def named(choice: Choice) -> str:
-    cut = (
-        "a layer a shard"
-        if choice.layers_per_shard == 1
-        else f"{choice.layers_per_shard} layers a shard"
-    )
-    cut = cut if choice.layers_per_shard else f"{choice.chunks} shard" + "s"[: choice.chunks > 1]
-    return ", ".join(
-        [choice.precision, choice.shapes, cut, *[choice.quantise][: choice.quantise != "none"]]
-    )
+def variant_name(options: ExportOptions) -> str:
+    """Return a short name; for example "fp16, fixed, 1 shard, int8"."""
+    if options.layers_per_shard == 1:
+        cut = "a layer a shard"
+    elif options.layers_per_shard:
+        cut = f"{options.layers_per_shard} layers a shard"
+    else:
+        cut = f"{options.chunks} shard" + "s"[: options.chunks > 1]
+    quantise = [options.quantise][: options.quantise != "none"]
+    return ", ".join([options.precision, options.shapes, cut, *quantise])
 
 
-def check(
-    source: Source,
-    choices: Sequence[Choice],
+def check_variants(
+    source: ExportSource,
+    variants: Sequence[ExportOptions],
     text: Text,
-    measured: np.ndarray,
+    training: np.ndarray,
     out: Path,
-    say: Callable[[str], None] = lambda line: None,
-    told: Callable[[int], None] = lambda n: None,
+    log: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[int], None] = lambda tokens: None,
     runner: Runner | None = None,
 ) -> dict[str, Any]:
-    """Export each variant to `out`, one after the other, and compare it; `told` hears of the tokens of each long
-    text."""
-    text = shortened(text, min(LONG, len(text.sizes)))
-    need(
-        len(text.tokens) > STREAM,
-        f"{text.name} holds {len(text.tokens)} tokens; a comparison takes {STREAM + 1}",
-    )
-    windows = {choice.context or source.model.cfg.train_seq_len for choice in choices}
-    references = {window: Reference.of(source, text, window) for window in windows}
+    """Export each variant to `out`, one after the other, compare it, and return the report.
+
+    `training` holds the tokens on which fp16 ranges are measured. `on_progress` gets the number of
+    tokens after each call on the long text.
+    """
+    text = shorten_text(text, min(LONG, len(text.sizes)))
+    if len(text.tokens) <= STREAM:
+        raise UserError(
+            f"{text.name} holds {len(text.tokens)} tokens; a comparison needs {STREAM + 1}"
+        )
+    windows = [options.context or source.model.cfg.train_seq_len for options in variants]
+    references = {w: TorchReference.compute(source, text, w) for w in set(windows)}
     rows = []
-    for nth, choice in enumerate(choices):
+    for options, window in zip(variants, windows, strict=True):
         began = time.perf_counter()
-        reference = references[choice.context or source.model.cfg.train_seq_len]
-        manifest = export(source, choice, out, measured, say if nth == 0 else lambda line: None)
-        seconds = time.perf_counter() - began
+        manifest = export_shards(
+            source, options, out, training, log if not rows else lambda line: None
+        )
         row = dict(
-            name=named(choice),
-            choice=asdict(choice),
-            export_seconds=seconds,
-            bytes=folder_bytes(out, manifest),
-            **compare(Chain(out, runner), reference, text, told),
+            name=variant_name(options),
+            choice=asdict(options),
+            export_seconds=time.perf_counter() - began,
+            bytes=shards_bytes(out, manifest),
+            **compare_chain(ShardChain(out, runner), references[window], text, on_progress),
+            reference_bpb=references[window].bpb,
+            std=references[window].std,
         )
-        row |= dict(
-            reference_bpb=reference.bpb,
-            std=reference.std,
-            failures=failures(row, choice, reference),
-        )
-        rows.append(row)
+        rows.append(row | dict(failures=variant_failures(row, options, references[window])))
     return dict(
         artifact=str(source.path),
         tokens=len(text.sizes),
@@ -218,67 +225,66 @@ def check(
     )
 
 
-def failures(row: dict[str, Any], choice: Choice, reference: Reference) -> list[str]:
-    """What a variant misses. A gap grows with the logits: it is held to the limit at a deviation of 1, and in fp32 also
-    as it is."""
-    found, exact, all_of = [], choice.precision == "fp32", (*row["ways"].values(), row["long"])
-    worst = float(np.max([of["gap"] for of in all_of]))  # no number stays none
-    scaled = max(worst, worst / reference.std) if exact else worst / reference.std
-    limit = LIMITS[choice.precision]
-    cosine = float(np.min([of["cosine"] for of in all_of]))
+def variant_failures(
+    row: dict[str, Any], options: ExportOptions, reference: TorchReference
+) -> list[str]:
+    """Return one line for each limit that a variant misses.
+
+    An error grows with the logits. It is therefore divided by their standard deviation; in fp32
+    the undivided error must keep the limit too.
+    """
+    failures, exact = [], options.precision == "fp32"
+    errors = (*row["ways"].values(), row["long"])
+    largest = float(np.max([error["gap"] for error in errors]))  # np.max keeps NaN; max() may not
+    cosine = float(np.min([error["cosine"] for error in errors]))
+    scaled = largest / reference.std
+    scaled = max(largest, scaled) if exact else scaled
+    limit, bpb_change = LIMITS[options.precision], row["bpb"] - reference.bpb
     if not cosine > LIMITS["cosine"] or not math.isfinite(row["bpb"]):
-        found.append(f"cosine {cosine:.3f}, not above {LIMITS['cosine']:g}")
-    if choice.quantise == "none" and not scaled < limit:
-        found.append(f"largest difference {scaled:.2e}, not below {limit:g}")
+        failures.append(f"cosine {cosine:.3f}, not above {LIMITS['cosine']:g}")
+    if options.quantise == "none" and not scaled < limit:
+        failures.append(f"largest difference {scaled:.2e}, not below {limit:g}")
     if exact and not row["slot"] < LIMITS["slot"]:
-        found.append(f"T=1 and slot 0 differ by {row['slot']:.2e}, not below {LIMITS['slot']:g}")
-    more = row["bpb"] - reference.bpb
-    if choice.quantise in ASKED_BPB and not abs(more) < LIMITS["int8"]:
-        found.append(f"{choice.quantise} changes BPB by {more:+.4f}, not below {LIMITS['int8']:g}")
-    return found
+        failures.append(f"T=1 and slot 0 differ by {row['slot']:.2e}, not below {LIMITS['slot']:g}")
+    if options.quantise in BPB_LIMITED and not abs(bpb_change) < LIMITS["int8"]:
+        failures.append(
+            f"{options.quantise} changes BPB by {bpb_change:+.4f}, not below {LIMITS['int8']:g}"
+        )
+    return failures
 
 
-def asked(quantise: str) -> bool:
-    """Whether a limit is set for it; what is coarser is measured."""
-    return quantise in ("none", *ASKED_BPB)
+def has_limit(quantise: str) -> bool:
+    """Tell whether a quantisation must keep a limit; coarser ones are measured only."""
+    return quantise in ("none", *BPB_LIMITED)
 
 
-def table_of(found: dict[str, Any]) -> Table:
-    first = found["variants"][0]
+def parity_table(report: dict[str, Any]) -> Table:
+    """Return the report of `check_variants` as a table, one row a variant."""
+    first = report["variants"][0]
     table = Table(
         box=box.SIMPLE,
         title_justify="left",
-        title=f"Shards against PyTorch: largest difference of a "
-        f"logit (they deviate by {first['std']:.2f}) on {found['stream']} tokens; long and BPB on "
-        f"{found['tokens']:,}",
+        title="Shards against PyTorch: largest difference of a logit (standard deviation "
+        f"{first['std']:.2f}) on {report['stream']} tokens; long and BPB on {report['tokens']:,}",
     )
-    for name in (
-        "variant",
-        "MB",
-        "1-cosine",
-        *first["ways"],
-        "slot 0",
-        "long",
-        "BPB",
-        "Δ BPB",
-        "ms",
-        "",
-    ):
-        table.add_column(
-            name, justify="left" if name in ("variant", "") else "right", no_wrap=name != "variant"
-        )
-    for row in found["variants"]:
-        ways, extra = list(row["ways"].values()), row["bpb"] - row["reference_bpb"]
+    columns = ("MB", "1-cosine", *first["ways"], "slot 0", "long", "BPB", "Δ BPB", "ms")
+    table.add_column("variant")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for row in report["variants"]:
+        ways, bpb_change = list(row["ways"].values()), row["bpb"] - row["reference_bpb"]
+        verdict = "ok" if has_limit(row["choice"]["quantise"]) else "measured"
         table.add_row(
             row["name"],
             f"{row['bytes'] / 1e6:.2f}",
-            f"{1 - min(w['cosine'] for w in ways):.0e}",
-            *(f"{w['gap']:.1e}" for w in ways),
+            f"{1 - min(way['cosine'] for way in ways):.0e}",
+            *(f"{way['gap']:.1e}" for way in ways),
             f"{row['slot']:.0e}",
             f"{row['long']['gap']:.1e}",
             f"{row['bpb']:.4f}",
-            f"{extra:+.4f}",
+            f"{bpb_change:+.4f}",
             f"{row['milliseconds']:.0f}",
-            "FAIL" if row["failures"] else "ok" if asked(row["choice"]["quantise"]) else "measured",
+            "FAIL" if row["failures"] else verdict,
         )
     return table

@@ -1,4 +1,4 @@
-"""coremltools, which takes seconds to import and says much that is of no use."""
+"""Import coremltools, which takes seconds and prints many lines that no user needs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from train_gpt import UserError
 
 
 def import_coremltools() -> ModuleType:
-    """Without the lines that it prints on a machine that is no Mac."""
+    """Import coremltools without the lines that it prints on a machine that is not a Mac."""
     try:
-        with quiet(), deferred_interrupts():
+        with silenced(), deferred_interrupts():
             import coremltools
             import coremltools.optimize
     except ImportError as e:
@@ -29,7 +29,10 @@ def import_coremltools() -> ModuleType:
 
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Ctrl-C counts once it is over: modules of coremltools pass over every exception while they are imported."""
+    """Hold Ctrl-C back until the block ends, then raise KeyboardInterrupt.
+
+    Modules of coremltools catch every exception while they are imported, this one included.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -44,16 +47,19 @@ def deferred_interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Bars, warnings and notes of a conversion are not for whoever exports; what goes wrong is raised."""
+def silenced() -> Iterator[None]:
+    """Hide the progress bars, warnings and notes of a conversion. Exceptions still pass."""
     loggers = [logging.getLogger(name) for name in ("coremltools", "torch.export")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
-            with contextlib.redirect_stdout(io.StringIO()):
-                yield
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,8 +1,9 @@
-"""Protocol buffers as bytes: just enough to read an ML program, and nothing that is not asked for.
+"""Read protocol buffers: only the messages and fields that an ML program needs.
 
-A schema names the fields of each message that are read; all others are passed over. What comes out is dictionaries:
-absent fields are absent, repeated ones are lists, maps are dictionaries. The field numbers are those of Apple's public
-.proto files (coremltools, mlmodel/format)."""
+The schema names the fields that are read; all others are skipped. A message becomes a dictionary:
+an absent field is an absent key, a repeated field is a list, a map is a dictionary. Field numbers
+are those of Apple's public .proto files (coremltools, mlmodel/format).
+"""
 
 from __future__ import annotations
 
@@ -11,15 +12,15 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-MOST_DEPTH = 64
-MOST_MESSAGES = 1 << 20
+MAX_DEPTH = 64
+MAX_MESSAGES = 1 << 20
 
 
 class WireError(ValueError):
-    """These bytes are no such message."""
+    """The bytes are not a message of this kind."""
 
 
-# message: number: (name, what it is); "[]" repeats, "{}" is a map from strings.
+# message -> field number -> (name, type); "[]" marks a repeated field, "{}" a map from strings.
 SCHEMA: dict[str, dict[int, tuple[str, str]]] = {
     "Model": {
         1: ("version", "int"),
@@ -93,110 +94,110 @@ SCHEMA: dict[str, dict[int, tuple[str, str]]] = {
 }
 
 
-def read(data: bytes, message: str = "Model") -> dict[str, Any]:
-    """The message as a dictionary."""
-    return message_of(data, message, 0, count())
+def read_message(data: bytes, message: str = "Model") -> dict[str, Any]:
+    """Parse `data` as a message of SCHEMA and return it as a dictionary."""
+    return parse_message(data, message, 0, count())
 
 
-def message_of(data: bytes, message: str, depth: int, counted: Iterator[int]) -> dict[str, Any]:
-    if depth > MOST_DEPTH or next(counted) >= MOST_MESSAGES:
-        raise WireError("messages lie too deep in one another, or are too many")
-    found: dict[str, Any] = {}
-    for number, wire, value in fields(data):
+def parse_message(data: bytes, message: str, depth: int, counter: Iterator[int]) -> dict[str, Any]:
+    """Parse one message; `depth` and `counter` bound the work that a hostile file can cause."""
+    if depth > MAX_DEPTH or next(counter) >= MAX_MESSAGES:
+        raise WireError("messages are nested too deep, or there are too many")
+    parsed: dict[str, Any] = {}
+    for number, wire, value in message_fields(data):
         if number not in SCHEMA[message]:
             continue
         name, kind = SCHEMA[message][number]
         if kind.endswith("{}"):
-            key, inner = entry(value, wire)
-            found.setdefault(name, {})[key] = message_of(inner, kind[:-2], depth + 1, counted)
+            key, inner = map_entry(value, wire)
+            parsed.setdefault(name, {})[key] = parse_message(inner, kind[:-2], depth + 1, counter)
         elif kind.endswith("[]"):
-            found.setdefault(name, []).extend(values_of(kind[:-2], wire, value, depth, counted))
+            parsed.setdefault(name, []).extend(field_values(kind[:-2], wire, value, depth, counter))
+        elif values := field_values(kind, wire, value, depth, counter):
+            parsed[name] = values[-1]  # of a single field that occurs twice, the last one counts
         else:
-            *_, found[name] = [
-                None,
-                *values_of(kind, wire, value, depth, counted),
-            ]  # the last one counts
-    return found
+            parsed[name] = None
+    return parsed
 
 
-def entry(value: Any, wire: int) -> tuple[str, bytes]:
-    """Key and value of one of a map."""
+def map_entry(value: Any, wire: int) -> tuple[str, bytes]:
+    """Return the key of a map entry and the bytes of its value."""
     parts: dict[int, Any] = {1: b"", 2: b""}
-    for number, inner_wire, inner in fields(bytes_of(value, wire)):
+    for number, inner_wire, inner in message_fields(field_bytes(value, wire)):
         if number in parts:
-            parts[number] = bytes_of(inner, inner_wire)
-    return text(parts[1]), parts[2]
+            parts[number] = field_bytes(inner, inner_wire)
+    return utf8_text(parts[1]), parts[2]
 
 
-def values_of(kind: str, wire: int, value: Any, depth: int, counted: Iterator[int]) -> list[Any]:
-    """One value, or many packed numbers."""
+def field_values(kind: str, wire: int, value: Any, depth: int, counter: Iterator[int]) -> list[Any]:
+    """Return the values of one field: one value, or many if numbers are packed."""
     if kind == "int":
-        return [signed(value)] if wire == 0 else [signed(v) for v in varints(bytes_of(value, wire))]
+        values = [value] if wire == 0 else parse_varints(field_bytes(value, wire))
+        return [to_signed(v) for v in values]
     if kind == "float":
-        data = value if wire == 5 else bytes_of(value, wire)
+        data = value if wire == 5 else field_bytes(value, wire)
         if len(data) % 4:
             raise WireError("floats are cut short")
         return list(struct.unpack(f"<{len(data) // 4}f", data))
-    data = bytes_of(value, wire)
+    data = field_bytes(value, wire)
     if kind in ("string", "bytes"):
-        return [text(data) if kind == "string" else data]
-    return [message_of(data, kind, depth + 1, counted)]
+        return [utf8_text(data) if kind == "string" else data]
+    return [parse_message(data, kind, depth + 1, counter)]
 
 
-def fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
-    """(number, wire type, value): an integer of type 0, bytes of 1, 2 and 5."""
+def message_fields(data: bytes) -> Iterator[tuple[int, int, Any]]:
+    """Yield (field number, wire type, value): an integer for wire type 0, bytes for 1, 2 and 5."""
     at, end = 0, len(data)
     while at < end:
-        tag, at = varint(data, at)
+        tag, at = parse_varint(data, at)
         number, wire = tag >> 3, tag & 7
         if wire == 0:
-            value, at = varint(data, at)
+            value, at = parse_varint(data, at)
         else:
-            size, at = (
-                (8, at)
-                if wire == 1
-                else (4, at)
-                if wire == 5
-                else varint(data, at)
-                if wire == 2
-                else (-1, at)
-            )
+            size = {1: 8, 5: 4}.get(wire, -1)
+            if wire == 2:
+                size, at = parse_varint(data, at)
             if not 0 <= size <= end - at:
-                raise WireError(f"a field of wire type {wire} has no room")
+                raise WireError(f"a field of wire type {wire} runs past the end")
             value, at = data[at : at + size], at + size
         yield number, wire, value
 
 
-def varint(data: bytes, at: int) -> tuple[int, int]:
-    found = 0
+def parse_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Return the unsigned 64-bit integer at offset `at`, and the offset after it."""
+    value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
             break
-        found |= (data[at] & 127) << shift
+        value |= (data[at] & 127) << shift
         at += 1
         if data[at - 1] < 128:
-            return found & (1 << 64) - 1, at
+            return value & (1 << 64) - 1, at
     raise WireError("a number is cut short, or too long")
 
 
-def varints(data: bytes) -> Iterator[int]:
+def parse_varints(data: bytes) -> Iterator[int]:
+    """Yield the packed integers of `data`."""
     at = 0
     while at < len(data):
-        value, at = varint(data, at)
+        value, at = parse_varint(data, at)
         yield value
 
 
-def signed(value: int) -> int:
+def to_signed(value: int) -> int:
+    """Read an unsigned 64-bit integer as two's complement."""
     return value - (1 << 64) if value >> 63 else value
 
 
-def bytes_of(value: Any, wire: int) -> bytes:
+def field_bytes(value: Any, wire: int) -> bytes:
+    """Return the bytes of a length-delimited field; raise WireError for any other wire type."""
     if wire != 2:
         raise WireError(f"a field has wire type {wire} where bytes should be")
     return value
 
 
-def text(data: bytes) -> str:
+def utf8_text(data: bytes) -> str:
+    """Decode UTF-8, or raise WireError."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

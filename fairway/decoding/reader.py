@@ -15,7 +15,7 @@ PROMPT_PIECE = 128  # prompt tokens read at once: enough to fill a forward, litt
 
 class Engine(Protocol):
     """The calls that decoding makes to a model. fairway.scoring.memory.Memory implements it in PyTorch,
-    fairway.coreml.engine.Shards in CoreML.
+    fairway.coreml.engine.ShardEngine in CoreML.
     """
 
     read: int  # number of tokens read so far
@@ -26,7 +26,7 @@ class Engine(Protocol):
 
 
 class EngineSource(Protocol):
-    """A way to run the model other than in PyTorch: fairway.coreml.shard_engines has one."""
+    """A way to run the model other than in PyTorch: fairway.coreml.engine has one."""
 
     context: int  # tokens that the model sees at a time
     most: int  # tokens that one call takes

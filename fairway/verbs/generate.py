@@ -507,7 +507,7 @@ def connect(folder: str, artifact: str) -> Callable | None:
     """Return what connects a Writer to CoreML shards; None without a folder."""
     if not folder:
         return None
-    from fairway.coreml.shard_engines import connect_shards
+    from fairway.coreml.engine import connect_shards
 
     return connect_shards(folder, artifact)
 

@@ -1,9 +1,11 @@
-"""Shards as an engine: slots that come round, tokens taken back, and the text that PyTorch would write.
+"""Shards as an engine: slots are reused, tokens can be cropped, and the text is that of PyTorch.
 
-Most of this runs the graph in PyTorch behind the engine; the last part runs saved packages."""
+Most tests run the graph in PyTorch behind the engine; the last part runs saved packages.
+"""
 
 import dataclasses
 import shutil
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,16 @@ from models import FEATURES, trained
 
 from fairway.compression.loading import load
 from fairway.coreml import graph, layout
-from fairway.coreml.engine import REWIND, Chain, Shards, interpreted, load_chain
+from fairway.coreml.engine import REWIND, ShardChain, ShardEngine, interpreter_runner, load_chain
 from fairway.coreml.graph import host_tables
-from fairway.coreml.manifest import HOST, Folder, Manifest, hashes_of, read_manifest, write_manifest
+from fairway.coreml.manifest import (
+    HOST_FILE,
+    Manifest,
+    ShardFolder,
+    folder_hashes,
+    read_manifest,
+    write_manifest,
+)
 from fairway.decoding.beam import beam_search
 from fairway.decoding.drafters import NGramDrafter, SuffixDrafter
 from fairway.decoding.reader import Reader, decode_plainly
@@ -28,31 +37,37 @@ from train_gpt import UserError
 
 pytestmark = pytest.mark.apple
 GREEDY = Strategy("greedy")
-MODELS = {name: trained(looping=True, **FEATURES[name]).eval() for name in ("plain", "all")}
+MODELS = ("plain", "all")
 TOKENS = np.random.default_rng(0).integers(2, 97, 400).tolist()
 
 
-def in_torch(model):
-    """A runner: each shard's graph, as it is before it is converted."""
+@cache
+def model_named(name: str):
+    return trained(looping=True, **FEATURES[name]).eval()
 
-    def load(folder: Folder, shard: str, function: str):
+
+def torch_runner(model):
+    """Return a runner that computes each shard's graph in PyTorch, before any conversion."""
+
+    def load(folder: ShardFolder, shard: str, function: str):
         m = folder.manifest
-        module = graph.shards(model, m.dims, list(m.cuts), list(m.split))[shard]
+        module = graph.build_shards(model, m.dims, list(m.cuts), list(m.split))[shard]
 
         @torch.no_grad()
-        def call(given):
-            made = module(*(torch.from_numpy(given[n]) for n in module.interface.inputs))
-            made = made if isinstance(made, tuple) else (made,)
-            return {n: v.numpy() for n, v in zip(module.interface.outputs, made, strict=True)}
+        def call(inputs):
+            outputs = module(*(torch.from_numpy(inputs[n]) for n in module.interface.inputs))
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            return {n: v.numpy() for n, v in zip(module.interface.outputs, outputs, strict=True)}
 
         return call
 
     return load
 
 
-def chain_of(name: str, slots: int = 16, shapes: str = "enumerated", tokens: int = 4) -> Chain:
-    model = MODELS[name]
-    d, tables = graph.dims_of(model, slots), host_tables(model)
+def chain_of(name: str, slots: int = 16, shapes: str = "enumerated", tokens: int = 4) -> ShardChain:
+    """Return a chain of two shards of layers and two heads, of a small model."""
+    model = model_named(name)
+    d, tables = graph.model_dims(model, slots), host_tables(model)
     manifest = Manifest(
         "a" * 64,
         "b" * 64,
@@ -61,152 +76,161 @@ def chain_of(name: str, slots: int = 16, shapes: str = "enumerated", tokens: int
         "fp32",
         "none",
         shapes,
-        tuple(layout.sizes(shapes, tokens)),
+        tuple(layout.call_sizes(shapes, tokens)),
         (0, 1, d.passes),
         (0, 50, 97),
         {n: t.shape for n, t in tables.items()},
         {},
     )
-    return Chain(Folder(Path("nowhere"), manifest, {}, tables), in_torch(model))
+    return ShardChain(ShardFolder(Path("nowhere"), manifest, {}, tables), torch_runner(model))
 
 
-CHAINS = {name: chain_of(name) for name in MODELS}
+@cache
+def shared_chain(name: str, slots: int = 16) -> ShardChain:
+    """Return a chain for all tests that neither change its runner nor read its counts."""
+    return chain_of(name, slots)
 
 
 @torch.no_grad()
-def wanted(name: str, tokens: list[int], window: int = 16) -> np.ndarray:
-    memory = Memory(MODELS[name], window)
+def torch_logits(name: str, tokens: list[int], window: int = 16) -> np.ndarray:
+    """Return the logits of PyTorch, read token by token, float32[n, V]."""
+    memory = Memory(model_named(name), window)
     return torch.cat([memory.logits(torch.tensor([[t]]))[0] for t in tokens]).numpy()
 
 
-# ---- Slots -----------------------------------------------------------------------------------------------------------
+# ---- Slots ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("slots", [3, 16])
-def test_slots_that_come_round_are_a_window(name, slots):
-    chain, out, at = chain_of(name, slots), [], 0
-    stream = chain.stream()
+def test_reused_slots_are_a_sliding_window(name, slots):
+    chain, out, at = shared_chain(name, slots), [], 0
+    text_cache = chain.new_cache()
     for step in [1, 4, 2, 3, 4] * 6:
-        out.append(chain(stream, TOKENS[at : at + step]))
+        out.append(chain(text_cache, TOKENS[at : at + step]))
         at += step
-    assert np.abs(np.concatenate(out) - wanted(name, TOKENS[:at], slots)).max() < 2e-5
+    assert np.abs(np.concatenate(out) - torch_logits(name, TOKENS[:at], slots)).max() < 2e-5
 
 
 @given(
     st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), min_size=1, max_size=14),
     st.integers(0, 30),
 )
-def test_taking_back_and_going_on_is_never_having_read_it(steps, before):
-    """Wrong tokens are read and taken back, as far as before the last calls; what is then said is the same."""
-    chain = CHAINS["plain"]
-    stream, straight, text = chain.stream(), chain.stream(), []
+def test_cropped_tokens_leave_no_trace(steps, before):
+    """Wrong tokens are read and cropped, across several calls; later logits do not change."""
+    chain = shared_chain("plain")
+    text_cache, straight, text = chain.new_cache(), chain.new_cache(), []
     for at in range(0, before, 4):
         piece = TOKENS[at : min(at + 4, before)]
-        chain(stream, piece), chain(straight, piece)
+        chain(text_cache, piece), chain(straight, piece)
         text += piece
     for step, back in steps:
         piece = TOKENS[50 + len(text) : 50 + len(text) + step]
-        chain(stream, piece)
+        chain(text_cache, piece)
         for _ in range(back):
-            chain(stream, [3])
-        stream.crop(stream.read - back)
+            chain(text_cache, [3])
+        text_cache.crop(text_cache.read - back)
         chain(straight, piece)
-    assert stream.read == straight.read
-    found, right = chain(stream, [5, 6]), chain(straight, [5, 6])
+    assert text_cache.read == straight.read
+    found, right = chain(text_cache, [5, 6]), chain(straight, [5, 6])
     assert np.abs(found - right).max() < 1e-5
-    assert np.array_equal(np.sort(stream.positions), np.sort(straight.positions))
+    assert np.array_equal(np.sort(text_cache.positions), np.sort(straight.positions))
 
 
-def test_everything_can_be_taken_back_until_slots_are_overwritten_and_then_so_many():
-    chain = CHAINS["plain"]
-    stream = chain.stream()
+def test_after_slots_are_overwritten_only_the_last_tokens_can_be_cropped():
+    chain = shared_chain("plain")
+    text_cache = chain.new_cache()
     for t in TOKENS[:15]:
-        chain(stream, [t])
-    stream.crop(0)
-    assert stream.read == 0 and (stream.positions == -1).all()
+        chain(text_cache, [t])
+    text_cache.crop(0)
+    assert text_cache.read == 0 and (text_cache.positions == -1).all()
     for t in TOKENS[:200]:
-        chain(stream, [t])
+        chain(text_cache, [t])
     with pytest.raises(ValueError, match="200 tokens were read; they cannot be cropped to 100"):
-        stream.crop(100)
+        text_cache.crop(100)
     with pytest.raises(ValueError, match="cropped to 201"):
-        stream.crop(201)
-    stream.crop(200 - REWIND)
-    assert np.abs(chain(stream, TOKENS[136:138]) - wanted("plain", TOKENS[:138])[-2:]).max() < 2e-5
+        text_cache.crop(201)
+    text_cache.crop(200 - REWIND)
+    assert (
+        np.abs(chain(text_cache, TOKENS[136:138]) - torch_logits("plain", TOKENS[:138])[-2:]).max()
+        < 2e-5
+    )
 
 
 @pytest.mark.parametrize("back", [63, 64, 70, 71, 72, 73, 99, 100])
-def test_as_long_as_nothing_was_overwritten_anything_can_be_taken_back(back):
-    chain = chain_of("all", slots=128)
-    stream = chain.stream()
+def test_until_a_slot_is_overwritten_any_token_can_be_cropped(back):
+    chain = shared_chain("all", 128)
+    text_cache = chain.new_cache()
     for at in range(0, 100, 4):
-        chain(stream, TOKENS[at : at + 4])
-    stream.crop(100 - back)
+        chain(text_cache, TOKENS[at : at + 4])
+    text_cache.crop(100 - back)
     text = [*TOKENS[: 100 - back], 7, 8]
-    assert np.abs(chain(stream, [7, 8]) - wanted("all", text, 128)[-2:]).max() < 2e-5
+    assert np.abs(chain(text_cache, [7, 8]) - torch_logits("all", text, 128)[-2:]).max() < 2e-5
 
 
-def test_a_copy_goes_its_own_way():
-    chain = CHAINS["all"]
-    stream = chain.stream()
-    chain(stream, TOKENS[:3])
-    other = stream.copy()
+def test_a_copy_is_independent():
+    chain = shared_chain("all")
+    text_cache = chain.new_cache()
+    chain(text_cache, TOKENS[:3])
+    other = text_cache.copy()
     chain(other, [9, 9, 9]), other.crop(3), chain(other, [7])
-    assert np.array_equal(chain(stream, [5]), chain_after(chain, TOKENS[:3], [5]))
+    assert np.array_equal(chain(text_cache, [5]), logits_after(chain, TOKENS[:3], [5]))
 
 
-def chain_after(chain: Chain, before: list[int], piece: list[int]) -> np.ndarray:
-    stream = chain.stream()
-    chain(stream, before)
-    return chain(stream, piece)
+def logits_after(chain: ShardChain, before: list[int], piece: list[int]) -> np.ndarray:
+    """Return the logits of `piece` after a fresh cache has read `before`."""
+    cache = chain.new_cache()
+    chain(cache, before)
+    return chain(cache, piece)
 
 
 @pytest.mark.parametrize(
     "tokens, message",
     [
-        ([], "a call of 0 tokens; these shards take 1 to 4"),
+        ([], "a call of 0 tokens; these shards take 1 to 4 tokens"),
         ([1] * 5, "a call of 5 tokens"),
-        ([97], "outside the 97"),
-        ([-1], "outside the 97"),
+        ([97], "outside the vocabulary of 97"),
+        ([-1], "outside the vocabulary of 97"),
     ],
 )
-def test_calls_that_no_shard_takes_are_refused(tokens, message):
-    chain = CHAINS["plain"]
+def test_calls_of_wrong_lengths_or_tokens_are_refused(tokens, message):
+    chain = shared_chain("plain")
     with pytest.raises(UserError, match=message):
-        chain(chain.stream(), tokens)
+        chain(chain.new_cache(), tokens)
 
 
-def test_steps_are_filled_up_to_the_next_size():
+def test_calls_are_padded_to_the_next_size():
     called, chain = [], chain_of("plain")
     runner = chain.runner
 
     def watched(folder, shard, function):
         call = runner(folder, shard, function)
 
-        def told(given):
-            called.append((shard, next(iter(given.values())).shape[-1]))
-            return call(given)
+        def counted(inputs):
+            called.append((shard, next(iter(inputs.values())).shape[-1]))
+            return call(inputs)
 
-        return told
+        return counted
 
     chain.runner = watched
-    stream = chain.stream()
+    text_cache = chain.new_cache()
     for count in (1, 2, 3, 4):
-        chain(stream, TOKENS[:count])
+        chain(text_cache, TOKENS[:count])
     assert [size for shard, size in called if shard == "layers0"] == [1, 2, 4, 4]
-    assert chain.used.calls == 4 and chain.used.tokens == 10
+    assert chain.counts.calls == 4 and chain.counts.tokens == 10
 
 
-# ---- Decoding --------------------------------------------------------------------------------------------------------
-def reader(chain: Chain) -> Reader:
-    return Reader(Shards(chain), most=chain.most)
+# ---- Decoding ------------------------------------------------------------------------------------
+def reader(chain: ShardChain) -> Reader:
+    """Return a reader of a new engine."""
+    return Reader(ShardEngine(chain), most=chain.most)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("draft", [None, NGramDrafter, SuffixDrafter])
-def test_greedy_text_is_that_of_pytorch(name, draft):
-    prompt, count = [1, *TOKENS[:20]], 60  # further than the window
+def test_greedy_text_equals_that_of_pytorch(name, draft):
+    prompt, count = [1, *TOKENS[:20]], 60  # more tokens than the window holds
     theirs, ours, rng = (
-        Reader(Memory(MODELS[name], 16)),
-        reader(chain_of(name)),
+        Reader(Memory(model_named(name), 16)),
+        reader(shared_chain(name)),
         np.random.default_rng(0),
     )
     theirs.last(prompt[:-1])
@@ -227,16 +251,16 @@ def test_greedy_text_is_that_of_pytorch(name, draft):
         )
 
 
-def test_beams_are_those_of_pytorch():
+def test_beams_equal_those_of_pytorch():
     prompt = [1, *TOKENS[:6]]
     found = []
-    for one in (Reader(Memory(MODELS["all"], 16)), reader(chain_of("all"))):
+    for one in (Reader(Memory(model_named("all"), 16)), reader(shared_chain("all"))):
         one.last(prompt[:-1])
         found.append([f.tokens for f in beam_search(one, prompt, 4, 8, best=3)])
     assert found[0] == found[1]
 
 
-# ---- Saved packages --------------------------------------------------------------------------------------------------
+# ---- Saved packages ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "choice",
     [
@@ -245,17 +269,17 @@ def test_beams_are_those_of_pytorch():
         dict(shapes="multifunction", precision="fp32"),
     ],
 )
-def test_packages_write_the_text_of_pytorch(exported, choice):
+def test_saved_packages_write_the_text_of_pytorch(exported, choice):
     model = exported.source.model
     prompt, texts = [1, *(t % model.cfg.vocab_size for t in TOKENS[:9])], []
     chain = load_chain(
-        exported(**choice), exported.source.path, load(exported.source.path), interpreted()
+        exported(**choice), exported.source.path, load(exported.source.path), interpreter_runner()
     )
     for one in (Reader(Memory(model)), reader(chain)):
         one.last(prompt[:-1])
         steps = Speculation(one, prompt, GREEDY, np.random.default_rng(0), NGramDrafter(), 3)
         texts.append([step.token for step, _ in zip(steps, range(50), strict=False)])
-    assert texts[0] == texts[1] and chain.used.calls < 50 + len(prompt)
+    assert texts[0] == texts[1] and chain.counts.calls < 50 + len(prompt)
 
 
 def test_shards_of_another_artifact_are_refused(exported, tmp_path):
@@ -268,27 +292,25 @@ def test_shards_of_another_artifact_are_refused(exported, tmp_path):
 
 
 @pytest.mark.parametrize("parts", [dict(rope_base=2e4), dict(tokenizer_sha256="0" * 64)])
-def test_a_manifest_that_claims_the_artifact_but_has_other_numbers_is_refused(
-    exported, tmp_path, parts
-):
+def test_a_manifest_with_the_artifacts_hash_and_other_numbers_is_refused(exported, tmp_path, parts):
     shutil.copytree(exported(shapes="fixed", precision="fp32"), tmp_path / "s")
     write_manifest(tmp_path / "s", dataclasses.replace(read_manifest(tmp_path / "s"), **parts))
     with pytest.raises(
         UserError,
-        match="says that it was exported from this artifact, but its numbers are of another",
+        match="says that it was exported from this artifact, but its numbers are from another",
     ):
         load_chain(tmp_path / "s", exported.source.path, load(exported.source.path))
 
 
 def test_embeddings_of_another_model_are_refused(exported, tmp_path):
     shutil.copytree(exported(shapes="fixed", precision="fp32"), tmp_path / "s")
-    data = bytearray((tmp_path / "s" / HOST).read_bytes())
+    data = bytearray((tmp_path / "s" / HOST_FILE).read_bytes())
     data[2] ^= 1
-    (tmp_path / "s" / HOST).write_bytes(data)
+    (tmp_path / "s" / HOST_FILE).write_bytes(data)
     m = read_manifest(tmp_path / "s")
     write_manifest(
         tmp_path / "s",
-        dataclasses.replace(m, sha256=hashes_of(tmp_path / "s", list(m.interfaces()))),
+        dataclasses.replace(m, sha256=folder_hashes(tmp_path / "s", list(m.interfaces()))),
     )
-    with pytest.raises(UserError, match="its numbers are of another one"):
+    with pytest.raises(UserError, match="its numbers are from another one"):
         load_chain(tmp_path / "s", exported.source.path, load(exported.source.path))

@@ -1,172 +1,161 @@
-"""export_coreml.py as its users run it: one line for a mistake, and an exit status that a script can trust."""
+"""The verb export-coreml: one line for a mistake, and an exit code that a script can trust."""
 
+import dataclasses
 import json
 import re
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
-import export_coreml
+from fairway.cli import main
+from fairway.coreml import export, parity
+from fairway.coreml.export import QUANTISATIONS, ExportOptions
+from fairway.coreml.layout import SHAPES
+from fairway.coreml.manifest import DTYPES
+from fairway.verbs.export_coreml import EXPORT_OPTIONS
 from train_gpt import write_shard
 
-pytestmark = pytest.mark.apple
+apple = pytest.mark.apple
 
 
 @pytest.fixture
 def run(exported, corpus, tmp_path, monkeypatch, capsys):
-    """`run("--check")`: status, lines of standard output, lines of standard error."""
+    """Return `run(options)`: exit code, lines of standard output, lines of standard error."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(exported.source.path, "model.ptz")
 
     def call(options: str) -> tuple[int, list[str], list[str]]:
-        status = export_coreml.main(
-            ["--artifact", "model.ptz", "--data", str(corpus.folder), *options.split()]
+        code = main(
+            ["export-coreml", "--artifact=model.ptz", f"--data={corpus.folder}", *options.split()]
         )
-        out, told = capsys.readouterr()
-        return status, out.splitlines(), told.replace("\r", "\n").splitlines()
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err.splitlines()
 
     return call
 
 
-def test_an_export_says_what_it_wrote(run):
-    status, out, _ = run("--shapes fixed --chunks 2 --vocab-shards 2 --quantise int8")
-    assert status == 0 and out[0].startswith("ranges: pre-activation ")
+@apple
+def test_an_export_prints_what_it_wrote_and_no_bar_in_a_file(run):
+    code, out, err = run("--shapes fixed --chunks 2 --vocab-shards 2 --quantise int8")
+    assert (code, err) == (0, []) and out[0].startswith("ranges: pre-activation ")
     assert out[1].startswith(
         "exported:coreml shards:4 (layers0, layers1, head0, head1) functions:main context:32 "
         "precision:fp16 quantise:int8 bytes:"
     )
-    with open("coreml/manifest.json") as f:
-        assert json.load(f)["quantise"] == "int8"
+    assert json.loads(Path("coreml/manifest.json").read_text())["quantise"] == "int8"
 
 
+@apple
 def test_a_check_of_one_variant_keeps_it_and_writes_json(run):
-    status, out, _ = run("--check --shapes range --precision fp32 --out kept --json found.json")
-    assert (
-        status == 0
-        and out[-1] == "parity:passed variants:1"
-        and any("fp32, range, 1 shard" in line for line in out)
-    )
-    with open("found.json") as f:
-        found = json.load(f)
-    assert found["passed"] and found["variants"][0]["ways"]["T=1"]["gap"] < 1e-4
-    with open("kept/manifest.json") as f:
-        assert json.load(f)["shapes"] == "range"
+    code, out, err = run("--check --shapes range --precision fp32 --out kept --json report.json")
+    assert (code, err) == (0, []) and out[-1] == "parity:passed variants:1"
+    assert any("fp32, range, 1 shard" in line for line in out)
+    report = json.loads(Path("report.json").read_text())
+    assert report["passed"] and report["variants"][0]["ways"]["T=1"]["gap"] < 1e-4
+    assert json.loads(Path("kept/manifest.json").read_text())["shapes"] == "range"
 
 
-def test_a_check_that_fails_says_so_and_ends_in_one(run, monkeypatch):
-    monkeypatch.setitem(export_coreml.check.__globals__["LIMITS"], "fp32", 1e-12)
-    status, out, _ = run("--check --shapes fixed --precision fp32")
-    assert status == 1 and out[-1] == "parity:FAILED variants:1"
+@apple
+def test_a_variant_that_fails_is_reported_and_not_kept(run, exported, monkeypatch):
+    shutil.copytree(exported(shapes="fixed"), "kept")
+    before = Path("kept/manifest.json").read_bytes()
+    monkeypatch.setitem(parity.LIMITS, "fp32", 1e-12)
+    monkeypatch.setattr(export, "save_shard", exported.saving(shapes="fixed", precision="fp32"))
+    code, out, _ = run("--check --shapes fixed --precision fp32 --out kept")
+    assert code == 1 and out[-1] == "parity:FAILED variants:1"
     assert any(line.startswith("FAIL: fp32, fixed, 1 shard: largest difference ") for line in out)
+    assert Path("kept/manifest.json").read_bytes() == before
 
 
+@apple
 @pytest.mark.parametrize(
-    "options, message",
+    "options, code, message",
     [
-        ("--shapes odd", "--shapes is 'odd'; take one of fixed"),
-        ("--tokens 9", "--tokens is 9; it must be 1 to 4"),
-        ("--tokens x", "invalid int value: 'x'; see --help"),
-        ("--chunks 7", "--chunks is 7, but the model has 2 layers"),
-        ("--chunk 2", "unrecognized arguments: --chunk 2; see --help"),
-        ("--artifact nothing.ptz", "nothing.ptz: cannot be read"),
-        ("--data .", "no training shards"),
-        ("--check --audit", "--check and --audit are both given; leave one out"),
-        ("--what", "unrecognized arguments: --what"),
-        ("--check --json .", "--json . cannot be written there"),
-        ("--out .", "--out .* is where you are"),
-        ("--check --out x", "--out does nothing with a --check of all variants"),
-        ("--json x", "--json goes with --check, --audit or --bench"),
-        ("--out model.ptz", "is no export of ours"),
+        ("--shapes odd", 2, "--shapes is 'odd'; take one of fixed"),
+        ("--tokens 9", 2, "--tokens is 9; it must be 1 to 4"),
+        ("--tokens x", 2, "invalid int value: 'x'; see fairway export-coreml --help"),
+        ("--chunk 2", 2, "unknown option --chunk; did you mean --chunks"),
+        ("--what", 2, "unknown option --what"),
+        ("--check --audit", 2, "--check and --audit are both given; leave one out"),
+        ("--check --json .", 2, "--json . cannot be written there"),
+        ("--check --out x", 2, "--out does nothing with a --check of all variants"),
+        ("--json x", 2, "--json goes with --check, --audit or --bench"),
+        ("--audit --tokens 2", 2, "--audit reads an earlier export"),
+        ("--chunks 7", 1, "--chunks is 7, but the model has 2 layers"),
+        ("--artifact nothing.ptz", 1, "nothing.ptz: cannot be read"),
+        ("--data .", 1, "no training shards"),
+        ("--out .", 1, "--out .* is where you are"),
+        ("--out model.ptz", 1, "is no export of ours"),
     ],
 )
-def test_mistakes_are_one_line(run, options, message):
-    status, out, told = run(options)
-    line = [line for line in told if line.startswith("export_coreml: error: ")]
-    assert status == 1 and len(line) == 1 and re.search(message, line[0])
+def test_mistakes_are_one_line(run, options, code, message):
+    found, out, err = run(options)
+    assert (found, out, len(err)) == (code, [], 1)
+    assert err[0].startswith("fairway export-coreml: error: ") and re.search(message, err[0])
 
 
-def test_a_variant_that_fails_is_not_kept(run, monkeypatch):
-    assert run("--shapes fixed --out kept")[0] == 0
-    with open("kept/manifest.json", "rb") as f:
-        before = f.read()
-    monkeypatch.setitem(export_coreml.check.__globals__["LIMITS"], "fp32", 1e-12)
-    assert run("--check --shapes fixed --precision fp32 --out kept")[0] == 1
-    with open("kept/manifest.json", "rb") as f:
-        assert f.read() == before
-
-
-def test_too_little_text_to_measure_is_told(run, tmp_path):
+@apple
+def test_too_little_training_text_is_refused(run, tmp_path):
     write_shard(tmp_path / "x_train_000000.bin", np.ones(255, "<u2"))
-    told = run(f"--data {tmp_path}")[2]
-    assert "holds 255 tokens; values are measured on at least 256" in told[-1]
+    err = run(f"--data {tmp_path}")[2]
+    assert "holds 255 tokens; activations are measured on at least 256" in err[-1]
 
 
-@pytest.mark.skipif(sys.platform == "darwin", reason="here it would run")
+@apple
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac runs them")
 @pytest.mark.parametrize("option", ["--audit", "--bench"])
-def test_what_only_a_mac_can_do_says_so_in_one_line(run, option):
-    status, out, told = run(option)
-    assert (status, out, len(told)) == (1, [], 1)
-    assert told[0].startswith(
-        f"export_coreml: error: {option} asks CoreML on a Mac, and this is Linux; run it there"
+def test_without_a_mac_audit_and_bench_are_refused(run, option):
+    code, out, err = run(option)
+    assert (code, out, len(err)) == (1, [], 1) and err[0].startswith(
+        f"fairway export-coreml: error: {option} needs CoreML on a Mac, and this machine runs Linux"
     )
 
 
+@apple
 @pytest.mark.skipif(sys.platform != "darwin", reason="needs a Mac")
 @pytest.mark.parametrize("option", ["--audit", "--bench"])
 def test_a_mac_audits_and_times(run, option):
     assert run("--shapes multifunction")[0] == 0
-    status, out, _ = run(f"{option} --json found.json")
-    assert status == 0 and out
+    code, out, _ = run(f"{option} --json report.json")
+    assert code == 0 and out
 
 
-def test_an_interrupt_leaves_what_was_there(run, monkeypatch):
-    monkeypatch.setattr(
-        export_coreml, "export", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    assert run("")[0::2] == (
-        130,
-        ["export_coreml: interrupted; what was there before is untouched"],
-    )
+@apple
+def test_an_interrupt_is_one_line(run, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "export_shards", interrupted)
+    assert run("") == (130, [], ["fairway export-coreml: interrupted"])
 
 
-def test_without_coremltools_one_line_names_the_requirements(tmp_path, exported, corpus):
-    options = ["--artifact", str(exported.source.path), "--data", str(corpus.folder)]
-    code = (
-        "import sys; sys.modules['coremltools'] = None; import export_coreml; "
-        f"sys.exit(export_coreml.main({options!r}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=dict(PYTHONPATH=str(ROOT), PATH=""),
-    )
-    assert done.returncode == 1 and done.stderr.strip().startswith(
-        "export_coreml: error: coremltools is not installed"
-    )
-    assert "pip install -r requirements-apple.txt" in done.stderr and "Traceback" not in done.stderr
+@apple
+def test_without_coremltools_one_line_names_the_requirements(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "coremltools", None)
+    code, _, err = run("")
+    assert code == 1 and len(err) == 1
+    assert err[0].startswith("fairway export-coreml: error: coremltools is not installed")
+    assert "pip install -r requirements-apple.txt" in err[0]
 
 
-def test_help_names_every_option():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "export_coreml.py"), "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and all(
-        f"--{name}" in done.stdout
-        for name in (
-            "layers-per-shard",
-            "chunks",
-            "shapes",
-            "quantise",
-            "check",
-            "audit",
-            "bench",
-            "vocab-shards",
-            "context",
-        )
-    )
+def test_the_options_are_those_of_an_export():
+    """The verb repeats names, types, defaults and choices, so that --help imports no torch."""
+    fields = {f.name: f for f in dataclasses.fields(ExportOptions)}
+    assert list(fields) == list(EXPORT_OPTIONS)
+    for name, (kind, text) in EXPORT_OPTIONS.items():
+        default = fields[name].default
+        assert kind is type(default)
+        assert f"(default: {default})" in text or not default
+    for name, choices in (("precision", DTYPES), ("quantise", QUANTISATIONS), ("shapes", SHAPES)):
+        assert all(re.search(rf"\b{choice}\b", EXPORT_OPTIONS[name][1]) for choice in choices)
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["export-coreml", "--help"])
+    out = capsys.readouterr().out
+    names = [*EXPORT_OPTIONS, "artifact", "out", "data", "check", "audit", "bench", "json"]
+    assert e.value.code == 0 and all(f"--{name.replace('_', '-')}" in out for name in names)

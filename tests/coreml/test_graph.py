@@ -1,4 +1,4 @@
-"""The graph in (1, C, 1, T) says what the model says: every feature, cut anywhere, read in steps of any length."""
+"""The graph in (1, C, 1, T) equals the model, for every feature, cut and call length."""
 
 import numpy as np
 import pytest
@@ -7,16 +7,18 @@ from models import FEATURES, some_tokens, trained
 
 from fairway.coreml import graph, layout
 from fairway.coreml.graph import EXACT, Precision, host_tables
-from fairway.coreml.host import Embedding, mask_of, rotations
+from fairway.coreml.host import Embedding, attention_mask, rotary_tables
 
 
 @torch.no_grad()
 def logits_in_steps(
     model, tokens: list[int], parts: int, precision: Precision = EXACT, steps=(4, 1, 2, 4, 3, 2)
 ):
-    """float32[n, V], by a cache that is written as tokens come and calls that are filled up to four."""
-    d = graph.dims_of(model, 16)
-    chain = graph.shards(model, d, layout.even(d.passes, parts), layout.even(d.vocab, 3), precision)
+    """Return float32[n, V] by calls padded to four tokens, with a cache written after each call."""
+    d = graph.model_dims(model, 16)
+    chain = graph.build_shards(
+        model, d, layout.even_cuts(d.passes, parts), layout.even_cuts(d.vocab, 3), precision
+    )
     interfaces = {name: shard.interface for name, shard in chain.items()}
     kept = {
         f"{c}{n}": torch.zeros(1, d.head, d.kv_heads, d.slots)
@@ -26,7 +28,7 @@ def logits_in_steps(
     positions, embed, out, at = np.full(16, -1), Embedding(host_tables(model)), [], 0
     for n in steps:
         piece = tokens[at : at + n]
-        cos, sin = rotations(at, 4, d.rotary, model.cfg.rope_base)
+        cos, sin = rotary_tables(at, 4, d.rotary, model.cfg.rope_base)
         have = {
             name: torch.from_numpy(array)[None, :, None]
             for name, array in (
@@ -35,8 +37,8 @@ def logits_in_steps(
                 ("sin", sin),
             )
         }
-        have["mask"] = torch.from_numpy(mask_of(positions, at, n, 4))[None, None]
-        graph.run_chain(chain, interfaces, have := have | kept)
+        have["mask"] = torch.from_numpy(attention_mask(positions, at, n, 4))[None, None]
+        graph.run_shards(chain, interfaces, have := have | kept)
         out.append(torch.cat([have[f"logits{j}"] for j in range(3)], dim=1)[0, :, 0, :n].T)
         for name, cache in kept.items():
             cache[..., at : at + n] = have[f"{name}_new"][..., :n]
@@ -47,7 +49,7 @@ def logits_in_steps(
 
 @pytest.mark.parametrize("name", FEATURES)
 @torch.no_grad()
-def test_the_graph_says_what_the_model_says(name):
+def test_the_graph_equals_the_model(name):
     model, tokens = (
         trained(looping=name != "loops_off", **FEATURES[name]).eval(),
         some_tokens(rows=1),
@@ -60,7 +62,7 @@ def test_the_graph_says_what_the_model_says(name):
 
 @pytest.mark.parametrize("name", ["plain", "all"])
 @torch.no_grad()
-def test_scales_change_nothing_but_the_range_of_what_is_computed(name):
+def test_scales_change_the_ranges_and_not_the_logits(name):
     model, tokens = trained(looping=True, **FEATURES[name]).eval(), some_tokens(rows=1)
     kinds = ("norm_attn", "norm_mlp", "attn.norm_q", "attn.norm_k")
     scales = {f"passes.{n}.act": 2.0 ** (n % 3 - 2) for n in range(13)}
@@ -74,11 +76,11 @@ def test_scales_change_nothing_but_the_range_of_what_is_computed(name):
 
 
 def test_a_scale_reaches_the_activation():
-    """Or the test above could not fail."""
+    """Otherwise the test above could not fail."""
     model = trained()
-    d = graph.dims_of(model, 4)
+    d = graph.model_dims(model, 4)
     plain, scaled = (
-        graph.Layers(model, d, 0, 3, Precision("fp32", scales, {}, 0.0))
+        graph.LayersShard(model, d, 0, 3, Precision("fp32", scales, {}, 0.0))
         for scales in ({}, {"passes.1.act": 0.25})
     )
     assert torch.equal(scaled.passes["1"].fc.weight, plain.passes["1"].fc.weight / 4)
@@ -86,11 +88,11 @@ def test_a_scale_reaches_the_activation():
     assert torch.equal(scaled.passes["0"].fc.weight, plain.passes["0"].fc.weight)
 
 
-def test_which_passes_have_two_lanes():
-    assert graph.dims_of(trained(**FEATURES["lanes"]), 4).parted == (False, True, True)
-    # Loops go back below the layer where lanes part.
+def test_passes_with_two_lanes():
+    assert graph.model_dims(trained(**FEATURES["lanes"]), 4).parted == (False, True, True)
+    # Loops return to a layer before the lanes part.
     plain = dict(FEATURES["all"], parallel_start_layer=4)
-    assert graph.dims_of(trained(looping=True, **plain), 4).parted == (
+    assert graph.model_dims(trained(looping=True, **plain), 4).parted == (
         False,
         False,
         False,
@@ -108,9 +110,10 @@ def test_which_passes_have_two_lanes():
 
 
 @torch.no_grad()
-def test_lanes_that_part_meet_and_part_again():
+def test_lanes_that_part_twice():
     changed = dict(FEATURES["all"], parallel_start_layer=4)
     model, tokens = trained(looping=True, **changed).eval(), some_tokens(rows=1)
+    wanted = model.logits(tokens)[0]
     for parts in (1, 5, 13):
         found = logits_in_steps(model, tokens[0].tolist(), parts)
-        assert (found - model.logits(tokens)[0]).abs().max() < 1e-5
+        assert (found - wanted).abs().max() < 1e-5

@@ -1,4 +1,4 @@
-"""The interpreter computes what PyTorch computes, holds everything to its declaration, and names what it cannot do."""
+"""The interpreter equals PyTorch, checks every declaration, and names what it cannot run."""
 
 import shutil
 
@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from fairway.coreml import graph, layout
-from fairway.coreml.engine import Chain, interpreted
-from fairway.coreml.export import Choice, Source, export
+from fairway.coreml.engine import ShardChain, interpreter_runner
+from fairway.coreml.export import ExportOptions, ExportSource, export_shards
 from fairway.coreml.graph import host_tables
 from fairway.coreml.interpret import (
     OPERATIONS,
+    InterpretedFunction,
     InterpretError,
-    Program,
     blockwise_shift_scale,
-    elements_made,
     interpret,
     lut_to_dense,
+    output_elements,
 )
-from fairway.coreml.mlpackage import KINDS, LIKE, MODEL, PackageError, Type
+from fairway.coreml.mlpackage import FEATURE_DTYPES, MODEL, NUMBER_TYPES, PackageError, TensorType
 from fairway.coreml.tools import import_coremltools
 from train_gpt import GPT, Artifact
 
@@ -34,9 +34,9 @@ def run(name: str, **operands) -> np.ndarray:
     return OPERATIONS[name](operands)
 
 
-# ---- Operations, against PyTorch -------------------------------------------------------------------------------------
+# ---- Operations, against PyTorch -----------------------------------------------------------------
 @pytest.mark.parametrize(
-    "name, options, torch_says",
+    "name, options, torch_op",
     [
         ("tanh", {}, torch.tanh),
         ("sigmoid", {}, torch.sigmoid),
@@ -74,13 +74,13 @@ def run(name: str, **operands) -> np.ndarray:
         ),
     ],
 )
-def test_operations_of_one_tensor(name, options, torch_says):
+def test_operations_of_one_tensor_equal_torch(name, options, torch_op):
     np.testing.assert_allclose(
-        run(name, x=X, **options), torch_says(torch.from_numpy(X)).numpy(), rtol=1e-12
+        run(name, x=X, **options), torch_op(torch.from_numpy(X)).numpy(), rtol=1e-12
     )
 
 
-def test_operations_of_two_tensors():
+def test_operations_of_two_tensors_equal_torch():
     a, b = rng.standard_normal((1, 3, 4, 6)), rng.standard_normal((1, 1, 6, 5))
     ta, tb = torch.from_numpy(a), torch.from_numpy(b)
     np.testing.assert_allclose(run("matmul", x=a, y=b), (ta @ tb).numpy(), rtol=1e-12)
@@ -113,7 +113,7 @@ def test_operations_of_two_tensors():
             run("conv", x=X, weight=weight, **plain | changed)
 
 
-def test_batch_norm_splits_and_joins():
+def test_batch_norm_split_and_concat_equal_torch():
     mean, variance, gamma, beta = (rng.random(6) for _ in range(4))
     wanted = F.batch_norm(*map(torch.from_numpy, (X, mean, variance, gamma, beta)), eps=1e-3)
     found = run(
@@ -129,7 +129,7 @@ def test_batch_norm_splits_and_joins():
         run("split", x=X, axis=1, split_sizes=np.array([1, 2]))
 
 
-def test_small_weights_by_hand():
+def test_compressed_weights_unpack_as_computed_by_hand():
     data, scale = (
         np.array([[1, -2, 3, 4], [5, 6, 7, -8]], np.int8),
         np.array([[1.0, 2.0], [4.0, 8.0]]),
@@ -154,24 +154,35 @@ def test_small_weights_by_hand():
         blockwise_shift_scale(dict(data=data, scale=np.ones((2, 3))))
 
 
-# ---- Whole packages --------------------------------------------------------------------------------------------------
-def inputs_for(program: Program, interface: layout.Interface, tokens: int) -> dict[str, np.ndarray]:
+# ---- Whole packages ------------------------------------------------------------------------------
+def inputs_for(
+    program: InterpretedFunction, interface: layout.Interface, tokens: int
+) -> dict[str, np.ndarray]:
+    """Return random inputs of a call of `tokens` tokens."""
     draw = np.random.default_rng(1)
     return {
-        name: draw.standard_normal(layout.concrete(shape, tokens)).astype(
-            LIKE[program.inputs[name].kind]
+        name: draw.standard_normal(layout.concrete_shape(shape, tokens)).astype(
+            FEATURE_DTYPES[program.inputs[name].number]
         )
         for name, shape in interface.inputs.items()
+    }
+
+
+def zeros_for(program: InterpretedFunction) -> dict[str, np.ndarray]:
+    """Return fp32 zeros for each input of a program with fixed shapes."""
+    return {
+        name: np.zeros([high for _, high in feature.shapes[0]], np.float32)
+        for name, feature in program.inputs.items()
     }
 
 
 @apple
 @pytest.mark.parametrize("precision, far", [("fp32", 2e-5), ("fp16", 0.02)])
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_a_shard_says_what_its_graph_says(exported, precision, far, tokens):
+def test_a_saved_shard_equals_its_graph(exported, precision, far, tokens):
     folder, model = exported(shapes="multifunction", precision=precision), exported.source.model
-    dims = graph.dims_of(model, 32)
-    for name, shard in graph.shards(model, dims, [0, 2], [0, dims.vocab]).items():
+    dims = graph.model_dims(model, 32)
+    for name, shard in graph.build_shards(model, dims, [0, 2], [0, dims.vocab]).items():
         program = interpret(folder / f"{name}.mlpackage", f"t{tokens}")
         given = inputs_for(program, shard.interface, tokens)
         with torch.no_grad():
@@ -180,19 +191,19 @@ def test_a_shard_says_what_its_graph_says(exported, precision, far, tokens):
         for output, tensor in zip(
             found, wanted if isinstance(wanted, tuple) else (wanted,), strict=True
         ):
-            assert found[output].dtype == LIKE[precision]
+            assert found[output].dtype == FEATURE_DTYPES[precision]
             assert np.abs(found[output].astype(float) - tensor.numpy()).max() < far * max(
                 1, tensor.abs().max().item()
             )
 
 
 @apple
-def test_fp16_can_be_run_in_fp32_which_is_nearer(exported):
+def test_an_fp16_program_run_in_fp32_is_nearer(exported):
     folder = exported(shapes="multifunction", precision="fp16")
     model, errors = exported.source.model, []
-    shard = graph.shards(model, graph.dims_of(model, 32), [0, 2], [0, model.cfg.vocab_size])[
-        "layers0"
-    ]
+    shard = graph.build_shards(
+        model, graph.model_dims(model, 32), [0, 2], [0, model.cfg.vocab_size]
+    )["layers0"]
     for precision in ("declared", "fp32"):
         program = interpret(folder / "layers0.mlpackage", "t4", precision)
         given = inputs_for(program, shard.interface, 4)
@@ -206,43 +217,43 @@ def test_fp16_can_be_run_in_fp32_which_is_nearer(exported):
 
 @apple
 def test_exported_weights_match_the_golden_file(tmp_path):
-    """The oracle of PyTorch and MLX: its logits, in steps of 1 to 4 tokens, by shards in fp32."""
+    """The golden logits of PyTorch and MLX come from fp32 shards too, in calls of 1 to 4 tokens."""
     golden = oracle.read()
     model = GPT(golden.cfg).eval()
     model.load_state_dict({n: torch.from_numpy(w) for n, w in golden.weights.items()})
-    source = Source(
+    source = ExportSource(
         oracle.PATH,
         Artifact(golden.cfg, {}, b"", {"tokenizer_sha256": ""}),
         model,
         host_tables(model),
     )
-    export(
+    export_shards(
         source,
-        Choice(precision="fp32", shapes="range", chunks=2),
+        ExportOptions(precision="fp32", shapes="range", chunks=2),
         tmp_path / "s",
         np.zeros(0, int),
         print,
     )
-    chain, (inputs, _) = Chain(tmp_path / "s", interpreted()), golden.batch(0)
+    chain, (inputs, _) = ShardChain(tmp_path / "s", interpreter_runner()), golden.batch(0)
     for row, wanted in zip(inputs[:3].tolist(), golden.logits, strict=False):
-        stream, at, out = chain.stream(), 0, []
+        stream, at, out = chain.new_cache(), 0, []
         for step in (1, 4, 2, 3, 4, 2):
             out.append(chain(stream, row[at : at + step]))
             at += step
         assert np.abs(np.concatenate(out) - wanted).max() < oracle.TOLERANCES["logits"]
 
 
-# ---- What is refused -------------------------------------------------------------------------------------------------
+# ---- What is refused -----------------------------------------------------------------------------
 @pytest.fixture
-def program(exported) -> tuple[Program, dict]:
+def program(exported) -> tuple[InterpretedFunction, dict]:
     folder, model = exported(shapes="multifunction", precision="fp16"), exported.source.model
-    interface = layout.layers(0, 2, graph.dims_of(model, 32))
+    interface = layout.layers_interface(0, 2, graph.model_dims(model, 32))
     made = interpret(folder / "layers0.mlpackage", "t4")
     return made, inputs_for(made, interface, 4)
 
 
 @apple
-def test_calls_are_held_to_what_is_declared(program):
+def test_a_call_must_match_the_declaration(program):
     call, given = program
     with pytest.raises(
         InterpretError,
@@ -260,17 +271,20 @@ def test_calls_are_held_to_what_is_declared(program):
 
 
 @apple
-def test_an_activation_that_overflows_is_named_with_its_operation(program):
+def test_an_overflow_names_its_operation(program):
     call, given = program
     with pytest.raises(
-        InterpretError, match="overflows fp16 in .*; export with other text to measure, or in fp32"
+        InterpretError, match="overflows fp16 in .*; export with other training text, or in fp32"
     ):
         call(given | dict(x0=given["x0"] * np.float16(20000)))
 
 
 @pytest.fixture
 def spoil(exported, tmp_path):
-    """`spoil(change)`: a package whose program was changed by `change(operations by type)`, saved by coremltools."""
+    """Return `spoil(change)`, which saves a package whose program `change(operations)` changed.
+
+    `operations` maps a type to the operations of that type, as coremltools parses them.
+    """
 
     def make(change):
         path = tmp_path / "p.mlpackage"
@@ -295,7 +309,7 @@ def spoil(exported, tmp_path):
 def test_an_unknown_operation_is_named(spoil):
     path = spoil(lambda operations: setattr(operations["relu"][0], "type", "scaled_tanh"))
     with pytest.raises(
-        InterpretError, match="operation 'scaled_tanh' is not known here; it makes 'relu"
+        InterpretError, match="operation 'scaled_tanh' is not known here; its result is 'relu"
     ):
         interpret(path)
 
@@ -308,19 +322,16 @@ def test_declared_types_and_shapes_are_checked(spoil):
         )
     )
     program = interpret(path)
-    given = {
-        n: np.zeros([high for _, high in f.shapes[0]], np.float32)
-        for n, f in program.inputs.items()
-    }
+    given = zeros_for(program)
     with pytest.raises(
         InterpretError,
-        match=r"conv makes .* of \[1, 32, 1, 4\]; it is declared fp32\[1, 31, 1, 4\]",
+        match=r"the result .* of conv is \[1, 32, 1, 4\]; it is declared fp32\[1, 31, 1, 4\]",
     ):
         program(given)
 
 
 @apple
-def test_a_type_that_changes_on_the_way_is_told(spoil):
+def test_a_type_that_changes_without_a_cast_is_refused(spoil):
     path = spoil(
         lambda operations: setattr(operations["add"][0].outputs[0].type.tensorType, "dataType", 10)
     )
@@ -329,7 +340,7 @@ def test_a_type_that_changes_on_the_way_is_told(spoil):
 
 
 def spoil_attribute(operation: str, name: str, value: int):
-    """A change: the constant that an operation takes by this name becomes another number."""
+    """Return a change that sets a constant operand of an operation to another number."""
 
     def change(ops):
         made = {op.outputs[0].name: op for op in ops["const"]}
@@ -362,16 +373,11 @@ def spoil_attribute(operation: str, name: str, value: int):
         spoil_attribute("transpose", "perm", 5),
     ],
 )
-def test_malformed_programs_end_in_one_error(spoil, change):
+def test_a_malformed_program_is_one_error(spoil, change):
     path = spoil(change)
     with pytest.raises(PackageError) as e:
         program = interpret(path)
-        program(
-            {
-                n: np.zeros([high for _, high in f.shapes[0]], np.float32)
-                for n, f in program.inputs.items()
-            }
-        )
+        program(zeros_for(program))
     assert "\n" not in str(e.value)
 
 
@@ -379,12 +385,9 @@ def test_malformed_programs_end_in_one_error(spoil, change):
 def test_memory_is_bounded(exported, monkeypatch):
     path = exported(shapes="fixed", precision="fp32") / "layers0.mlpackage"
     program = interpret(path)
-    given = {
-        n: np.zeros([high for _, high in f.shapes[0]], np.float32)
-        for n, f in program.inputs.items()
-    }
-    monkeypatch.setattr("fairway.coreml.interpret.MOST_HELD", 4000)
-    with pytest.raises(InterpretError, match="cannot make .* .more than 4000 numbers at a time"):
+    given = zeros_for(program)
+    monkeypatch.setattr("fairway.coreml.interpret.MAX_NUMBERS", 4000)
+    with pytest.raises(InterpretError, match="cannot compute .* .more than 4000 numbers at a time"):
         program(given)
     with pytest.raises(InterpretError, match="more than 4000 numbers in constants"):
         interpret(path)
@@ -400,19 +403,21 @@ def test_memory_is_bounded(exported, monkeypatch):
         ("tanh", dict(x=np.zeros((2, 3))), 6),
     ],
 )
-def test_what_an_operation_makes_is_known_before_it_is_made(operation, operands, most):
-    assert elements_made(operation, operands) == most
+def test_the_size_of_a_result_is_known_before_it_is_computed(operation, operands, most):
+    assert output_elements(operation, operands) == most
 
 
-def test_a_cast_to_whole_numbers_cuts():
-    program = Program.__new__(Program)
+def test_a_cast_to_integers_rounds_towards_zero():
+    program = InterpretedFunction.__new__(InterpretedFunction)
     program.precision, program.path = "declared", ""
-    found = program.rounded(np.array([1.9, -1.9]), None, "x", Type(KINDS[23], (2,)))
+    found = program.round_result(
+        np.array([1.9, -1.9]), "cast", "x", TensorType(NUMBER_TYPES[23], (2,))
+    )
     assert found.tolist() == [1, -1] and found.dtype == np.int32
 
 
 @apple
-def test_a_tensor_that_nothing_makes_is_told(spoil):
+def test_a_tensor_that_nothing_computes_is_refused(spoil):
     path = spoil(lambda ops: setattr(ops["add"][0].inputs["x"].arguments[0], "name", "ghost"))
-    with pytest.raises(InterpretError, match="'ghost' is used before it is made"):
+    with pytest.raises(InterpretError, match="'ghost' is used before it is computed"):
         interpret(path)

@@ -1,10 +1,18 @@
-"""What goes between shards: every name is there when it is wanted, wherever the chain is cut."""
+"""Every tensor that a shard reads exists when it runs, wherever the chain is cut."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.coreml import layout
-from fairway.coreml.layout import Axis, Dims, T, concrete, even, sizes, skip_of
+from fairway.coreml.layout import (
+    CacheAxis,
+    Dims,
+    T,
+    call_sizes,
+    concrete_shape,
+    even_cuts,
+    skip_source,
+)
 
 
 def dims(passes: int, parted: tuple[bool, ...] = (), slots: int = 8) -> Dims:
@@ -12,18 +20,18 @@ def dims(passes: int, parted: tuple[bool, ...] = (), slots: int = 8) -> Dims:
 
 
 @given(st.integers(1, 14))
-def test_skips_are_those_of_the_model(passes):
-    """The first half of the passes feeds the second, the last of it first: as GPT.from_embedded pushes and pops."""
+def test_skip_sources_are_those_of_the_model(passes):
+    """The first half of the passes feeds the second in reverse: GPT.from_embedded uses a stack."""
     stack = []
     for nth in range(passes):
         wanted = stack.pop() if nth >= passes // 2 and stack else None
-        assert skip_of(nth, passes) == wanted
+        assert skip_source(nth, passes) == wanted
         if nth < passes // 2:
             stack.append(nth + 1)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12), st.data())
-def test_a_chain_cut_anywhere_has_every_name_when_it_is_wanted(parted, data):
+def test_wherever_a_chain_is_cut_each_shard_finds_its_inputs(parted, data):
     d = dims(len(parted), tuple(parted))
     cuts = [
         0,
@@ -32,14 +40,14 @@ def test_a_chain_cut_anywhere_has_every_name_when_it_is_wanted(parted, data):
         ),
         d.passes,
     ]
-    split = even(97, data.draw(st.integers(1, 5)))
+    split = even_cuts(97, data.draw(st.integers(1, 5)))
     have = {"x0", "cos", "sin", "mask"} | {f"{c}{n}" for n in range(d.passes) for c in "kv"}
-    chain = [layout.layers(a, b, d) for a, b in zip(cuts, cuts[1:], strict=False)]
-    chain += [layout.head(n, split, d) for n in range(len(split) - 1)]
+    chain = [layout.layers_interface(a, b, d) for a, b in zip(cuts, cuts[1:], strict=False)]
+    chain += [layout.head_interface(n, split, d) for n in range(len(split) - 1)]
     for interface in chain:
         assert interface.inputs.keys() <= have
         assert not interface.outputs.keys() & (have | interface.inputs.keys()), (
-            "no name is given twice"
+            "a name is computed twice"
         )
         have |= interface.outputs.keys()
     assert {f"{c}{n}_new" for n in range(d.passes) for c in "kv"} <= have
@@ -47,16 +55,16 @@ def test_a_chain_cut_anywhere_has_every_name_when_it_is_wanted(parted, data):
     assert sum(interface.outputs[f"logits{n}"][1] for n, interface in enumerate(heads)) == 97
 
 
-def test_shapes_of_a_call():
-    assert concrete((1, 4, T, Axis(8)), 3) == (1, 4, 3, 11)
-    interface = layout.layers(1, 2, dims(4))
+def test_shapes_in_a_call():
+    assert concrete_shape((1, 4, T, CacheAxis(8)), 3) == (1, 4, 3, 11)
+    interface = layout.layers_interface(1, 2, dims(4))
     assert list(interface.inputs) == ["x1", "x0", "cos", "sin", "mask", "k1", "v1"]
     assert list(interface.outputs) == ["x2", "k1_new", "v1_new"]
-    assert concrete(interface.inputs["k1"], 2) == (1, 8, 2, 8)
-    assert concrete(interface.outputs["k1_new"], 2) == (1, 8, 2, 2)
+    assert concrete_shape(interface.inputs["k1"], 2) == (1, 8, 2, 8)
+    assert concrete_shape(interface.outputs["k1_new"], 2) == (1, 8, 2, 2)
 
 
-def test_parts_are_even_and_sizes_what_each_kind_of_shape_takes():
-    assert even(7, 2) == [0, 4, 7] and even(4, 4) == [0, 1, 2, 3, 4]
-    assert [sizes(name, 4) for name in layout.SHAPES] == [[4], [1, 2, 3, 4], [1, 2, 4], [1, 4]]
-    assert [sizes(name, 1) for name in layout.SHAPES] == [[1], [1], [1], [1]]
+def test_parts_are_even_and_each_kind_of_shapes_has_its_sizes():
+    assert even_cuts(7, 2) == [0, 4, 7] and even_cuts(4, 4) == [0, 1, 2, 3, 4]
+    assert [call_sizes(name, 4) for name in layout.SHAPES] == [[4], [1, 2, 3, 4], [1, 2, 4], [1, 4]]
+    assert [call_sizes(name, 1) for name in layout.SHAPES] == [[1], [1], [1], [1]]

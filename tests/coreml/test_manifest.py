@@ -1,4 +1,4 @@
-"""A folder of shards is believed only when every file, shape and place is what the model's numbers call for."""
+"""A folder of shards is refused unless every file, shape and place follows from its numbers."""
 
 import dataclasses
 import json
@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fairway.coreml.engine import Chain, interpreted
+from fairway.coreml.engine import ShardChain, interpreter_runner
 from fairway.coreml.manifest import (
-    HOST,
-    NAME,
+    HOST_FILE,
+    MANIFEST_FILE,
     ManifestError,
-    hashes_of,
-    read_folder,
+    folder_hashes,
     read_manifest,
+    read_shard_folder,
     write_manifest,
 )
 from fairway.coreml.mlpackage import LISTING, WEIGHTS, PackageError
@@ -28,27 +28,28 @@ CHOICE = dict(shapes="fixed", precision="fp32", layers_per_shard=1, vocab_shards
 
 @pytest.fixture
 def folder(exported, tmp_path):
-    """Four shards that a test may spoil: layers0, layers1, head0, head1."""
+    """Return a copy of four shards, which a test may damage: layers0, layers1, head0, head1."""
     shutil.copytree(exported(**CHOICE), tmp_path / "s")
     return tmp_path / "s"
 
 
-def changed(folder, sign: bool = False, **parts) -> None:
-    """The manifest with other parts; signed: with the hashes of what now lies there."""
-    data = json.loads((folder / NAME).read_text()) | parts
+def change_manifest(folder, sign: bool = False, **parts) -> None:
+    """Change parts of the manifest; with `sign`, also set the hashes of the files as they are."""
+    data = json.loads((folder / MANIFEST_FILE).read_text()) | parts
     if sign:
-        data["sha256"] = hashes_of(folder, [shard["name"] for shard in data["shards"]])
-    (folder / NAME).write_text(json.dumps(data))
+        data["sha256"] = folder_hashes(folder, [shard["name"] for shard in data["shards"]])
+    (folder / MANIFEST_FILE).write_text(json.dumps(data))
 
 
 def refused(folder, message: str) -> None:
+    """Require that reading the folder ends in one line that matches `message`."""
     with pytest.raises(UserError, match=message) as e:
-        read_folder(folder)
+        read_shard_folder(folder)
     assert "\n" not in str(e.value)
 
 
-def test_what_was_written_is_read(exported, folder):
-    found = read_folder(folder)
+def test_a_written_folder_is_read_back(exported, folder):
+    found = read_shard_folder(folder)
     assert list(found.packages) == ["layers0", "layers1", "head0", "head1"]
     assert found.manifest.artifact_sha256 == exported.source_sha256 and found.manifest.cuts == (
         0,
@@ -57,14 +58,14 @@ def test_what_was_written_is_read(exported, folder):
     )
     for name, table in exported.source.tables.items():
         np.testing.assert_array_equal(found.tables[name], table)
-    data = json.loads((folder / NAME).read_text())
+    data = json.loads((folder / MANIFEST_FILE).read_text())
     assert data["shards"][0]["inputs"]["mask"] == [[1, 1, 4, 36]] and data["functions"] == {
         "main": [4]
     }
 
 
-# ---- Planted faults --------------------------------------------------------------------------------------------------
-def test_a_corrupted_weight_file(folder):
+# ---- Planted faults ------------------------------------------------------------------------------
+def test_a_corrupted_weight_file_is_refused(folder):
     path = folder / "layers0.mlpackage" / WEIGHTS
     data = bytearray(path.read_bytes())
     data[-100:] = bytes(100)
@@ -76,18 +77,19 @@ def test_a_corrupted_weight_file(folder):
 
 
 @pytest.mark.parametrize("a, b", [("layers0", "layers1"), ("head0", "head1"), ("layers0", "head0")])
-def test_swapped_shards(folder, a, b):
+def test_swapped_shards_are_refused(folder, a, b):
     for source, target in ((a, "x"), (b, a), ("x", b)):
         (folder / f"{source}.mlpackage").rename(folder / f"{target}.mlpackage")
     refused(
         folder,
-        r"has hash .*, but the manifest was written for .*: damaged, or of another export; export it again",
+        r"has hash .*, but the manifest was written for .*: damaged, or from another export; "
+        "export the folder again",
     )
-    changed(folder, sign=True)  # whoever signs them anew is told by what they take and give
-    refused(folder, "a shard of another place")
+    change_manifest(folder, sign=True)  # with new hashes, inputs and outputs give them away
+    refused(folder, "a shard from another place in the chain")
 
 
-def test_a_listing_that_names_another_model(folder):
+def test_a_listing_that_names_another_model_is_refused(folder):
     listing = folder / "layers0.mlpackage" / LISTING
     listing.write_text(
         listing.read_text()
@@ -95,51 +97,55 @@ def test_a_listing_that_names_another_model(folder):
         .replace("com.apple.CoreML/model.mlmodel", "elsewhere.mlmodel")
     )
     refused(folder, "layers0.mlpackage/Manifest.json has hash")
-    changed(folder, sign=True)
+    change_manifest(folder, sign=True)
     refused(
         folder,
-        "its Manifest.json names 'Data/elsewhere.mlmodel' as the model, not Data/com.apple.CoreML/model",
+        "its Manifest.json names 'Data/elsewhere.mlmodel' as the model, not Data/com.apple.CoreML/",
     )
 
 
 @pytest.mark.parametrize(
-    "what, value", [("shards", []), ("functions", {"main": [3]}), ("cache", {"slots": 31})]
+    "name, value", [("shards", []), ("functions", {"main": [3]}), ("cache", {"slots": 31})]
 )
-def test_what_is_spelt_out_must_follow_from_the_numbers(folder, what, value):
-    changed(folder, **{what: value})
-    refused(folder, f"manifest.json is damaged .ValueError: {what} do not follow from its numbers")
+def test_derived_fields_must_follow_from_the_numbers(folder, name, value):
+    change_manifest(folder, **{name: value})
+    refused(folder, f"manifest.json is damaged .ValueError: {name} do not follow from its numbers")
 
 
-def test_a_missing_shard_and_a_missing_host(folder):
+def test_a_missing_shard_is_refused(folder):
     shutil.rmtree(folder / "layers1.mlpackage")
-    refused(folder, "shard layers1.mlpackage is missing; export it again")
+    refused(folder, "shard layers1.mlpackage is missing; export the folder again")
 
 
-def test_a_host_file_that_is_gone_short_or_no_numbers(folder):
-    data = (folder / HOST).read_bytes()
-    (folder / HOST).write_bytes(data[:-4])
-    changed(folder, sign=True)
+def test_a_missing_short_or_nan_host_file_is_refused(folder):
+    data = (folder / HOST_FILE).read_bytes()
+    (folder / HOST_FILE).write_bytes(data[:-4])
+    change_manifest(folder, sign=True)
     refused(folder, "host.bin has .* bytes, not")
-    (folder / HOST).write_bytes(np.full(len(data) // 4, np.nan, "<f4").tobytes())
-    changed(folder, sign=True)
-    refused(folder, "host.bin holds no numbers")
-    (folder / HOST).unlink()
+    (folder / HOST_FILE).write_bytes(np.full(len(data) // 4, np.nan, "<f4").tobytes())
+    change_manifest(folder, sign=True)
+    refused(folder, "host.bin holds infinities or NaN")
+    (folder / HOST_FILE).unlink()
     refused(folder, "host.bin is missing")
 
 
-def test_a_stale_hash(folder):
-    changed(folder, sha256=json.loads((folder / NAME).read_text())["sha256"] | {HOST: "0" * 64})
+def test_a_stale_hash_is_refused(folder):
+    change_manifest(
+        folder,
+        sha256=json.loads((folder / MANIFEST_FILE).read_text())["sha256"] | {HOST_FILE: "0" * 64},
+    )
     refused(folder, "host.bin has hash .*, but the manifest was written for '000000000000'")
 
 
-def test_a_shard_of_another_context_length(exported, folder):
-    other = exported(**CHOICE, context=20)
+def test_a_shard_of_another_context_length_is_refused(exported, folder):
+    other = exported(**CHOICE | dict(vocab_shards=1, context=20))
     shutil.rmtree(folder / "layers1.mlpackage")
     shutil.copytree(other / "layers1.mlpackage", folder / "layers1.mlpackage")
-    changed(folder, sign=True)
+    change_manifest(folder, sign=True)
     refused(
         folder,
-        r"layers1.mlpackage: mask is fp32 of \[1, 1, 4, 24\], but a context of 32 wants \[1, 1, 4, 36\]",
+        r"layers1.mlpackage: mask is fp32 of \[1, 1, 4, 24\], but a context of 32 wants "
+        r"\[1, 1, 4, 36\]",
     )
 
 
@@ -163,40 +169,40 @@ def test_a_shard_of_another_context_length(exported, folder):
         ),
     ],
 )
-def test_a_manifest_of_another_export(folder, parts, message):
+def test_a_manifest_of_another_export_is_refused(folder, parts, message):
     write_manifest(folder, dataclasses.replace(read_manifest(folder), **parts))
     refused(folder, message)
 
 
-def test_a_mask_of_another_length_in_a_call(folder):
-    chain = Chain(folder, interpreted())
-    stream, given = chain.stream(), chain.given
-    chain.given = lambda *args: {
-        n: v[..., :-1] if n == "mask" else v for n, v in given(*args).items()
+def test_a_call_with_a_mask_of_another_length_is_refused(folder):
+    chain = ShardChain(folder, interpreter_runner())
+    cache, inputs = chain.new_cache(), chain.inputs
+    chain.inputs = lambda *args: {
+        n: v[..., :-1] if n == "mask" else v for n, v in inputs(*args).items()
     }
     with pytest.raises(
         PackageError,
         match=r"input mask is float32 of .*4, 35\]; it must be fp32 of \[1, 1, 4, 36\]",
     ):
-        chain(stream, [5])
+        chain(cache, [5])
 
 
-# ---- Folders that somebody signed anew -------------------------------------------------------------------------------
+# ---- Hostile folders with new hashes ------------------------------------------------------------
 @pytest.mark.parametrize(
     "file, message",
     [
-        (HOST, "host.bin has 32212254720 bytes, not"),
+        (HOST_FILE, "host.bin has 32212254720 bytes, not"),
         (f"layers0.mlpackage/{WEIGHTS}", "more than any export"),
         (f"head1.mlpackage/{LISTING}", "more than any export"),
     ],
 )
 def test_a_huge_file_is_refused_before_it_is_read(folder, file, message):
-    with open(folder / file, "r+b") as f:
-        f.truncate(30 << 30)  # of no blocks: it takes no room
+    with (folder / file).open("r+b") as f:
+        f.truncate(30 << 30)  # a sparse file, which takes no room on disk
     refused(folder, message)
 
 
-def test_a_link_to_another_file_is_not_followed(folder, tmp_path):
+def test_a_symbolic_link_is_not_followed(folder, tmp_path):
     path = folder / "layers0.mlpackage" / WEIGHTS
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
@@ -219,17 +225,18 @@ def test_numbers_that_would_fill_the_memory_are_refused(folder, parts):
     refused(folder, "manifest.json is damaged .ValueError: (dims|heads|tables) out of range")
 
 
-def test_names_cannot_speak_to_a_terminal(folder):
-    changed(
+def test_control_characters_do_not_reach_the_terminal(folder):
+    change_manifest(
         folder,
-        sha256=json.loads((folder / NAME).read_text())["sha256"] | {"\x1b]0;owned\x07": "\x1b[31m"},
+        sha256=json.loads((folder / MANIFEST_FILE).read_text())["sha256"]
+        | {"\x1b]0;owned\x07": "\x1b[31m"},
     )
     with pytest.raises(UserError) as e:
-        read_folder(folder)
+        read_shard_folder(folder)
     assert "\x1b" not in str(e.value) and "owned" in str(e.value)
 
 
-# ---- Manifests that nobody wrote -------------------------------------------------------------------------------------
+# ---- Files that are no manifest ------------------------------------------------------------------
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -237,20 +244,20 @@ def test_names_cannot_speak_to_a_terminal(folder):
         ("[]", "is no manifest"),
         ('{"format": "other"}', "is no manifest"),
         ("[" * 9999, "is damaged"),
-        ('{"format": "fairway-coreml", "version": 2}', "of version 2; this reader knows 1"),
+        ('{"format": "fairway-coreml", "version": 2}', "has version 2; this reader knows 1"),
         ('{"format": "fairway-coreml", "version": 1}', "is damaged .KeyError"),
     ],
 )
-def test_files_that_are_no_manifest(folder, text, message):
-    (folder / NAME).write_text(text)
+def test_a_file_that_is_no_manifest_is_refused(folder, text, message):
+    (folder / MANIFEST_FILE).write_text(text)
     refused(folder, message)
 
 
-def test_a_folder_without_one_says_how_to_make_it(tmp_path):
-    refused(tmp_path, "holds no manifest.json; make one with export_coreml.py")
+def test_a_folder_without_a_manifest_says_how_to_make_one(tmp_path):
+    refused(tmp_path, "holds no manifest.json; make one with fairway export-coreml")
 
 
-odd = st.one_of(
+any_value = st.one_of(
     st.none(),
     st.integers(-9, 1 << 70),
     st.floats(),
@@ -263,17 +270,17 @@ odd = st.one_of(
 
 @given(st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_value_anywhere_is_refused_or_serves(exported, tmp_path, data):
-    whole = json.loads((exported(**CHOICE) / NAME).read_text())
-    at = whole
+def test_any_value_in_any_field_is_refused_or_works(exported, tmp_path, data):
+    manifest_data = json.loads((exported(**CHOICE) / MANIFEST_FILE).read_text())
+    at = manifest_data
     key = data.draw(
-        st.sampled_from([k for k in whole if k not in ("shards", "functions", "cache")])
+        st.sampled_from([k for k in manifest_data if k not in ("shards", "functions", "cache")])
     )
     while isinstance(at[key], dict) and data.draw(st.booleans()):
         at = at[key]
         key = data.draw(st.sampled_from(list(at)))
-    at[key] = data.draw(odd)
-    (tmp_path / NAME).write_text(json.dumps(whole))
+    at[key] = data.draw(any_value)
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(manifest_data))
     try:
         manifest = read_manifest(tmp_path)
         manifest.interfaces(), manifest.functions(), manifest.function_for(1)

@@ -1,25 +1,27 @@
-"""The report that compares shards with PyTorch: right ones pass, and each way of being wrong is told."""
+"""The report that compares shards with PyTorch: right shards pass, and each fault is reported."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from fairway.coreml import export as export_module
 from fairway.coreml import parity
-from fairway.coreml.engine import Chain, interpreted
-from fairway.coreml.export import QUANTISATIONS, Choice
+from fairway.coreml.engine import ShardChain, interpreter_runner
+from fairway.coreml.export import QUANTISATIONS, ExportOptions
 from fairway.coreml.graph import host_tables
 from fairway.coreml.parity import (
-    Reference,
-    check,
-    compare,
-    failures,
-    named,
-    shortened,
-    table_of,
-    variants,
+    TorchReference,
+    check_variants,
+    compare_chain,
+    export_variants,
+    parity_table,
+    shorten_text,
+    variant_failures,
+    variant_name,
 )
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import load_text
@@ -30,15 +32,21 @@ GOOD = dict(gap=1e-6, cosine=1.0)
 ROW = dict(ways={"T=1": GOOD, "T=4": GOOD, "mixed": GOOD}, long=GOOD, slot=0.0, bpb=1.5)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def text(exported, corpus):
-    whole = load_text(EvalConfig(data_path=str(corpus.folder)), exported.source.artifact)
-    return shortened(whole, 150)
+    text = load_text(EvalConfig(data_path=str(corpus.folder)), exported.source.artifact)
+    return shorten_text(text, 150)
 
 
-def test_every_shape_chunking_and_quantisation_is_a_variant():
-    found = list(variants(Choice(), 4))
-    names = [named(choice) for choice in found]
+@pytest.fixture(scope="module")
+def reference(exported, text) -> TorchReference:
+    """Return the results of PyTorch for the exported model on `text`."""
+    return TorchReference.compute(exported.source, text, 32)
+
+
+def test_variants_cover_every_shape_chunking_and_quantisation():
+    found = list(export_variants(ExportOptions(), 4))
+    names = [variant_name(options) for options in found]
     assert len(set(names)) == len(found) == 2 * (4 + 3) + len(QUANTISATIONS) - 1
     for precision in ("fp32", "fp16"):
         for kind in (
@@ -52,13 +60,13 @@ def test_every_shape_chunking_and_quantisation_is_a_variant():
         ):
             assert f"{precision}, {kind}" in names
     assert all(f"fp16, fixed, 1 shard, {q}" in names for q in QUANTISATIONS if q != "none")
-    assert not any(choice.chunks == 4 for choice in variants(Choice(), 3)), (
-        "a model of three layers has no four shards"
+    assert not any(options.chunks == 4 for options in export_variants(ExportOptions(), 3)), (
+        "a model of three layers was cut into four shards"
     )
 
 
 @pytest.mark.parametrize(
-    "changed, choice, std, message",
+    "changed, options, std, message",
     [
         (dict(), dict(precision="fp32"), 1, None),
         (
@@ -111,120 +119,131 @@ def test_every_shape_chunking_and_quantisation_is_a_variant():
         (dict(bpb=1.48), dict(quantise="artifact"), 1, "artifact changes BPB by -0.0200"),
     ],
 )
-def test_what_is_asked_of_a_variant(changed, choice, std, message):
-    found = failures(ROW | changed, Choice(**choice), Reference(np.zeros(1), 1.5, std))
+def test_limits_of_a_variant(changed, options, std, message):
+    found = variant_failures(
+        ROW | changed, ExportOptions(**options), TorchReference(np.zeros(1), 1.5, std)
+    )
     assert found == [] if message is None else len(found) == 1 and found[0].startswith(message)
 
 
 @apple
 @pytest.mark.parametrize(
-    "choice",
+    "options",
     [
         dict(shapes="range", precision="fp32"),
         dict(shapes="fixed", precision="fp32"),
         dict(shapes="multifunction", precision="fp16"),
     ],
 )
-def test_shards_of_the_model_pass(exported, text, choice):
-    reference, choice = Reference.of(exported.source, text, 32), Choice(**choice)
-    row = compare(
-        Chain(exported(**dataclasses.asdict(choice)), interpreted()),
+def test_exported_shards_pass(exported, text, reference, options):
+    options = ExportOptions(**options)
+    row = compare_chain(
+        ShardChain(exported(**dataclasses.asdict(options)), interpreter_runner()),
         reference,
         text,
         lambda n: None,
     )
-    assert failures(row, choice, reference) == [] and all(
+    assert variant_failures(row, options, reference) == [] and all(
         way["cosine"] > 0.9999 for way in row["ways"].values()
     )
     assert row["bpb"] == pytest.approx(
-        reference.bpb, abs=1e-3 if choice.precision == "fp16" else 1e-6
+        reference.bpb, abs=1e-3 if options.precision == "fp16" else 1e-6
     )
-    assert choice.precision == "fp16" or row["slot"] == 0
+    assert options.precision == "fp16" or row["slot"] == 0
 
 
 @apple
-def test_bits_are_those_of_pytorch_on_the_whole_text(exported, text):
+def test_bits_equal_those_of_pytorch(exported, text, reference):
     from fairway.scoring.memory import Memory
 
     with torch.no_grad():
         tokens = torch.from_numpy(text.tokens.astype(np.int64))[None]
         logp = Memory(exported.source.model, 32).logits(tokens[:, :-1])[0].double().log_softmax(-1)
     nats = -logp.gather(1, tokens[0, 1:, None]).sum().item()
-    assert Reference.of(exported.source, text, 32).bpb == pytest.approx(
-        nats / np.log(2) / text.sizes.sum(), rel=1e-6
-    )
+    assert reference.bpb == pytest.approx(nats / np.log(2) / text.sizes.sum(), rel=1e-6)
 
 
 @apple
-def test_a_model_that_differs_a_little_is_caught(exported, text):
+def test_a_slightly_different_model_fails(exported, text):
     source = exported.source
     model = type(source.model)(source.model.cfg).eval()
     model.load_state_dict(source.model.state_dict())
     with torch.no_grad():
         model.blocks[1].attn.q_gain[0] += 0.01
     other = dataclasses.replace(source, model=model, tables=host_tables(model))
-    choice = Choice(shapes="fixed", precision="fp32")
-    reference = Reference.of(other, text, 32)
-    row = compare(
-        Chain(exported(shapes="fixed", precision="fp32"), interpreted()),
+    options = ExportOptions(shapes="fixed", precision="fp32")
+    reference = TorchReference.compute(other, text, 32)
+    row = compare_chain(
+        ShardChain(exported(shapes="fixed", precision="fp32"), interpreter_runner()),
         reference,
         text,
         lambda n: None,
     )
-    assert "largest difference" in failures(row, choice, reference)[0]
+    assert "largest difference" in variant_failures(row, options, reference)[0]
 
 
 @apple
 @pytest.mark.parametrize(
     "shapes, wrong", [("range", 2), ("range", 3), ("enumerated", 2), ("multifunction", 1)]
 )
-def test_every_size_that_shards_take_is_called(exported, text, shapes, wrong):
-    """A runner that gives zeros for calls of one length is caught, whichever length it is."""
-    choice, runner = Choice(shapes=shapes, precision="fp32"), interpreted()
+def test_every_call_size_is_checked(exported, text, reference, shapes, wrong):
+    """A runner that returns zeros for calls of one length fails, whichever length it is."""
+    options, runner = ExportOptions(shapes=shapes, precision="fp32"), interpreter_runner()
 
     def faulty(folder, shard, function):
         call = runner(folder, shard, function)
 
-        def zeros_then(given):
-            right = next(iter(given.values())).shape[-1] != wrong
-            return {n: v * right for n, v in call(given).items()}
+        def zeros_if_wrong(inputs):
+            right = next(iter(inputs.values())).shape[-1] != wrong
+            return {n: v * right for n, v in call(inputs).items()}
 
-        return zeros_then
+        return zeros_if_wrong
 
-    reference = Reference.of(exported.source, text, 32)
-    row = compare(
-        Chain(exported(shapes=shapes, precision="fp32"), faulty), reference, text, lambda n: None
+    row = compare_chain(
+        ShardChain(exported(shapes=shapes, precision="fp32"), faulty),
+        reference,
+        text,
+        lambda n: None,
     )
-    assert failures(row, choice, reference)
+    assert variant_failures(row, options, reference)
 
 
 @apple
-def test_a_check_exports_compares_and_tells(exported, text, tmp_path):
-    told = []
-    found = check(
+def test_a_check_exports_compares_and_reports(exported, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        export_module, "save_shard", exported.saving(shapes="fixed", precision="fp32")
+    )
+    progress = []
+    found = check_variants(
         exported.source,
-        [Choice(shapes="fixed", precision="fp32")],
+        [ExportOptions(shapes="fixed", precision="fp32")],
         text,
         exported.text,
         tmp_path / "s",
-        told=told.append,
-        runner=interpreted(),
+        on_progress=progress.append,
+        runner=interpreter_runner(),
     )
     row = found["variants"][0]
     assert (
         found["passed"]
         and row["bytes"] > 10_000
         and row["milliseconds"] > 0
-        and sum(told) == found["tokens"] == 150
+        and sum(progress) == found["tokens"] == 150
     )
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table_of(found))
-    shown = console.export_text()
-    assert "fp32, fixed, 1 shard" in shown and " ok" in shown
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(parity_table(found))
+    printed = console.export_text()
+    assert "fp32, fixed, 1 shard" in printed and " ok" in printed
 
 
 @apple
-def test_a_text_that_is_too_short_is_told(exported, text, tmp_path):
-    with pytest.raises(UserError, match="holds 41 tokens; a comparison takes 65"):
-        check(exported.source, [Choice()], shortened(text, 40), exported.text, tmp_path / "s")
+def test_a_text_that_is_too_short_is_refused(exported, text, tmp_path):
+    with pytest.raises(UserError, match="holds 41 tokens; a comparison needs 65"):
+        check_variants(
+            exported.source,
+            [ExportOptions()],
+            shorten_text(text, 40),
+            exported.text,
+            tmp_path / "s",
+        )
     assert parity.STREAM == 64

@@ -144,10 +144,12 @@ def test_keys_and_values_can_be_cached_coarsely(run, kept):
 @pytest.fixture(scope="module")
 def shards(artifacts):
     """The shards of model.ptz in fp32, in the folder coreml."""
-    from fairway.coreml.export import Choice, Source, export
+    from fairway.coreml.export import ExportOptions, ExportSource, export_shards
 
-    source, text = Source.read(artifacts / "model.ptz"), np.zeros(0, int)
-    export(source, Choice(precision="fp32", shapes="fixed"), artifacts / "coreml", text, print)
+    source, text = ExportSource.read(artifacts / "model.ptz"), np.zeros(0, int)
+    export_shards(
+        source, ExportOptions(precision="fp32", shapes="fixed"), artifacts / "coreml", text, print
+    )
 
 
 @pytest.mark.apple
@@ -176,11 +178,15 @@ def test_shards_search_with_beams_and_read_long_prompts(run, shards):
 
 @pytest.mark.apple
 def test_a_draft_that_shards_of_one_token_cannot_verify_is_refused(run, artifacts, shards):
-    from fairway.coreml.export import Choice, Source, export
+    from fairway.coreml.export import ExportOptions, ExportSource, export_shards
 
-    source = Source.read(artifacts / "model.ptz")
-    export(
-        source, Choice(precision="fp32", tokens=1), artifacts / "single", np.zeros(0, int), print
+    source = ExportSource.read(artifacts / "model.ptz")
+    export_shards(
+        source,
+        ExportOptions(precision="fp32", tokens=1),
+        artifacts / "single",
+        np.zeros(0, int),
+        print,
     )
     options = "--tokens 5 --prompt the --strategy greedy --engine coreml --shards single"
     assert run(options)[0] == 0
