@@ -1,21 +1,23 @@
-// A reference runtime for the CoreML shards that export_coreml.py writes: token ids in, token ids out, greedily.
+// A reference runtime for the CoreML shards of `fairway export-coreml`: it reads token ids and writes token ids,
+// decoded greedily.
 //
-// Not compiled and not run by us: no Mac was at hand. tests/test_runtime_swift.py holds its constants and the keys that
-// it reads against the Python; the rest was only read.
+// Not compiled and not run by us: no Mac was at hand. tests/coreml/test_runtime_swift.py parses it with a Swift
+// grammar, and compares its constants, and the keys that it reads, with the Python code.
 //
 //     swiftc -O -parse-as-library docs/runtime.swift -o runtime     Swift 5.9 or later, macOS 15, Apple Silicon
 //     echo 1 417 23 | ./runtime coreml 64                           64 tokens after these three
 //     echo 1 417 23 | ./runtime coreml 64 --no-drafts               the same, one token a call
 //
-// Input is one line of ids, and so is output, since SentencePiece is not linked; a text begins with BOS, which is 1.
-// Tokens a second and how many guesses held go to stderr, as does the one line about a folder that does not fit.
+// Input and output are one line of ids, because SentencePiece is not linked; a text begins with BOS, which is 1.
+// stderr gets the tokens a second and the share of accepted guesses, or one line about a folder that does not fit.
 //
-// It follows fairway/coreml/engine.py, host.py and manifest.py, and NGram in fairway/decoding/drafts.py, but for this:
-// - shapes are taken from the manifest's "shards", not worked out again from its numbers;
-// - drafts have no gate: where a run is found, as many guesses are made as a call has room for; none is forgotten;
-// - logits too close to call are not read again one at a time: where two tokens are as good to within rounding, the
-//   text may differ from that of --no-drafts;
-// - squares are summed in Double, not by pairs in fp32.
+// It follows fairway/coreml/engine.py, host.py and manifest.py, and NGramDrafter in fairway/decoding/drafters.py,
+// with these differences:
+// - it reads shapes from the manifest's "shards" instead of deriving them from its numbers;
+// - drafts have no gate: if a run occurs earlier, it guesses as many tokens as a call has room for; it forgets no run;
+// - it does not read close calls again one token at a time: if two tokens are equally likely to within rounding, the
+//   text may differ from the text of --no-drafts;
+// - it sums squares in Double, not pairwise in fp32.
 
 import CoreML
 import CryptoKit
@@ -25,12 +27,12 @@ import Foundation
 #error("Apple Silicon only: Swift has no Float16 on other Macs")
 #endif
 
-let bos = 1  // nothing is smeared across it
+let bos = 1  // SmearGate does not reach across the start of a document
 let epsilon: Float = 0x1p-23
 let masked: Float = -1e4
-let currentFactor = 36313  // of the hash of two tokens
+let currentFactor = 36313  // in the hash of two tokens
 let previousFactor = 27191
-let tableNames = ["embed", "bigram", "smear"]  // of host.bin, one behind the other
+let tableNames = ["embed", "bigram", "smear"]  // their order in host.bin
 
 struct Mismatch: Error {
     let line: String
@@ -41,8 +43,8 @@ func need(_ holds: Bool, _ line: @autoclosure () -> String) throws {
 }
 
 func unwrap<Value>(_ value: Value?, _ line: @autoclosure () -> String) throws -> Value {
-    guard let there = value else { throw Mismatch(line: line()) }
-    return there
+    guard let present = value else { throw Mismatch(line: line()) }
+    return present
 }
 
 // ==== MANIFEST =======================================================================================================
@@ -55,7 +57,7 @@ enum Precision: String, Decodable {
 
 struct Dims: Decodable {
     let width, kvHeads, head, rotary, vocab, slots: Int
-    let parted: [Bool]  // one of each pass
+    let parted: [Bool]  // one value for each pass
 
     enum CodingKeys: String, CodingKey {
         case width, head, rotary, vocab, parted, slots
@@ -86,7 +88,7 @@ struct Manifest: Decodable {
     let precision: Precision
     let shapes: String
     let sizes, cuts, split: [Int]
-    let tables: [Table]  // of host.bin, in order
+    let tables: [Table]  // in host.bin, in this order
     let functions: [String: [Int]]
     let sha256: [String: String]
     let shards: [Shard]
@@ -100,16 +102,16 @@ struct Manifest: Decodable {
 
 func readManifest(_ folder: URL) throws -> Manifest {
     let file = folder.appendingPathComponent("manifest.json")
-    let data = try unwrap(try? Data(contentsOf: file), "\(file.path) cannot be read; make one with export_coreml.py")
+    let data = try unwrap(try? Data(contentsOf: file), "\(file.path) cannot be read; run fairway export-coreml")
     let manifest = try unwrap(try? JSONDecoder().decode(Manifest.self, from: data),
-                              "\(file.path) is no manifest of shards, or is damaged; export it again")
+                              "\(file.path) is no manifest of shards, or it is damaged; export it again")
     try need(manifest.format == "fairway-coreml" && manifest.version == 1,
-             "\(file.path) is \(manifest.format) of version \(manifest.version); this reader knows fairway-coreml, 1")
+             "\(file.path) is \(manifest.format), version \(manifest.version); this reader knows fairway-coreml, 1")
     try check(manifest)
     return manifest
 }
 
-/// All that is relied on below, in range and of one mind.
+/// Requires that the numbers used below are in range and agree with each other.
 func check(_ m: Manifest) throws {
     func hold(_ holds: Bool, _ what: String) throws {
         try need(holds, "manifest.json: \(what) out of range; export it again")
@@ -140,23 +142,23 @@ func check(_ m: Manifest) throws {
     }
 }
 
-/// Every file that is read has its hash, the listing of a package included: it names the model that CoreML loads.
+/// Requires the hash of every file, including the listing of a package, which names the model that CoreML loads.
 func checkFiles(_ folder: URL, _ manifest: Manifest) throws {
     let root = "Data/com.apple.CoreML"
     let hashed = ["Manifest.json", "\(root)/model.mlmodel", "\(root)/weights/weight.bin"]
     let files = ["host.bin"] + manifest.shards.flatMap { shard in hashed.map { "\(shard.package)/\($0)" } }
-    try need(manifest.sha256.keys.sorted() == files.sorted(), "\(folder.path): manifest.json has hashes of other files")
+    try need(manifest.sha256.keys.sorted() == files.sorted(), "\(folder.path): manifest.json names other files")
     for file in files {
         let bytes = try unwrap(try? Data(contentsOf: folder.appendingPathComponent(file), options: .mappedIfSafe),
                                "\(folder.path): \(file) cannot be read; export it again")
         let now = SHA256.hash(data: bytes).map { String(format: "%02x", $0) }.joined()
         try need(now == manifest.sha256[file], "\(folder.path): \(file) has hash \(now.prefix(12)), not the one in "
-                 + "manifest.json: damaged, or of another export; export it again")
+                 + "manifest.json: damaged, or from another export; export it again")
     }
 }
 
 // ==== ARRAYS =========================================================================================================
-// All are [1, a, b, c]. CoreML may pad their rows, so that an element is found by strides alone.
+// All arrays are [1, a, b, c]. CoreML may pad rows, so elements are addressed by strides only.
 extension Precision {
     func load(_ from: UnsafeRawBufferPointer, _ at: Int) -> Float {
         self == .fp16 ? Float(from.loadUnaligned(fromByteOffset: 2 * at, as: Float16.self))
@@ -171,7 +173,7 @@ extension Precision {
     }
 }
 
-/// Each element: its indices, and where it lies.
+/// Calls `body` with the indices and the offset of each element.
 func walk(_ shape: [Int], _ strides: [Int], _ body: (Int, Int, Int, Int) -> Void) {
     for a in 0..<shape[1] {
         for b in 0..<shape[2] {
@@ -192,7 +194,7 @@ func shape(of array: MLMultiArray) -> [Int] {
     array.shape.map { $0.intValue }
 }
 
-/// Its numbers, row by row.
+/// Returns the numbers of an array, row by row.
 func numbers(of array: MLMultiArray, _ precision: Precision) -> [Float] {
     let lengths = shape(of: array), strides = array.strides.map { $0.intValue }
     var found: [Float] = []
@@ -206,7 +208,7 @@ func numbers(of array: MLMultiArray, _ precision: Precision) -> [Float] {
 // ==== EMBEDDING ======================================================================================================
 struct Embedding {
     let width: Int
-    let embed, bigram, smear: [Float]  // the last two empty where the model has none
+    let embed, bigram, smear: [Float]  // the last two are empty if the model has none
 
     init(_ folder: URL, _ manifest: Manifest) throws {
         let data = try Data(contentsOf: folder.appendingPathComponent("host.bin")), precision = manifest.precision
@@ -214,18 +216,18 @@ struct Embedding {
             (manifest.tables.first(where: { $0.name == name })?.shape ?? [0]).reduce(1, *)
         }
         let total = counts.reduce(0, +), two = counts[0] + counts[1]
-        try need(data.count == precision.bytes * total, "host.bin has \(data.count) bytes, for \(total) numbers")
+        try need(data.count == precision.bytes * total, "host.bin has \(data.count) bytes for \(total) numbers")
         let all = data.withUnsafeBytes { (bytes: UnsafeRawBufferPointer) -> [Float] in
             (0..<total).map { precision.load(bytes, $0) }
         }
-        try need(all.allSatisfy { $0.isFinite }, "host.bin holds no numbers; export it again")
+        try need(all.allSatisfy { $0.isFinite }, "host.bin holds infinities or NaN; export it again")
         width = manifest.dims.width
         embed = Array(all[0..<counts[0]])
         bigram = Array(all[counts[0]..<two])
         smear = Array(all[two..<total])
     }
 
-    /// A row for each token; `before`: the two tokens before them, or as many as there were.
+    /// Returns a row for each token; `before` holds the last two tokens before them, fewer at the start.
     func rows(_ tokens: [Int], before: [Int]) -> [[Float]] {
         let all = before + tokens
         let x = all.indices.map { at in row(all[at], after: at > 0 ? all[at - 1] : nil) }
@@ -235,7 +237,7 @@ struct Embedding {
         }
     }
 
-    /// Embedding and hashed bigram, normed; the first token of a text has the last bucket.
+    /// Returns embedding plus hashed bigram, normed; the first token of a text takes the last bucket.
     private func row(_ token: Int, after previous: Int?) -> [Float] {
         var x = Array(embed[(token * width)..<((token + 1) * width)])
         if !bigram.isEmpty {
@@ -250,22 +252,22 @@ struct Embedding {
 }
 
 // ==== SLOTS ==========================================================================================================
-/// What one text has left behind: token p lies in slot p mod slots. The keys and values of a call are held apart until
-/// it is known how many of its tokens are accepted.
+/// Keys and values of one text. Token p is stored in slot p mod slots. Those of the last call stay outside the slots
+/// until it is known how many of its tokens are accepted.
 final class Slots {
     let names: [String]  // k0, v0, k1, v1 ...
-    let kept: [MLMultiArray]  // of those names
-    private(set) var count = 0  // tokens in the slots, ever
-    private(set) var last: [Int] = []  // the last two of them: an embedding looks back that far
+    let kept: [MLMultiArray]  // the arrays of these names
+    private(set) var count = 0  // number of tokens stored so far
+    private(set) var last: [Int] = []  // the last two tokens, which the next embedding depends on
     private let dims: Dims
     private let precision: Precision
-    private var positions: [Int]  // of the token in each slot, or -1
+    private var positions: [Int]  // position of the token in each slot, or -1
     private var held: (tokens: [Int], size: Int, arrays: [[Float]]) = ([], 0, [])
 
     init(_ manifest: Manifest) throws {
         let d = manifest.dims, kind = manifest.precision
         let all: [String] = d.parted.indices.flatMap { ["k\($0)", "v\($0)"] }
-        // Zeros, since a mask hides what lies in an empty slot but does not mend what is no number.
+        // Zeros, because a mask hides an empty slot but cannot hide NaN.
         kept = try all.map { _ in try newArray([1, d.head, d.kvHeads, d.slots], kind) { _, _, _ in 0 } }
         names = all
         positions = [Int](repeating: -1, count: d.slots)
@@ -273,8 +275,8 @@ final class Slots {
         precision = kind
     }
 
-    /// Whether token `row` of a call of `real` tokens looks at `column`: the slots, then the tokens of the call. A
-    /// token that only fills the call up sees itself, since a softmax of nothing is no number.
+    /// Tells whether token `row` of a call of `real` tokens sees `column`: the slots, then the tokens of the call.
+    /// A padding token sees itself, because a softmax over nothing is NaN.
     func sees(_ row: Int, _ column: Int, real: Int) -> Bool {
         let at = count + row, own = column - dims.slots
         let key = own < 0 ? positions[column] : count + own
@@ -282,12 +284,12 @@ final class Slots {
         return (there || key == at) && key <= at && key > at - dims.slots
     }
 
-    /// The new keys and values of a call of `size` tokens, the first of which are these.
+    /// Holds the new keys and values of a call padded to `size` tokens.
     func hold(_ tokens: [Int], size: Int, _ arrays: [[Float]]) {
         held = (tokens, size, arrays)
     }
 
-    /// The first `accepted` tokens of the last call are right: keep them, each in its slot.
+    /// Stores the first `accepted` tokens of the last call, each in its slot.
     func accept(_ accepted: Int) {
         let (groups, slots, from, call) = (dims.kvHeads, dims.slots, count, held)
         for (array, new) in zip(kept, call.arrays) {
@@ -309,7 +311,7 @@ final class Slots {
 final class Chain {
     let manifest: Manifest
     private let embedding: Embedding
-    private var models: [String: [MLModel]] = [:]  // of each function: one of each shard, in order
+    private var models: [String: [MLModel]] = [:]  // for each function, the models of all shards in order
     private var compiled: [URL] = []
 
     init(_ folder: URL) async throws {
@@ -339,13 +341,13 @@ final class Chain {
         let calls = manifest.sizes.indices.filter { sizes.contains(manifest.sizes[$0]) }
         func compare(_ told: [String: MLFeatureDescription], _ wanted: [String: [[Int]]], gives: Bool) throws {
             let found = told.keys.sorted(), right = wanted.keys.sorted(), verb = gives ? "gives" : "takes"
-            try need(found == right, "\(place) \(verb) \(found), wanted are \(right): a shard of another place")
+            try need(found == right, "\(place) \(verb) \(found), wanted are \(right): a shard from another place")
             for (name, shapes) in wanted {
                 let here = calls.map { shapes[$0] }
                 let array = try unwrap(told[name]?.multiArrayConstraint, "\(place) \(verb) \(name), which is no array")
                 try need(array.dataType == manifest.precision.dataType && fits(array, here, gives: gives),
                          "\(place) \(verb) \(name) in other shapes than \(here) or not in \(manifest.precision): a "
-                         + "shard of another export")
+                         + "shard from another export")
             }
         }
         try compare(model.modelDescription.inputDescriptionsByName, shard.inputs, gives: false)
@@ -353,7 +355,7 @@ final class Chain {
         return model
     }
 
-    /// As far as CoreML tells: of an output whose shape depends on the call it tells nothing; `call` looks at it then.
+    /// CoreML gives no shape for an output whose shape depends on the call; `call` checks that output later.
     private func fits(_ told: MLMultiArrayConstraint, _ wanted: [[Int]], gives: Bool) -> Bool {
         let fixed = told.shape.map { $0.intValue }, flexible = told.shapeConstraint
         if gives && fixed.isEmpty { return true }
@@ -365,7 +367,7 @@ final class Chain {
             let ranges = flexible.sizeRangeForDimension.map { $0.rangeValue }
             return ranges.count == 4 && ranges.indices.allSatisfy { (axis: Int) -> Bool in
                 let sizes = wanted.map { $0[axis] }.sorted(), least = sizes[0], spread = sizes[sizes.count - 1] - least
-                // Whether the length of a range counts both its ends is not documented, so either is taken.
+                // It is not documented whether the length of a range counts both ends, so either is accepted.
                 return ranges[axis].location == least && [spread, spread + 1].contains(ranges[axis].length)
             }
         default:
@@ -373,9 +375,9 @@ final class Chain {
         }
     }
 
-    /// A row for each token: what it says of the token after it. The slots then hold their keys and values.
+    /// Returns a row of logits for each token, predicting the token after it; `slots` holds their keys and values.
     func logits(_ tokens: [Int], _ slots: Slots) throws -> [[Float]] {
-        try autoreleasepool { try call(tokens, slots) }  // else what CoreML makes stays until the program ends
+        try autoreleasepool { try call(tokens, slots) }  // otherwise CoreML's arrays live until the program ends
     }
 
     private func call(_ tokens: [Int], _ slots: Slots) throws -> [[Float]] {
@@ -407,7 +409,7 @@ final class Chain {
         return rows
     }
 
-    /// What goes into the first shard, and beside what is handed on into the others; names as in layout.py.
+    /// Returns the inputs that no shard computes; names as in layout.py.
     private func given(_ tokens: [Int], _ size: Int, _ slots: Slots) throws -> [String: MLMultiArray] {
         let d = manifest.dims, kind = manifest.precision, base = manifest.ropeBase, first = slots.count
         let filled = tokens + [Int](repeating: 0, count: size - tokens.count)
@@ -427,7 +429,7 @@ final class Chain {
     }
 
     private func found(_ name: String, in have: [String: MLMultiArray], _ wanted: [Int]) throws -> MLMultiArray {
-        let array = try unwrap(have[name], "nothing gives \(name)"), there = shape(of: array)
+        let array = try unwrap(have[name], "no shard computes \(name)"), there = shape(of: array)
         try need(there == wanted && array.dataType == manifest.precision.dataType,
                  "\(name) is \(there); wanted is \(manifest.precision) of \(wanted)")
         return array
@@ -435,13 +437,13 @@ final class Chain {
 }
 
 // ==== DRAFTS =========================================================================================================
-/// What followed the last time that the text read as it does now, by the longest run of tokens that is found.
+/// Guesses the tokens that followed the last occurrence of the longest run that ends the text now.
 struct NGram {
     static let runLengths = [12, 8, 6, 4, 3, 2, 1]
     private var text: [Int] = []
-    private var after: [[Int]: Int] = [:]  // a run: where in the text the token after its last occurrence is
+    private var after: [[Int]: Int] = [:]  // by run: index in the text of the token after its last occurrence
 
-    /// The text is now this: what it was, and more.
+    /// Takes the whole text so far, which begins with the text of the last call.
     mutating func follow(_ longer: [Int]) {
         for at in text.count..<longer.count {
             for n in NGram.runLengths where n <= at { after[Array(longer[(at - n)..<at])] = at }
@@ -449,7 +451,7 @@ struct NGram {
         text = longer
     }
 
-    /// A copy of what followed; where that runs into the end of the text, of itself.
+    /// Copies the tokens that followed; past the end of the text, the copy continues with itself.
     func propose(_ most: Int) -> [Int] {
         let runs = NGram.runLengths.filter { $0 <= text.count }.map { Array(text.suffix($0)) }
         guard let run = runs.first(where: { after[$0] != nil }), let first = after[run] else { return [] }
@@ -495,8 +497,8 @@ struct Runtime {
         return ids
     }
 
-    /// A call verifies the guesses behind the last token: those that hold are accepted, and one token more is settled,
-    /// in place of the first that does not or after the last.
+    /// A call verifies the guesses after the last token. It accepts the right ones and adds one token: a replacement
+    /// of the first wrong guess, or the token after the last guess.
     static func write(_ count: Int, after prompt: [Int], _ chain: Chain, drafts: Bool) throws {
         let slots = try Slots(chain.manifest), most = chain.manifest.sizes[chain.manifest.sizes.count - 1]
         for at in stride(from: 0, to: prompt.count - 1, by: most) {
@@ -532,9 +534,9 @@ struct Runtime {
                    tokens / Double(calls)))
     }
 
-    /// Among equals the token of the lowest number.
+    /// Returns the most likely token; of equally likely ones, the lowest.
     static func best(_ logits: [Float]) throws -> Int {
-        try need(logits.allSatisfy { $0.isFinite }, "the shards give logits that are no numbers")
+        try need(logits.allSatisfy { $0.isFinite }, "the shards return logits that are infinite or NaN")
         var found = 0
         for token in logits.indices where logits[token] > logits[found] { found = token }
         return found

@@ -1,8 +1,13 @@
-"""docs/runtime.swift, as far as it can be held without a Swift compiler: the keys that it reads are written, its
-constants are those of the Python, its brackets close, and it says that nobody has run it."""
+"""docs/runtime.swift, checked without a Swift compiler.
+
+A Swift grammar parses it. The keys that it reads are written by the Python code, its constants are
+equal to those in Python, and its header says that nobody has compiled or run it.
+"""
 
 import json
 import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +18,8 @@ from fairway.coreml.layout import Dims
 from fairway.coreml.manifest import (
     DTYPES,
     FORMAT,
-    HOST,
-    NAME,
+    HOST_FILE,
+    MANIFEST_FILE,
     TABLES,
     VERSION,
     Manifest,
@@ -23,65 +28,98 @@ from fairway.coreml.manifest import (
 from fairway.coreml.mlpackage import LISTING, MODEL, WEIGHTS
 from fairway.decoding.drafters import NGramDrafter
 
+pytestmark = pytest.mark.apple
 SWIFT = (Path(__file__).resolve().parents[2] / "docs" / "runtime.swift").read_text(encoding="utf-8")
-PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
-# ---- Reading Swift ---------------------------------------------------------------------------------------------------
-def code_of(source: str) -> str:
-    """Without comments and without what strings say; code that is interpolated stays. Brackets that do not close, and
-    strings that do not end, are an AssertionError."""
-    out, open_brackets, at = [], [], 0  # a " among the brackets: a string that is interpolated into
-    while at < len(source):
-        c = source[at]
-        if open_brackets[-1:] == ['"']:
-            assert c != "\n", f"a string that does not end, after {''.join(out)[-60:]!r}"
-            if source.startswith("\\(", at):
-                open_brackets.append("(")
-                out.append("(")
-                at += 1
-            elif c == "\\":
-                at += 1
-            elif c == '"':
-                open_brackets.pop()
-                out.append('"')
-        elif source.startswith("//", at):
-            at = source.find("\n", at) - 1
-        else:
-            out.append(c)
-            if c == '"' or c in PAIRS:
-                open_brackets.append(c)
-            elif c in PAIRS.values():
-                opened = open_brackets.pop() if open_brackets else ""
-                assert PAIRS.get(opened) == c, (
-                    f"{opened!r} is closed by {c!r}, after {''.join(out)[-60:]!r}"
-                )
-        at += 1
-    assert not open_brackets, f"{open_brackets} are never closed"
-    return "".join(out)
+# ---- Reading Swift -------------------------------------------------------------------------------
+@cache
+def parse(source: str):
+    """Return the root of the syntax tree; tree-sitter always returns one, with ERROR nodes."""
+    import tree_sitter_swift
+    from tree_sitter import Language, Parser
+
+    return Parser(Language(tree_sitter_swift.language())).parse(source.encode()).root_node
+
+
+def descendants(node) -> Iterator:
+    """Yield a node and all nodes below it."""
+    yield node
+    for child in node.children:
+        yield from descendants(child)
+
+
+def syntax_errors(source: str) -> list[str]:
+    """Return one line for each ERROR or MISSING node."""
+    return [
+        f"line {node.start_point.row + 1}: {'missing ' if node.is_missing else ''}{node.type}"
+        for node in descendants(parse(source))
+        if node.is_error or node.is_missing
+    ]
+
+
+def text_of(node) -> str:
+    return node.text.decode()
+
+
+def identifiers(node) -> list[str]:
+    """Return the names that a property or an enum case declares."""
+    names = [n.children[0] if n.type == "pattern" else n for n in node.children]
+    return [text_of(n) for n in names if n.type == "simple_identifier"]
+
+
+def coding_keys(node) -> dict[str, str]:
+    """Return the JSON key of each property that `enum CodingKeys` names."""
+    keys, last = {}, ""
+    for entry in node.child_by_field_name("body").children:
+        for part in entry.children if entry.type == "enum_entry" else ():
+            if part.type == "simple_identifier":
+                last = text_of(part)
+                keys[last] = last
+            elif part.type == "line_string_literal":
+                keys[last] = text_of(part).strip('"')
+    return keys
 
 
 def structs_of(source: str) -> dict[str, dict[str, str]]:
-    """Of each `struct NAME: Decodable`: its keys in JSON, and their types."""
-    found = {}
-    for name, body in re.findall(r"^struct (\w+): Decodable \{\n(.*?)^\}", source, re.M | re.S):
-        types = {
-            one.strip(): kind.strip()
-            for names, kind in re.findall(r"^ {4}let ([\w, ]+): ([^/\n]+)", body, re.M)
-            for one in names.split(",")
-        }
-        keys = {}
-        for case in re.findall(r"^ {8}case (.+)$", body, re.M):
-            for one in case.split(","):
-                one, _, key = one.partition("=")
-                keys[one.strip()] = key.strip().strip('"') or one.strip()
+    """Return for each `struct NAME: Decodable` its JSON keys and their types."""
+    structs = {}
+    for node in parse(source).children:
+        if node.type != "class_declaration" or node.children[0].type != "struct":
+            continue
+        inherited = [text_of(n) for n in node.children if n.type == "inheritance_specifier"]
+        if "Decodable" not in inherited:
+            continue
+        name, types, keys = text_of(node.child_by_field_name("name")), {}, {}
+        for member in node.child_by_field_name("body").children:
+            if member.type == "property_declaration":
+                (kind,) = (n for n in member.children if n.type == "type_annotation")
+                types |= dict.fromkeys(identifiers(member), text_of(kind).lstrip(": "))
+            elif member.type == "class_declaration":
+                keys = coding_keys(member)
         assert not keys or keys.keys() == types.keys(), f"{name}: CodingKeys are not its properties"
-        found[name] = {keys.get(one, one): kind for one, kind in types.items()}
-    return found
+        structs[name] = {keys.get(one, one): kind for one, kind in types.items()}
+    return structs
+
+
+def has_literal(node) -> bool:
+    """Tell whether a property is set to a literal, or to a negative one."""
+    literal = node.children[-1].type.endswith("_literal") or text_of(node.children[-1])[0] == "-"
+    return literal and any(n.type == "=" for n in node.children)
+
+
+def constant_in(source: str, name: str) -> str:
+    """Return the text of the value of `let NAME = ...`."""
+    (node,) = (
+        n
+        for n in descendants(parse(source))
+        if n.type == "property_declaration" and identifiers(n) == [name] and has_literal(n)
+    )
+    return text_of(node.children[-1])
 
 
 def check_kind(structs: dict, value: object, kind: str, where: str) -> None:
-    """A value of JSON is what Swift decodes as this type."""
+    """Require that Swift can decode a JSON value as this type."""
     inner = kind[1:-1]
     if kind in structs:
         assert type(value) is dict, where
@@ -106,25 +144,29 @@ def check_kind(structs: dict, value: object, kind: str, where: str) -> None:
             "Precision": (str,),
         }
         assert type(value) in kinds[kind], f"{where} is {value!r}, not {kind}"
-        assert kind != "Precision" or value in cases_of(SWIFT), where
+        assert kind != "Precision" or value in precision_cases(SWIFT), where
 
 
-def cases_of(source: str) -> list[str]:
-    """Of enum Precision."""
-    return re.search(r"enum Precision: String, Decodable \{\n    case (.+)", source)[1].split(", ")
+def precision_cases(source: str) -> list[str]:
+    """Return the cases of enum Precision."""
+    (node,) = (
+        n
+        for n in parse(source).children
+        if n.type == "class_declaration" and text_of(n).startswith("enum Precision")
+    )
+    entries = node.child_by_field_name("body").children
+    return [name for n in entries if n.type == "enum_entry" for name in identifiers(n)]
 
 
 def check_keys(source: str, data: dict) -> None:
     structs = structs_of(source)
     assert structs.keys() == {"Manifest", "Dims", "Shard", "Table", "CacheRule"}
-    check_kind(structs, data, "Manifest", NAME)
+    check_kind(structs, data, "Manifest", MANIFEST_FILE)
 
 
 def check_constants(source: str) -> None:
     def value(name: str) -> str:
-        return re.search(rf"^ *(?:static )?let {name}(?:: \w+)? = (.+?)(?:  //.*)?$", source, re.M)[
-            1
-        ]
+        return constant_in(source, name)
 
     assert float(value("masked")) == layout.MASKED
     assert float.fromhex(value("epsilon")) == host.EPS
@@ -139,32 +181,34 @@ def check_constants(source: str) -> None:
         for a, b in zip(tokens, tokens[1:], strict=False)
     ]
     assert embed.buckets(tokens).tolist() == [buckets - 1, *hashed]
-    assert cases_of(source) == list(DTYPES)
+    assert precision_cases(source) == list(DTYPES)
     assert f'manifest.format == "{FORMAT}" && manifest.version == {VERSION},' in source
     root = json.loads(value("root"))
     for name in (
-        HOST,
-        NAME,
+        HOST_FILE,
+        MANIFEST_FILE,
         *(path.replace(root, r"\(root)") for path in (LISTING, MODEL, WEIGHTS)),
     ):
         assert f'"{name}"' in source, name
 
 
 def check_names(source: str, data: dict) -> None:
-    """The runtime feeds what no shard gives, and takes the keys, values and logits that they do."""
+    """Require that the runtime feeds all inputs that no shard computes, and reads their outputs."""
     passes = range(len(data["dims"]["parted"]))
-    takes, gives = (
+    inputs, outputs = (
         {name for shard in data["shards"] for name in shard[way]} for way in ("inputs", "outputs")
     )
     letters = re.search(r'flatMap \{ \["(\w)\\\(\$0\)", "(\w)\\\(\$0\)"\] \}', source).groups()
-    kept = {f"{letter}{nth}" for nth in passes for letter in letters}
-    assert set(re.findall(r'have\["(\w+)"\] = ', source)) | kept == takes - gives
+    cached = {f"{letter}{nth}" for nth in passes for letter in letters}
+    assert set(re.findall(r'have\["(\w+)"\] = ', source)) | cached == inputs - outputs
     new, logits = (
         re.search(rf'try found\("{name}"', source)
         for name in (r"\\\(\$0\)(\w+)", r"(\w+)\\\(part\)")
     )
     parts = range(len(data["split"]) - 1)
-    assert {f"{name}{new[1]}" for name in kept} | {f"{logits[1]}{nth}" for nth in parts} <= gives
+    assert {f"{name}{new[1]}" for name in cached} | {
+        f"{logits[1]}{nth}" for nth in parts
+    } <= outputs
 
 
 def check_header(source: str) -> None:
@@ -173,10 +217,10 @@ def check_header(source: str) -> None:
     assert "// Not compiled and not run by us: no Mac was at hand." in header
 
 
-# ---- Held against the Python -----------------------------------------------------------------------------------------
+# ---- Against the Python code ---------------------------------------------------------------------
 @pytest.fixture
 def written(tmp_path):
-    """manifest.json of four passes, the last of them of two lanes, in two shards, and two parts of a vocabulary."""
+    """Return manifest.json of two shards of two passes, the last with two lanes, and two heads."""
     dims = Dims(8, 4, 2, 6, 2, 10, (False, False, True, True), 5)
     tables = {"embed": (10, 8), "bigram": (7, 8), "smear": (8,)}
     write_manifest(
@@ -193,47 +237,61 @@ def written(tmp_path):
             (0, 2, 4),
             (0, 5, 10),
             tables,
-            {HOST: "c" * 64},
+            {HOST_FILE: "c" * 64},
         ),
     )
-    return json.loads((tmp_path / NAME).read_text())
+    return json.loads((tmp_path / MANIFEST_FILE).read_text())
 
 
-def test_every_key_that_is_read_is_written_and_of_its_kind(written):
+def test_every_key_that_is_read_is_written_with_its_type(written):
     check_keys(SWIFT, written)
 
 
-def test_constants_are_those_of_the_python():
+def test_constants_equal_those_in_python():
     check_constants(SWIFT)
 
 
-def test_what_is_fed_and_taken_has_the_names_of_the_layout(written):
+def test_inputs_and_outputs_have_the_names_of_the_layout(written):
     check_names(SWIFT, written)
 
 
-def test_brackets_and_strings_close():
-    code = code_of(SWIFT)
-    assert "Not compiled" not in code and "manifest.json" not in code and "0x1p-23" in code
+def test_the_grammar_accepts_it():
+    assert syntax_errors(SWIFT) == []
     assert max(map(len, SWIFT.split("\n"))) <= 120
 
 
-def test_it_says_that_it_was_neither_compiled_nor_run():
+def test_the_header_says_that_it_was_neither_compiled_nor_run():
     check_header(SWIFT)
 
 
-def test_the_reader_of_swift_sees_what_it_should():
-    assert code_of('let a = "(\\(b("}")) \\" {" // (\nf()') == 'let a = "(b(""))" \nf()'
-    for wrong in ("f(]", "f(", ")", 'let a = "b\n"', 'let a = "\\(b"'):
-        with pytest.raises(AssertionError):
-            code_of(wrong)
+def test_structs_are_read_with_keys_and_types():
     struct = (
-        "struct A: Decodable {\n    let b, c: [Int]  // d\n    let e: B\n\n    enum CodingKeys {\n"
-        '        case b, c\n        case e = "f"\n    }\n}\n'
+        "struct A: Decodable {\n    let b, c: [Int]  // d\n    let e: B\n\n"
+        "    enum CodingKeys: String, CodingKey {\n"
+        '        case b, c\n        case e = "f"\n    }\n}\nstruct D {\n    let g: Int\n}\n'
     )
     assert structs_of(struct) == {"A": {"b": "[Int]", "c": "[Int]", "f": "B"}}
 
 
-# ---- Planted faults --------------------------------------------------------------------------------------------------
+# ---- Planted faults ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("struct Dims: Decodable {", "struct Dims: Decodable"),
+        ("func need(_ holds: Bool,", "func need(_ holds: Bool"),
+        ("return manifest\n}", "return manifest\n"),
+        ("guard let present = value else", "guard let present = value"),
+        ("let epsilon: Float = 0x1p-23", "let epsilon: Float = = 0x1p-23"),
+        ("for a in 0..<shape[1] {", "for a in 0..<shape[1 {"),
+        ("switch self {", "switch {"),
+        ('"manifest.json"', '"manifest.json'),
+    ],
+)
+def test_a_syntax_error_is_reported(right, wrong):
+    assert right in SWIFT
+    assert syntax_errors(SWIFT.replace(right, wrong, 1))
+
+
 @pytest.mark.parametrize(
     "right, wrong",
     [
@@ -251,7 +309,7 @@ def test_the_reader_of_swift_sees_what_it_should():
         ('"host.bin"', '"host.dat"'),
     ],
 )
-def test_a_wrong_constant_is_found(right, wrong):
+def test_a_wrong_constant_fails(right, wrong):
     assert right in SWIFT
     with pytest.raises(AssertionError):
         check_constants(SWIFT.replace(right, wrong))
@@ -269,7 +327,7 @@ def test_a_wrong_constant_is_found(right, wrong):
         ("case width, head,", "case width,"),
     ],
 )
-def test_a_key_that_is_not_written_or_of_another_kind_is_found(written, right, wrong):
+def test_a_key_of_another_name_or_type_fails(written, right, wrong):
     assert right in SWIFT
     with pytest.raises(AssertionError):
         check_keys(SWIFT.replace(right, wrong), written)
@@ -284,12 +342,12 @@ def test_a_key_that_is_not_written_or_of_another_kind_is_found(written, right, w
         ("logits\\(part)", "logit\\(part)"),
     ],
 )
-def test_a_wrong_name_is_found(written, right, wrong):
+def test_a_wrong_name_fails(written, right, wrong):
     assert right in SWIFT
     with pytest.raises(AssertionError):
         check_names(SWIFT.replace(right, wrong), written)
 
 
-def test_a_header_that_claims_nothing_is_found():
+def test_a_header_without_the_warning_fails():
     with pytest.raises(AssertionError):
         check_header(SWIFT.replace("Not compiled and not run", "Run"))
