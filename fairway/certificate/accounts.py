@@ -61,7 +61,7 @@ def check_coverage(trial: Trial, table: ByteTable | None) -> tuple[str, dict]:
             raise RuleBroken("among the claimed scores is one that is not finite, or above 0")
     figure = f"{len(trial.x) - 1:,} rows, each once and finite"
     if table is not None:
-        details["bytes"] = bytes_of(table, trial.tokens)
+        details["bytes"] = target_bytes(table, trial.tokens)
         figure += f"; the text: {details['targets']:,} targets, {details['bytes']:,} bytes"
         split = canonical_split(details["targets"], details["bytes"])
         figure += f", canonical for {split}" if split else ""
@@ -88,7 +88,7 @@ def committed_rows(log: list[Commit], rows: int) -> int:
     return rows
 
 
-def bytes_of(table: ByteTable, tokens: np.ndarray) -> int:
+def target_bytes(table: ByteTable, tokens: np.ndarray) -> int:
     """Return the bytes of the targets of `tokens`, counted piece by piece."""
     return sum(
         int(table.count(np.asarray(tokens[at : at + COUNT_PIECE + 1])).sum(dtype=np.int64))

@@ -252,7 +252,7 @@ def shards_folder(options: argparse.Namespace) -> str:
     return options.shards or "coreml"
 
 
-def check_numbers(options: argparse.Namespace) -> None:
+def check_ranges(options: argparse.Namespace) -> None:
     """Raise UsageError for a number out of range."""
     for name, least in (("tokens", 1), ("seed", 0), ("samples", 1)):
         value = getattr(options, name)
@@ -515,7 +515,7 @@ def connect(folder: str, artifact: str) -> Callable | None:
 def run(options: argparse.Namespace) -> int:
     """Check the options, load the artifact, write."""
     strategy = chosen_strategy(options)
-    check_numbers(options)
+    check_ranges(options)
     check_against_room(options)
     check_writable("--json", options.json)
     prompts = read_prompts(options)

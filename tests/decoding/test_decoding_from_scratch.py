@@ -1,6 +1,4 @@
-"""docs/decoding_from_scratch.py: its gradients are torch's, its caches forget, its speculation is
-exact.
-"""
+"""docs/decoding_from_scratch.py has torch's gradients, caches that forget, and exact speculation."""
 
 import ast
 import importlib.util
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from plain_adam import PlainAdam
 
 PATH = ROOT / "docs" / "decoding_from_scratch.py"
 spec = importlib.util.spec_from_file_location("decoding_from_scratch", PATH)
@@ -37,9 +36,7 @@ def a_model(
     room: int = scratch.ROOM,
     loud: float = 3.0,
 ):
-    """Random weights; `loud` ones, so that its opinions are strong and differ from a next
-    model's.
-    """
+    """Return a model with random weights, scaled by `loud` so that models disagree strongly."""
     model = scratch.new_model(scratch.Shape(width, layers, heads, room), random.Random(seed))
     return model.mapped(lambda x: loud * x)
 
@@ -53,7 +50,7 @@ def spell(tokens: list[int]) -> str:
 
 
 # ---- Gradients -----------------------------------------------------------------------------------
-OPERATIONS = {  # the same in both worlds, each from three numbers
+OPERATIONS = {  # name: our function of three numbers, and torch's if the code differs
     "add": (lambda a, b, c: a + b + a, None),
     "add a float": (lambda a, b, c: a + 2.5, None),
     "mul": (lambda a, b, c: a * b * a, None),
@@ -88,10 +85,10 @@ def test_the_gradient_of_each_operation_is_torchs(name, values):
     )
     assert ours(*values) == pytest.approx(
         result.value, rel=1e-12, abs=1e-12
-    )  # floats go the same way
+    )  # floats give the same value
 
 
-def test_a_chain_deeper_than_any_recursion():
+def test_a_chain_longer_than_the_recursion_limit_works():
     x = y = TRACED(1.0)
     for _ in range(50_000):
         y = y + x
@@ -100,9 +97,7 @@ def test_a_chain_deeper_than_any_recursion():
 
 
 def torch_losses(model, weights: dict[str, torch.Tensor], names: list[str]) -> torch.Tensor:
-    """Mean surprise, as one would write it in torch: all positions at once, padded, under a causal
-    mask.
-    """
+    """Return the surprise at each position, computed in torch under a causal mask."""
     shape, rows = model.shape, [[*scratch.encode(name), scratch.END] for name in names]
     T = max(map(len, rows)) - 1
     tokens = torch.tensor([row[:-1] + [0] * (T + 1 - len(row)) for row in rows])
@@ -154,12 +149,11 @@ def test_adam_moves_as_torchs_does():
     theirs = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64, requires_grad=True)
     adam, reference = (
         scratch.Adam(mine),
-        torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.99), eps=1e-8),
+        PlainAdam([theirs], 0.1, beta2=0.99),
     )
     for _ in range(20):
         scratch.dot(mine, [x + float(i) for i, x in enumerate(mine)]).backward()
         adam.step(0.1)
-        reference.zero_grad()
         (theirs * (theirs + torch.arange(3))).sum().backward()
         reference.step()
     assert [x.value for x in mine] == pytest.approx(theirs.tolist(), abs=1e-6)
@@ -167,7 +161,7 @@ def test_adam_moves_as_torchs_does():
 
 
 # ---- Data and training ---------------------------------------------------------------------------
-def test_the_grammar_knows_what_it_makes(monkeypatch):
+def test_the_grammar_gives_its_own_names_a_probability(monkeypatch):
     names = scratch.make_names(300, random.Random(1))
     assert len({*names}) == 300 and names == scratch.make_names(300, random.Random(1))
     assert all(scratch.likelihood(name) > 0 and len(name) < scratch.ROOM for name in names)
@@ -200,13 +194,14 @@ def test_the_baseline_is_a_distribution_and_training_learns(capsys):
     ]
     assert losses[1] < losses[0] - 0.3 and losses[0] < math.log(V) + 0.5
     assert all(isinstance(x, float) for x in after.numbers())
-    told = capsys.readouterr()
-    assert told.out == "" and "tiny: step 20 of 20, loss" in told.err and "0 s left" in told.err
+    printed = capsys.readouterr()
+    assert printed.out == "" and "tiny: step 20 of 20, loss" in printed.err
+    assert "0 s left" in printed.err
 
 
 # ---- Reading -------------------------------------------------------------------------------------
 @given(kept=texts(7), dropped=texts(8), then=texts(8), seed=st.integers(0, 9))
-def test_to_crop_and_go_on_is_to_read_afresh(kept, dropped, then, seed):
+def test_reading_after_a_crop_equals_reading_from_the_start(kept, dropped, then, seed):
     model = a_model(seed)
     reader = scratch.Reader(model)
     whole = reader.read([0, *kept, *dropped])
@@ -238,32 +233,34 @@ LOGITS = st.lists(st.floats(-30, 30), min_size=1, max_size=30)
     shift=st.floats(-500, 500),
 )
 def test_every_strategy_gives_a_distribution_of_the_right_size(logits, t, k, p, shift):
-    made = {
+    by_name = {
         "greedy": scratch.greedy(logits),
         "t": scratch.temperature(logits, t),
         "k": scratch.top_k(logits, k),
         "p": scratch.top_p(logits, p),
     }
     own = torch.softmax(torch.tensor(logits, dtype=torch.float64), 0)
-    for name, shares in made.items():
+    for name, shares in by_name.items():
         assert len(shares) == len(logits) and min(shares) >= 0, name
         assert sum(shares) == pytest.approx(1, abs=1e-12), name
         assert shares[logits.index(max(logits))] == max(shares), name
-    assert max(made["greedy"]) == 1
-    assert sum(x > 0 for x in made["k"]) == min(k, len(logits))
-    chosen = [i for i, x in enumerate(made["p"]) if x > 0]
+    assert max(by_name["greedy"]) == 1
+    assert sum(x > 0 for x in by_name["k"]) == min(k, len(logits))
+    chosen = [i for i, x in enumerate(by_name["p"]) if x > 0]
     assert own[chosen].sum() >= p - 1e-9
     assert (
         own[chosen].sum() - own[chosen].min() < p + 1e-9
-    )  # without its least it would not be enough
+    )  # without the least likely it would not be enough
     tempered = torch.softmax(torch.tensor(logits, dtype=torch.float64) / t, 0).tolist()
-    assert made["t"] == pytest.approx(tempered, abs=1e-12)
-    assert scratch.temperature([x + shift for x in logits], t) == pytest.approx(made["t"], abs=1e-6)
+    assert by_name["t"] == pytest.approx(tempered, abs=1e-12)
+    assert scratch.temperature([x + shift for x in logits], t) == pytest.approx(
+        by_name["t"], abs=1e-6
+    )
     assert scratch.top_k(logits, len(logits)) == pytest.approx(own.tolist(), abs=1e-12)
 
 
 @given(weights=st.lists(st.floats(0, 1), min_size=1, max_size=9), seed=st.integers(0, 99))
-def test_dice_never_show_what_has_no_weight(weights, seed):
+def test_a_draw_never_gives_an_outcome_without_weight(weights, seed):
     assume(sum(weights) > 0)
     draw = scratch.dice(random.Random(seed))
     assert all(weights[draw(weights)] > 0 for _ in range(20))
@@ -271,7 +268,7 @@ def test_dice_never_show_what_has_no_weight(weights, seed):
 
 # ---- Beam ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("penalty", [0, 0.7, 1])
-def test_a_wide_beam_finds_what_a_search_of_everything_finds(penalty):
+def test_a_wide_beam_finds_the_same_as_a_search_of_everything(penalty):
     model = a_model(5, room=2)
     every = [[0, a, b] for a in range(1, V) for b in range(V)] + [[0, 0]]
     every.sort(key=lambda text: -scratch.log_probability(model, text) / (len(text) - 1) ** penalty)
@@ -283,7 +280,7 @@ def test_a_wide_beam_finds_what_a_search_of_everything_finds(penalty):
 
 
 @given(seed=st.integers(0, 30), width=st.integers(1, 4), start=texts(3))
-def test_a_beam_tells_the_models_own_probability_of_distinct_texts(seed, width, start):
+def test_a_beam_gives_the_models_own_probability_of_distinct_texts(seed, width, start):
     model = a_model(seed, layers=1, room=8)
     found = scratch.beam(model, width, 1, spell(start))
     assert len({tuple(text) for _, text in found}) == len(found) == width
@@ -331,7 +328,7 @@ def test_greedy_speculation_writes_what_greedy_writes(seed, K, start, room):
     p=st.lists(st.floats(0, 1), min_size=2, max_size=9),
     q=st.lists(st.floats(0, 1), min_size=9, max_size=9),
 )
-def test_what_is_kept_and_what_is_left_over_make_p(p, q):
+def test_kept_guesses_and_leftovers_add_up_to_p(p, q):
     q = q[: len(p)]
     assume(sum(p) > 1e-3 and sum(q) > 1e-3)
     p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
@@ -361,7 +358,7 @@ def test_every_course_is_counted_once():
         scratch.greedy,
     ],
 )
-def test_speculation_leaves_every_distribution_as_it_was(strategy):
+def test_speculation_leaves_every_distribution_unchanged(strategy):
     target, draft = a_model(1, layers=1), a_model(2, width=4, layers=1)
     assert scratch.distance(target, draft, 1, strategy, scratch.leftover) < 1e-12
     if strategy is not scratch.temperature:  # fewer courses

@@ -316,9 +316,30 @@ def test_a_missing_prompt_file_is_named(run):
     assert "--prompt-file nowhere.txt: No such file or directory" in err[0]
 
 
-# ---- Ended from outside --------------------------------------------------------------------------
+# ---- Ended from outside ----------------------------------------------------------------------------
+class InterruptingOutput(io.StringIO):
+    """Standard output that sends Ctrl-C to this process after 20 characters."""
+
+    def write(self, text: str) -> int:
+        before = self.tell()
+        written = super().write(text)
+        if before < 20 <= self.tell():
+            signal.raise_signal(signal.SIGINT)
+        return written
+
+
+def test_ctrl_c_ends_the_text_cleanly(run, monkeypatch):
+    out = InterruptingOutput()
+    monkeypatch.setattr(sys, "stdout", out)
+    code, _, err = run("--prompt the --tokens 1000000 --strategy greedy")
+    text = out.getvalue()
+    assert code == 130 and text.endswith("\n") and 20 < len(text) < 1000
+    assert len(err) == 1 and err[0].endswith(", interrupted") and "tokens/s" in err[0]
+
+
 @pytest.fixture
 def process(artifacts):
+    """The command in a process of its own, writing without end."""
     options = "--artifact model.ptz --device cpu --prompt the --tokens 1000000 --strategy greedy"
     return subprocess.Popen(
         [sys.executable, "-m", "fairway", "generate", *options.split()],
@@ -329,7 +350,8 @@ def process(artifacts):
     )
 
 
-def test_ctrl_c_ends_the_text_cleanly(process):
+@pytest.mark.slow
+def test_ctrl_c_ends_a_process_cleanly(process):
     begun = process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
