@@ -47,17 +47,12 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import zstandard
 from torch import Tensor, nn
 
 
 class UserError(Exception):
     """An error that the user can repair: it is printed as one line, without a traceback."""
-
-
-def need(holds: Any, message: str, kind: type[Exception] = UserError) -> None:
-    """Raise unless `holds`. To be removed: write `if not ...: raise` instead."""
-    if not holds:
-        raise kind(message)
 
 
 # ==== SETTINGS ====================================================================================
@@ -77,13 +72,11 @@ def names_with_role(config_class: type, *roles: str) -> list[str]:
 
 
 DEVICES, WANDB_MODES = ("", "cpu", "cuda", "mps"), ("", "online", "offline", "disabled")
-CODEC_CHOICES = ("auto", "brotli", "ans")
+CODEC_CHOICES = ("auto", "zstd", "brotli", "ans")
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a training run."""
-
     data_path: str = knob("", "folder of shards; unset: FineWeb, else embedded", role="place")
     tokenizer_path: str = knob("", "SentencePiece model; unset: next to the shards", role="place")
     out_dir: str = knob(".", "folder for artifact, checkpoint and logs/", role="place")
@@ -164,26 +157,26 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             check_value(f, getattr(self, f.name))
-        rules = {}
-        if self.model_dim % self.num_heads:
-            rules["model_dim"] = f"a multiple of NUM_HEADS={self.num_heads}"
-        if self.num_heads % self.num_kv_heads:
-            rules["num_heads"] = f"a multiple of NUM_KV_HEADS={self.num_kv_heads}"
-        head = self.model_dim // self.num_heads
-        if (self.rope_dims or head) % 2 or self.rope_dims > head:
-            rules["rope_dims"] = f"even, at most {head}"
-        if self.train_batch_tokens % (eight := 8 * self.train_seq_len):
-            rules["train_batch_tokens"] = f"a multiple of {eight} (8 x TRAIN_SEQ_LEN)"
-        if self.bigram_vocab_size == 1:
-            rules["bigram_vocab_size"] = "0 or at least 2"
-        if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
-            end = f"below NUM_LAYERS={self.num_layers}"
-            rules["loop_end"] = f"from LOOP_START={self.loop_start} to {end}"
-        cap = self.max_wallclock_seconds
-        if self.gptq and self.gptq_reserve_seconds >= (cap or math.inf):
-            rules["gptq_reserve_seconds"] = f"below MAX_WALLCLOCK_SECONDS={cap}"
-        for name, rule in rules.items():
-            raise UserError(f"{name.upper()} is {getattr(self, name)}; it must be {rule}")
+        D, H, G, R = self.model_dim, self.num_heads, self.num_kv_heads, self.rope_dims
+        C, batch, eight = D // H, self.train_batch_tokens, 8 * self.train_seq_len
+        first, layers, cap = self.loop_start, self.num_layers, self.max_wallclock_seconds
+        looped = not self.num_loops or first <= self.loop_end < layers
+        reserved = not self.gptq or self.gptq_reserve_seconds < (cap or math.inf)
+        for name, valid, rule in (
+            ("model_dim", D % H == 0, f"a multiple of NUM_HEADS={H}"),
+            ("num_heads", H % G == 0, f"a multiple of NUM_KV_HEADS={G}"),
+            ("rope_dims", (R or C) % 2 == 0 and R <= C, f"even, at most {C}"),
+            (
+                "train_batch_tokens",
+                batch % eight == 0,
+                f"a multiple of {eight} (8 x TRAIN_SEQ_LEN)",
+            ),
+            ("bigram_vocab_size", self.bigram_vocab_size != 1, "0 or at least 2"),
+            ("loop_end", looped, f"from LOOP_START={first} to below NUM_LAYERS={layers}"),
+            ("gptq_reserve_seconds", reserved, f"below MAX_WALLCLOCK_SECONDS={cap}"),
+        ):
+            if not valid:
+                raise UserError(f"{name.upper()} is {getattr(self, name)}; it must be {rule}")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str], default_preset: str) -> Config:
@@ -219,8 +212,9 @@ def check_value(f: Field, value: Any) -> None:
     if type(value) is not kind:
         raise UserError(f"{name} is {value!r:.60}, not {kind.__name__}")
     if choices and value not in choices:
-        allowed = ", ".join(filter(None, choices))
-        raise UserError(f"{name} is {value!r}; it must be one of {allowed}")
+        raise UserError(
+            f"{name} is {value!r}; it must be one of {', '.join(filter(None, choices))}"
+        )
     # NaN, which compares false with everything, is refused too.
     if low is not None and not (low <= value < math.inf and value <= (high or math.inf)):
         raise UserError(f"{name} is {value}; it must be from {low} to {high or 'any finite value'}")
@@ -248,8 +242,7 @@ def refuse_near_misses(env: Mapping[str, str], *others: type) -> None:
         close = difflib.get_close_matches(upper, known, 1, 0.87) if len(name) > 4 else []
         right = FOREIGN_NAMES.get(upper) or by_words.get(tuple(sorted(upper.split("_"))))
         if right := right or "".join(close):
-            hint = f"did you mean {right}? (--help lists all)"
-            raise UserError(f"{name}={env[name]} is no setting; {hint}")
+            raise UserError(f"{name}={env[name]} is no setting; did you mean {right}? See --help")
 
 
 # Presets read as you would type them; PRESET= names the one that a preset starts from. consensus
@@ -433,8 +426,6 @@ class TokenStream:
 
 
 class Data(NamedTuple):
-    """The shards of a run, checked."""
-
     folder: Path
     train: list[np.ndarray]  # without the held-out tail
     holdout: np.ndarray
@@ -452,9 +443,8 @@ def load_data(cfg: Config) -> Data:
     folder = Path(cfg.data_path or (fineweb if fineweb.is_dir() else here / "embedded"))
     shards = {}
     for split in ("train", "val"):
-        if not (paths := sorted(folder.glob(pattern := f"*_{split}_*.bin"))):
-            missing = f"no {split} shards ({pattern}) in {folder}"
-            raise UserError(f"{missing}; run `make data`, or set DATA_PATH")
+        if not (paths := sorted(folder.glob(f"*_{split}_*.bin"))):
+            raise UserError(f"no *_{split}_*.bin in {folder}; run `make data`, or set DATA_PATH")
         shards[split] = [s for s in (read_shard(p, cfg.vocab_size) for p in paths) if len(s)]
     train, val = shards["train"], np.concatenate(shards["val"] or [np.zeros(0, "<u2")])
     if (total := sum(map(len, train))) < 100 or len(val) < 2:
@@ -468,8 +458,7 @@ def load_data(cfg: Config) -> Data:
     other = folder.parent.parent / "tokenizers" / f"fineweb_{cfg.vocab_size}_bpe.model"
     places = [Path(named)] if (named := cfg.tokenizer_path) else [folder / "tokenizer.model", other]
     if not (path := next((p for p in places if p.is_file()), None)):
-        missing = f"no tokenizer at {' or '.join(map(str, places))}"
-        raise UserError(f"{missing}; set TOKENIZER_PATH to the model that wrote the shards")
+        raise UserError(f"no tokenizer at {' or '.join(map(str, places))}; set TOKENIZER_PATH")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
@@ -508,8 +497,7 @@ K_GRID = [float(k) for k in np.geomspace(2.5, 64.0, 3000)]
 
 
 def levels(bits: int) -> int:
-    """Return the largest code: 31 at 6 bits, where codes run from -31 to 31."""
-    return 2 ** (bits - 1) - 1
+    return 2 ** (bits - 1) - 1  # the largest code: 31 at 6 bits, where codes run from -31 to 31
 
 
 def row_steps(weight: Tensor, k: float, bits: int) -> Tensor:
@@ -532,9 +520,6 @@ class Rounded(NamedTuple):
 
     def weight(self) -> Tensor:
         return self.values.float() if self.steps is None else self.values * self.steps
-
-
-RoundedState = Mapping[str, Rounded]
 
 
 def quantise(weight: Tensor, k: float, bits: int, hessian: Tensor | None = None) -> Rounded:
@@ -608,8 +593,8 @@ def gptq_codes(weight: Tensor, hessian: Tensor, step: Tensor, bits: int, block=1
 
 # ==== CODECS ======================================================================================
 # Each maps a list of byte matrices ("planes") to bytes and back, and trusts nothing that it reads.
-# On 26.8 M weights the entropy coder is 1.1 % smaller than brotli (and 2.2 % than zstd, which lost
-# everywhere). Its tables are integers, so that any language can decode it: docs/ARTIFACT.md.
+# On 26.8 M weights the entropy coder is 1.1 % smaller than brotli and 2.2 % smaller than zstd. Its
+# tables are integers, so that any language can decode it: docs/ARTIFACT.md.
 Planes = list[np.ndarray]
 compress_brotli = functools.partial(brotli.compress, quality=11, lgwin=24)
 # Entries of a frequency table are bytes read as small floats: exact to 31, then 4 mantissa bits.
@@ -623,26 +608,37 @@ class CodecError(ValueError):
     """A payload that the encoder cannot have written."""
 
 
-def pack_brotli(planes: Planes) -> bytes:
-    return compress_brotli(b"".join(p.tobytes() for p in planes))
+def pack_bytes(compress: Callable, planes: Planes) -> bytes:
+    return compress(b"".join(p.tobytes() for p in planes))
 
 
-def unpack_brotli(payload: bytes, planes: Planes) -> None:
-    data = decompress_brotli(payload, sum(p.size for p in planes))
-    if len(data) != sum(p.size for p in planes):
+def unpack_bytes(decompress: Callable, payload: bytes, planes: Planes) -> None:
+    data = decompress(payload, size := sum(p.size for p in planes))
+    if len(data) != size:
         raise CodecError("wrong number of symbols")
     parts = np.split(np.frombuffer(data, np.uint8), np.cumsum([p.size for p in planes])[:-1])
     for p, part in zip(planes, parts, strict=True):
         p.flat = part
 
 
+def compress_zstd(data: bytes) -> bytes:
+    # The window, at most 32 MiB, is what a decoder allocates; matches under 7 bytes only cost here.
+    log = min(max(len(data).bit_length(), 10), 25)
+    settings = zstandard.ZstdCompressionParameters.from_level(22, window_log=log, min_match=7)
+    return zstandard.ZstdCompressor(compression_params=settings).compress(data)
+
+
+def decompress_zstd(payload: bytes, size: int) -> bytes:
+    if zstandard.get_frame_parameters(payload).content_size != size:  # what decoding allocates
+        raise CodecError("zstd: wrong size")
+    decoder = zstandard.ZstdDecompressor(max_window_size=2**25)
+    return decoder.decompress(payload, allow_extra_data=False)
+
+
 def decompress_brotli(payload: bytes, limit: int) -> bytes:
     """Decompress one whole brotli stream; give up soon after `limit` bytes."""
     decoder = brotli.Decompressor()
-    try:
-        data = decoder.process(payload, output_buffer_limit=limit + 1)
-    except brotli.error as e:
-        raise CodecError(f"brotli: {e}") from None
+    data = decoder.process(payload, output_buffer_limit=limit + 1)
     if not decoder.is_finished() or len(data) > limit:
         raise CodecError("brotli: truncated or too long")
     return data
@@ -745,7 +741,11 @@ def unpack_ans(payload: bytes, planes: Planes) -> None:
         raise CodecError("ans: damaged symbols")
 
 
-CODECS = {"ans": (pack_ans, unpack_ans), "brotli": (pack_brotli, unpack_brotli)}
+CODECS = {"zstd": (compress_zstd, decompress_zstd), "brotli": (compress_brotli, decompress_brotli)}
+CODECS = {
+    n: tuple(map(functools.partial, (pack_bytes, unpack_bytes), c)) for n, c in CODECS.items()
+}
+CODECS["ans"] = pack_ans, unpack_ans
 
 
 def encode_planes(codec: str, planes: Planes) -> bytes:
@@ -760,8 +760,11 @@ def decode_planes(codec: str, payload: bytes, shapes: list[tuple[int, int]]) -> 
     full = [p for p in planes if p.size]
     if payload and not full:
         raise CodecError("bytes for no symbols")
-    if full:
-        CODECS[codec][1](payload, full)
+    try:
+        if full:
+            CODECS[codec][1](payload, full)
+    except (zstandard.ZstdError, brotli.error) as e:
+        raise CodecError(f"{codec}: {e}") from None
     return planes
 
 
@@ -805,7 +808,7 @@ def joined_values(planes: np.ndarray) -> np.ndarray:
     return (planes[0].astype("<u2") << 8) | planes[1]
 
 
-def planes_of(rounded: RoundedState) -> Planes:
+def planes_of(rounded: Mapping[str, Rounded]) -> Planes:
     """Return codes and bf16 steps of each matrix, and the fp16 values of each other tensor."""
     planes = []
     for _, values, steps in rounded.values():
@@ -818,7 +821,7 @@ def planes_of(rounded: RoundedState) -> Planes:
 
 
 def encode_artifact(
-    rounded: RoundedState, k: float, cfg: Config, looping: bool, codec: str, tokenizer: bytes
+    rounded: Mapping[str, Rounded], k: float, cfg, looping, codec, tokenizer
 ) -> bytes:
     """Return the whole file."""
     payload = encode_planes(codec, planes_of(rounded))
@@ -855,7 +858,7 @@ def read_artifact(path: str | Path) -> Artifact:
         return Artifact(cfg, weights, tokenizer, header)
     except OSError as e:
         raise ArtifactError(f"{path}: cannot be read ({e.strerror})") from None
-    except (UserError, CodecError) as e:
+    except (UserError, CodecError, brotli.error) as e:
         raise ArtifactError(f"{path}: {e}") from None
 
 
@@ -877,9 +880,8 @@ def read_header(f: BinaryIO, size: int) -> dict[str, Any]:
         raise ArtifactError("the header does not match its checksum: damaged")
     try:
         # A key that stands twice leaves a list, which no check accepts.
-        header = json.loads(
-            text, object_pairs_hook=lambda p: dict(p) if len(dict(p)) == len(p) else p
-        )
+        hook = lambda pairs: pairs if len(dict(pairs)) < len(pairs) else dict(pairs)  # noqa: E731
+        header = json.loads(text, object_pairs_hook=hook)
         json.dumps(header, allow_nan=False)  # JSON has neither NaN nor infinity
     except (ValueError, RecursionError):
         raise ArtifactError("the header is not JSON") from None
@@ -895,8 +897,7 @@ def read_header(f: BinaryIO, size: int) -> dict[str, Any]:
 
 
 def header_config(header: Mapping[str, Any]) -> Config:
-    """Return the model's settings; refuse a header whose tensors are not exactly theirs."""
-    # A setting that the header lacks is younger than the file, and its default is what it had.
+    """Return the model's settings, defaults where it lacks one; refuse tensors that do not fit."""
     model, tensors = dict(header["model"]), header["tensors"]
     for name, value in RETIRED_FIELDS.items():
         if repr(stated := model.pop(name, value)) != repr(value):
@@ -956,8 +957,7 @@ def normalised(x: Tensor) -> Tensor:
 
 
 def rope_tables(length: int, dims: int, base: float) -> tuple[Tensor, Tensor]:
-    """Return cos and sin, [length, dims/2]."""
-    # Of float64 angles: with bf16 frequencies, 1,024 positions have only 513 different angles.
+    """Return cos and sin, [length, dims/2], of float64 angles: in bf16, half of them coincide."""
     frequency = base ** -(torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
     return angle.cos().float(), angle.sin().float()
@@ -1357,8 +1357,7 @@ def set_up_runtime(cfg: Config, env: Mapping[str, str]) -> Runtime:
 
 
 def all_reduce_flat(tensors: list[Tensor], rt: Runtime) -> None:
-    """Sum over ranks, in place, in one message."""
-    # Not DDP: parameters without gradients and replaced weights would need special cases there.
+    """Sum over ranks, in place, in one message; with DDP, replaced weights are a special case."""
     if rt.world == 1 or not tensors:
         return
     flat = torch.cat([t.flatten() for t in tensors])
@@ -1529,9 +1528,9 @@ def size_target(cfg: Config) -> int:
 
 def check_room(size: int, cfg: Config) -> None:
     if (over := size - size_target(cfg)) > 0:
-        room = f"SIZE_BUDGET_BYTES={cfg.size_budget_bytes} leaves after code and margin"
-        message = f"the artifact has {size} bytes at the coarsest step, {over} more than {room}"
-        raise UserError(f"{message}; lower NUM_LAYERS, MODEL_DIM or MLP_MULT")
+        message = f"the artifact has {size} bytes at the coarsest step, {over} more than"
+        budget = f"SIZE_BUDGET_BYTES={cfg.size_budget_bytes} leaves after code and margin"
+        raise UserError(f"{message} {budget}; lower NUM_LAYERS, MODEL_DIM or MLP_MULT")
 
 
 def predict_size(run: Run, when: str, state: Tensors) -> None:
@@ -1546,7 +1545,6 @@ def predict_size(run: Run, when: str, state: Tensors) -> None:
 
 
 def take_step(run: Run, progress: float) -> None:
-    """Take one optimiser step."""
     # Straight-through estimator: gradients at the export's rounded weights update those behind
     # them. The switch is in the weights, so that compilation cannot freeze it.
     rounded = rounded_parameters(run.model, run.k) if run.qat else run.params
@@ -1620,8 +1618,7 @@ def train(run: Run) -> None:
         log_now = run.step % cfg.train_log_every == 0 or run.step <= 10 or progress >= 1
         if run.step > last_log[0] and log_now:
             last_log = log_step(run, elapsed, progress, last_log)
-        unsaved = time.perf_counter() - run.saved_at
-        if signum or unsaved >= (cfg.checkpoint_seconds or math.inf):
+        if signum or time.perf_counter() - run.saved_at >= (cfg.checkpoint_seconds or math.inf):
             save_checkpoint(run)
         if signum:
             run.log(f"stopped by {signal.Signals(signum).name}: RESUME=1 continues")
@@ -1649,11 +1646,10 @@ def log_step(run: Run, elapsed: float, progress: float, last: tuple) -> tuple[in
     peaks = [peak for name, peak in PEAK_FLOPS.items() if name in run.rt.name]
     mfu = flops * speed / peaks[0] / run.rt.world if peaks else None
     data = dict(step=run.step, loss=loss, seconds=elapsed, tokens=run.step * tokens, speed=speed)
-    ms, eta = 1000 * elapsed, max(0.0, elapsed / progress - elapsed)
+    ms, eta, scale = 1000 * elapsed, max(0.0, elapsed / progress - elapsed), lr_scale(progress, cfg)
     line = f"step:{run.step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms"
     pace = f"step_avg:{ms / run.step:.2f}ms tok/s:{speed:.0f} {f'mfu:{mfu:.3f} ' if mfu else ''}"
-    data |= dict(mfu=mfu, lr_scale=lr_scale(progress, cfg))
-    run.log(f"{line} {pace}eta:{eta:.0f}s", "train", **data)
+    run.log(f"{line} {pace}eta:{eta:.0f}s", "train", **data, mfu=mfu, lr_scale=scale)
     return run.step, elapsed
 
 
@@ -1677,8 +1673,8 @@ def mean_nats(loss_fn: Callable, tokens: np.ndarray, cfg: Config, rt: Runtime, l
     total, began, next_line = torch.zeros((), dtype=torch.float64), time.perf_counter(), 10.0
     for i in range(0, len(starts), rows):
         places = starts[i : i + rows, None] + np.arange(length + 1)
-        ids = torch.from_numpy(tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64))
-        ids = ids.to(rt.device)
+        ids = tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64)
+        ids = torch.from_numpy(ids).to(rt.device)
         with rt.autocast():
             nats = loss_fn(ids[:, :-1], ids[:, 1:])
         total += nats.cpu().double()[torch.from_numpy(places[:, 1:] < len(tokens))].sum()
@@ -1760,8 +1756,7 @@ def read_checkpoint(cfg: Config, path: Path | None = None) -> dict[str, Any]:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         then, now = saved["settings"], asdict(cfg)
     except Exception as e:  # a damaged zip raises almost anything
-        name = type(e).__name__
-        raise UserError(f"{path} is damaged ({name}); start again without RESUME") from None
+        raise UserError(f"{path} is damaged ({type(e).__name__}); unset RESUME") from None
     # Places and runtime may differ: they change neither the weights nor the order of the data.
     free = names_with_role(Config, "place", "runtime")
     for name in sorted((then.keys() | now.keys()) - set(free)):
@@ -1785,8 +1780,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
         tensors = [t.to(run.rt.device) for t in value] if type(value) is list else value
         setattr(run.averages, name, tensors)
     run.model.looping, run.stream.at = saved["looping"], saved["stream"]
-    line = f"resumed step:{run.step} train_time:{1000 * run.train_s:.0f}ms"
-    run.log(line, "resume", step=run.step)
+    step, ms = run.step, 1000 * run.train_s
+    run.log(f"resumed step:{step} train_time:{ms:.0f}ms", "resume", step=step)
 
 
 # ==== EXPORT ======================================================================================
@@ -1838,8 +1833,7 @@ def collect_hessians(run: Run) -> dict[str, Tensor]:
 
 
 def choose_rounding(run: Run) -> dict[str, Tensor]:
-    """Return Hessians if GPTQ pays on held-out training tokens, else none."""
-    # Collected inside the training clock: calibration after it is against the rules (#535).
+    """Return Hessians, made inside the clock by rule (#535), if GPTQ pays on held-out tokens."""
     if not run.cfg.gptq:
         return {}
     run.set_clock(True)
@@ -1853,7 +1847,7 @@ def choose_rounding(run: Run) -> dict[str, Tensor]:
     return hessians if best_on_holdout(run, candidates, "rounding") == "gptq" else {}
 
 
-def fit_artifact(run: Run, hessians: Tensors) -> tuple[bytes, RoundedState, str]:
+def fit_artifact(run: Run, hessians: Tensors) -> tuple[bytes, Mapping[str, Rounded], str]:
     """Return the file with the finest steps that meets the target, its tensors and its codec."""
     # Predict, encode, correct by what the prediction missed, until it fits.
     cfg, target, state = run.cfg, size_target(run.cfg), dict(run.model.named_parameters())
@@ -1903,7 +1897,7 @@ def export(run: Run) -> Path:
     return path
 
 
-def log_errors(run: Run, rounded: RoundedState) -> None:
+def log_errors(run: Run, rounded: Mapping[str, Rounded]) -> None:
     """Log each matrix's relative rounding error, and the entropy of its codes in bits."""
     table = {}
     for name, weight in run.model.named_parameters():
@@ -1990,8 +1984,8 @@ def run_main() -> int:
     except Exception as e:
         if (advice := advice_on(e)) is None:
             raise  # with its traceback
-        lines = (str(e) or "out of memory").splitlines()
-        print(f"train_gpt: error: {lines[0]}{advice}", file=sys.stderr)
+        line = (str(e) or "out of memory").splitlines()[0]
+        print(f"train_gpt: error: {line}{advice}", file=sys.stderr)
         return 1
     return 0
 

@@ -120,7 +120,7 @@ def main() -> None:
         "--quick", action="store_true", help="the entropy coder alone: seconds instead of minutes"
     )
     options = parser.parse_args()
-    names, rows = ["ans"] if options.quick else ["ans", "brotli"], []
+    names, rows = ["ans"] if options.quick else ["ans", "brotli", "zstd"], []
     for label, (state, cfg) in (
         ("trained, cpu", trained_state(options.state)),
         ("26.8 M, consensus", consensus_state()),

@@ -180,7 +180,7 @@ def test_a_stride_that_would_leave_rows_out_is_refused():
 )
 def test_a_near_miss_names_the_right_one(name, right):
     message = refusal(**{name: "1"})
-    assert message == f"{name}=1 is no setting; did you mean {right}? (--help lists all)"
+    assert message == f"{name}=1 is no setting; did you mean {right}? See --help"
 
 
 def test_every_setting_in_lower_case_is_a_near_miss_of_itself():

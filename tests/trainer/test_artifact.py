@@ -461,7 +461,7 @@ HOSTILE = {
     "size as bool": header_change("the header must hold exactly", payload_bytes=True),
     "another key": header_change("the header must hold exactly", pickle="cos"),
     "missing key": header_change("the header must hold exactly", k=None),
-    "unknown codec": header_change("codec 'zstd' is not one of ans, brotli", codec="zstd"),
+    "unknown codec": header_change("codec 'lzma' is not one of zstd, brotli, ans", codec="lzma"),
     "auto as codec": header_change("codec 'auto' is not one of", codec="auto"),
     "long codec": header_change("codec 'xxx", codec="x" * 10**5),
     "negative sizes": header_change("", payload_bytes=-1, tokenizer_bytes=10**6),

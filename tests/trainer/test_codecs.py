@@ -6,6 +6,7 @@ import tracemalloc
 import brotli
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,6 +81,7 @@ def survives(name: str, payload: bytes, shapes) -> bool:
 
 def test_each_is_registered_under_its_own_name():
     assert set(CODECS) == {
+        "zstd",
         "brotli",
         "ans",
     }
@@ -158,7 +160,7 @@ def test_layout_and_classes_pay():
     w = rng.normal(0, 6, (256, 256)) * np.exp(rng.normal(0, 0.8, (256, 1)))
     codes = np.clip(np.round(w), -31, 31).astype(np.int8).view(np.uint8)
     sizes = {name: len(encode_planes(name, [codes])) for name in CODECS}
-    assert sizes["ans"] < min(0.97 * order_0_bytes(codes), sizes["brotli"])
+    assert sizes["ans"] < min(0.97 * order_0_bytes(codes), sizes["zstd"], sizes["brotli"])
     assert abs(len(encode_planes("ans", [codes.T.copy()])) - sizes["ans"]) < 0.001 * sizes["ans"]
 
 
@@ -259,6 +261,8 @@ def test_plausible_side_information(count, beyond, seed, words):
 @pytest.mark.parametrize(
     ("name", "payload", "says"),
     [
+        ("zstd", b"", "zstd: "),
+        ("zstd", zstandard.compress(b"abcdefg"), "zstd: wrong size"),
         ("brotli", brotli.compress(b"abcdefg")[:-1], "brotli: truncated or too long"),
         ("brotli", brotli.compress(b"abcdefghi"), "brotli: truncated or too long"),
         ("brotli", brotli.compress(b"abcdefg"), "wrong number of symbols"),
@@ -273,9 +277,19 @@ def test_a_refusal_says_why(name, payload, says):
 
 
 def test_bombs_stay_bounded():
-    """256 MiB of zeros take a few hundred bytes when packed."""
-    packed = brotli.compress(bytes(2**28), quality=1)
+    """256 MiB of zeros take a few hundred bytes, which declare less, nothing, or the truth."""
+    huge = bytes(2**28)
+    liar = bytearray(zstandard.ZstdCompressor(level=1).compress(bytes(2**22)))
+    assert liar[4] == 0x80  # window byte, then four bytes of content size: declare 64 instead
+    liar[6:10] = (64).to_bytes(4, "little")
+    zstd = zstandard.ZstdCompressor(level=1).compress(huge)
+    unsized = zstandard.ZstdCompressor(level=1, write_content_size=False).compress(huge)
+    packed = brotli.compress(huge, quality=1)
+    del huge
     for name, payload in (
+        ("zstd", zstd),
+        ("zstd", unsized),
+        ("zstd", bytes(liar)),
         ("brotli", packed),
         ("ans", len(packed).to_bytes(4, "little") + packed),
     ):
@@ -353,6 +367,7 @@ GOLDEN_PLANES = [
     np.full((1, 1), 200, np.uint8),
 ]
 GOLDEN = {
+    "zstd": "28b52ffd20094900000102030303020303c8",
     "brotli": "0f04800102030303020303c803",
     "ans": "190000001f0401f88f94abe5ce5c0204fcd7c07e7da15b20301f4aa20108bf0f58422a0000",
 }
@@ -360,7 +375,7 @@ GOLDEN = {
 
 @each
 def test_golden_bytes_decode(name):
-    """Old artifacts stay readable. Brotli may compress otherwise, so only decoding is golden."""
+    """Old artifacts stay readable. Zstd and Brotli may compress otherwise, so only decoding is golden."""
     back = decode_planes(name, bytes.fromhex(GOLDEN[name]), [p.shape for p in GOLDEN_PLANES])
     assert all(np.array_equal(a, b) for a, b in zip(GOLDEN_PLANES, back, strict=True))
 

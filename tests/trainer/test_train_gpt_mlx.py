@@ -844,7 +844,7 @@ def test_a_checkpoint_of_train_gpt_is_not_read(uninterrupted, trainer_env, tmp_p
         (dict(WORLD_SIZE=2), "WORLD_SIZE is 2; this trainer uses one Mac"),
         (dict(PRESET="large"), "PRESET is 'large'; it must be one of cpu, "),
         (dict(MODEL_DIM=65), "MODEL_DIM is 65; it must be a multiple of NUM_HEADS=4"),
-        (dict(DATA_PATH="nowhere"), "no train shards (*_train_*.bin) in nowhere"),
+        (dict(DATA_PATH="nowhere"), "no *_train_*.bin in nowhere"),
         (dict(RESUME=1), "RESUME is 1, but there is no "),
     ],
     ids=lambda v: "" if isinstance(v, str) else str(v),
