@@ -1,4 +1,4 @@
-"""What benches share: the root of the repository, and a model that is trained for a minute."""
+"""The root of the repository, and a model that is trained for a minute, for all benches."""
 
 import os
 import subprocess

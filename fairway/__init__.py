@@ -1,1 +1,1 @@
-"""What is done with an artifact of train_gpt: scoring, experts, correction, certificate."""
+"""Rooms for everything after training: scores, proofs, text, exports, records."""

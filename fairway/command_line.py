@@ -1,4 +1,4 @@
-"""What every command line here shares: one parser, and one form for every error.
+"""The parser and the form of error that every command line shares.
 
 An error is one line on stderr, `NAME: error: setting, both values, next step`. Exit codes: 0 success, 1 failure,
 2 wrong usage, 130 interrupted. Nothing here imports torch, so `--help` answers at once.
@@ -93,3 +93,13 @@ def check_writable(option: str, path: str | Path | None) -> None:
 def json_bytes(value: Any) -> bytes:
     """Indented JSON with a line end; text that is not valid Unicode is replaced."""
     return json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+
+
+def progress_bar(total: int, label: str, unit: str) -> Any:
+    """Return a bar on stderr that appears after three seconds, on a terminal and never in a file.
+
+    Its estimate averages over the whole run (smoothing 0), because steps take unequal times.
+    """
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, unit=unit, delay=3, leave=False, smoothing=0, disable=None)

@@ -20,15 +20,6 @@ FILES = [p for p in sorted(FILES) if (ROOT / p).is_file() and not p.startswith("
 # A docstring that starts with one of these is a fragment, not a sentence.
 FRAGMENTS = {"Of", "To", "Where", "How", "What", "Which", "Whether", "That"}
 LEAST_WORDS = 3  # "Nothing here." says nothing
-# Files that still have fragments. The list may only shrink.
-NOT_CONVERTED = set(
-    """
-bench/mixing.py fairway/__init__.py fairway/command_line.py
-fairway/scoring/experts/match.py fairway/scoring/experts/mixing.py
-fairway/scoring/experts/state.py tests/damage.py tests/reference_mixing.py
-tests/scoring/test_mixing.py tests/test_house.py
-    """.split()
-)
 
 
 def docstrings(tree: ast.Module) -> list[tuple[str, str]]:
@@ -76,10 +67,10 @@ def test_the_rules_catch_fragments(docstring, problem):
     )
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param(p, marks=[pytest.mark.xfail] * (p in NOT_CONVERTED)) for p in FILES]
-)
-def test_docstrings_are_plain_sentences(path):
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"), path)
-    problems = [f"{place}: {problem_of(text)}" for place, text in docstrings(tree)]
-    assert [p for p in problems if not p.endswith(": ")] == []
+def test_docstrings_are_plain_sentences():
+    problems = []
+    for path in FILES:
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"), path)
+        named = [(place, problem_of(text)) for place, text in docstrings(tree)]
+        problems += [f"{path} {place}: {problem}" for place, problem in named if problem]
+    assert problems == []

@@ -97,7 +97,7 @@ def certify_named(options: argparse.Namespace) -> Certificate:
     from train_gpt import UserError
 
     sys.path.insert(0, str(Path.cwd()))
-    scorer, tokenizer = make_scorer(options.scorer), load_tokenizer(options.tokenizer)
+    scorer, tokenizer = make_scorer(options.scorer), read_tokenizer(options.tokenizer)
     vocab_size = vocabulary_of(scorer, options.scorer)
     if tokenizer is not None and tokenizer.vocab_size() != vocab_size:
         raise UserError(
@@ -107,7 +107,7 @@ def certify_named(options: argparse.Namespace) -> Certificate:
     sizes = None
     if options.artifact:
         sizes = {"artifact": Path(options.artifact).stat().st_size, "code": code_of(scorer)}
-    with progress_bar() as on_progress:
+    with percent_bar() as on_progress:
         return certify(
             scorer,
             load_tokens(options, vocab_size),
@@ -189,7 +189,7 @@ def load_tokens(options: argparse.Namespace, vocab_size: int) -> np.ndarray:
     return tokens[: options.tokens or len(tokens)]
 
 
-def load_tokenizer(path: str | None) -> Any:
+def read_tokenizer(path: str | None) -> Any:
     """Return the SentencePiece model at `path`; None without a path."""
     import sentencepiece
 
@@ -206,7 +206,7 @@ def load_tokenizer(path: str | None) -> Any:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Any]:
+def percent_bar() -> Iterator[Any]:
     """Show a bar on a terminal after ten seconds; the value is the callback that moves it."""
     from tqdm import tqdm
 

@@ -20,11 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fairway.command_line import UsageError, check_writable, json_bytes
+from fairway.command_line import UsageError, check_writable, json_bytes, progress_bar
 
 if TYPE_CHECKING:
     import numpy as np
-    from tqdm import tqdm
 
     from fairway.coreml.export import ExportOptions, ExportSource
 
@@ -152,18 +151,6 @@ def removing_partial_files() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def progress_bar(total: int, description: str, unit: str) -> tqdm:
-    """Return a bar on a terminal, and none in a file.
-
-    Its estimate averages over the whole run (smoothing 0), because shards take unequal times.
-    """
-    from tqdm import tqdm
-
-    return tqdm(
-        total=total, desc=description, unit=unit, delay=1, leave=False, smoothing=0, disable=None
-    )
 
 
 def print_line(line: str) -> None:

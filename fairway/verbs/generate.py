@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fairway.command_line import UsageError, check_writable, json_bytes
+from fairway.command_line import UsageError, check_writable, json_bytes, progress_bar
 from fairway.decoding.strategy_options import (
     DRAFT_KINDS,
     STRATEGY_NAMES,
@@ -34,8 +34,6 @@ from fairway.decoding.strategy_options import (
 )
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from fairway.decoding.speculative import SpeculationStats
     from fairway.decoding.strategies import Strategy
     from fairway.decoding.writing import GeneratedText, Writer
@@ -305,13 +303,6 @@ def read_prompts(options: argparse.Namespace) -> list[bytes]:
 
 
 # ==== OUTPUT ======================================================================================
-def progress_bar(total: int, label: str, unit: str) -> tqdm:
-    """Return a bar on stderr that appears after three seconds, on a terminal only."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=label, unit=unit, delay=3, leave=False, disable=None)
-
-
 def print_error_line(line: str) -> None:
     """Print to stderr at once."""
     print(line, file=sys.stderr, flush=True)

@@ -80,121 +80,84 @@ def write_files(folder: Path, files: dict[str, str | bytes]) -> Path:
 
 def made_run(folder: Path, seed: int, evaluated: bool = True, **changes) -> Path:
     """Write an OUT_DIR as train_gpt.py and eval_final.py leave it; `changes` are settings."""
-    bpb, artifact, run_id = (
-        1.2 + seed / 1e5,
-        f"artifact of {seed}".encode() * (10_000 + seed),
-        f"train_seed{seed}",
-    )
-    settings = (
-        dict(
-            seed=seed,
-            run_id=run_id,
-            out_dir=folder.name,
-            data_path="data/embedded",
-            num_layers=5,
-            mlp_mult=3.0,
-            codec="a b",
-            gptq=True,
-            num_heads=4,
-            train_batch_tokens=2048,
-        )
-        | changes
-    )
-    digest, steps, seconds = hashlib.sha256(artifact).hexdigest(), 500 + seed, 150.0 + seed / 100
-    hashes = dict(
-        code=hashlib.sha256(TRAIN.encode()).hexdigest(),
-        settings="5" * 64,
-        tokenizer="7" * 64,
-        data="d" * 64,
-    )
-    events = [
-        dict(
-            event="start",
-            settings=settings,
-            sha256=hashes,
-            world_size=1,
-            run_id=run_id,
-            preset="cpu",
-            device="cpu x",
-            torch="2.13.0",
-        ),
-        dict(event="model", parameters=1_000_000),
-        *(
-            dict(event="train", step=i, loss=7 - i / 200, seconds=i / 3, tokens=2048 * i)
-            for i in (1, 100, 500)
-        ),
-        dict(event="val", step=steps, loss=3.5, bpb=bpb + 0.01, seconds=seconds),
-        dict(
-            event="artifact",
-            path=f"{folder.name}/final_model.int6.ptz",
-            codec="brotli",
-            k=2.5,
-            bytes=len(artifact),
-            code_bytes=len(TRAIN),
-            budget_bytes=16_000_000,
-            sha256=digest,
-        ),
-        dict(
-            event="final",
-            label="final_int6",
-            loss=2 * bpb,
-            bpb=bpb,
-            eval_seconds=1.5,
-            tokens=1000,
-            bytes=2885,
-        ),
-    ]
+    bpb, run_id = 1.2 + seed / 1e5, f"train_seed{seed}"
+    artifact = f"artifact of {seed}".encode() * (10_000 + seed)
+    settings = dict(seed=seed, run_id=run_id, out_dir=folder.name, data_path="data/embedded")
+    settings |= dict(num_layers=5, mlp_mult=3.0, codec="a b", gptq=True, num_heads=4)
+    settings |= dict(train_batch_tokens=2048) | changes
     line = "=" * 100
     log = (
         f"{TRAIN}\n{line}\nRunning Python 3\n{line}\nsettings: "
         f"{json.dumps(settings)}\nseed:{seed}\nval_loader:shards pattern=x tokens:1000 "
-        f"bytes:2885\nstep:{steps}/9000 val_loss:3.5000 val_bpb:{bpb:.4f}\nfinal_int6_exact "
+        f"bytes:2885\nstep:{500 + seed}/9000 val_loss:3.5000 val_bpb:{bpb:.4f}\nfinal_int6_exact "
         f"val_loss:{2 * bpb:.8f} val_bpb:{bpb:.8f}\n"
     )
+    events = training_events(folder.name, seed, bpb, artifact, settings)
     files = {
         f"logs/{run_id}.txt": log,
         "final_model.int6.ptz": artifact,
         f"logs/{run_id}.jsonl": "".join(json.dumps(e) + "\n" for e in events),
     }
     if evaluated:
-        final, rules = bpb - 0.1, [dict(rule=rule, verdict="ok", figure="") for rule in RULES]
-        rungs = [
-            dict(name="neural", loss=2 * bpb, bpb=bpb),
-            dict(name="mixed", loss=2 * final, bpb=final),
-        ]
-        score = dict(
-            val_bpb=final,
-            val_loss=2 * final,
-            tokens=1000,
-            bytes=2885,
-            ladder=rungs,
-            seconds=dict(load=1.0, mix=2.5, ablation=7.0, certificate=30.0),
-            eval_seconds=3.5,
-            sizes=dict(artifact=len(artifact), code={name: len(CODE[name]) for name in SHIPPED}),
-            code={name: hashlib.sha256(CODE[name].encode()).hexdigest() for name in SHIPPED},
-            sha256=dict(artifact=digest, data="e" * 64, tokenizer="7" * 64),
-            device="cpu x",
-            world_size=1,
-            settings=dict(
-                eval_mode="sliding",
-                eval_stride=64,
-                checkpoint=str(folder),
-                ttt="none",
-                mix_weights="sets",
-            ),
-            weights=dict(experts=["neural", "match"], trace=[[0.75, 0.25], [0.5, 0.5]]),
-            certificate=dict(passed=True),
-        )
-        log = (
-            f"final_exact val_loss:{2 * final:.8f} val_bpb:{final:.8f}\n"
-            f"val_bpb:{final:.8f} val_loss:{2 * final:.8f}\n"
-        )
-        files |= {
-            "eval/score.json": json.dumps(score),
-            "logs/eval.txt": log,
-            "eval/certificate.json": json.dumps(dict(passed=True, rules=rules)),
-        }
+        files |= evaluation_files(folder, bpb, artifact)
     return write_files(folder, files)
+
+
+def training_events(
+    out_dir: str, seed: int, bpb: float, artifact: bytes, settings: dict
+) -> list[dict]:
+    """Return the events that a finished training run leaves in its .jsonl log."""
+    hashes = dict(
+        code=hashlib.sha256(TRAIN.encode()).hexdigest(),
+        settings="5" * 64,
+        tokenizer="7" * 64,
+        data="d" * 64,
+    )
+    start = dict(event="start", settings=settings, sha256=hashes, world_size=1)
+    start |= dict(run_id=settings["run_id"], preset="cpu", device="cpu x", torch="2.13.0")
+    exported = dict(event="artifact", path=f"{out_dir}/final_model.int6.ptz", codec="brotli")
+    exported |= dict(k=2.5, bytes=len(artifact), code_bytes=len(TRAIN), budget_bytes=16_000_000)
+    exported |= dict(sha256=hashlib.sha256(artifact).hexdigest())
+    final = dict(event="final", label="final_int6", loss=2 * bpb, bpb=bpb, eval_seconds=1.5)
+    return [
+        start,
+        dict(event="model", parameters=1_000_000),
+        *(
+            dict(event="train", step=i, loss=7 - i / 200, seconds=i / 3, tokens=2048 * i)
+            for i in (1, 100, 500)
+        ),
+        dict(event="val", step=500 + seed, loss=3.5, bpb=bpb + 0.01, seconds=150.0 + seed / 100),
+        exported,
+        final | dict(tokens=1000, bytes=2885),
+    ]
+
+
+def evaluation_files(folder: Path, bpb: float, artifact: bytes) -> dict[str, str]:
+    """Return the files that an evaluation leaves: its score, its log, its certificate."""
+    final, rules = bpb - 0.1, [dict(rule=rule, verdict="ok", figure="") for rule in RULES]
+    score = dict(val_bpb=final, val_loss=2 * final, tokens=1000, bytes=2885, eval_seconds=3.5)
+    score["ladder"] = [
+        dict(name="neural", loss=2 * bpb, bpb=bpb),
+        dict(name="mixed", loss=2 * final, bpb=final),
+    ]
+    score["seconds"] = dict(load=1.0, mix=2.5, ablation=7.0, certificate=30.0)
+    score["sizes"] = dict(artifact=len(artifact), code={n: len(CODE[n]) for n in SHIPPED})
+    score["code"] = {n: hashlib.sha256(CODE[n].encode()).hexdigest() for n in SHIPPED}
+    digest = hashlib.sha256(artifact).hexdigest()
+    score["sha256"] = dict(artifact=digest, data="e" * 64, tokenizer="7" * 64)
+    settings = dict(eval_mode="sliding", eval_stride=64, checkpoint=str(folder), ttt="none")
+    score |= dict(device="cpu x", world_size=1, settings=settings | dict(mix_weights="sets"))
+    weights = dict(experts=["neural", "match"], trace=[[0.75, 0.25], [0.5, 0.5]])
+    score |= dict(weights=weights, certificate=dict(passed=True))
+    log = (
+        f"final_exact val_loss:{2 * final:.8f} val_bpb:{final:.8f}\n"
+        f"val_bpb:{final:.8f} val_loss:{2 * final:.8f}\n"
+    )
+    return {
+        "eval/score.json": json.dumps(score),
+        "logs/eval.txt": log,
+        "eval/certificate.json": json.dumps(dict(passed=True, rules=rules)),
+    }
 
 
 def draw_nothing(logs: list[Path], path: Path) -> None:

@@ -105,7 +105,7 @@ PRIORS = np.array([FRESH, GOING_ON])
 
 
 class Matches(NamedTuple):
-    """What was known about m targets before each was read."""
+    """The knowledge about m targets before each was read."""
 
     hint: np.ndarray  # int32 [m]: the token that followed the longest match; -1 without a match
     length: np.ndarray  # uint16 [m]: tokens of that match, at most LONGEST; 0 without a match

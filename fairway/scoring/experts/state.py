@@ -1,4 +1,4 @@
-"""What the experts share: checks of settings and tokens, a digest of the text, files of state."""
+"""Shared by the experts: checks of settings and tokens, a digest of the text, files of state."""
 
 import contextlib
 import hashlib
