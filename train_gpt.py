@@ -1377,7 +1377,7 @@ class Log:
         folder, mode = self.out / "logs", "a" if cfg.resume else "w"
         folder.mkdir(parents=True, exist_ok=True)
         paths = folder / f"{run_id}.txt", folder / f"{run_id}.jsonl"
-        self.text, self.events = (open(p, mode, encoding="utf-8", buffering=1) for p in paths)
+        self.text, self.events = (open(p, mode, encoding="utf-8", buffering=1) for p in paths)  # noqa: SIM115
         if cfg.wandb_mode in ("online", "offline"):
             import wandb
 

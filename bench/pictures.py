@@ -1,8 +1,9 @@
-"""Draw the README's pictures: docs/pipeline.svg, and docs/compression.svg from bench/results/compress.txt.
+"""Draw the README's pictures: docs/pipeline.svg and docs/compression.svg.
 
     .venv/bin/python bench/pictures.py
 
-Both are plain SVG that follows the reader's light or dark theme.
+The second one plots bench/results/compress.txt. Both are plain SVG that follows the reader's light
+or dark theme.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def label(x: float, y: float, text: str, size: int = 13, kind: str = "", at: str
 
 
 # ==== THE PIPELINE ================================================================================
-# Boxes are programs, blue boxes the files between them; the lower row is what an artifact is good for.
+# Boxes are programs, blue boxes the files between them; the lower row uses an artifact.
 PROGRAMS = [
     ("data/", "text to shards"),
     ("train_gpt.py", "or train_gpt_mlx.py"),

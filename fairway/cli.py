@@ -1,8 +1,8 @@
 """The command `fairway`: its verbs are the front doors of the rooms.
 
-Each verb is one module of fairway/verbs/: its docstring is the description, `add_arguments(parser)` declares its
-options, `run(options)` does the work and returns the exit code. A verb imports its room when it runs, so that `--help`
-never waits for torch.
+Each verb is one module of fairway/verbs/: its docstring is the description, `add_arguments(parser)`
+declares its options, `run(options)` does the work and returns the exit code. A verb imports its
+room when it runs, so that `--help` never waits for torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from fairway.command_line import Parser, UsageError, did_you_mean, run_reporting
 
-# In the order of the pipeline: the verb and what it does. `export-coreml` lives in fairway/verbs/export_coreml.py.
+# In the order of the pipeline: the verb and what it does. `export-coreml` is in
+# fairway/verbs/export_coreml.py.
 VERBS = {
     "certify": "run a scorer, ours or anyone's, against the rules that its score must keep",
     "compress": "compress any files without loss into one bitstream",

@@ -1,7 +1,8 @@
 """The parser and the form of error that every command line shares.
 
-An error is one line on stderr, `NAME: error: setting, both values, next step`. Exit codes: 0 success, 1 failure,
-2 wrong usage, 130 interrupted. Nothing here imports torch, so `--help` answers at once.
+An error is one line on stderr, `NAME: error: setting, both values, next step`. Exit codes:
+0 success, 1 failure, 2 wrong usage, 130 interrupted. Nothing here imports torch, so `--help`
+answers at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Errors that a user can repair, by the module that defines them. A module that was not imported raised none of them.
+# Errors that a user can repair, by the module that defines them. A module that was not imported
+# raised none of them.
 REPAIRABLE = (("train_gpt", "UserError"), ("fairway.records.files", "RecordError"))
 
 
@@ -25,14 +27,14 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that takes no abbreviated options and raises `UsageError` on wrong words."""
+    """An argparse parser without abbreviated options that raises `UsageError` on wrong words."""
 
     def __init__(self, **settings: Any):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Parse `args`; a misspelt option is named before argparse misses the one that was meant."""
+        """Parse `args`; name a misspelt option before argparse misses the one that was meant."""
         words = list(sys.argv[1:] if args is None else args)
         known = [option for action in self._actions for option in action.option_strings]
         for word in words[: words.index("--") if "--" in words else None]:
@@ -52,7 +54,7 @@ def did_you_mean(word: str, candidates: list[str]) -> str:
 
 
 def run_reporting(name: str, command: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """Run `command` and return its exit code; an error that the user can repair becomes one line on stderr."""
+    """Run `command` and return its exit code; print an error that the user can repair."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... | head` ends in silence
     try:
@@ -82,7 +84,7 @@ def print_error(name: str, message: str, code: int = 1) -> int:
 
 
 def check_writable(option: str, path: str | Path | None) -> None:
-    """Raise `UsageError` before the work is done, not after it, if no file can be written at `path`."""
+    """Raise `UsageError`, before the work is done, if no file can be written at `path`."""
     if not path:
         return
     folder = next(p for p in Path(path).absolute().parents if p.exists())

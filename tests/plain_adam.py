@@ -1,5 +1,6 @@
 """Adam without the class of torch.optim, whose first step imports torch._dynamo: 2.6 s of processor
-time in every test process."""
+time in every test process.
+"""
 
 from collections.abc import Iterable
 

@@ -1,4 +1,4 @@
-"""fairway/command_line.py and fairway/cli.py: one parser, one form of error, verbs that start at once."""
+"""fairway/command_line.py and cli.py: one parser, one form of error, verbs that start at once."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""The rules of docs/ARCHITECTURE.md, "Who may import whom", read from the source of every tracked file.
+"""The rules of docs/ARCHITECTURE.md, "Who may import whom", read from every tracked file.
 
 Each rule collects what breaks it in the whole tree and asserts that the list is empty.
 """
@@ -214,16 +214,16 @@ def test_no_two_modules_share_a_name():
 
 
 def test_no_two_public_names_mean_different_things():
-    """Classes and functions at the top of modules of fairway/ and in the trainer that they import."""
+    """Read classes and functions at the top of modules of fairway/, and the trainer's."""
     places = defaultdict(list)
     for path in (p for p in OURS if p.startswith("fairway/") or p == "train_gpt.py"):
         shared = {
             n for folder, names in INTERFACES.items() if path.startswith(folder) for n in names
         }
         for node in TREES[path].body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_":
-                if node.name not in shared and node.name != "main":
-                    places[node.name].append(path)
+            defines = isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_"
+            if defines and node.name not in shared and node.name != "main":
+                places[node.name].append(path)
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
@@ -340,7 +340,7 @@ def test_nothing_is_read_written_or_printed_when_a_module_is_imported():
 
 
 def test_importing_every_module_leaves_no_trace(tmp_path):
-    """One process in an empty folder reports each file opened for writing and each read of the environment."""
+    """A process in an empty folder reports files that are written and variables that are read."""
     modules = [
         p.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         for p in OURS
@@ -349,21 +349,25 @@ def test_importing_every_module_leaves_no_trace(tmp_path):
     code = f"""
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]  # benches import short_run
-import torch, numpy, sentencepiece, zstandard, brotli, constriction, tqdm, rich, numba, numba.extending  # not ours
+import torch, numpy, sentencepiece, zstandard, brotli, constriction, tqdm, rich  # not ours
+import numba, numba.extending
 ours = {str(ROOT)!r} + os.sep
 def audit(event, args):
-    if event == "open" and type(args[0]) is str and type(args[1]) is str and set(args[1]) & set("wax+"):
+    texts = event == "open" and type(args[0]) is type(args[1]) is str
+    if texts and set(args[1]) & set("wax+"):
         if "__pycache__" not in args[0]: sys.stderr.write(f"{{args[0]}} opened for writing\\n")
-    elif event == "os.mkdir" and "__pycache__" in str(args[0]): pass  # where numba keeps what it compiles
+    elif event == "os.mkdir" and "__pycache__" in str(args[0]): pass  # numba's cache
     elif event in ("subprocess.Popen", "socket.connect", "os.putenv", "os.mkdir", "os.remove"):
         sys.stderr.write(f"{{event}} {{args}}\\n")
 sys.addaudithook(audit)
+def report(key, frame):
+    if frame.f_code.co_filename.startswith(ours): sys.stderr.write(f"{{key}} read\\n")
 class Watched(type(os.environ)):
     def __getitem__(self, key):
-        if sys._getframe(1).f_code.co_filename.startswith(ours): sys.stderr.write(f"{{key}} read\\n")
+        report(key, sys._getframe(1))
         return super().__getitem__(key)
     def get(self, key, default=None):
-        if sys._getframe(1).f_code.co_filename.startswith(ours): sys.stderr.write(f"{{key}} read\\n")
+        report(key, sys._getframe(1))
         return super().get(key, default)
 os.environ.__class__ = Watched
 import importlib

@@ -17,7 +17,7 @@ from train_gpt import ByteTable, UserError
 
 @dataclass(frozen=True)
 class Verdict:
-    """The finding of one rule: "ok", "FAIL" or "cannot tell", and one short line with the figure."""
+    """The finding of one rule: "ok", "FAIL" or "cannot tell", and a short line with the figure."""
 
     rule: str
     verdict: str

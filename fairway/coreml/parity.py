@@ -78,25 +78,26 @@ def logits_in_steps(
 ) -> np.ndarray:
     """Return logits of a text read in calls of these lengths, repeated to its end."""
     cache, rows, at = chain.new_cache(), [], 0
-    for step in cycle(steps):
-        if at >= len(tokens):
-            return np.concatenate(rows)
+    lengths = cycle(steps)
+    while at < len(tokens):
+        step = next(lengths)
         rows.append(chain(cache, tokens[at : at + step]))
         at += len(rows[-1])
         on_progress(len(rows[-1]))
+    return np.concatenate(rows)
 
 
 def logits_with_rejections(chain: ShardChain, tokens: Sequence[int]) -> np.ndarray:
     """Return logits of a text read with wrong tokens after each call, which are then cropped."""
     cache, rows, at = chain.new_cache(), [], 0
-    for step in cycle(MIXED):
-        piece = list(tokens[at : at + min(step, chain.most)])
-        if not piece:
-            return np.concatenate(rows)
+    lengths = cycle(MIXED)
+    while at < len(tokens):
+        piece = list(tokens[at : at + min(next(lengths), chain.most)])
         padded = piece + [WRONG] * (chain.most - len(piece))
         rows.append(chain(cache, padded)[: len(piece)])
         at += len(piece)
         cache.crop(at)
+    return np.concatenate(rows)
 
 
 def slot_gap(chain: ShardChain, tokens: Sequence[int]) -> float:

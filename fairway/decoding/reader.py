@@ -14,7 +14,7 @@ PROMPT_PIECE = 128  # prompt tokens read at once: enough to fill a forward, litt
 
 
 class Engine(Protocol):
-    """The calls that decoding makes to a model. fairway.scoring.memory.Memory implements it in PyTorch,
+    """The calls that decoding makes to a model. scoring.memory.Memory implements it in PyTorch,
     fairway.coreml.engine.ShardEngine in CoreML.
     """
 

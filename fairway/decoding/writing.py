@@ -169,7 +169,7 @@ class TextStream:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of `text` begin `stop`: overlap("abc", "bcd") is 2."""
+    """Return the number of characters at the end of `text` that begin `stop`: 2 for abc, bcd."""
     lengths = range(min(len(stop) - 1, len(text)), 0, -1)
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
 

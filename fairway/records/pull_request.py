@@ -32,7 +32,8 @@ def pull_request_text(folder: Path) -> str:
     if data.val_bpb is None:
         raise RecordError(f"{folder}/submission.json has no val_bpb; pack it again")
     kind = "Non-record" if "non_record" in folder.parent.name else "Record"
-    title = f"{kind}: {markdown_cell(data.name or folder.name)}, val_bpb {data.val_bpb:.{SCORE_DECIMALS}f}"
+    name, bpb = markdown_cell(data.name or folder.name), f"{data.val_bpb:.{SCORE_DECIMALS}f}"
+    title = f"{kind}: {name}, val_bpb {bpb}"
     rows = [
         [seed, *("" if v is None else v for v in (r.val_bpb, r.val_loss, r.steps, r.bytes))]
         for seed, r in data.seed_results.items()

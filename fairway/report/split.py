@@ -146,7 +146,7 @@ class ScoredSplit:
     def shards(self) -> list[Path]:
         """The split's files, by the names in the evaluation's settings."""
         names, folder = (clean_text(self.settings.get(k), 1000) for k in ("val_files", "data_path"))
-        pattern = Path(names or os.path.join(folder or "data/embedded", "*_val_*.bin"))
+        pattern = Path(names or f"{folder or 'data/embedded'}/*_val_*.bin")
         for base in dict.fromkeys([Path(), self.run.folder, ROOT]):
             try:
                 matching = sorted(fnmatch.filter(os.listdir(base / pattern.parent), pattern.name))

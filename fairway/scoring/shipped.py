@@ -24,9 +24,9 @@ def imported_code() -> dict[str, int]:
     return {name: (ROOT / name).stat().st_size for name in names}
 
 
-@functools.cache  # a process has some 1,200 modules, and resolving their links took a quarter second
+@functools.cache  # a process has some 1,200 modules; resolving their links took 0.25 s
 def counted_name(file: str) -> str:
-    """Return the path of a module's file from the root of this repository; "" if it does not count."""
+    """Return a module's path from the root of this repository; "" if it does not count."""
     path = Path(file or os.devnull).resolve()
     parts = path.relative_to(ROOT).parts if path.is_relative_to(ROOT) else (".",)
     ours = parts[0] not in ("tests", "bench") and not any(

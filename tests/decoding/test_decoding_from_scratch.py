@@ -1,4 +1,4 @@
-"""docs/decoding_from_scratch.py has torch's gradients, caches that forget, and exact speculation."""
+"""docs/decoding_from_scratch.py: gradients as torch's, caches that forget, exact speculation."""
 
 import ast
 import importlib.util

@@ -316,7 +316,7 @@ def test_a_missing_prompt_file_is_named(run):
     assert "--prompt-file nowhere.txt: No such file or directory" in err[0]
 
 
-# ---- Ended from outside ----------------------------------------------------------------------------
+# ---- Ended from outside --------------------------------------------------------------------------
 class InterruptingOutput(io.StringIO):
     """Standard output that sends Ctrl-C to this process after 20 characters."""
 

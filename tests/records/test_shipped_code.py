@@ -1,6 +1,4 @@
-"""fairway/records/shipped_code.py: what a folder's scripts reach, and packed code that is read and never
-run.
-"""
+"""shipped_code.py: files that a folder's scripts reach, and packed code that is read, never run."""
 
 import ast
 import base64

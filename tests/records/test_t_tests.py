@@ -85,7 +85,7 @@ SEQ_2048_QAT = [1.96032898, 1.95825352, 1.95627871]
 
 
 def test_welch_of_1019_against_549():
-    """t = -11.8339 and df 3.3063 in its submission.json, in BPB; the sign there is of new - old."""
+    """Its submission.json has t = -11.8339 and df 3.3063 in BPB; the sign there is of new - old."""
     in_bpb = welch(PR_1019._replace(nats=PR_1019.bpb), PR_549._replace(nats=PR_549.bpb))
     assert (round(in_bpb.t, 4), round(in_bpb.df, 4)) == (11.8339, 3.3063)
     test = welch(PR_1019, PR_549)

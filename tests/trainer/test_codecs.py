@@ -375,7 +375,7 @@ GOLDEN = {
 
 @each
 def test_golden_bytes_decode(name):
-    """Old artifacts stay readable. Zstd and Brotli may compress otherwise, so only decoding is golden."""
+    """Old artifacts stay readable. Zstd and Brotli may change, so only decoding is golden."""
     back = decode_planes(name, bytes.fromhex(GOLDEN[name]), [p.shape for p in GOLDEN_PLANES])
     assert all(np.array_equal(a, b) for a, b in zip(GOLDEN_PLANES, back, strict=True))
 

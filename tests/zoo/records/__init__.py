@@ -2,7 +2,6 @@
 them.
 """
 
-import os
 from pathlib import Path
 
 from tests.zoo.records.bad import BAD, Fault
@@ -23,7 +22,7 @@ def good_files(name: str) -> Files:
 def write(files: Files, folder: Path) -> Path:
     for name, content in files.items():
         path = folder / name
-        os.makedirs(path.parent, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return folder
 
