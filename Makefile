@@ -1,8 +1,10 @@
-# make run    environment, embedded corpus, training (PRESET=cpu), artifact, score, certificate
-# make report a page of pictures of that run
-# make test   the fast tests; make test-apple: those of MLX and CoreML, on Linux too; make test-slow: those behind the
-#             marker; make lint; make bench
-# make apple  also installs what train_gpt_mlx.py and fairway export-coreml need
+# make run        install, prepare the embedded corpus, train (PRESET=cpu), score and certify
+# make report     draw the pages and pictures of that run
+# make test       the fast tests; make test-apple: those of MLX and CoreML, on Linux too;
+#                 make test-slow: those behind the marker
+# make lint       layout and lint
+# make bench      every figure of docs/RESULTS.md that fits this machine
+# make apple      also install what train_gpt_mlx.py and fairway export-coreml need
 
 PYTHON ?= python3
 PRESET ?= cpu
@@ -12,7 +14,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 APPLE := .venv/.installed-apple
 CORPUS := data/embedded/manifest.json
-# Threads that spin long make two slower than one on a shared machine; those that never spin do so always.
+# On a shared machine, OpenMP threads that spin long make two threads slower than one. Threads that
+# never spin are always slower.
 export GOMP_SPINCOUNT := 10000
 
 .PHONY: run report data apple test test-apple test-slow lint bench clean

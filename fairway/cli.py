@@ -31,7 +31,7 @@ VERBS = {
     "significance": "test one record against another, in nats",
     "table": "rewrite records/README.md from the records",
     "pr": "print branch, commit and body of the pull request that adds a record",
-    "code": "list the files that a record ships beside train_gpt.py",
+    "code": "list the files that a record ships next to train_gpt.py",
 }
 
 
