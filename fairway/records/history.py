@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import hashlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -476,3 +478,23 @@ def source_of(row: RunRow) -> str:
         return read_log(log_of(row)).source
     except RecordError:
         return ""
+
+
+# ==== WHAT THE VERBS SHARE ========================================================================
+def add_file_option(parser: argparse.ArgumentParser) -> None:
+    """Declare --file, which names histories in place of those below this folder."""
+    parser.add_argument(
+        "--file",
+        type=Path,
+        action="append",
+        metavar="runs.jsonl",
+        help="read this file instead of those found here; may be repeated",
+    )
+
+
+def read_here(files: Sequence[Path] | None, name: str) -> History:
+    """Return the history of these files, or of this folder; warn of damaged lines as `name`."""
+    found = read_history(files or find_files(Path.cwd()))
+    if found.damaged:
+        print(f"{name}: {damage_text(found)}", file=sys.stderr)
+    return found
