@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairway.scoring.columns import Columns
-from fairway.scoring.neural import Neural, OnRows, Windows, in_float64, plan, times_scored
+from fairway.scoring.neural import Neural, OnRows, Windows, in_float64, plan
 from fairway.scoring.settings import EvalConfig
 from train_gpt import GPT, Runtime, all_reduce_flat, document_bounds, weights_replaced
 
@@ -175,8 +175,7 @@ class Streaming(Adapting):
         on_progress: OnRows | None = None,
     ) -> None:
         """Fill the rows that are not filled. Chunks that an earlier run filled are only learned."""
-        windows = self.plan(tokens)
-        assert (times_scored(windows, columns.rows) == 1).all(), "the plan must score each row once"
+        windows = self.exact_plan(tokens, columns.rows)
         filled, self.digests = np.array(columns.covered) == 1, []
         self.wait()  # no rank may fill rows before every rank has seen which are left
         with self.fresh():
@@ -522,8 +521,7 @@ class Lora(Adapting):
         on_progress: OnRows | None = None,
     ) -> None:
         """Fill the rows that are not filled. Under torchrun each rank has its own documents."""
-        windows = self.plan(tokens)
-        assert (times_scored(windows, columns.rows) == 1).all(), "the plan must score each row once"
+        windows = self.exact_plan(tokens, columns.rows)
         filled = np.array(columns.covered) == 1
         spans = zip(windows.first, windows.end, strict=True)
         left = np.array([not filled[a:b].all() for a, b in spans], bool)

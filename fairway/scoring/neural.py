@@ -224,6 +224,12 @@ class Neural:
                 if on_progress:
                     on_progress(rows, values["logp"])
 
+    def exact_plan(self, tokens: np.ndarray, rows: int) -> Windows:
+        """Return the plan, once it is shown to score each of `rows` rows exactly once."""
+        windows = self.plan(tokens)
+        assert (times_scored(windows, rows) == 1).all(), "the plan must score each row once"
+        return windows
+
     def fill(
         self,
         tokens: np.ndarray,
@@ -232,8 +238,7 @@ class Neural:
         on_progress: OnRows | None = None,
     ) -> None:
         """Fill every row that is not filled yet. Ranks share the windows and wait for the last."""
-        windows = self.plan(tokens)
-        assert (times_scored(windows, columns.rows) == 1).all(), "the plan must score each row once"
+        windows = self.exact_plan(tokens, columns.rows)
         spans = zip(windows.first, windows.end, strict=True)
         left = [i for i, (a, b) in enumerate(spans) if not columns.covered[a:b].all()]
         self.wait()  # no rank may fill rows before every rank has seen which are left
