@@ -857,7 +857,7 @@ def read_artifact(path: str | Path) -> Artifact:
             raise ArtifactError("the tokenizer inside is not the one that the header names")
         return Artifact(cfg, weights, tokenizer, header)
     except OSError as e:
-        raise ArtifactError(f"{path}: cannot be read ({e.strerror})") from None
+        raise ArtifactError(f"{path}: cannot be read ({e.strerror}); check its name") from None
     except (UserError, CodecError, brotli.error) as e:
         raise ArtifactError(f"{path}: {e}") from None
 

@@ -65,8 +65,9 @@ def run_reporting(name: str, command: Callable[[], int], interrupted: str = "int
         print(f"{name}: {interrupted}", file=sys.stderr)
         return 130
     except OSError as e:
-        place = e.filename or "files"
-        return print_error(name, f"{place}: {e.strerror or e}; free space, or name another place")
+        missing = isinstance(e, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+        step = "check its name" if missing else "free space, or name another place"
+        return print_error(name, f"{e.filename or 'files'}: {e.strerror or e}; {step}")
     except Exception as e:
         if not isinstance(e, repairable_errors()):
             raise

@@ -77,6 +77,11 @@ def test_a_suggestion_is_made_only_where_something_is_close():
             1,
             "try: error: out.bin: No space left on device; free space, or name another place",
         ),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.txt"),
+            1,
+            "try: error: a.txt: No such file or directory; check its name",
+        ),
         (KeyboardInterrupt(), 130, "try: interrupted"),
     ],
 )
