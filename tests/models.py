@@ -31,6 +31,18 @@ ALL_ON = dict(
     ortho_init=True,
 )
 LOOPS = dict(num_layers=7, loop_start=2, loop_end=4, num_loops=2)
+# A resumed run must restore the state of all of this, momentum, and its place in the data.
+STATEFUL = dict(
+    QAT_START_FRAC=0.3,
+    SWA_START_FRAC=0.2,
+    SWA_EVERY=2,
+    EMA_DECAY=0.99,
+    GPTQ=1,
+    LOOP_END=1,
+    NUM_LOOPS=1,
+    LOOP_AT_FRAC=0.5,
+)
+
 FEATURES = {
     "plain": {},
     "smear": dict(smear_gate=True),

@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FEATURES, config, some_tokens, trained
+from models import FEATURES, STATEFUL, config, some_tokens, trained
 from test_training import Finished
 
 import train_gpt
@@ -54,18 +54,7 @@ QUICK = dict(
     DEVICE="cpu",
     MLX_DISABLE_COMPILE=1,
 )
-# A resumed run must restore all of this: loops, rounding, averages, momentum, order of the data.
-LONG = QUICK | dict(
-    ITERATIONS=12,
-    QAT_START_FRAC=0.3,
-    SWA_START_FRAC=0.2,
-    SWA_EVERY=2,
-    EMA_DECAY=0.99,
-    GPTQ=1,
-    LOOP_END=1,
-    NUM_LOOPS=1,
-    LOOP_AT_FRAC=0.5,
-)
+LONG = QUICK | STATEFUL | dict(ITERATIONS=12)
 ALL_ON = QUICK | dict(
     PRESET="frontier",
     COMPILE=0,

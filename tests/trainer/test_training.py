@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import own_signals
+from models import STATEFUL
 
 import train_gpt
 from train_gpt import Config, Runtime, UserError
@@ -29,18 +30,7 @@ CPU = Runtime(0, 1, torch.device("cpu"), "cpu")
 QUICK = dict(
     ITERATIONS=3, CODEC="brotli", TRAIN_LOG_EVERY=1, MAX_WALLCLOCK_SECONDS=0, HOLDOUT_TOKENS=1024
 )
-# Resuming must bring back all of this: loops, rounding, averages, momentum, the order of the data.
-LONG = QUICK | dict(
-    ITERATIONS=20,
-    QAT_START_FRAC=0.3,
-    SWA_START_FRAC=0.2,
-    SWA_EVERY=2,
-    EMA_DECAY=0.99,
-    GPTQ=1,
-    LOOP_END=1,
-    NUM_LOOPS=1,
-    LOOP_AT_FRAC=0.5,
-)
+LONG = QUICK | STATEFUL | dict(ITERATIONS=20)
 ALL_ON = dict(
     PRESET="frontier",
     COMPILE=0,
