@@ -181,6 +181,44 @@ def count_order(
 
 
 @njit(cache=True, nogil=True)
+def count_order_with_room(table, k, targets, reads, next_read, counts):
+    """Do what `count_order` does, in half the time, in the usual case.
+
+    All contexts exist, nothing is delayed or logged, and the block cannot fill the table. So no
+    branch depends on whether a gram is new, which processors predict badly.
+    """
+    words, root, capacity, _, counters, _ = table
+    hits, seen, kinds = counts
+    made = 0
+    for j in range(len(targets)):
+        if k and j + AHEAD < len(targets):
+            ahead = home_entry(reads[j + AHEAD], targets[j + AHEAD], root, capacity)
+            prefetch_entry(words, ahead)
+        parent, token = reads[j], np.int64(targets[j])
+        key, entry = parent << 16 | token, token
+        if k:
+            entry = home_entry(parent, token, root, capacity)
+            # A free entry may look like the gram of key 0; it is the one to take even so.
+            while (words[2 * entry] >> 17) != key and (words[2 * entry + 1] >> 32) != 0:
+                entry += 1
+                if entry == root + 1 + capacity:
+                    entry = root + 1
+        numbers, above = words[2 * entry + 1], words[2 * parent + 1]
+        hits[j, k], seen[j, k] = numbers >> 32, above & WORD
+        kinds[j, k] = words[2 * parent] & KINDS
+        is_new = np.int64((numbers >> 32) == 0)
+        words[2 * entry] |= (key << 17) * is_new  # a free entry's words are 0
+        words[2 * parent] += is_new
+        words[2 * entry + 1] = numbers + (1 << 32)
+        words[2 * parent + 1] = above + 1
+        made += is_new
+        reads[j], next_read = next_read, entry
+    if k:
+        counters[USED] += made
+    return next_read
+
+
+@njit(cache=True, nogil=True)
 def count_block(table, targets, followers, contexts, counting, counts, buffers):
     """Pass all orders over one block, the lowest first.
 
@@ -193,7 +231,16 @@ def count_block(table, targets, followers, contexts, counting, counts, buffers):
     writes = reads if followers is targets else buffers[1, :m]
     reads[:] = table.root
     writes[:] = table.root
+    has_room = counting and followers is targets and not len(table.log)
+    if has_room and orders > 1:
+        has_room = table.counters[USED] + m * (orders - 1) <= table.limit
+        has_room = has_room and contexts[0, 1:orders].min() >= 0
     for k in range(orders):
+        if has_room:
+            contexts[:, k + 1] = count_order_with_room(
+                table, k, targets, reads, contexts[0, k + 1], counts
+            )
+            continue
         contexts[0, k + 1], contexts[1, k + 1] = count_order(
             table,
             k,
