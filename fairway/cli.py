@@ -16,6 +16,7 @@ from fairway.command_line import Parser, UsageError, did_you_mean, run_reporting
 # In the order of the pipeline: the verb and what it does. `export-coreml` is in
 # fairway/verbs/export_coreml.py.
 VERBS = {
+    "plan": "predict time, memory, bytes and dollars of a run before a machine is rented",
     "certify": "run a scorer, ours or anyone's, against the rules that its score must keep",
     "compress": "compress any files without loss into one bitstream",
     "decompress": "get the files of a bitstream back, every byte or an error",

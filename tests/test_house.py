@@ -43,7 +43,11 @@ STAGES = (
     "decoding",
     "coreml",
 )
-READERS = ("records", "report")  # they read files only, and import none of the rooms above
+READERS = (
+    "records",
+    "planning",
+    "report",
+)  # they read files only, and import none of the rooms above
 # The experts read the same settings as the room that they are in.
 SETTINGS = "fairway/scoring/settings.py"
 FRONT = ("command_line.py", "cli.py", "__main__.py", "__init__.py")
