@@ -91,6 +91,7 @@ bench: $(OUT)/logs/eval.done $(APPLE)
 	$(BIN)/python bench/compress.py
 	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/records.py
+	$(BIN)/python bench/planning.py
 	$(BIN)/python bench/mlx.py
 	$(BIN)/python bench/coreml.py
 
