@@ -25,6 +25,17 @@ from fairway.planning.trainer_settings import DEFAULT_PRESET, read_settings
 DEFAULT_GPUS = "8xh100"
 
 
+class Question(NamedTuple):
+    """The options of the command; None stands for one that was not given."""
+
+    preset: str | None = None
+    words: Sequence[str] = ()  # NAME=value
+    gpus: str | None = None
+    dollars: float | None = None
+    val_tokens: int | None = None
+    log: Path | None = None
+
+
 class Answer(NamedTuple):
     """One answer in both forms."""
 
@@ -32,53 +43,40 @@ class Answer(NamedTuple):
     data: dict[str, Any]
 
 
-def answer(
-    preset: str | None,
-    words: Sequence[str],
-    gpus: str | None,
-    dollars: float | None,
-    val_tokens: int | None,
-    log: Path | None,
-) -> Answer:
-    """Plan a run with these options; None stands for an option that was not given."""
+def answer(asked: Question) -> Answer:
+    """Plan a run, and compare it with a log if one is named."""
+    if asked.dollars is not None and not 0 <= asked.dollars < math.inf:
+        raise UsageError(f"--dollars {asked.dollars}: give a price of zero or more")
+    if asked.val_tokens is not None and asked.val_tokens < 1:
+        raise UsageError(f"--val-tokens {asked.val_tokens}: give a whole number from 1 on")
     try:
-        return finite_answer(preset, words, gpus, dollars, val_tokens, log)
-    except OverflowError:
-        raise UsageError(
-            "these settings are too large to plan; check ITERATIONS and the like"
-        ) from None
+        return planned(asked) if asked.log is None else compared(asked, asked.log)
+    except OverflowError:  # a number left the range of floats
+        message = "these settings are too large to plan; check ITERATIONS and the like"
+        raise UsageError(message) from None
 
 
-def finite_answer(
-    preset: str | None,
-    words: Sequence[str],
-    gpus: str | None,
-    dollars: float | None,
-    val_tokens: int | None,
-    log: Path | None,
-) -> Answer:
-    """Plan a run, or raise OverflowError where a number leaves the range of floats."""
-    if dollars is not None and not 0 <= dollars < math.inf:
-        raise UsageError(f"--dollars {dollars}: give a price of zero or more")
-    if val_tokens is not None and val_tokens < 1:
-        raise UsageError(f"--val-tokens {val_tokens}: give a whole number from 1 on")
-    tokens = val_tokens or VAL_TOKENS
-    if log is None:
-        machine = parse_machine(DEFAULT_GPUS if gpus is None else gpus)
-        cfg = read_settings(preset or DEFAULT_PRESET, words)
-        plan = plan_run(preset or DEFAULT_PRESET, cfg, machine, tokens, dollars)
-        return Answer(plan_text(plan), plan_data(plan))
-    run = read_measured(log)
+def planned(asked: Question) -> Answer:
+    """Plan the run that the options describe."""
+    machine = parse_machine(DEFAULT_GPUS if asked.gpus is None else asked.gpus)
+    preset = asked.preset or DEFAULT_PRESET
+    cfg = read_settings(preset, asked.words)
+    plan = plan_run(preset, cfg, machine, asked.val_tokens or VAL_TOKENS, asked.dollars)
+    return Answer(plan_text(plan), plan_data(plan))
+
+
+def compared(asked: Question, path: Path) -> Answer:
+    """Plan the run that a log describes, with what the options say instead, and compare."""
+    run = read_measured(path)
     ran_on = logged_machine(run)
-    machine = ran_on if gpus is None else parse_machine(gpus)
+    machine = ran_on if asked.gpus is None else parse_machine(asked.gpus)
     machine = machine or parse_machine(DEFAULT_GPUS)
-    own = [] if preset else logged_words(run)
-    start = preset or logged_preset(run) or DEFAULT_PRESET
-    cfg = read_settings("baseline" if own else start, [*own, *words])
-    name = f"settings of {log.name}" if own else start
-    plan = plan_run(name, cfg, machine, tokens, dollars)
-    rows = compare(
-        plan, run, same_machine=machine == ran_on or (gpus is not None and ran_on is None)
-    )
+    same = machine == ran_on or (asked.gpus is not None and ran_on is None)
+    own = [] if asked.preset else logged_words(run)
+    preset = asked.preset or logged_preset(run) or DEFAULT_PRESET
+    cfg = read_settings("baseline" if own else preset, [*own, *asked.words])
+    name = f"settings of {path.name}" if own else preset
+    plan = plan_run(name, cfg, machine, asked.val_tokens or VAL_TOKENS, asked.dollars)
+    rows = compare(plan, run, same)
     data = plan_data(plan) | {"compared": [row._asdict() for row in rows]}
     return Answer(comparison_text(plan, run, rows), data)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fairway.command_line import UsageError
+from fairway.planning.evaluation_time import sliding_seconds
 from fairway.planning.machines import GPUS, WORLDS, GpuHost
 from fairway.planning.plan_text import rounded
 from fairway.planning.planned_run import RunPlan
@@ -72,6 +73,12 @@ def logged_words(run: MeasuredRun) -> list[str]:
     ]
 
 
+def measured_sliding(log: RunLog) -> float | None:
+    """Return the seconds of the last score of sliding windows that a log states."""
+    seconds = [s.seconds for s in log.scores if "sliding" in s.label and s.seconds]
+    return seconds[-1] if seconds else None
+
+
 def compare(plan: RunPlan, run: MeasuredRun, same_machine: bool) -> list[ComparedFigure]:
     """Return the figures that both sides have; times and memory only of the same machine."""
     log, size = run.log, plan.size
@@ -84,6 +91,8 @@ def compare(plan: RunPlan, run: MeasuredRun, same_machine: bool) -> list[Compare
         ]
         need = plan.memory_bytes[plan.machine.count] / 1e9
         figures.append(("GB at the peak", need, run.peak_bytes and run.peak_bytes / 1e9))
+        seconds = sliding_seconds(plan.cfg, plan.machine, log.tokens or plan.val_tokens)
+        figures.append(("s of sliding windows", seconds, measured_sliding(log)))
     figures += [
         ("bytes of the artifact", size.model_bytes + size.tokenizer_bytes, log.artifact_bytes),
         ("bytes with code", size.total_bytes, log.total_bytes),
@@ -95,7 +104,7 @@ def comparison_text(plan: RunPlan, run: MeasuredRun, rows: list[ComparedFigure])
     """Return a table of predicted, measured, measured / predicted."""
     hardware = run.log.hardware or "a machine that it does not name"
     lines = [
-        f"{plan.preset} on {plan.machine.name}; {run.path} ran on {hardware}",
+        f"{plan.preset} on {plan.machine.name}; the log ran on {hardware}",
         "",
         f"{'':24}{'predicted':>14}{'measured':>14}{'measured / predicted':>24}",
     ]
@@ -103,6 +112,8 @@ def comparison_text(plan: RunPlan, run: MeasuredRun, rows: list[ComparedFigure])
         whole = row.name.startswith(("bytes", "parameters", "steps"))
         texts = [f"{v:,.0f}" if whole else rounded(v) for v in (row.predicted, row.measured)]
         lines.append(f"{row.name:24}{texts[0]:>14}{texts[1]:>14}{row.ratio:24.3f}")
+    if abs(rows[0].ratio - 1) > 0.02 and rows[0].name == "parameters":
+        lines += ["", "The parameters differ: name the log's own settings as SETTING=value."]
     if not any(row.name == "ms a step" for row in rows):
         lines += ["", "Times are left out: the log is of another machine; name it with --gpus."]
     return "\n".join(lines)

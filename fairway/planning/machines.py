@@ -2,7 +2,7 @@
 
 Peaks are dense bf16 matrix products without sparsity, from the data sheets. Prices are dollars for
 one GPU for one hour: $2.50 is the $20 for 8xH100 that the challenge's people pay; the others are
-round figures of rental markets in 2026. `--dollars` replaces them.
+assumed. `--dollars` replaces them.
 """
 
 from __future__ import annotations

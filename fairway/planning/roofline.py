@@ -83,12 +83,9 @@ def graph_seconds(
     )
 
 
-def forward_seconds(
-    cfg: Any, machine: GpuHost, tokens: float, context: float = 0, rates=RATES, looping=True
-) -> float:
+def forward_seconds(cfg: Any, machine: GpuHost, tokens: float, context: float = 0) -> float:
     """Return seconds of a forward pass over `tokens` a GPU, each with up to `context` before it."""
-    looping = looping and bool(cfg.num_loops)
-    products, attention, traffic = graph_seconds(cfg, machine, tokens, looping, rates)
+    products, attention, traffic = graph_seconds(cfg, machine, tokens, bool(cfg.num_loops))
     longer = (context or cfg.train_seq_len) / cfg.train_seq_len
     return products / 3 + attention * FORWARD_ATTENTION * longer + traffic * FORWARD_TRAFFIC
 

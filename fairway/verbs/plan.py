@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     from fairway.command_line import json_bytes
     from fairway.planning import front
 
-    answer = front.answer(
+    asked = front.Question(
         options.preset,
         options.settings,
         options.gpus,
@@ -38,5 +38,6 @@ def run(options: argparse.Namespace) -> int:
         options.val_tokens,
         options.log,
     )
+    answer = front.answer(asked)
     print(json_bytes(answer.data).decode().rstrip() if options.json else answer.text)
     return 0

@@ -319,11 +319,12 @@ def test_machines_are_named_as_people_write_them():
 def h100_log(path: Path, **changed) -> Path:
     """Write a log such as our trainer writes on eight H100."""
     cfg = asdict(read_settings("consensus", [])) | changed
+    parameters = count_parameters(train_gpt.Config(**cfg)).total
     path.write_text(
         f"settings: {json.dumps(cfg)}\n"
         "run_id:x preset:consensus device:NVIDIA H100 80GB HBM3 torch:2.13.0\n"
         f"code_sha256:{64 * '0'}\n"
-        "model_params:26829913\nworld_size:8 grad_accum_steps:1\n"
+        f"model_params:{parameters}\nworld_size:8 grad_accum_steps:1\n"
         "step:7000/9000 train_loss:1.9000 train_time:588000ms step_avg:84.00ms tok/s:9362286\n"
         "peak memory allocated: 20480 MiB reserved: 20500 MiB\n"
         "Serialized model int6+ans: 15900000 bytes (k:5.2 ratio:6.7x)\n"
@@ -345,7 +346,26 @@ def test_a_log_of_ours_brings_settings_and_machine(tmp_path, capsys):
     assert main(["plan", "--log", str(log)]) == 0
     text = capsys.readouterr().out
     assert "measured / predicted" in text and "NVIDIA H100" in text and "8xh100" in text
-    assert all(len(line) <= 100 for line in text.split("\n") if "ran on" not in line)
+    assert all(len(line) <= 100 for line in text.split("\n"))
+    assert "parameters differ" not in text
+    assert main(["plan", "--log", str(log), "NUM_LAYERS=12"]) == 0  # words override the log
+    assert "parameters differ" in capsys.readouterr().out
+
+
+def test_a_log_of_another_trainer_takes_settings_from_the_command(tmp_path, capsys):
+    log = tmp_path / "train.log"
+    log.write_text(
+        "model_params:17059912\nworld_size:8 grad_accum_steps:1\n"
+        "|   0  NVIDIA H100 80GB HBM3          On  |   00000000:19:00.0 Off |       0 |\n"
+        "seed:1337\nstep:13780/20000 train_loss:2.0606 train_time:600038ms step_avg:43.54ms\n"
+        "final_sliding_window val_loss:2.0100 val_bpb:1.1900 eval_time:70000ms\n"
+    )
+    words = ["--gpus", "8xh100", "--preset", "baseline", "--log", str(log), "--json"]
+    assert main(["plan", *words]) == 0
+    data = json.loads(capsys.readouterr().out)
+    names = [row["name"] for row in data["compared"]]
+    assert data["compared"][0]["predicted"] == data["compared"][0]["measured"] == 17_059_912
+    assert "s of sliding windows" in names and "GB at the peak" not in names
 
 
 def test_times_of_another_machine_are_not_compared(capsys):
