@@ -283,6 +283,21 @@ def test_the_page_answers_each_question(capsys):
     assert "looped" in text and "at $20.00 an hour" in text
 
 
+@pytest.mark.parametrize(
+    ("words", "warning"),
+    [
+        (["--gpus", "1x4090", "MLP_MULT=4"], "MICRO_BATCH_TOKENS takes a pass in smaller parts"),
+        (["NUM_LAYERS=200"], "does not fit even with k = 64"),
+        (["--gpus", "1xh100"], "  over 600 s"),
+    ],
+)
+def test_what_cannot_work_is_said(words, warning, capsys):
+    assert main(["plan", "--preset", "frontier", *words]) == 0
+    assert warning in capsys.readouterr().out
+    assert main(["plan", "--preset", "cpu"]) == 0
+    assert warning not in capsys.readouterr().out
+
+
 def test_json_and_text_come_from_one_plan(capsys):
     assert main(["plan", "--json", "--dollars", "36", "--val-tokens", "1000"]) == 0
     data = json.loads(capsys.readouterr().out)
