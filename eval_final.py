@@ -1,12 +1,15 @@
 """Score an artifact in bits per byte, by rules that the score can be held to.
 
-    CHECKPOINT=final_model.int6.ptz python eval_final.py [--certify] [--prove N]
+    CHECKPOINT=final_model.int6.ptz python eval_final.py [--certify] [--compare] [--prove N]
 
 The model scores windows; experts that learn from text already scored are mixed in. --certify runs
-the scorer against every rule of docs/LEGALITY.md; the exit code is 1 if it breaks one. --prove N
+the scorer against every rule of docs/LEGALITY.md; the exit code is 1 if it breaks one. --compare
+adds what simpler ways to score give: windows side by side, the model before test-time training,
+other mixtures, experts that know older text only. --prove N
 encodes the first N tokens at the price that the score counts, and a new process decodes them from
 the artifact and that file alone. USE_CORRECTION=1 adds oracle_bpb and charged_bpb of a correction
-table, which are no part of the score. Under torchrun all ranks share the windows. Results are in
+table, which are no part of the score. Under torchrun all ranks share the windows; then the first
+rank goes on alone, writes the score, and does what else was asked for. Results are in
 OUT_DIR/eval/. Settings (environment variables):
 """
 
@@ -17,8 +20,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import torch.distributed as dist
 
 from fairway.command_line import Parser, run_reporting
 from fairway.scoring.evaluation import Evaluation
@@ -32,6 +33,7 @@ def parse(arguments: Sequence[str] | None) -> Any:
     """Return the options of a command line."""
     parser = Parser(prog="eval_final.py", description=f"{__doc__.strip()}\n{settings_help()}")
     parser.add_argument("--certify", action="store_true", help="run the scorer against the rules")
+    parser.add_argument("--compare", action="store_true", help="also score in simpler ways")
     parser.add_argument(
         "--prove",
         type=int,
@@ -56,12 +58,10 @@ def evaluate(options: Any, env: Mapping[str, str]) -> int:
             f"--certify needs {LEAST_CERTIFIED_TOKENS}"
         )
     certified = None
-    if evaluation.run():
+    if evaluation.run(options.compare):
         certified = accompany(evaluation, options)
         evaluation.print_summary(certified)
     log.close()
-    if dist.is_initialized():
-        dist.barrier()
     return int(certified is False)
 
 
@@ -74,6 +74,7 @@ def check_request(cfg: EvalConfig, options: Any) -> None:
         raise UserError(f"TTT is {ttt}, but --prove decodes with a fixed model; leave one out")
     optional_parts = (
         (ttt != "none", f"TTT={ttt}", "fairway.scoring.adaptation"),
+        (options.compare, "--compare", "fairway.scoring.ablation"),
         (cfg.use_correction, "USE_CORRECTION=1", "fairway.correction"),
         (prove, "--prove", "fairway.compression"),
         (options.certify, "--certify", "fairway.certificate"),

@@ -71,7 +71,7 @@ def score_text(artifact: str, name: str, pattern: str, folder: Path) -> dict:
     """
     env = dict(CHECKPOINT=artifact, VAL_FILES=pattern, OUT_DIR=str(folder))
     subprocess.run(
-        [sys.executable, ROOT / "eval_final.py"],
+        [sys.executable, ROOT / "eval_final.py", "--compare"],
         env={**os.environ, **env},
         check=True,
         cwd=ROOT,

@@ -18,7 +18,7 @@ from pathlib import Path
 from short_run import ROOT
 
 
-def run_script(script: str, out: Path, **settings: str) -> tuple[str, float]:
+def run_script(script: str, out: Path, *options: str, **settings: str) -> tuple[str, float]:
     """Run a script of the root; return what it printed and the seconds it took."""
     env = dict(
         os.environ,
@@ -32,7 +32,7 @@ def run_script(script: str, out: Path, **settings: str) -> tuple[str, float]:
     )
     start = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, str(ROOT / script)], env=env, capture_output=True, text=True
+        [sys.executable, str(ROOT / script), *options], env=env, capture_output=True, text=True
     )
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stderr}")
@@ -52,7 +52,7 @@ def main() -> None:
         torch_text, torch_s = run_script("train_gpt.py", torch_out, PRESET=preset)
         mlx_text, mlx_s = run_script("train_gpt_mlx.py", mlx_out, PRESET=preset)
         artifact = next(mlx_out.glob("final_model.*.ptz"))
-        eval_text, _ = run_script("eval_final.py", mlx_out, CHECKPOINT=str(artifact))
+        eval_text, _ = run_script("eval_final.py", mlx_out, "--compare", CHECKPOINT=str(artifact))
     print(f"PRESET={preset}, embedded corpus, validation BPB of the artifact as read from disk\n")
     rows = (
         ("train_gpt.py, side by side", read_bpb("roundtrip_exact", torch_text)),

@@ -29,6 +29,7 @@ JUDGES = (
     "fairway/certificate/",
     "fairway/compression/",  # the proof
     "fairway/correction/",  # the oracle, which is printed next to the score
+    "fairway/scoring/ablation.py",  # other mixtures, which are made after the score
     "fairway/verbs/",
     "fairway/cli.py",
     "fairway/command_line.py",

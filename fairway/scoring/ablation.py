@@ -11,7 +11,7 @@ import numpy as np
 from fairway.scoring.columns import Columns
 from fairway.scoring.experts.match import Matches
 from fairway.scoring.experts.mixing import EXPERTS, Mixture
-from fairway.scoring.mixed import DEFAULT_EXPERTS, chunks, find_matches, make_ngram
+from fairway.scoring.mixed import DEFAULT_EXPERTS, chunks, count_ahead, find_matches
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import Text
 
@@ -37,6 +37,7 @@ def ablation(
     matches: Matches,
     vocab_size: int,
     cfg: EvalConfig,
+    threads: int = 1,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Return the sum of log-probabilities of each of VARIANTS, in one pass over the columns.
@@ -48,11 +49,12 @@ def ablation(
         for name, (settings, experts) in VARIANTS.items()
     }
     sums = dict.fromkeys(mixtures, 0.0)
-    for chunk in chunks(tokens, sizes, columns, matches, make_ngram(vocab_size, cfg, tokens)):
-        for name, mixture in mixtures.items():
-            sums[name] += float(mixture.fill(chunk.inputs).sum())
-        if on_progress:
-            on_progress(chunk.first + len(chunk.inputs.targets))
+    with count_ahead(tokens, vocab_size, cfg, threads) as counted:
+        for chunk in chunks(tokens, sizes, columns, matches, counted):
+            for name, mixture in mixtures.items():
+                sums[name] += float(mixture.fill(chunk.inputs).sum())
+            if on_progress:
+                on_progress(chunk.first + len(chunk.inputs.targets))
     return sums
 
 
@@ -63,14 +65,14 @@ def delayed(
     vocab_size: int,
     cfg: EvalConfig,
     delay: int,
+    threads: int = 1,
 ) -> float:
     """Return the sum of log-probabilities if experts know text `delay` tokens old; linear."""
     matches, total = find_matches(tokens, vocab_size, cfg, delay), 0.0
     mixture = Mixture(vocab_size, replace(cfg, mix_mode="linear"), DEFAULT_EXPERTS)
-    for chunk in chunks(
-        tokens, sizes, columns, matches, make_ngram(vocab_size, cfg, tokens, delay)
-    ):
-        total += float(mixture.fill(chunk.inputs).sum())
+    with count_ahead(tokens, vocab_size, cfg, threads, delay) as counted:
+        for chunk in chunks(tokens, sizes, columns, matches, counted):
+            total += float(mixture.fill(chunk.inputs).sum())
     return total
 
 

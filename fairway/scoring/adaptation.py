@@ -544,6 +544,7 @@ class Lora(Adapting):
 
         self.wait()
         self.sweep(tokens, windows, documents[self.rt.mine], visit)
+        self.wait()
         # Each window is zero on all ranks but one, so that the sum is every rank's states.
         all_states = torch.from_numpy(states).to(self.rt.device)
         all_reduce_flat([all_states], self.rt)

@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from fairway.scoring.ablation import ablation, as_rows, delayed
 from fairway.scoring.columns import Columns, open_columns
+from fairway.scoring.counting import CountedText, usable_threads
 from fairway.scoring.experts.match import Matches
 from fairway.scoring.experts.mixing import EXPERTS
-from fairway.scoring.mixed import MixedScorer, find_matches
+from fairway.scoring.mixed import MixedScorer, count_ahead, find_matches
 from fairway.scoring.neural import KINDS, Neural, OnRows, make_neural
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.shipped import code_hashes, code_sizes, counted_code_bytes, extra_code
@@ -39,7 +40,7 @@ from train_gpt import (
     replacing,
 )
 
-DELAY = 1024  # tokens; the last ablation shows what experts gain that know only older text
+DELAY = 1024  # tokens; the last comparison shows what experts gain that know only older text
 # Stages that the score does not need: their seconds are no part of eval_seconds.
 UNCOUNTED_STAGES = ("ablation", "delayed", "correction", "certificate", "proof")
 TRACE_POINTS = 256  # points of the mixture weights over the text, in score.json
@@ -52,7 +53,8 @@ class Evaluation:
 
     What comes later reads `text`, `model`, `columns`, `logp` and `sizes`, times itself with
     `stage`, and adds its part of score.json with `add_section`; `print_summary` comes last. Under
-    torchrun all ranks share the neural stages, and the first rank does the rest alone.
+    torchrun all ranks share the neural stages and part after them: the first rank does the rest
+    alone, and none waits for it.
     """
 
     columns: Columns  # of the last neural rung
@@ -63,6 +65,7 @@ class Evaluation:
         self.cfg, self.rt, self.log = cfg, rt, log
         self.folder = Path(cfg.out_dir) / "eval"
         self.seconds: dict[str, float] = {}  # of each stage
+        self.uncounted = set(UNCOUNTED_STAGES)
         self.time_known = True  # False once columns are read that a killed run began
         extra_code(cfg.extra_code_files)  # a wrong name must not show only after the scoring
         with self.stage("load"):
@@ -99,18 +102,27 @@ class Evaluation:
         )
 
     # ==== STAGES =================================================================================
-    def run(self) -> bool:
-        """Compute the score and write it; True on the first rank, which alone has the result."""
+    def run(self, compare: bool = False) -> bool:
+        """Compute the score and write it; True on the first rank, which alone has the result.
+
+        To `compare`, simpler ways to score are scored before it, and other mixtures after it.
+        """
         self.log_start()
-        with self.stage("match"):
-            matches = find_matches(self.text.tokens, self.model.cfg.vocab_size, self.cfg)
-        self.columns, neural = self.score_neural(matches)
-        if self.rt.rank > 0:
-            return False
-        self.scorer = MixedScorer(neural, self.cfg, self.text.table)
-        self.mix(matches)
-        self.compare_mixtures(matches)
+        tokens, vocab_size = self.text.tokens, self.model.cfg.vocab_size
+        threads = usable_threads(self.rt.world) if self.rt.rank == 0 else 1
+        with count_ahead(tokens, vocab_size, self.cfg, threads) as counted:
+            with self.stage("match"):
+                matches = find_matches(tokens, vocab_size, self.cfg)
+            self.columns, neural = self.score_neural(matches, compare)
+            if self.rt.world > 1:
+                dist.destroy_process_group()
+            if self.rt.rank > 0:
+                return False
+            self.scorer = MixedScorer(neural, self.cfg, self.text.table)
+            self.mix(matches, counted)
         self.save_score()
+        if compare:
+            self.compare_mixtures(matches, threads)
         return True
 
     def log_start(self) -> None:
@@ -129,10 +141,11 @@ class Evaluation:
             world_size=self.rt.world,
         )
 
-    def score_neural(self, matches: Matches) -> tuple[Columns, Neural]:
+    def score_neural(self, matches: Matches, compare: bool) -> tuple[Columns, Neural]:
         """Fill the columns of each neural rung; return the last one's columns and scorer.
 
-        Columns that an earlier run left on disk are read, not computed again.
+        The last one is what the score needs; only to `compare`, the others are filled too. Columns
+        that an earlier run left on disk are read, not computed again.
         """
         cfg, mode = self.cfg, self.cfg.eval_mode
         length = cfg.eval_seq_len or self.model.cfg.train_seq_len
@@ -145,7 +158,8 @@ class Evaluation:
         ]
         if cfg.ttt != "none":
             rungs.append((f"ttt_{cfg.ttt}", f"+ test-time training ({cfg.ttt})", "legal_ttt", cfg))
-        for name, rung, label, settings in rungs:
+        self.uncounted.update(name for name, *_ in rungs[:-1])
+        for name, rung, label, settings in rungs if compare else rungs[-1:]:
             kinds = KINDS if name == rungs[-1][0] else {"logp": "f8"}
             neural = make_neural(self.model, settings, self.rt)
             columns = self.fill_columns(name, neural, kinds, matches)
@@ -214,16 +228,22 @@ class Evaluation:
         else:
             self.time_known = False
 
-    def mix(self, matches: Matches) -> None:
+    def mix(self, matches: Matches, counted: CountedText) -> None:
         """Mix the columns with the experts: `logp` is the score."""
         with self.stage("mixture"), self.bar("mixture", self.columns.rows) as bar:
             self.logp = self.scorer.mixed(
-                self.text.tokens, self.columns, matches, lambda done: bar.update(done - bar.n)
+                self.text.tokens,
+                self.columns,
+                matches,
+                counted,
+                lambda done: bar.update(done - bar.n),
             )
         self.add_rung("+ experts, mixed: final", self.logp, "mixture", "final", "")
 
-    def compare_mixtures(self, matches: Matches) -> None:
+    def compare_mixtures(self, matches: Matches, threads: int) -> None:
         """Log every other mixture of the same columns, and the default one with delayed experts."""
+        from fairway.scoring.ablation import ablation, as_rows, delayed  # no part of the score
+
         text, columns, vocab_size = self.text, self.columns, self.model.cfg.vocab_size
         base = text.bpb(columns["logp"])
         with self.stage("ablation"), self.bar("ablation", columns.rows) as bar:
@@ -234,20 +254,22 @@ class Evaluation:
                 matches,
                 vocab_size,
                 self.cfg,
+                threads,
                 lambda done: bar.update(done - bar.n),
             )
         with self.stage("delayed"):
             sums["all, delayed"] = delayed(
-                text.tokens, text.sizes, columns, vocab_size, self.cfg, DELAY
+                text.tokens, text.sizes, columns, vocab_size, self.cfg, DELAY, threads
             )
-        self.score["ablation"] = as_rows(sums, text, base)
-        for row in self.score["ablation"]:
+        rows = as_rows(sums, text, base)
+        self.add_section("ablation", rows)
+        for row in rows:
             self.log(
                 f"ablation:{row['name']:20} val_bpb:{row['bpb']:.8f} gain:{row['gain']:+.8f}",
                 "ablation",
                 **row,
             )
-        total_gain, delayed_gain = base - self.ladder[-1]["bpb"], self.score["ablation"][-1]["gain"]
+        total_gain, delayed_gain = base - self.ladder[-1]["bpb"], rows[-1]["gain"]
         self.log(
             f"gain:{total_gain:.8f} of which {delayed_gain:.8f} with text older than {DELAY} "
             "tokens only"
@@ -278,7 +300,7 @@ class Evaluation:
         code, final = code_sizes(self.cfg.extra_code_files), self.ladder[-1]
         trace = self.scorer.mixture.trace
         points = np.array_split(trace, min(TRACE_POINTS, len(trace)))
-        counted = [s for name, s in self.seconds.items() if name not in UNCOUNTED_STAGES]
+        counted = [s for name, s in self.seconds.items() if name not in self.uncounted]
         self.score.update(
             val_bpb=final["bpb"],
             val_loss=final["loss"],
@@ -311,7 +333,7 @@ class Evaluation:
         """Bytes of the artifact and of each counted file: {"artifact": n, "code": {path: n}}."""
         return self.score["sizes"]
 
-    def add_section(self, name: str, section: dict[str, Any]) -> None:
+    def add_section(self, name: str, section: Any) -> None:
         """Put a section into score.json, and write the file again."""
         self.score[name] = section
         self.write("score.json", json.dumps(self.score, indent=1))

@@ -12,6 +12,7 @@ import torch
 
 from fairway.scoring.columns import Columns, columns_in_memory
 from fairway.scoring.commits import CHAIN_START, Commit, chained
+from fairway.scoring.counting import CountedText, rows_ahead
 from fairway.scoring.experts.match import Match, Matches
 from fairway.scoring.experts.mixing import EXPERTS, Mixture, MixtureRows
 from fairway.scoring.experts.ngram import NGram
@@ -59,6 +60,14 @@ def make_ngram(vocab_size: int, cfg: EvalConfig, tokens: np.ndarray, delay: int 
     return expert
 
 
+def count_ahead(
+    tokens: np.ndarray, vocab_size: int, cfg: EvalConfig, threads: int = 1, delay: int = 0
+) -> CountedText:
+    """Return the n-gram counts about tokens[1:]; with two threads they are made ahead."""
+    grams = make_ngram(vocab_size, cfg, tokens, delay)
+    return CountedText(grams, tokens[1:], rows_ahead(cfg, threads))
+
+
 class Chunk(NamedTuple):
     """Consecutive rows, with everything that a mixture reads about them."""
 
@@ -72,10 +81,10 @@ def chunks(
     sizes: np.ndarray,
     columns: Columns,
     matches: Matches,
-    grams: NGram,
+    counted: CountedText,
     starts: list[int] | None = None,
 ) -> Iterator[Chunk]:
-    """Yield the rows of a text in order; the n-gram expert learns each chunk as it is yielded.
+    """Yield the rows of a text in order; the n-gram expert has learned what was yielded.
 
     `starts` are the first rows of the chunks; without them a chunk has COMMIT_ROWS rows.
     """
@@ -83,10 +92,10 @@ def chunks(
     names = ("logp", "sharp", "flat", "hint", "entropy")
     for first, end in pairwise([*starts, columns.rows]):
         rows = slice(first, end)
-        state, targets = grams.digest(), tokens[first + 1 : end + 1]
+        state, targets = counted.digest(), tokens[first + 1 : end + 1]
         inputs = MixtureRows(
             *(np.array(columns[name][rows]) for name in names),
-            grams.fill(targets),
+            counted.take(end - first),
             Matches(*(part[rows] for part in matches)),
             targets.astype(np.int64),
             sizes[rows].astype(np.int64),
@@ -124,19 +133,21 @@ class MixedScorer:
         tokens: np.ndarray,
         columns: Columns,
         matches: Matches,
+        counted: CountedText | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Mix filled columns with the experts, and log each chunk in `commits`.
 
-        `on_progress` is called with the number of rows that are done.
+        `counted` are the text's n-gram counts where they are made ahead. `on_progress` is called
+        with the number of rows that are done.
         """
+        counted = counted or count_ahead(tokens, self.vocab_size, self.cfg)
         self.mixture = Mixture(self.vocab_size, self.cfg, DEFAULT_EXPERTS)
-        self.grams = make_ngram(self.vocab_size, self.cfg, tokens)
-        self.commits, chain = [], CHAIN_START
+        self.grams, self.commits, chain = counted.grams, [], CHAIN_START
         sizes, out = self.table.count(tokens), np.empty(columns.rows)
         trained = dict(self.neural.digests)  # first row → digest of what test-time training learned
         for first, inputs, state in chunks(
-            tokens, sizes, columns, matches, self.grams, sorted(trained)
+            tokens, sizes, columns, matches, counted, sorted(trained)
         ):
             states = state + self.mixture.digest() + trained.get(first, "")
             before = hashlib.sha256(states.encode()).hexdigest()

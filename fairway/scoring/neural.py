@@ -7,7 +7,9 @@ of ranks never do.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +31,13 @@ ROUND = 64  # windows are padded to a multiple, so that those of short documents
 PIECE = 128  # tokens that a cached stream reads at a time; it changes the speed only
 WARM = 8  # a cached stream scores this many contexts of rows, after one context of warm-up
 MAX_LOGITS = 1 << 26  # logits in memory at a time
+PATIENCE = timedelta(hours=12)  # the ten minutes of NCCL would end a score that is late
+
+
+@functools.cache
+def patient_group() -> dist.ProcessGroup:
+    """Return a group of all ranks in which one may wait PATIENCE for another."""
+    return dist.new_group(timeout=PATIENCE, backend="gloo")
 
 
 class Windows(NamedTuple):
@@ -246,9 +255,9 @@ class Neural:
         self.wait()
 
     def wait(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks are here: ranks have unequal shares, so this may take long."""
         if self.rt.world > 1:
-            dist.barrier()
+            dist.barrier(patient_group())
 
     def distributions(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return float64[len(rows), V]: the model's distributions for these rows.

@@ -19,7 +19,9 @@ import torch
 import build_correction_table
 import eval_final
 from fairway.certificate import evaluation_verdicts
+from fairway.scoring import ablation
 from fairway.scoring.commits import Commit, verify_chain
+from fairway.scoring.counting import rows_ahead, usable_threads
 from fairway.scoring.evaluation import Evaluation
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.shipped import counted_code_bytes
@@ -27,9 +29,9 @@ from train_gpt import Runtime, file_sha256, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORING = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fairway/scoring").rglob("*.py")}
-# What the default settings import until the score is known. Certificate, correction table and
-# test-time training are no part of it.
-COUNTED = SCORING - {"fairway/scoring/adaptation.py"} | {
+# What the default settings import until the score is known. Certificate, correction table, other
+# mixtures and test-time training are no part of it.
+COUNTED = SCORING - {"fairway/scoring/adaptation.py", "fairway/scoring/ablation.py"} | {
     "train_gpt.py",
     "eval_final.py",
     "fairway/__init__.py",
@@ -88,9 +90,10 @@ def here(capsys):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, env):
-    """Return a complete run with certificate and correction: its folder, output and score."""
+    """Return a run with everything that can be asked for: its folder, output and score."""
     folder = tmp_path_factory.mktemp("scored")
-    done = run(env(folder, USE_CORRECTION=1, CERTIFY_SECONDS=4, WANDB_MODE="offline"), "--certify")
+    settings = env(folder, USE_CORRECTION=1, CERTIFY_SECONDS=4, WANDB_MODE="offline")
+    done = run(settings, "--certify", "--compare")
     return folder, done, json.loads((folder / "eval/score.json").read_text())
 
 
@@ -191,7 +194,7 @@ def test_the_correction_table_is_no_part_of_the_score(finished):
 
 def test_a_second_run_reads_its_columns_and_gives_the_same_score(finished, env, here):
     folder, done, _ = finished
-    again = here(eval_final.main, env(folder), [])
+    again = here(eval_final.main, env(folder), ["--compare"])
     assert again.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
     assert "columns:blocks 100% read from disk" in again.stdout
     first, second = (
@@ -253,14 +256,79 @@ def test_a_killed_run_continues_from_its_columns(finished, env, tmp_path, here):
     assert "total_eval_time:unknown" in again.stdout  # what the killed run took is lost
 
 
+SLOW_FIRST_RANK = """
+import datetime, os, sys, time
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+import eval_final
+from fairway.scoring import ablation
+from fairway.scoring.mixed import MixedScorer
+
+init, mixed, compared = dist.init_process_group, MixedScorer.mixed, ablation.ablation
+dist.init_process_group = lambda kind: init(kind, timeout=datetime.timedelta(seconds=10))
+
+def late(work):
+    def wait_and_work(*arguments):
+        time.sleep(12)
+        return work(*arguments)
+    return wait_and_work
+
+MixedScorer.mixed, ablation.ablation = late(mixed), late(compared)
+code = eval_final.main()
+print(f"rank {{os.environ['RANK']}} leaves after {{time.monotonic() - {began}:.0f}} s", flush=True)
+os._exit(code)
+"""
+
+
 @pytest.mark.slow
-def test_two_ranks_give_the_score_of_one(finished, env, tmp_path):
+def test_a_first_rank_that_needs_longer_than_the_timeout_gives_the_score_of_one(
+    finished, env, tmp_path
+):
+    """The first rank sleeps for longer than the process group waits, twice; no rank waits then."""
     _, _, one = finished
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = run(env(tmp_path, DEVICE="cpu"), launcher=torchrun)
+    script = tmp_path / "late.py"
+    script.write_text(SLOW_FIRST_RANK.format(root=str(ROOT), began=time.monotonic()))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, script, "--compare"],
+        env=env(tmp_path, DEVICE="cpu"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     two = json.loads((tmp_path / "eval/score.json").read_text())
     assert two["world_size"] == 2 and abs(one["val_bpb"] - two["val_bpb"]) < 1e-9
+    assert [row["name"] for row in two["ablation"]] == [row["name"] for row in one["ablation"]]
+    left = {rank: int(s) for rank, s in re.findall(r"rank (\d) leaves after (\d+) s", done.stdout)}
+    assert left["0"] - left["1"] >= 24
+
+
+def test_the_score_alone_needs_one_neural_pass_and_no_other_mixture(finished, env, here, tmp_path):
+    _, _, compared = finished
+    done = here(eval_final.main, env(tmp_path), [])
+    score = json.loads((tmp_path / "eval/score.json").read_text())
+    assert [rung["name"] for rung in score["ladder"]] == LADDER[1:]
+    assert score["val_bpb"] == compared["val_bpb"] and "ablation" not in score
+    assert not (tmp_path / "eval/columns/blocks").exists() and "ablation:" not in done.stdout
+    assert compared["ablation"][-1]["name"] == "all, delayed"
+
+
+def test_the_score_is_on_disk_before_other_mixtures_are_made(env, tmp_path, here, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation, "ablation", interrupt)
+    assert here(eval_final.main, env(tmp_path), ["--compare"]).returncode == 130
+    score = json.loads((tmp_path / "eval/score.json").read_text())
+    assert len(score["ladder"]) == 3 and "ablation" not in score
+
+
+def test_ranks_share_the_cores_whatever_torchrun_tells_openmp(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
+    assert usable_threads(1) == torch.get_num_threads()
+    assert [usable_threads(world) for world in (2, 8, 32)] == [8, 2, 1]
+    assert [rows_ahead(EvalConfig(ngram_memory_mb=72), n) for n in (1, 2)] == [0, 1 << 20]
 
 
 @pytest.mark.parametrize(
@@ -309,6 +377,7 @@ def test_what_cannot_be_proved_is_refused_before_it_is_scored(
     "settings, options, part",
     [
         (dict(TTT="bias"), [], "TTT=bias needs fairway.scoring.adaptation"),
+        (dict(), ["--compare"], "--compare needs fairway.scoring.ablation"),
         (dict(USE_CORRECTION=1), [], "USE_CORRECTION=1 needs fairway.correction"),
         (dict(), ["--prove", "9"], "--prove needs fairway.compression"),
         (dict(), ["--certify"], "--certify needs fairway.certificate"),

@@ -9,16 +9,19 @@ import torch
 from conftest import ROOT, english_like, train_tokenizer
 
 from fairway.certificate.judge import certify
+from fairway.scoring import counting
 from fairway.scoring import mixed as mixed_module
 from fairway.scoring.ablation import VARIANTS, ablation, as_rows, delayed
 from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.commits import verify_chain
+from fairway.scoring.counting import CountedText
 from fairway.scoring.experts.mixing import Mixture
 from fairway.scoring.mixed import (
     COMMIT_ROWS,
     DEFAULT_EXPERTS,
     MixedScorer,
     chunks,
+    count_ahead,
     find_matches,
     make_ngram,
 )
@@ -304,6 +307,38 @@ def test_embeddings_look_back_by_one_token_and_never_across_a_bos(model, text):
         )
 
 
+def test_counting_in_another_thread_changes_no_bit(model, text, monkeypatch):
+    scorer = make_scorer(model, text)
+    columns, matches = neural_columns(scorer, text.tokens)
+    alone, commits = scorer.mixed(text.tokens, columns, matches), scorer.commits
+    state = scorer.grams.candidate_counts()
+    monkeypatch.setattr(counting, "BLOCK_ROWS", 700)  # no multiple of the rows of a commit
+    assert len(text.sizes) > 5 * 700
+    for ahead in (1, 1500, 10**6):
+        grams = make_ngram(384, scorer.cfg, text.tokens)
+        with CountedText(grams, text.tokens[1:], ahead) as counted:
+            np.testing.assert_array_equal(
+                scorer.mixed(text.tokens, columns, matches, counted), alone
+            )
+        assert scorer.commits == commits and counted.digest() == grams.digest()
+        for a, b in zip(scorer.grams.candidate_counts(), state, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_counts_that_nobody_takes_are_bounded_and_given_up(text, monkeypatch):
+    monkeypatch.setattr(counting, "BLOCK_ROWS", 64)
+    grams = make_ngram(384, EvalConfig(), text.tokens)
+    counted = CountedText(grams, text.tokens[1:], 128)
+    counted.take(10)
+    counted.close()
+    assert grams.position <= 1 + 3 * 64
+    with (
+        pytest.raises(UserError, match="holds token 999"),
+        CountedText(grams, np.full(200, 999), 128) as counted,
+    ):
+        counted.take(100)
+
+
 # ---- Texts on which experts are useless ----------------------------------------------------------
 @pytest.mark.parametrize(
     "settings",
@@ -329,7 +364,7 @@ def test_mixing_costs_next_to_nothing(model, text, settings, kind):
 def test_every_variant_is_the_mixture_that_it_names(model, text):
     scorer, progress = make_scorer(model, text), []
     columns, matches = neural_columns(scorer, text.tokens)
-    sums = ablation(text.tokens, text.sizes, columns, matches, 384, scorer.cfg, progress.append)
+    sums = ablation(text.tokens, text.sizes, columns, matches, 384, scorer.cfg, 2, progress.append)
     assert list(sums) == list(VARIANTS) and len(set(sums.values())) == len(sums)
     assert progress[-1] == len(text.sizes) and progress == sorted(progress)
     neural = columns["logp"].sum()
@@ -341,7 +376,7 @@ def test_every_variant_is_the_mixture_that_it_names(model, text):
     alone = sum(
         mixture.fill(chunk.inputs).sum()
         for chunk in chunks(
-            text.tokens, text.sizes, columns, matches, make_ngram(384, scorer.cfg, text.tokens)
+            text.tokens, text.sizes, columns, matches, count_ahead(text.tokens, 384, scorer.cfg)
         )
     )
     assert sums["contextual, chain"] == pytest.approx(alone, abs=1e-9)
@@ -363,7 +398,7 @@ def test_delayed_experts_know_less_and_finally_nothing(model, text):
     rest = sum(
         temperatures.fill(chunk.inputs).sum()
         for chunk in chunks(
-            text.tokens, text.sizes, columns, matches, make_ngram(384, scorer.cfg, text.tokens)
+            text.tokens, text.sizes, columns, matches, count_ahead(text.tokens, 384, scorer.cfg)
         )
     )
     rows = len(text.sizes)
