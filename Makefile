@@ -82,6 +82,7 @@ lint: $(INSTALLED)
 
 bench: $(OUT)/logs/eval.done $(APPLE)
 	$(BIN)/python bench/artifact.py
+	$(BIN)/python bench/export.py
 	$(BIN)/python bench/train.py
 	$(BIN)/python bench/experts.py
 	$(BIN)/python bench/scoring.py

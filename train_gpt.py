@@ -148,9 +148,9 @@ class Config:
     grad_clip_norm: float = knob(0.0, "largest gradient norm; 0 = none", 0, role="optimiser")
     codec: str = knob("auto", "coder; auto = smallest", choices=CODEC_CHOICES, role="runtime")
     size_budget_bytes: int = knob(16_000_000, "artifact and packed code", 1, role="size")
-    size_margin_bytes: int = knob(20_000, "left free below the budget", 0, role="size")
+    size_margin_bytes: int = knob(1000, "left free below the budget", 0, role="size")
     extra_code_files: str = knob("", "files counted too, with commas between", role="size")
-    embed_tokenizer: bool = knob(True, "put the tokenizer into the artifact", role="size")
+    embed_tokenizer: bool = knob(False, "put the tokenizer into the artifact", role="size")
     gptq: bool = knob(False, "round with Hessians of training batches", role="rounding")
     gptq_reserve_seconds: float = knob(10.0, "of training kept for GPTQ", 0, role="rounding")
 
@@ -250,9 +250,9 @@ def refuse_near_misses(env: Mapping[str, str], *others: type) -> None:
 PRESET_LINES = {
     "cpu": """
         PRESET=consensus NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 TRAIN_SEQ_LEN=256
-        TRAIN_BATCH_TOKENS=2048 COMPILE=0 VAL_BATCH_SIZE=131072 WARMUP_STEPS=0 HOLDOUT_TOKENS=32768
-        CHECKPOINT_SECONDS=60 VAL_LOSS_EVERY=0 TRAIN_LOG_EVERY=50 MUON_MOMENTUM=0.95
-        MUON_MOMENTUM_WARMUP_STEPS=50 SWA_START_FRAC=0.9 SWA_EVERY=10 MAX_WALLCLOCK_SECONDS=150""",
+        TRAIN_BATCH_TOKENS=2048 VAL_BATCH_SIZE=131072 HOLDOUT_TOKENS=32768 MAX_WALLCLOCK_SECONDS=150
+        COMPILE=0 WARMUP_STEPS=0 VAL_LOSS_EVERY=0 TRAIN_LOG_EVERY=50 MUON_MOMENTUM=0.95 SWA_EVERY=10
+        MUON_MOMENTUM_WARMUP_STEPS=50 SWA_START_FRAC=0.9 CHECKPOINT_SECONDS=60 EMBED_TOKENIZER=1""",
     "baseline": "COMPILE=1",
     "consensus": """
         NUM_LAYERS=11 MLP_MULT=3 TRAIN_SEQ_LEN=2048 TRAIN_BATCH_TOKENS=786432 ITERATIONS=9000
@@ -489,11 +489,12 @@ def proven_table(tokenizer: Any, path: Path | str, val: np.ndarray) -> ByteTable
 # k * rms / levels: k sets the error (about k/107 at 6 bits) and, through the entropy coder, the
 # size (about 7.05 - log2 k bits a weight), so one number is bisected to meet the byte target.
 Tensors = Mapping[str, Tensor]  # by the names of a model's parameters
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # what GPTQ must know of a matrix's inputs
 PLAIN_BITS = 16  # vectors, gates and scalars: fp16
 # The k of least loss on a trained cpu model; below it, clipping costs more than finer steps gain.
 LEAST_K = {4: 2.5, 5: 2.9, 6: 3.6, 7: 4.0, 8: 4.4}
 GPTQ_BATCHES = 16  # of eight sequences each, for the Hessians
-K_GRID = [float(k) for k in np.geomspace(2.5, 64.0, 3000)]
+K_GRID = np.geomspace(2.5, 64.0, 30_000).tolist()  # 500 bytes from one to the next at 27 M weights
 
 
 def levels(bits: int) -> int:
@@ -501,8 +502,8 @@ def levels(bits: int) -> int:
 
 
 def row_steps(weight: Tensor, k: float, bits: int) -> Tensor:
-    """Return the step of each row, [rows, 1], exact in bf16 since that is what is stored."""
-    rms = weight.float().square().mean(dim=1, keepdim=True).sqrt()
+    """Return the step of each row, [..., rows, 1], exact in bf16 since that is what is stored."""
+    rms = weight.float().square().mean(dim=-1, keepdim=True).sqrt()
     step = (rms * (max(k, LEAST_K[bits]) / levels(bits))).bfloat16().float()
     return torch.where(step > 0, step, 1.0)
 
@@ -522,20 +523,24 @@ class Rounded(NamedTuple):
         return self.values.float() if self.steps is None else self.values * self.steps
 
 
-def quantise(weight: Tensor, k: float, bits: int, hessian: Tensor | None = None) -> Rounded:
-    """Round to nearest or, given a Hessian, by GPTQ; vectors become fp16, never infinite."""
+def quantise(weight: Tensor, k: float, bits: int) -> Rounded:
+    """Round a matrix, or a stack of them, to nearest; vectors become fp16, never infinite."""
     if bits == PLAIN_BITS:
         return Rounded(bits, weight.float().clamp(-65504, 65504).half(), None)
     steps = row_steps(weight, k, bits)
-    gptq = hessian is not None
-    codes = gptq_codes(weight, hessian, steps, bits) if gptq else to_codes(weight, steps, bits)
-    return Rounded(bits, codes, steps)
+    return Rounded(bits, to_codes(weight, steps, bits), steps)
 
 
-def quantised(state: Tensors, k: float, cfg: Config, hessians: Tensors) -> dict[str, Rounded]:
-    """Round every tensor of a model."""
-    bits = {name: tensor_bits(name, cfg) for name in state}
-    return {n: quantise(w.detach(), k, bits[n], hessians.get(n)) for n, w in state.items()}
+def quantised(state: Tensors, k: float, cfg: Config, factors: Factors) -> dict[str, Rounded]:
+    """Round every tensor of a model; by GPTQ, equal shapes at once, those that have a factor."""
+    rounded = {n: quantise(w.detach(), k, tensor_bits(n, cfg)) for n, w in state.items()}
+    kinds = {n: (rounded[n].bits, state[n].shape) for n in factors}
+    for kind in set(kinds.values()):
+        names = [n for n in kinds if kinds[n] == kind]
+        parts = ((state[n].detach(), rounded[n].steps, *factors[n]) for n in names)
+        codes = gptq_codes(kind[0], *map(torch.stack, zip(*parts, strict=True)))
+        rounded |= {n: rounded[n]._replace(values=c) for n, c in zip(names, codes, strict=True)}
+    return rounded
 
 
 def tensor_bits(name: str, cfg: Config) -> int:
@@ -556,10 +561,13 @@ def entropy_bits(codes: Tensor) -> float:
 def predicted_bytes(state: Tensors, k: float, cfg: Config) -> int:
     """Predict the artifact's size at this k from the entropy of its codes, within about 1 %."""
     # 1,000 bytes of header and 80 a tensor; an fp16 value codes to 14 bits, a row's step to 10.
-    bits = 8000.0
+    # Every nth row stands for n, so that of a large matrix about 65,536 weights are counted.
+    bits = 8000.0 + 640 * len(state)
     for name, weight in state.items():
-        _, v, steps = quantise(weight, k, tensor_bits(name, cfg))
-        bits += 640 + (14 * v.numel() if steps is None else 10 * len(steps) + entropy_bits(v))
+        part = weight[::n] if (n := weight.numel() >> 16) else weight
+        _, v, steps = quantise(part, k, tensor_bits(name, cfg))
+        coded = 14 if steps is None else 10 / weight.size(1) + entropy_bits(v) / v.numel()
+        bits += coded * weight.numel()
     return int(bits / 8)
 
 
@@ -569,26 +577,32 @@ def bisect_k(state: Tensors, target: float, cfg: Config) -> float:
     return K_GRID[min(at, len(K_GRID) - 1)]
 
 
-def gptq_codes(weight: Tensor, hessian: Tensor, step: Tensor, bits: int, block=128) -> Tensor:
-    """Return codes whose layer output differs least; the Hessian is the sum of x x^T of inputs."""
+def gptq_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order of columns for GPTQ, and how the error of each moves those after it."""
+    # With H = U D U^T, U's rows say it, so that no inverse is needed (arXiv 2307.13304). The column
+    # of the largest diagonal comes first. Cholesky's L is such a U, counted from the last column.
+    order = hessian.diagonal().argsort()
+    h = hessian[order][:, order]
+    h.diagonal().add_(0.01 * h.diagonal().mean() + 1e-8)
+    lower = torch.linalg.cholesky(h)
+    return order.flip(0), (lower / lower.diagonal()).flip(0, 1)
+
+
+def gptq_codes(bits: int, weight, steps, order, factor, block=128) -> Tensor:
+    """Return codes [n, rows, cols] that change the outputs of n matrices least."""
     # GPTQ, arXiv 2210.17323: each column's rounding error moves to the columns after it.
-    diagonal = hessian.diagonal()
-    damping = torch.full_like(diagonal, float(0.01 * diagonal.mean() + 1e-8))
-    order, h = torch.argsort(diagonal, descending=True), hessian.float() + damping.diag()
-    w, h = weight.float()[:, order].clone(), h[order][:, order]
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    codes = torch.empty_like(w)
+    order, steps = order[:, None].expand_as(weight), steps.mT[:, 0]
+    w = weight.float().gather(2, order).mT.contiguous()  # one column of every matrix lies together
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
     for start in range(0, w.size(1), block):
-        end = min(start + block, w.size(1))
-        errors = torch.zeros_like(w[:, start:end])
-        for i in range(start, end):
-            column = w[:, i : i + 1]
-            codes[:, i : i + 1] = to_codes(column, step, bits)
-            error = (column - codes[:, i : i + 1] * step) / inverse[i, i]
-            errors[:, i - start] = error[:, 0]
-            w[:, i:end] -= error * inverse[i, i:end]
-        w[:, end:] -= errors @ inverse[start:end, end:]
-    return codes[:, torch.argsort(order)]
+        end = start + block
+        moved = w[:, start:end] + factor[:, :start, start:end].mT @ errors[:, :start]
+        for i, column in enumerate(moved.unbind(1), start):
+            codes[:, i] = to_codes(column, steps, bits)
+            errors[:, i] = w[:, i] - codes[:, i] * steps
+            weights = factor[:, i, i + 1 : end, None]
+            moved[:, i - start + 1 :].addcmul_(weights, errors[:, i : i + 1])
+    return torch.empty_like(weight).scatter_(2, order, codes.mT)
 
 
 # ==== CODECS ======================================================================================
@@ -608,17 +622,9 @@ class CodecError(ValueError):
     """A payload that the encoder cannot have written."""
 
 
-def pack_bytes(compress: Callable, planes: Planes) -> bytes:
-    return compress(b"".join(p.tobytes() for p in planes))
-
-
-def unpack_bytes(decompress: Callable, payload: bytes, planes: Planes) -> None:
-    data = decompress(payload, size := sum(p.size for p in planes))
-    if len(data) != size:
-        raise CodecError("wrong number of symbols")
-    parts = np.split(np.frombuffer(data, np.uint8), np.cumsum([p.size for p in planes])[:-1])
-    for p, part in zip(planes, parts, strict=True):
-        p.flat = part
+def require(valid: Any, problem: str) -> None:
+    if not valid:
+        raise CodecError(problem)
 
 
 def compress_zstd(data: bytes) -> bytes:
@@ -629,8 +635,8 @@ def compress_zstd(data: bytes) -> bytes:
 
 
 def decompress_zstd(payload: bytes, size: int) -> bytes:
-    if zstandard.get_frame_parameters(payload).content_size != size:  # what decoding allocates
-        raise CodecError("zstd: wrong size")
+    declared = zstandard.get_frame_parameters(payload).content_size  # what decoding allocates
+    require(declared == size, "zstd: wrong size")
     decoder = zstandard.ZstdDecompressor(max_window_size=2**25)
     return decoder.decompress(payload, allow_extra_data=False)
 
@@ -639,8 +645,7 @@ def decompress_brotli(payload: bytes, limit: int) -> bytes:
     """Decompress one whole brotli stream; give up soon after `limit` bytes."""
     decoder = brotli.Decompressor()
     data = decoder.process(payload, output_buffer_limit=limit + 1)
-    if not decoder.is_finished() or len(data) > limit:
-        raise CodecError("brotli: truncated or too long")
+    require(decoder.is_finished() and len(data) <= limit, "brotli: truncated or too long")
     return data
 
 
@@ -667,10 +672,10 @@ def code_lengths(counts: np.ndarray) -> np.ndarray:
 def cluster(counts: np.ndarray, classes: int) -> np.ndarray:
     """Return a class for each unit, so that symbols and ids cost little (k-means by entropy)."""
     mean = counts @ code_lengths(counts.sum(axis=0, keepdims=True))[0] / counts.sum(axis=1)
-    ids = np.empty(len(counts), np.int64)
-    ids[np.argsort(mean, kind="stable")] = np.arange(len(counts)) * classes // len(counts)
+    ids = np.argsort(np.argsort(mean, kind="stable")) * classes // len(counts)
+    whole = counts.astype(np.float64)  # so that sums are exact
     for _ in range(12 if classes > 1 else 0):
-        sums = np.stack([counts[ids == c].sum(axis=0, dtype=np.float64) for c in range(classes)])
+        sums = (ids == np.arange(classes)[:, None]) @ whole
         share = np.maximum(np.bincount(ids, minlength=classes), 0.01) / len(ids)
         ids = (counts @ code_lengths(sums).T - np.log2(share).astype(np.float32)).argmin(axis=1)
     return np.unique(ids, return_inverse=True)[1]
@@ -679,8 +684,7 @@ def cluster(counts: np.ndarray, classes: int) -> np.ndarray:
 def coder_models(tables: np.ndarray) -> list:
     """Build the coder's models from byte tables, by integers alone."""
     weights = WEIGHTS[tables]
-    if not weights.any(axis=1).all():
-        raise CodecError("ans: empty table")
+    require(weights.any(axis=1).all(), "ans: empty table")
     counts = weights * TABLE_SUM // weights.sum(axis=1, keepdims=True)
     # The most frequent symbol gets what the division lost.
     counts[np.arange(len(counts)), tables.argmax(axis=1)] += TABLE_SUM - counts.sum(axis=1)
@@ -698,9 +702,7 @@ def coding_order(units: Planes, ids: np.ndarray) -> Iterator[tuple[int, np.ndarr
 def pack_ans(planes: Planes) -> bytes:
     layouts = [best_layout(p) for p in planes]
     units = [units_of(p, layout) for p, layout in zip(planes, layouts, strict=True)]
-    rows = ((np.arange(len(u))[:, None] * 256 + u).ravel() for u in units)
-    counts = [np.bincount(r, minlength=256 * len(u)) for r, u in zip(rows, units, strict=True)]
-    counts = np.concatenate(counts).astype(np.int32).reshape(-1, 256)  # [units, symbols]
+    counts = np.stack([np.bincount(u, minlength=256) for plane in units for u in plane])
     used, trials = counts[:, counts.any(axis=0)].astype(np.float32), []
     for classes in (1, 4, 16, 64):  # take as many as pay, with tables and ids counted
         ids = cluster(used, classes)
@@ -719,38 +721,32 @@ def pack_ans(planes: Planes) -> bytes:
 
 def unpack_ans(payload: bytes, planes: Planes) -> None:
     end = 4 + int.from_bytes(payload[:4], "little")
-    if end > len(payload) or (len(payload) - end) % 4:
-        raise CodecError("ans: truncated")
+    require(end <= len(payload) and (len(payload) - end) % 4 == 0, "ans: truncated")
     limit = 1 + len(planes) + 255 * 256 + sum(max(p.shape) for p in planes)  # tables and ids
     side = np.frombuffer(decompress_brotli(payload[4:end], limit), np.uint8)
     layouts = side[1 : 1 + len(planes)]
-    if len(layouts) != len(planes) or layouts.max() > 2:
-        raise CodecError("ans: bad layout")
+    require(len(layouts) == len(planes) and layouts.max() <= 2, "ans: bad layout")
     units = [units_of(p, layout) for p, layout in zip(planes, layouts, strict=True)]
     deltas, ids = np.split(side[1 + len(planes) :], [256 * int(side[0])])
-    if len(ids) != sum(len(u) for u in units) or ids.max() >= side[0]:
-        raise CodecError("ans: bad classes")
+    require(len(ids) == sum(map(len, units)) and ids.max() < side[0], "ans: bad classes")
     words = np.frombuffer(payload, "<u4", offset=end).astype(np.uint32)
-    if not len(words) or not words[-1]:  # constriction allows no zero on top
-        raise CodecError("ans: no state")
+    require(len(words) and words[-1], "ans: no state")  # constriction allows no zero on top
     models = coder_models(np.cumsum(deltas, dtype=np.uint8).reshape(-1, 256))
     coder = constriction.stream.stack.AnsCoder(words)
     for c, u, rows in coding_order(units, ids):
         u[rows] = coder.decode(models[c], rows.size * u.shape[1]).reshape(rows.size, -1)
-    if not np.array_equal(coder.get_compressed(), BOTTOM):
-        raise CodecError("ans: damaged symbols")
+    require(np.array_equal(coder.get_compressed(), BOTTOM), "ans: damaged symbols")
 
 
 CODECS = {"zstd": (compress_zstd, decompress_zstd), "brotli": (compress_brotli, decompress_brotli)}
-CODECS = {
-    n: tuple(map(functools.partial, (pack_bytes, unpack_bytes), c)) for n, c in CODECS.items()
-}
-CODECS["ans"] = pack_ans, unpack_ans
+CODECS["ans"] = pack_ans, unpack_ans  # the others take and return all planes as bytes
 
 
 def encode_planes(codec: str, planes: Planes) -> bytes:
     """Return planes as a codec packs them; those without elements are left out."""
     full = [p for p in planes if p.size]
+    if codec != "ans":
+        full = b"".join(p.tobytes() for p in full)
     return CODECS[codec][0](full) if full else b""
 
 
@@ -758,11 +754,13 @@ def decode_planes(codec: str, payload: bytes, shapes: list[tuple[int, int]]) -> 
     """Return the planes of these shapes, or raise CodecError."""
     planes = [np.empty(shape, np.uint8) for shape in shapes]
     full = [p for p in planes if p.size]
-    if payload and not full:
-        raise CodecError("bytes for no symbols")
+    require(full or not payload, "bytes for no symbols")
     try:
-        if full:
-            CODECS[codec][1](payload, full)
+        if full and codec == "ans":
+            unpack_ans(payload, full)
+        elif full:
+            data = io.BytesIO(CODECS[codec][1](payload, sum(p.size for p in full)))
+            require(all(data.readinto(p) == p.size for p in full), "wrong number of symbols")
     except (zstandard.ZstdError, brotli.error) as e:
         raise CodecError(f"{codec}: {e}") from None
     return planes
@@ -1810,26 +1808,25 @@ def settle_weights(run: Run) -> None:
     torch._foreach_copy_([p.data for p in run.params], candidates[best])
 
 
-def collect_hessians(run: Run) -> dict[str, Tensor]:
-    """Return the sum of x x^T over training tokens for every matrix that multiplies activations."""
-    names = {m: f"{n}.weight" for n, m in run.model.named_modules() if isinstance(m, nn.Linear)}
-    device, widths = run.rt.device, {n: m.in_features for m, n in names.items()}
-    hessians = {n: torch.zeros(width, width, device=device) for n, width in widths.items()}
+def collect_hessians(run: Run) -> Factors:
+    """Return GPTQ's factors for the sum of x x^T of each matrix's inputs x, training tokens."""
+    matrices = {f"{n}.weight": m for n, m in run.model.named_modules() if isinstance(m, nn.Linear)}
+    tokens, device = 8 * run.cfg.train_seq_len, run.rt.device
+    sums = {m: torch.zeros(m.in_features, m.in_features, device=device) for m in matrices.values()}
 
     def collect(module: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
         x = inputs[0].flatten(0, -2).float()
-        hessians[names[module]].addmm_(x.T, x)
+        sums[module].addmm_(x.T, x)
 
-    hooks = [module.register_forward_hook(collect) for module in names]
-    tokens = 8 * run.cfg.train_seq_len
+    hooks = [module.register_forward_hook(collect) for module in sums]
     batches = [run.stream.take(tokens)[:-1].reshape(8, -1) for _ in range(GPTQ_BATCHES)]
     with torch.no_grad(), run.rt.autocast():
         for batch in batches[run.rt.mine]:
             run.model.logits(torch.from_numpy(batch).to(device))
     for hook in hooks:
         hook.remove()
-    all_reduce_flat(list(hessians.values()), run.rt)
-    return hessians
+    all_reduce_flat(list(sums.values()), run.rt)
+    return {name: gptq_factor(sums[module]) for name, module in matrices.items()}
 
 
 def choose_rounding(run: Run) -> dict[str, Tensor]:
@@ -1847,25 +1844,26 @@ def choose_rounding(run: Run) -> dict[str, Tensor]:
     return hessians if best_on_holdout(run, candidates, "rounding") == "gptq" else {}
 
 
-def fit_artifact(run: Run, hessians: Tensors) -> tuple[bytes, Mapping[str, Rounded], str]:
+def fit_artifact(run: Run, factors: Factors) -> tuple[bytes, Mapping[str, Rounded], str]:
     """Return the file with the finest steps that meets the target, its tensors and its codec."""
-    # Predict, encode, correct by what the prediction missed, until it fits.
+    # Predict, encode, correct by what the prediction missed, until it fits and wastes little.
     cfg, target, state = run.cfg, size_target(run.cfg), dict(run.model.named_parameters())
-    codec = "ans" if cfg.codec == "auto" else cfg.codec
+    codec, waste = "ans" if cfg.codec == "auto" else cfg.codec, min(1000, target / 500)
     tokenizer, looping = run.data.tokenizer_path.read_bytes(), run.model.looping
-    missed, best = len(compress_brotli(tokenizer)) if cfg.embed_tokenizer else 0, None
-    for _ in range(8):
-        run.k = bisect_k(state, target - missed, cfg)
-        rounded = quantised(state, run.k, cfg, hessians)
-        blob = encode_artifact(rounded, run.k, cfg, looping, codec, tokenizer)
-        fits = len(blob) <= target
-        if fits and (best is None or len(best[0]) < len(blob)):
-            best = blob, rounded, run.k
-        if 0.998 * target <= len(blob) <= target or run.k == K_GRID[0 if fits else -1]:
+    missed, tries = len(compress_brotli(tokenizer)) if cfg.embed_tokenizer else 0, {}
+    while len(tries) < 8:
+        k = bisect_k(state, target - waste / 2 - missed, cfg)
+        if k in tries:
             break
-        missed = len(blob) - predicted_bytes(state, run.k, cfg) + (0 if fits else 0.001 * target)
-    blob, rounded, run.k = best or (blob, rounded, run.k)
-    for other in CODECS if cfg.codec == "auto" else ():
+        rounded = quantised(state, k, cfg, factors)
+        tries[k] = rounded, encode_artifact(rounded, k, cfg, looping, codec, tokenizer)
+        if 0 <= target - (size := len(tries[k][1])) <= waste:
+            break
+        missed = size - predicted_bytes(state, k, cfg)
+    run.k = min((k for k in tries if len(tries[k][1]) <= target), default=max(tries))
+    rounded, blob = tries[run.k]
+    # On a large file the entropy coder wins, and brotli would take a minute to lose.
+    for other in CODECS if cfg.codec == "auto" and len(blob) < 3_000_000 else ():
         trial = encode_artifact(rounded, run.k, cfg, looping, other, tokenizer)
         run.log(f"codec:{other} bytes:{len(trial)}", "codec", codec=other, bytes=len(trial))
         if len(trial) < len(blob):

@@ -61,6 +61,7 @@ from train_gpt import (
     Averages,
     Config,
     Data,
+    Factors,
     Log,
     Runtime,
     TokenStream,
@@ -69,6 +70,7 @@ from train_gpt import (
     code_bytes,
     file_sha256,
     fit_artifact,
+    gptq_factor,
     levels,
     load_data,
     log_errors,
@@ -878,10 +880,10 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
 # ==== EXPORT ======================================================================================
 # Averages and GPTQ ship only if they lower the loss on training tokens that were held out.
 def exported_weights(
-    weights: Mapping[str, Tensor], run: Run, hessians: Mapping[str, Tensor] | None = None
+    weights: Mapping[str, Tensor], run: Run, factors: Factors | None = None
 ) -> Weights:
     """Return the values that the artifact would hold for these weights at the current k."""
-    rounded = quantised(weights, run.k, run.cfg, hessians or {})
+    rounded = quantised(weights, run.k, run.cfg, factors or {})
     return to_arrays({n: r.weight() for n, r in rounded.items()})
 
 
@@ -912,8 +914,8 @@ def settle_weights(run: Run) -> None:
     run.weights = to_arrays(candidates[best_on_holdout(run, rounded, "averages")])
 
 
-def collect_hessians(run: Run) -> dict[str, Tensor]:
-    """Return, for each matrix, the sum of x x^T over its inputs x of GPTQ_BATCHES batches."""
+def collect_hessians(run: Run) -> Factors:
+    """Return GPTQ's factor of each matrix, from the inputs that GPTQ_BATCHES batches give it."""
     matrices = {f"{n}.weight": m for n, m in run.model.named_modules() if isinstance(m, Linear)}
     hessians = {n: mx.zeros((m.weight.shape[1], m.weight.shape[1])) for n, m in matrices.items()}
 
@@ -930,11 +932,11 @@ def collect_hessians(run: Run) -> dict[str, Tensor]:
         mx.eval(hessians)
     for matrix in matrices.values():
         matrix.watch = None
-    return to_tensors(hessians)
+    return {name: gptq_factor(h) for name, h in to_tensors(hessians).items()}
 
 
-def choose_rounding(run: Run) -> dict[str, Tensor]:
-    """Return Hessians if GPTQ has the lower loss, else none. Their time counts as training time."""
+def choose_rounding(run: Run) -> Factors:
+    """Return GPTQ's factors if it has the lower loss, else none. Their time is training time."""
     if not run.cfg.gptq:
         return {}
     run.set_clock(True)

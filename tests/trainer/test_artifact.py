@@ -32,6 +32,7 @@ from train_gpt import (
     decode_planes,
     encode_artifact,
     encode_planes,
+    gptq_factor,
     quantised,
     read_artifact,
     read_shard,
@@ -106,11 +107,12 @@ def test_gptq_codes_come_back_too(tmp_path):
         torch.randn(200, 32, generator=torch.Generator().manual_seed(5)),
     )
     name = "blocks.1.attn.q.weight"
-    hessians = {name: (x * torch.linspace(0.1, 3, 32)).T @ x}
-    rounded = quantised(state, K, model.cfg, hessians)
+    x *= torch.linspace(0.1, 3, 32)
+    factors = {name: gptq_factor(x.T @ x)}
+    rounded = quantised(state, K, model.cfg, factors)
     path = write(tmp_path / "a.ptz", encode_artifact(rounded, K, model.cfg, False, "ans", b""))
     weights = read_artifact(path).weights
-    wanted = rounded_parameters(model, K, None, hessians)
+    wanted = rounded_parameters(model, K, None, factors)
     assert all(torch.equal(weights[n], w) for n, w in zip(state, wanted, strict=True))
 
 

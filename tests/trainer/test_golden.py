@@ -5,6 +5,7 @@ lack a setting: four layers with loops, two lanes, gates, SmearGate, BigramHash,
 and its tokenizer. frontier.json holds what that code printed for 513 tokens.
 """
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -77,8 +78,9 @@ def test_the_same_weights_are_written_as_the_same_bytes(artifact):
             steps = torch.from_numpy(steps.view("<f4"))[:, None]
             rounded[name] = Rounded(bits, codes, steps)
             assert torch.equal(rounded[name].weight(), artifact.weights[name])
+    cfg = dataclasses.replace(artifact.config, embed_tokenizer=True)
     blob = train_gpt.encode_artifact(
-        rounded, header["k"], artifact.config, True, header["codec"], artifact.tokenizer
+        rounded, header["k"], cfg, True, header["codec"], artifact.tokenizer
     )
     again, rest_again = split(blob)
     assert rest_again == rest

@@ -20,6 +20,7 @@ from train_gpt import (
     encode_artifact,
     entropy_bits,
     gptq_codes,
+    gptq_factor,
     initialise,
     levels,
     predicted_bytes,
@@ -39,7 +40,21 @@ def rounded(w: torch.Tensor, k: float, bits: int) -> torch.Tensor:
 
 
 def gptq(w: torch.Tensor, hessian: torch.Tensor, k: float, bits: int, **options) -> torch.Tensor:
-    return gptq_codes(w, hessian, row_steps(w, k, bits), bits, **options)
+    steps, (order, factor) = row_steps(w, k, bits), gptq_factor(hessian)
+    return gptq_codes(bits, w[None], steps[None], order[None], factor[None], **options)[0]
+
+
+def plain_gptq(w, hessian, step, bits: int) -> torch.Tensor:
+    """GPTQ as its paper has it: one matrix, one column at a time, through the inverse Hessian."""
+    order = torch.argsort(hessian.diagonal(), descending=True)
+    h = hessian.double() + (0.01 * hessian.diagonal().mean() + 1e-8) * torch.eye(len(hessian))
+    upper = torch.linalg.cholesky(torch.linalg.inv(h[order][:, order]), upper=True)
+    w, codes = w.double()[:, order].clone(), torch.empty_like(w)
+    for i in range(w.size(1)):
+        codes[:, order[i]] = to_codes(w[:, i], step[:, 0], bits)
+        error = (w[:, i] - codes[:, order[i]] * step[:, 0]) / upper[i, i]
+        w[:, i:] -= error[:, None] * upper[i, i:]
+    return codes
 
 
 def normal(*shape, seed: int = 0, spread: float = 1.0) -> torch.Tensor:
@@ -266,6 +281,42 @@ def test_gptq_is_nearest_when_inputs_do_not_correlate(bits, scale):
     )
 
 
+@pytest.mark.parametrize("bits", [5, 6, 8])
+@pytest.mark.parametrize(("rows", "columns"), [(64, 48), (24, 128), (16, 333)])
+def test_stacked_gptq_is_gptq_of_each_matrix(bits, rows, columns):
+    """Two derivations in two precisions: only a weight that lies between two codes may differ."""
+    matrices = [normal(rows, columns, seed=i, spread=0.3) for i in range(3)]
+    hessians = [(x := correlated(columns, 3 * columns, i)).T @ x for i in range(3)]
+    steps = [row_steps(w, 6.0, bits) for w in matrices]
+    orders, factors = zip(*map(gptq_factor, hessians), strict=True)
+    stacked = [torch.stack(part) for part in (matrices, steps, orders, factors)]
+    before = [part.clone() for part in stacked]
+    codes = gptq_codes(bits, *stacked)
+    assert all(torch.equal(a, b) for a, b in zip(stacked, before, strict=True))
+    for w, h, step, one in zip(matrices, hessians, steps, codes, strict=True):
+        plain = plain_gptq(w, h, step, bits)
+        assert (one == plain).float().mean() > 0.99 and (one - plain).abs().max() <= 1
+        assert (plain == to_codes(w, step, bits)).float().mean() < 0.9  # GPTQ is not rounding
+        error, wanted = (float(((c * step - w) @ h * (c * step - w)).sum()) for c in (one, plain))
+        assert error == pytest.approx(wanted, rel=2e-3)
+        assert torch.equal(one, gptq(w, h, 6.0, bits))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("k", [2.5, 6.0, 31.0])
+def test_a_stack_rounds_like_its_matrices(bits, k):
+    """Equal to the bit, since training may round stacks and the export rounds single matrices."""
+    for n, rows, columns in ((5, 48, 128), (3, 7, 33), (2, 1, 1), (4, 256, 1536)):
+        stack = normal(n * rows, columns, seed=bits).view(n, rows, columns)
+        stack[0, 0] = 0
+        rounded = quantise(stack, k, bits)
+        for i, w in enumerate(stack):
+            one = quantise(w.clone(), k, bits)
+            assert torch.equal(one.values, rounded.values[i])
+            assert torch.equal(one.steps, rounded.steps[i])
+            assert torch.equal(one.weight(), rounded.weight()[i])
+
+
 def test_gptq_permutes_back():
     """Columns are rounded by falling Hessian; a diagonal Hessian must change nothing."""
     w, diagonal = normal(16, 70), torch.rand(70, generator=torch.Generator().manual_seed(1)) + 0.1
@@ -304,7 +355,8 @@ def test_quantised_uses_a_hessian_where_there_is_one():
     initialise(model, cfg)
     state, x = dict(model.named_parameters()), correlated(64, 300, 5)
     name = "blocks.0.attn.q.weight"
-    plain, better = quantised(state, 6.0, cfg, {}), quantised(state, 6.0, cfg, {name: x.T @ x})
+    factors = {name: gptq_factor(x.T @ x)}
+    plain, better = quantised(state, 6.0, cfg, {}), quantised(state, 6.0, cfg, factors)
     assert {n for n in state if not torch.equal(plain[n].values, better[n].values)} == {name}
     for n, r in plain.items():
         assert torch.equal(r.weight(), rounded(state[n].detach(), 6.0, tensor_bits(n, cfg))), n

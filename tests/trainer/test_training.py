@@ -636,11 +636,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(trainer_env, tm
 
 def test_a_budget_that_cannot_be_met_ends_the_run_before_it_costs_anything(trainer_here, tmp_path):
     code = train_gpt.packed_code_bytes([ROOT / "train_gpt.py"])
-    done = trainer_here(tmp_path, SIZE_BUDGET_BYTES=code + 20_000 + 5000)
+    done = trainer_here(tmp_path, SIZE_BUDGET_BYTES=code + 1000 + 5000)
     assert done.returncode == 1 and "train_loss" not in done.stdout
     said = re.search(
         r"the artifact has (\d+) bytes at the coarsest step, (\d+) more than "
-        rf"SIZE_BUDGET_BYTES={code + 25_000} leaves",
+        rf"SIZE_BUDGET_BYTES={code + 6000} leaves",
         one_line(done.stderr),
     )
     assert int(said[1]) - 5000 == int(said[2]) > 0
