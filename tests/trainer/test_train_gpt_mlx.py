@@ -635,7 +635,7 @@ def test_eval_final_gives_its_artifact_the_same_scores(
         EVAL_STRIDE="24",
         PATH=os.environ["PATH"],
     )
-    assert eval_final.main(env, []) == 0
+    assert eval_final.main(env, ["--compare"]) == 0
     scores = dict(
         re.findall(
             r"^final_int6_(\w+)_exact val_loss:\S+ val_bpb:(\S+)", capsys.readouterr().out, re.M
