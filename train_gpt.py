@@ -167,7 +167,7 @@ class Config:
             ("model_dim", D % H == 0, f"a multiple of NUM_HEADS={H}"),
             ("num_heads", H % G == 0, f"a multiple of NUM_KV_HEADS={G}"),
             ("rope_dims", (R or C) % 2 == 0 and R <= C, f"even, at most {C}"),
-            ("train_batch_tokens", not batch % eight, f"a multiple of {eight}, 8 TRAIN_SEQ_LEN"),
+            ("train_batch_tokens", not batch % eight, f"a multiple of {eight} (8 x TRAIN_SEQ_LEN)"),
             ("bigram_vocab_size", self.bigram_vocab_size != 1, "0 or at least 2"),
             ("loop_end", looped, f"from LOOP_START={first} to below NUM_LAYERS={layers}"),
             ("gptq_reserve_seconds", reserved, f"below MAX_WALLCLOCK_SECONDS={cap}"),
@@ -284,6 +284,7 @@ PRESETS = {name: read_preset(name) for name in PRESET_LINES}
 # Bits per byte are only as right as the byte count of each token, so every count is proved.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS_ID = 1  # every document starts with it
+TOKENIZER_PLACES = "tokenizer.model", "../../tokenizers/fineweb_{}_bpe.model"  # from the shards
 
 
 class ShardError(UserError):
@@ -435,8 +436,8 @@ class Data(NamedTuple):
 
 def load_data(cfg: Config) -> Data:
     """Find, map and check all data before a second of training is spent."""
-    here = Path(__file__).resolve().parent / "data"
-    fineweb = here / "datasets" / f"fineweb10B_sp{cfg.vocab_size}"
+    here, V, named = Path(__file__).resolve().parent / "data", cfg.vocab_size, cfg.tokenizer_path
+    fineweb = here / "datasets" / f"fineweb10B_sp{V}"
     folder = Path(cfg.data_path or (fineweb if fineweb.is_dir() else here / "embedded"))
     shards = {}
     for split in ("train", "val"):
@@ -452,8 +453,7 @@ def load_data(cfg: Config) -> Data:
         digest.update(b"%d " % len(s) + s[: 1 << 19].tobytes() + s[-1 << 19 :].tobytes())
     count = min(cfg.holdout_tokens, len(train[-1]) // 10)
     holdout, train[-1] = np.array(train[-1][-count - 1 :]), train[-1][: -count - 1]
-    other = folder.parent.parent / "tokenizers" / f"fineweb_{cfg.vocab_size}_bpe.model"
-    places = [Path(named)] if (named := cfg.tokenizer_path) else [folder / "tokenizer.model", other]
+    places = [Path(named)] if named else [folder / p.format(V) for p in TOKENIZER_PLACES]
     if not (path := next((p for p in places if p.is_file()), None)):
         raise UserError(f"no tokenizer at {' or '.join(map(str, places))}; set TOKENIZER_PATH")
     try:
@@ -1209,9 +1209,9 @@ class Muon(torch.optim.Optimizer):
 
     def direction(self, p: nn.Parameter, momentum: float) -> Tensor:
         # Every rank holds every momentum, so that a checkpoint of one rank is complete.
-        state = self.state[p]
-        buffer = state["momentum"] if state else state.setdefault("momentum", torch.zeros_like(p))
-        moved = p.grad + momentum * buffer.mul_(momentum).add_(p.grad)
+        if not (state := self.state[p]):
+            state["momentum"] = torch.zeros_like(p)
+        moved = p.grad + momentum * state["momentum"].mul_(momentum).add_(p.grad)
         # Rows of equal length first: MuonEq-R, 0.001 BPB (#1285).
         return moved / (moved.norm(dim=1, keepdim=True) + 1e-7) if self.row_normalize else moved
 
@@ -1296,10 +1296,10 @@ def weights_replaced(params: list[nn.Parameter], values: list[Tensor]) -> Iterat
         torch._foreach_copy_(data, own)
 
 
-def rounded_parameters(model: GPT, k: float, values=None, hessians=None) -> list[Tensor]:
+def rounded_parameters(model: GPT, k: float, values=None, factors=None) -> list[Tensor]:
     """Return what the artifact would hold at this k for each parameter, or for `values`."""
     names, own = zip(*model.named_parameters(), strict=True)
-    rounded = quantised(dict(zip(names, values or own, strict=True)), k, model.cfg, hessians or {})
+    rounded = quantised(dict(zip(names, values or own, strict=True)), k, model.cfg, factors or {})
     return [r.weight() for r in rounded.values()]
 
 
@@ -1810,8 +1810,8 @@ def settle_weights(run: Run) -> None:
     torch._foreach_copy_([p.data for p in run.params], candidates[best])
 
 
-def collect_hessians(run: Run) -> Factors:
-    """Return GPTQ's factors for the sum of x x^T of each matrix's inputs x, training tokens."""
+def collect_factors(run: Run) -> Factors:
+    """Return GPTQ's factor of each matrix: of its Hessian, the sum of x x^T over its inputs x."""
     matrices = {f"{n}.weight": m for n, m in run.model.named_modules() if isinstance(m, nn.Linear)}
     tokens, device = 8 * run.cfg.train_seq_len, run.rt.device
     sums = {m: torch.zeros(m.in_features, m.in_features, device=device) for m in matrices.values()}
@@ -1831,19 +1831,19 @@ def collect_hessians(run: Run) -> Factors:
     return {name: gptq_factor(sums[module]) for name, module in matrices.items()}
 
 
-def choose_rounding(run: Run) -> dict[str, Tensor]:
-    """Return Hessians, made inside the clock by rule (#535), if GPTQ pays on held-out tokens."""
+def choose_rounding(run: Run) -> Factors:
+    """Return GPTQ's factors, made inside the clock (#535), if it pays on held-out tokens."""
     if not run.cfg.gptq:
         return {}
     run.set_clock(True)
-    hessians, cap = collect_hessians(run), run.cfg.max_wallclock_seconds
-    gptq = rounded_parameters(run.model, run.k, hessians=hessians)
+    factors, cap = collect_factors(run), run.cfg.max_wallclock_seconds
+    gptq = rounded_parameters(run.model, run.k, factors=factors)
     run.set_clock(False)
     late = f" (over MAX_WALLCLOCK_SECONDS={cap}; raise GPTQ_RESERVE_SECONDS)"
-    line = f"gptq:collected {len(hessians)} Hessians train_time:{1000 * run.train_s:.0f}ms"
+    line = f"gptq:collected {len(factors)} Hessians train_time:{1000 * run.train_s:.0f}ms"
     run.log(line + late * (0 < cap < run.train_s))
     candidates = {"nearest": rounded_parameters(run.model, run.k), "gptq": gptq}
-    return hessians if best_on_holdout(run, candidates, "rounding") == "gptq" else {}
+    return factors if best_on_holdout(run, candidates, "rounding") == "gptq" else {}
 
 
 def fit_artifact(run: Run, factors: Factors) -> tuple[bytes, Mapping[str, Rounded], str]:
@@ -1878,11 +1878,11 @@ def export(run: Run) -> Path:
     """Choose the weights and their rounding, write the artifact on rank 0, and return its path."""
     cfg, log, bits = run.cfg, run.log, max(run.cfg.attn_bits, run.cfg.mlp_bits)
     settle_weights(run)
-    hessians, path = choose_rounding(run), Path(cfg.out_dir) / f"final_model.int{bits}.ptz"
+    factors, path = choose_rounding(run), Path(cfg.out_dir) / f"final_model.int{bits}.ptz"
     if run.rt.rank == 0:
         code, raw = code_bytes(cfg), save(path.with_name("final_model.pt"), run.model.state_dict())
         log(f"Serialized model: {raw} bytes\nCode size: {code} bytes packed")
-        blob, rounded, codec = fit_artifact(run, hessians)
+        blob, rounded, codec = fit_artifact(run, factors)
         with replacing(path) as f:
             f.write(blob)
         log_errors(run, rounded)

@@ -914,7 +914,7 @@ def settle_weights(run: Run) -> None:
     run.weights = to_arrays(candidates[best_on_holdout(run, rounded, "averages")])
 
 
-def collect_hessians(run: Run) -> Factors:
+def collect_factors(run: Run) -> Factors:
     """Return GPTQ's factor of each matrix, from the inputs that GPTQ_BATCHES batches give it."""
     matrices = {f"{n}.weight": m for n, m in run.model.named_modules() if isinstance(m, Linear)}
     hessians = {n: mx.zeros((m.weight.shape[1], m.weight.shape[1])) for n, m in matrices.items()}
@@ -940,29 +940,29 @@ def choose_rounding(run: Run) -> Factors:
     if not run.cfg.gptq:
         return {}
     run.set_clock(True)
-    hessians, cap = collect_hessians(run), run.cfg.max_wallclock_seconds
-    gptq = exported_weights(to_tensors(run.weights), run, hessians)
+    factors, cap = collect_factors(run), run.cfg.max_wallclock_seconds
+    gptq = exported_weights(to_tensors(run.weights), run, factors)
     run.set_clock(False)
     late = f" (over MAX_WALLCLOCK_SECONDS={cap}; raise GPTQ_RESERVE_SECONDS)"
     run.log(
-        f"gptq:collected {len(hessians)} Hessians train_time:{1000 * run.train_s:.0f}ms"
+        f"gptq:collected {len(factors)} Hessians train_time:{1000 * run.train_s:.0f}ms"
         + (late if 0 < cap < run.train_s else "")
     )
     nearest = exported_weights(to_tensors(run.weights), run)
     best = best_on_holdout(run, {"nearest": nearest, "gptq": gptq}, "rounding")
-    return hessians if best == "gptq" else {}
+    return factors if best == "gptq" else {}
 
 
 def export(run: Run) -> Path:
     """Choose the weights and their rounding, write the artifact, and return its path."""
     settle_weights(run)
-    hessians, inputs, out = choose_rounding(run), size_inputs(run), Path(run.cfg.out_dir)
+    factors, inputs, out = choose_rounding(run), size_inputs(run), Path(run.cfg.out_dir)
     bits, budget = max(run.cfg.attn_bits, run.cfg.mlp_bits), run.cfg.size_budget_bytes
     path = out / f"final_model.int{bits}.ptz"
     code = code_bytes(inputs.cfg)
     plain = save(out / "final_model.pt", to_tensors(run.weights))
     run.log(f"Serialized model: {plain} bytes\nCode size: {code} bytes packed")
-    blob, rounded, codec = fit_artifact(inputs, hessians)
+    blob, rounded, codec = fit_artifact(inputs, factors)
     run.k = inputs.k
     with replacing(path) as f:
         f.write(blob)

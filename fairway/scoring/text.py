@@ -12,7 +12,15 @@ import sentencepiece
 
 import train_gpt
 from fairway.scoring.settings import EvalConfig
-from train_gpt import Artifact, ByteTable, UserError, file_sha256, proven_table, read_shard
+from train_gpt import (
+    TOKENIZER_PLACES,
+    Artifact,
+    ByteTable,
+    UserError,
+    file_sha256,
+    proven_table,
+    read_shard,
+)
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 
@@ -81,15 +89,18 @@ def load_tokenizer(
 ) -> tuple[Any, str]:
     """Return the tokenizer that the artifact was trained with, and where it was found.
 
-    It is the file `path_given` (the user's `option`), else the one inside the artifact, else
-    tokenizer.model in `folder`. A file must have the hash that the artifact names.
+    It is the file `path_given` (the user's `option`), else the one inside the artifact, else one
+    where training looks for it, seen from `folder`. A file must have the hash that the artifact
+    names.
     """
     if artifact.tokenizer and not path_given:
         processor = sentencepiece.SentencePieceProcessor(model_proto=artifact.tokenizer)
         return processor, "the artifact's tokenizer"
-    path = Path(path_given) if path_given else folder / "tokenizer.model"
-    if not path.is_file():
-        places = f"at {path}" if path_given else f"in the artifact nor at {path}"
+    V = artifact.config.vocab_size
+    paths = [Path(path_given)] if path_given else [folder / p.format(V) for p in TOKENIZER_PLACES]
+    if not (path := next((p for p in paths if p.is_file()), None)):
+        places = " or ".join(map(str, paths))
+        places = f"at {places}" if path_given else f"in the artifact nor at {places}"
         raise UserError(
             f"no tokenizer {places}; set {option} to the one that the artifact was trained with"
         )

@@ -174,6 +174,14 @@ def test_the_tokenizer_is_the_given_file_the_artifacts_own_or_the_shards(
     assert f"no tokenizer in the artifact nor at {tmp_path}/tokenizer.model" in refusal(
         bare, data_path=tmp_path
     )
+    # As data/download_fineweb.py lays it out: shards in datasets/, tokenizers beside that folder.
+    shards, tokenizers = tmp_path / "datasets" / "fineweb10B_sp384", tmp_path / "tokenizers"
+    for folder in (shards, tokenizers):
+        folder.mkdir(parents=True)
+    write_shard(shards / "x_val_0.bin", text.tokens)
+    (tokenizers / "fineweb_384_bpe.model").write_bytes(artifact.tokenizer)
+    found = load_text(EvalConfig(data_path=str(shards)), bare)
+    assert found.bytes == text.bytes and "fineweb_384_bpe.model" in found.tokenizer_path
 
 
 def test_counted_code_is_what_was_imported_and_the_extra_files(tmp_path):

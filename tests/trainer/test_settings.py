@@ -378,11 +378,11 @@ def test_environment_beats_preset_beats_default():
         (dict(MODEL_DIM=60), "ROPE_DIMS is 0; it must be even, at most 15"),
         (
             dict(TRAIN_BATCH_TOKENS=2049),
-            "TRAIN_BATCH_TOKENS is 2049; it must be a multiple of 512, 8 TRAIN_SEQ_LEN",
+            "TRAIN_BATCH_TOKENS is 2049; it must be a multiple of 512 (8 x TRAIN_SEQ_LEN)",
         ),
         (
             dict(TRAIN_SEQ_LEN=512),
-            "TRAIN_BATCH_TOKENS is 2048; it must be a multiple of 4096, 8 TRAIN_SEQ_LEN",
+            "TRAIN_BATCH_TOKENS is 2048; it must be a multiple of 4096 (8 x TRAIN_SEQ_LEN)",
         ),
         (dict(BIGRAM_VOCAB_SIZE=1), "BIGRAM_VOCAB_SIZE is 1; it must be 0 or at least 2"),
         (

@@ -460,7 +460,7 @@ def test_hessians_match_pytorch(monkeypatch):
     )
     run = make_run(cfg, to_arrays(dict(model.named_parameters())), tokens)
     run.model.looping = True
-    wanted, got = train_gpt.collect_hessians(theirs), ours.collect_hessians(run)
+    wanted, got = train_gpt.collect_factors(theirs), ours.collect_factors(run)
     assert set(got) == set(wanted) and all(
         torch.allclose(got[n], h, rtol=1e-4, atol=1e-3) for n, h in wanted.items()
     )
