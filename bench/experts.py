@@ -11,10 +11,10 @@ columns are made. Numbers are nanoseconds of one thread's own time; wall time st
 Every size runs in its own process.
 
 `--full` adds the 62,021,846 tokens of the challenge's validation split, once on one thread and once
-on two, where the n-gram is a chunk ahead of match and mixture. On two threads the measured time
-includes the columns. The plain-Python experts and mixture of the tests read the first tokens too.
-They must agree to 1e-9; the ratio of times covers the three parts that they have. The last line is
-JSON.
+on two, where the n-gram works ahead of match and mixture as in scoring. On two threads the
+measured time includes the columns. The plain-Python experts and mixture of the tests read the
+first tokens too. They must agree to 1e-9; the ratio of times covers the three parts that they
+have. The last line is JSON.
 """
 
 import argparse
@@ -30,7 +30,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +37,7 @@ import numpy as np
 from short_run import ROOT
 
 from fairway.scoring.commits import CHAIN_START, chained
+from fairway.scoring.counting import CountedText, rows_ahead
 from fairway.scoring.experts.match import Match, Matches, match_probabilities
 from fairway.scoring.experts.mixing import Mixture, MixtureRows
 from fairway.scoring.experts.ngram import ContextCounts, NGram, ngram_probabilities
@@ -122,25 +122,16 @@ class Clock:
         self.wall[name] += time.perf_counter() - wall
 
 
-def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """Yield the same items; another thread makes each while the one before is used."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
+def timed_ngram(ngram: NGram, clock: Clock) -> NGram:
+    """Let the clock count what the expert takes, in whichever thread it works."""
+    fill = ngram.fill
 
-
-def count_chunks(
-    tokens: np.ndarray, ngram: NGram, clock: Clock
-) -> Iterator[tuple[int, str, ContextCounts]]:
-    """Yield for each chunk its first row, the expert's digest before it, and the counts."""
-    for first in range(0, len(tokens) - 1, COMMIT_ROWS):
+    def timed_fill(targets: np.ndarray) -> ContextCounts:
         with clock.part("ngram"):
-            counts = ngram.fill(tokens[first + 1 : first + 1 + COMMIT_ROWS])
-        with clock.part("commit"):
-            state = ngram.digest()
-        yield first, state, counts
+            return fill(targets)
+
+    ngram.fill = timed_fill
+    return ngram
 
 
 def worst_sum(text: RenamedText, row: int, ngram: NGram, match: Match, mixture: Mixture) -> float:
@@ -172,14 +163,17 @@ def score_text(text: RenamedText, threads: int, samples: int = 0) -> dict[str, A
     With `samples`, distributions are checked at about so many places, which needs one thread.
     """
     tokens, cfg, clock, chain = text.tokens, EvalConfig(), Clock(), CHAIN_START
-    ngram, match = make_ngram(V, cfg, tokens), make_match(V, cfg)
+    ngram, match = timed_ngram(make_ngram(V, cfg, tokens), clock), make_match(V, cfg)
     mixture = Mixture(V, cfg, DEFAULT_EXPERTS)
     match.fill(tokens[:1])
+    counted = CountedText(ngram, tokens[1:], rows_ahead(cfg, threads))
     out, worst, rows = np.empty(len(tokens) - 1), 0.0, len(tokens) - 1
     every = max(rows // max(samples, 1) // COMMIT_ROWS, 1) * COMMIT_ROWS
     progress = Progress(f"{rows + 1} tokens, threads:{threads}", rows)
-    source = count_chunks(tokens, ngram, clock)
-    for first, state, counts in one_ahead(source) if threads == 2 else source:
+    for first in range(0, rows, COMMIT_ROWS):
+        counts = counted.take(COMMIT_ROWS)
+        with clock.part("commit"):
+            state = counted.digest()
         with clock.part("match"):
             matches = match.fill(tokens[first + 1 : first + 1 + COMMIT_ROWS])
         chunk = text.rows(first, counts, matches)
@@ -196,6 +190,7 @@ def score_text(text: RenamedText, threads: int, samples: int = 0) -> dict[str, A
         if samples and (first + COMMIT_ROWS) % every == 0 and first + COMMIT_ROWS < rows:
             worst = max(worst, worst_sum(text, first + COMMIT_ROWS, ngram, match, mixture))
         progress.update(end)
+    counted.close()
     return dict(
         cpu=clock.cpu,
         wall=clock.wall,

@@ -21,8 +21,8 @@ TTT_CHUNK = 32_768  # the field's
 # compiled, and their launches take longer than their work. #549: 410 s less 98 s of sliding windows
 # over 3 epochs of 1,893 chunks; #1413: 293 s less 84 s over 3 of 1,238. 55 and 56 ms a step.
 TTT_STEP_SECONDS = 0.055
-# n-gram, match and mixture on one thread: 66.7 s for 62 M tokens (bench/results/experts.txt).
-EXPERT_SECONDS = 1.075e-6
+# n-gram, match and mixture on one thread: 103.5 s for 62 M tokens (bench/results/experts.txt).
+EXPERT_SECONDS = 1.67e-6
 
 
 def sliding_seconds(cfg: Any, machine: GpuHost, tokens: float) -> float:
