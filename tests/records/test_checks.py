@@ -2,6 +2,7 @@
 none.
 """
 
+import ast
 import json
 import random
 import time
@@ -352,7 +353,8 @@ def test_a_thousand_mutated_files_give_verdicts(kind, name, change, count, tmp_p
     assert seen >= SEEN[name.split(".")[-1]], seen
 
 
-def test_the_largest_good_folder_is_judged_within_two_seconds(tmp_path):
+def test_the_largest_good_folder_costs_few_readings_of_its_code(tmp_path):
+    """0.6 s alone. The limit is in times of Python's own parser: both are slowed by the same."""
     files = make("ours")
     padding = "\n".join(
         f"def unused_{i}(x):\n    return [x + {i}, {{'a': x}}]" for i in range(2000)
@@ -366,6 +368,15 @@ def test_the_largest_good_folder_is_judged_within_two_seconds(tmp_path):
         b"warmup_step:2/2", b"ttt_chunk [1/9] bpb=1.1\n" * 10_000 + b"warmup_step:2/2"
     )
     folder = write(files, tmp_path / "2026-05-01_x")
-    start = time.process_time()
-    found = check_record(folder)
-    assert time.process_time() - start < 2 and all(v.verdict == "ok" for v in found)
+    code = (folder / "fairway_small/report.py").read_text()
+    parsing, checking = [], []
+    for _ in range(2):
+        times = [time.process_time()]
+        ast.parse(code)
+        times.append(time.process_time())
+        found = check_record(folder)
+        times.append(time.process_time())
+        parsing.append(times[1] - times[0])
+        checking.append(times[2] - times[1])
+    assert all(v.verdict == "ok" for v in found)
+    assert min(checking) < 20 * min(parsing)
