@@ -18,13 +18,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairway.scoring.columns import Columns
 from fairway.scoring.neural import Neural, OnRows, Windows, in_float64, plan
 from fairway.scoring.settings import EvalConfig
-from train_gpt import GPT, Runtime, all_reduce_flat, document_bounds, weights_replaced
+from train_gpt import GPT, Runtime, document_bounds
 
 
 def clipped(windows: Windows, cuts: np.ndarray) -> Windows:
@@ -55,6 +56,26 @@ def fingerprints(tensors: list[Tensor]) -> list[int]:
 def hash_numbers(*numbers: int) -> str:
     """Return the SHA-256 (hex) of some numbers."""
     return hashlib.sha256(" ".join(map(str, numbers)).encode()).hexdigest()
+
+
+def sum_over_ranks(tensors: list[Tensor], rt: Runtime) -> None:
+    """Sum over ranks, in place, in one message."""
+    if rt.world == 1 or not tensors:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([t.numel() for t in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+
+
+@contextlib.contextmanager
+def weights_restored(params: list[nn.Parameter]) -> Iterator[None]:
+    """Let something change the weights, then put their own values back, to the bit."""
+    own = [p.detach().clone() for p in params]
+    try:
+        yield
+    finally:
+        torch._foreach_copy_([p.data for p in params], own)
 
 
 # ==== WHAT ALL FORMS SHARE ========================================================================
@@ -113,7 +134,7 @@ class Adapting(Neural, ABC):
             if self.rt.device.type == "cuda":
                 torch.cuda.synchronize(self.rt.device)
             took = torch.tensor([time.perf_counter() - began], device=self.rt.device)
-            all_reduce_flat([took], self.rt)
+            sum_over_ranks([took], self.rt)
             self.seconds_spent += float(took) / self.rt.world
 
     def losses(self, tokens: np.ndarray, windows: Windows, width: int) -> Tensor:
@@ -263,7 +284,7 @@ class Chunks(Streaming):
     def fresh(self) -> Iterator[None]:
         """Start with the artifact's weights, and restore them at the end."""
         self.adam.reset(0)
-        with super().fresh(), weights_replaced(self.params, self.params):
+        with super().fresh(), weights_restored(self.params):
             yield
 
     def digest(self) -> str:
@@ -288,7 +309,7 @@ class Chunks(Streaming):
             loss = self.losses(tokens, windows.pick(own[at : at + size]), width).sum()
             parts = torch.autograd.grad(loss / (end - first), self.params, materialize_grads=True)
             torch._foreach_add_(sums, parts)
-        all_reduce_flat(sums, self.rt)
+        sum_over_ranks(sums, self.rt)
         return [total.to(p.dtype).view(1, -1) for total, p in zip(sums, self.params, strict=True)]
 
     def learn(self, tokens: np.ndarray, first: int, end: int) -> None:
@@ -362,7 +383,7 @@ class Bias(Streaming):
     @torch.no_grad()
     def learn(self, tokens: np.ndarray, first: int, end: int) -> None:
         """Take one step against the gradient of the chunk's mean loss."""
-        all_reduce_flat([self.expected], self.rt)
+        sum_over_ranks([self.expected], self.rt)
         actual = np.bincount(tokens[first + 1 : end + 1], minlength=self.model.cfg.vocab_size)
         share = self.expected / (end - first)
         # The curvature of the loss is at most share.max(): no step goes beyond the minimum.
@@ -547,7 +568,7 @@ class Lora(Adapting):
         self.wait()
         # Each window is zero on all ranks but one, so that the sum is every rank's states.
         all_states = torch.from_numpy(states).to(self.rt.device)
-        all_reduce_flat([all_states], self.rt)
+        sum_over_ranks([all_states], self.rt)
         pairs = zip(windows.first.tolist(), all_states.cpu().numpy(), strict=True)
         self.digests = [(first, bytes(state).hex()) for first, state in pairs]
         self.wait()

@@ -364,7 +364,7 @@ class Ranks:
 
     def __init__(self, world: int, monkeypatch):
         self.world, self.barrier, self.given = world, threading.Barrier(world), {}
-        monkeypatch.setattr(adapt, "all_reduce_flat", self.reduce)
+        monkeypatch.setattr(adapt, "sum_over_ranks", self.reduce)
         monkeypatch.setattr(Neural, "wait", lambda neural: self.barrier.wait(60))
 
     def reduce(self, tensors: list[torch.Tensor], rt: Runtime) -> None:
