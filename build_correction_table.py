@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from fairway.artifact_reader import read_artifact
 from fairway.command_line import Parser, UsageError, check_writable, run_reporting
 from fairway.correction.oracle import build_table, default_budget, view_scorer
 from fairway.correction.table import CODECS, NOTICE, attach, charge, table_bytes, write_table
@@ -27,7 +28,7 @@ from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.shipped import code_sizes, counted_code_bytes
 from fairway.scoring.text import load_text
-from train_gpt import Runtime, best_device, build_model, file_sha256, read_artifact
+from train_gpt import Runtime, best_device, build_model, file_sha256
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

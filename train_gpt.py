@@ -764,23 +764,11 @@ def decode_planes(codec: str, payload: bytes, shapes: list[tuple[int, int]]) -> 
 
 
 # ==== ARTIFACT ====================================================================================
-# Prelude, JSON header, payload, tokenizer: docs/ARTIFACT.md specifies them. The file comes from
-# strangers, so nothing is unpickled and no size is believed before it is checked.
+# Prelude, JSON header, payload, tokenizer: docs/ARTIFACT.md specifies them. This file reads back
+# only what it wrote itself; fairway/artifact_reader.py checks and reads the file of a stranger.
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"FAIRWAY\x00", 1
 PRELUDE = struct.Struct("<8sII32s")  # magic, version, bytes of the header, SHA-256 of the header
-MOST_FILE_BYTES, MOST_HEADER_BYTES, MOST_TOKENIZER_BYTES = 1 << 27, 1 << 20, 1 << 23
-MOST_WEIGHTS = 48_000_000
 MODEL_FIELDS = names_with_role(Config, "model")
-# Settings that old headers name and this code no longer has, with the one value that it implements.
-RETIRED_FIELDS = {"loop_adaln": False}
-ADVICE = "use the train_gpt.py that wrote the file"
-HEADER_KINDS = {"model": dict, "looping": bool, "k": float, "codec": str, "tensors": dict}
-HEADER_KINDS |= {"payload_bytes": int, "payload_sha256": str}
-HEADER_KINDS |= {"tokenizer_bytes": int, "tokenizer_sha256": str}
-
-
-class ArtifactError(UserError):
-    """An artifact that is damaged, hostile, or written by other code."""
 
 
 class Artifact(NamedTuple):
@@ -833,103 +821,35 @@ def encode_artifact(
     return start + text + payload + inside
 
 
-def read_artifact(path: str | Path) -> Artifact:
-    """Check everything, then decode: return an Artifact or raise ArtifactError."""
-    try:
-        with open(path, "rb") as f:
-            header = read_header(f, os.path.getsize(path))
-            payload, inside = f.read(header["payload_bytes"]), f.read(header["tokenizer_bytes"])
-        if hashlib.sha256(payload + inside).hexdigest() != header["payload_sha256"]:
-            raise ArtifactError("the payload does not match its checksum: damaged")
-        cfg, tensors, shapes = header_config(header), header["tensors"], []
-        for bits, *shape in tensors.values():
-            plain = [(2, math.prod(shape))]
-            shapes += plain if bits == PLAIN_BITS else [tuple(shape), (2, shape[0])]
-        planes = iter(decode_planes(header["codec"], payload, shapes))
-        weights = {name: read_tensor(name, *tensors[name], planes=planes) for name in tensors}
-        tokenizer = decompress_brotli(inside, MOST_TOKENIZER_BYTES) if inside else b""
-        if inside and hashlib.sha256(tokenizer).hexdigest() != header["tokenizer_sha256"]:
-            raise ArtifactError("the tokenizer inside is not the one that the header names")
-        return Artifact(cfg, weights, tokenizer, header)
-    except OSError as e:
-        raise ArtifactError(f"{path}: cannot be read ({e.strerror}); check its name") from None
-    except (UserError, CodecError, brotli.error) as e:
-        raise ArtifactError(f"{path}: {e}") from None
+def decode_tensors(header: Mapping[str, Any], payload: bytes) -> dict[str, Rounded]:
+    """Return the tensors of a payload, codes as int8, by a header that is known to be right."""
+    shapes: list[tuple] = []
+    for bits, *shape in header["tensors"].values():
+        plain = [(2, math.prod(shape))]
+        shapes += plain if bits == PLAIN_BITS else [tuple(shape), (2, shape[0])]
+    planes, rounded = iter(decode_planes(header["codec"], payload, shapes)), {}
+    for name, (bits, *shape) in header["tensors"].items():
+        if bits == PLAIN_BITS:
+            values = torch.from_numpy(joined_values(next(planes)).view("<f2")).reshape(shape)
+            rounded[name] = Rounded(bits, values, None)
+        else:
+            codes = torch.from_numpy(next(planes).view(np.int8))
+            steps = (joined_values(next(planes)).astype("<u4") << 16).view("<f4")
+            rounded[name] = Rounded(bits, codes, torch.from_numpy(steps)[:, None])
+    return rounded
 
 
-def read_header(f: BinaryIO, size: int) -> dict[str, Any]:
-    """Return the JSON header of a file of `size` bytes, checked in form, size and checksum."""
-    start = f.read(PRELUDE.size)
-    if len(start) < PRELUDE.size or not start.startswith(ARTIFACT_MAGIC):
-        raise ArtifactError("not a Fairway artifact")
-    _, version, length, checksum = PRELUDE.unpack(start)
-    if size > MOST_FILE_BYTES:
-        raise ArtifactError(f"{size} bytes, more than any artifact has")
-    if version != ARTIFACT_VERSION:
-        raise ArtifactError(f"version {version}; this reader knows {ARTIFACT_VERSION}")
-    left = size - PRELUDE.size - length
-    if length > MOST_HEADER_BYTES or left < 0:
-        raise ArtifactError(f"no room for a header of {length} bytes: damaged")
-    text = f.read(length)
-    if hashlib.sha256(text).digest() != checksum:
-        raise ArtifactError("the header does not match its checksum: damaged")
-    try:
-        # A key that stands twice leaves a list, which no check accepts.
-        hook = lambda pairs: pairs if len(dict(pairs)) < len(pairs) else dict(pairs)  # noqa: E731
-        header = json.loads(text, object_pairs_hook=hook)
-        json.dumps(header, allow_nan=False)  # JSON has neither NaN nor infinity
-    except (ValueError, RecursionError):
-        raise ArtifactError("the header is not JSON") from None
-    kinds = {n: type(v) for n, v in header.items()} if type(header) is dict else {}
-    if kinds != HEADER_KINDS:
-        raise ArtifactError(f"the header must hold exactly {', '.join(HEADER_KINDS)}")
-    if (codec := header["codec"]) not in CODECS:
-        raise ArtifactError(f"codec {codec!r:.20} is not one of {', '.join(CODECS)}")
-    parts = header["payload_bytes"], header["tokenizer_bytes"]
-    if min(parts) < 0 or sum(parts) != left:
-        raise ArtifactError(f"{left} bytes follow, not {sum(parts)}: cut short")
-    return header
-
-
-def header_config(header: Mapping[str, Any]) -> Config:
-    """Return the model's settings, defaults where it lacks one; refuse tensors that do not fit."""
-    model, tensors = dict(header["model"]), header["tensors"]
-    for name, value in RETIRED_FIELDS.items():
-        if repr(stated := model.pop(name, value)) != repr(value):
-            raise ArtifactError(f"{name.upper()} is {stated!r:.60}, not {value!r}; {ADVICE}")
-    if unknown := sorted(model.keys() - set(MODEL_FIELDS)):
-        raise ArtifactError(f"there is no model setting {unknown[0].upper()!r:.60}; {ADVICE}")
-    length = model.get("train_seq_len", Config.train_seq_len)
-    cfg = Config(**model, train_batch_tokens=8 * length if type(length) is int else 8)
-    if cfg.num_layers > len(tensors):  # checked before a model of so many layers is described
-        raise ArtifactError(f"{cfg.num_layers} layers, but {len(tensors)} tensors")
-    if cfg.train_seq_len * cfg.model_dim > MOST_WEIGHTS:
-        raise ArtifactError("TRAIN_SEQ_LEN x MODEL_DIM is out of range")
-    with torch.device("meta"):
-        expected = {n: [tensor_bits(n, cfg), *p.shape] for n, p in GPT(cfg).named_parameters()}
-    for name in [*expected, *tensors]:
-        stated, wanted = tensors.get(name), expected.get(name)
-        if repr(stated) != repr(wanted):  # True is no 1
-            raise ArtifactError(f"tensor {name!r:.60} is {stated!s:.60}, not {wanted}")
-    if (weights := sum(math.prod(shape) for _, *shape in expected.values())) > MOST_WEIGHTS:
-        raise ArtifactError(f"{weights} weights; at most {MOST_WEIGHTS} are read")
-    return cfg
-
-
-def read_tensor(name: str, bits: int, *shape: int, planes: Iterator[np.ndarray]) -> Tensor:
-    """Return one tensor from its planes; refuse values that the quantiser cannot have written."""
-    if bits == PLAIN_BITS:
-        values = joined_values(next(planes)).view("<f2").astype(np.float32)
-        weight = torch.from_numpy(values).reshape(shape)
-    else:
-        codes = torch.from_numpy(next(planes).view(np.int8))
-        if int(codes.min()) < -levels(bits) or int(codes.max()) > levels(bits):
-            raise ArtifactError(f"tensor {name!r} has codes outside {bits} bits")
-        steps = (joined_values(next(planes)).astype("<u4") << 16).view("<f4")
-        weight = codes * torch.from_numpy(steps)[:, None]
-    if not torch.isfinite(weight).all():
-        raise ArtifactError(f"tensor {name!r} is not finite")
-    return weight
+def decode_artifact(data: bytes) -> Artifact:
+    """Return what `encode_artifact` was given, as the file on disk holds it."""
+    start = PRELUDE.size + PRELUDE.unpack_from(data)[2]
+    header, parts = json.loads(data[PRELUDE.size : start]), data[start:]
+    if hashlib.sha256(parts).hexdigest() != header["payload_sha256"]:
+        raise UserError("the artifact on disk differs from what was written; RESUME=1 rewrites it")
+    payload, inside = parts[: header["payload_bytes"]], parts[header["payload_bytes"] :]
+    model = header["model"]
+    cfg = Config(**model, train_batch_tokens=8 * model["train_seq_len"])
+    weights = {name: r.weight() for name, r in decode_tensors(header, payload).items()}
+    return Artifact(cfg, weights, brotli.decompress(inside) if inside else b"", header)
 
 
 def build_model(artifact: Artifact, device: torch.device | str = "cpu") -> GPT:
@@ -1912,7 +1832,7 @@ def log_errors(run: Run, rounded: Mapping[str, Rounded]) -> None:
 
 def score_artifact(run: Run, path: Path) -> None:
     """Log the score of the run: of the bytes on disk, read back and rebuilt strictly."""
-    began, artifact = time.perf_counter(), read_artifact(path)
+    began, artifact = time.perf_counter(), decode_artifact(path.read_bytes())
     nats = mean_nats(build_model(artifact, run.rt.device), run.data.val, run.cfg, run.rt, "scoring")
     bpb, seconds = bits_per_byte(nats, run.data), time.perf_counter() - began
     label = f"final_{path.suffixes[0][1:]}_{artifact.header['codec']}_roundtrip"

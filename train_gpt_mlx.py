@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 import train_gpt
+from fairway.artifact_reader import read_artifact
 from fairway.command_line import Parser, run_reporting
 from fairway.scoring.neural import plan
 from fairway.scoring.settings import EvalConfig
@@ -81,7 +82,6 @@ from train_gpt import (
     predict_size,
     progress_of,
     quantised,
-    read_artifact,
     read_checkpoint,
     replacing,
     rope_tables,

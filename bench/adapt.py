@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fairway.artifact_reader import read_artifact
 from fairway.command_line import Parser, run_reporting
 from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.neural import make_neural
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import load_text
-from train_gpt import GPT, Artifact, Runtime, best_device, build_model, read_artifact
+from train_gpt import GPT, Artifact, Runtime, best_device, build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 # TTT, and whether windows start at each document. "none" comes before what is compared with it.

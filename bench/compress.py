@@ -33,8 +33,9 @@ import sentencepiece  # noqa: E402
 import zstandard  # noqa: E402
 
 from data.documents import Files  # noqa: E402
+from fairway.artifact_reader import read_artifact  # noqa: E402
 from fairway.compression.spelling import Speller  # noqa: E402
-from train_gpt import UserError, document_bounds, read_artifact, read_shard  # noqa: E402
+from train_gpt import UserError, document_bounds, read_shard  # noqa: E402
 
 PPMD_ORDERS, PPMD_BYTES = (3, 4, 5, 6, 8, 12, 16, 24, 32), 64 << 20
 # A pair of functions: compress, decompress.

@@ -26,6 +26,7 @@ from short_run import EMBEDDED, train_for_a_minute
 from tqdm import tqdm
 
 import train_gpt
+from fairway.artifact_reader import read_artifact
 from fairway.correction import table
 from fairway.correction.entries import Entries, ModelView, position_entropy
 from fairway.correction.oracle import model_view, view_scorer
@@ -116,7 +117,7 @@ def progress_bar(label: str, rows: int) -> tqdm:
 
 def measure_real(path: str, pattern: str) -> list[dict]:
     """Measure the targets of a split that an artifact predicts worst."""
-    artifact, rows, device = train_gpt.read_artifact(path), [], torch.device("cpu")
+    artifact, rows, device = read_artifact(path), [], torch.device("cpu")
     text = load_text(EvalConfig(val_files=pattern), artifact)
     neural = view_scorer(train_gpt.build_model(artifact), train_gpt.Runtime(0, 1, device, "cpu"))
     columns = columns_in_memory(len(text.sizes), {"logp": "f8"})

@@ -13,12 +13,13 @@ import time
 
 import torch
 
+from fairway.artifact_reader import read_artifact
 from fairway.command_line import Parser, run_reporting
 from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.neural import Neural
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import load_text
-from train_gpt import Runtime, build_model, read_artifact
+from train_gpt import Runtime, build_model
 
 
 def window_settings(length: int) -> dict[str, dict]:

@@ -51,6 +51,8 @@ READERS = (
 # The experts read the same settings as the room that they are in.
 SETTINGS = "fairway/scoring/settings.py"
 FRONT = ("command_line.py", "cli.py", "__main__.py", "__init__.py")
+# Every room may read artifacts through it.
+ARTIFACT_READER = "fairway/artifact_reader.py"
 OPTIONAL = {
     "mlx": "train_gpt_mlx.py",
     "coremltools": "fairway/coreml/",
@@ -157,7 +159,9 @@ def test_a_room_imports_earlier_rooms_only():
     wrong = []
     for path in (p for p in OURS if p.startswith("fairway/") and room_of(p) != "verbs"):
         room = room_of(path)
-        if path.removeprefix("fairway/") in FRONT:
+        if path == ARTIFACT_READER:
+            allowed = set()
+        elif path.removeprefix("fairway/") in FRONT:
             allowed = {"", "verbs"}
         elif room in READERS:
             allowed = {*READERS[: READERS.index(room) + 1], ""}
@@ -169,6 +173,21 @@ def test_a_room_imports_earlier_rooms_only():
             if target.startswith("fairway/") and room_of(target) not in allowed:
                 wrong.append(f"{path} imports {target}")
     assert wrong == []
+
+
+def test_one_module_decodes_artifacts_and_checks_them_first():
+    """The trainer's decoders trust what they read, so all others use the strict reader."""
+    decoders = {"decode_artifact", "decode_tensors"}
+    defined = {n.name for n in TREES["train_gpt.py"].body if isinstance(n, ast.FunctionDef)}
+    assert decoders <= defined
+    users = set()
+    for path in set(OURS) - {"train_gpt.py"}:
+        nodes = list(ast.walk(TREES[path]))
+        names = {n.split(".")[-1] for n in imports(TREES[path], path)}
+        names |= {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+        names |= {n.value for n in nodes if isinstance(n, ast.Constant) and type(n.value) is str}
+        users |= {path} if names & decoders else set()
+    assert users == {ARTIFACT_READER}
 
 
 def test_a_verb_imports_no_other_verb():

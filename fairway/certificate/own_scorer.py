@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from fairway.artifact_reader import read_artifact
 from fairway.scoring.mixed import MixedScorer
 from fairway.scoring.neural import make_neural
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import load_tokenizer
-from train_gpt import ByteTable, Config, build_model, read_artifact, set_up_runtime
+from train_gpt import ByteTable, Config, build_model, set_up_runtime
 
 
 def make_own_scorer(env: Mapping[str, str] = os.environ) -> MixedScorer:

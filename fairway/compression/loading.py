@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from fairway.artifact_reader import read_artifact
 from fairway.compression.spelling import Speller
 from fairway.scoring.text import load_tokenizer
-from train_gpt import GPT, Artifact, Runtime, UserError, best_device, build_model, read_artifact
+from train_gpt import GPT, Artifact, Runtime, UserError, best_device, build_model
 
 SMALL_MODEL = 1 << 22  # weights
 

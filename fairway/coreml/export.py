@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fairway.artifact_reader import read_artifact
 from fairway.coreml import graph, layout, ranges
 from fairway.coreml.graph import EXACT, HeadShard, LayersShard, Precision, host_tables
 from fairway.coreml.interpret import InterpretedFunction
@@ -32,7 +33,7 @@ from fairway.coreml.manifest import (
 )
 from fairway.coreml.mlpackage import Package, conv_weights, package_bytes, read_package
 from fairway.coreml.tools import import_coremltools, silenced
-from train_gpt import GPT, Artifact, UserError, build_model, file_sha256, read_artifact
+from train_gpt import GPT, Artifact, UserError, build_model, file_sha256
 
 # --quantise: the method of coremltools and its options, and the words of the help.
 QUANTISATIONS: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fairway.artifact_reader import read_artifact
 from fairway.compression.loading import Loaded, load
 from fairway.compression.spelling import Speller
 from fairway.decoding.beam import beam_search
@@ -21,7 +22,7 @@ from fairway.decoding.speculative import Speculation, SpeculationStats
 from fairway.decoding.strategies import Strategy
 from fairway.decoding.strategy_options import DRAFT_KINDS
 from fairway.scoring.memory import Memory, first_layers
-from train_gpt import BOS_ID, GPT, UserError, build_model, read_artifact
+from train_gpt import BOS_ID, GPT, UserError, build_model
 
 EOS_ID = 2
 ENDS = (BOS_ID, EOS_ID)  # a document ends where the next one begins

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from fairway.artifact_reader import read_artifact
 from fairway.scoring.columns import Columns, open_columns
 from fairway.scoring.counting import CountedText, usable_threads
 from fairway.scoring.experts.match import Matches
@@ -36,7 +37,6 @@ from train_gpt import (
     build_model,
     file_sha256,
     names_with_role,
-    read_artifact,
     replacing,
 )
 

@@ -12,6 +12,7 @@ from artifacts import TINY, encoded, trained, write
 from tqdm import tqdm
 
 from fairway import cli
+from fairway.artifact_reader import read_artifact
 from fairway.compression import proof
 from fairway.compression.bitstream import parse_bitstream, read_bitstream
 from fairway.compression.compressor import Compressor
@@ -19,7 +20,7 @@ from fairway.scoring.mixed import MixedScorer
 from fairway.scoring.neural import Neural
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import Text, load_text
-from train_gpt import Config, Runtime, UserError, build_model, read_artifact, read_shard
+from train_gpt import Config, Runtime, UserError, build_model, read_shard
 
 COUNT = 250
 ALONE = Runtime(0, 1, torch.device("cpu"), "cpu")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, english_like, train_tokenizer
 
+from fairway.artifact_reader import read_artifact
 from fairway.certificate.judge import certify
 from fairway.scoring import counting
 from fairway.scoring import mixed as mixed_module
@@ -29,7 +30,7 @@ from fairway.scoring.neural import KINDS, make_neural
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.shipped import code_sizes
 from fairway.scoring.text import load_text
-from train_gpt import BOS_ID, Runtime, UserError, build_model, read_artifact, write_shard
+from train_gpt import BOS_ID, Runtime, UserError, build_model, write_shard
 
 ALONE = Runtime(0, 1, torch.device("cpu"), "test")
 MODES = [

@@ -19,22 +19,22 @@ import torch
 from artifacts import TINY, K, encoded, trained, write
 
 import train_gpt
+from fairway import artifact_reader
+from fairway.artifact_reader import MOST_HEADER_BYTES, MOST_WEIGHTS, ArtifactError, read_artifact
 from train_gpt import (
     ARTIFACT_MAGIC,
     CODECS,
     GPT,
-    MOST_HEADER_BYTES,
-    MOST_WEIGHTS,
-    ArtifactError,
     Config,
     ShardError,
+    UserError,
     build_model,
+    decode_artifact,
     decode_planes,
     encode_artifact,
     encode_planes,
     gptq_factor,
     quantised,
-    read_artifact,
     read_shard,
     rounded_parameters,
     tensor_bits,
@@ -242,6 +242,23 @@ def test_the_tensor_table_names_every_tensor_once_with_bits_and_shape(blob, mode
     table = Parts(blob).header["tensors"]
     assert table == {n: [tensor_bits(n, model.cfg), *p.shape] for n, p in model.named_parameters()}
     assert {bits for bits, *_ in table.values()} == {5, 6, 7, 16}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_trainer_decodes_its_own_file_as_the_reader_does(tmp_path, name, codec):
+    blob = encoded(trained(CONFIGS[name]), codec)
+    own, read = decode_artifact(blob), read_artifact(write(tmp_path / "a.ptz", blob))
+    assert own._replace(weights={}) == read._replace(weights={})
+    assert own.weights.keys() == read.weights.keys()
+    for n, weight in read.weights.items():
+        assert weight.dtype == torch.float32 and torch.equal(own.weights[n], weight), n
+
+
+def test_the_trainer_refuses_a_file_that_changed_on_the_disk(blob):
+    for changed in (blob[:-1], blob + b"x", blob[:-9] + bytes([blob[-9] ^ 1]) + blob[-8:]):
+        with pytest.raises(UserError, match="differs from what was written; RESUME=1"):
+            decode_artifact(changed)
 
 
 # ---- Damage --------------------------------------------------------------------------------------
@@ -556,7 +573,7 @@ def largest(blob: bytes) -> bytes:
 VERDICTS = """
 import json, resource, sys
 sys.path.insert(0, sys.argv[1])
-import train_gpt
+from fairway.artifact_reader import read_artifact
 def hook(event, args):
     if event in ("pickle.find_class", "subprocess.Popen", "os.system", "socket.connect"):
         raise SystemExit(event)
@@ -567,7 +584,7 @@ if sys.platform == "linux":
 if used: resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
 for path in sys.argv[2:]:
     try:
-        artifact = train_gpt.read_artifact(path)
+        artifact = read_artifact(path)
         verdict = "Artifact", ""
         del artifact
     except BaseException as e:
@@ -761,7 +778,7 @@ def test_a_pickle_is_refused_and_not_run(tmp_path):
 
 def test_nothing_on_the_way_to_a_model_can_unpickle():
     """No function that `read_artifact` and `build_model` reach calls a loader but JSON's."""
-    tree = ast.parse(inspect.getsource(train_gpt))
+    tree = ast.parse(inspect.getsource(train_gpt) + inspect.getsource(artifact_reader))
     functions = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     reached, todo = (
         set(),
@@ -782,7 +799,8 @@ def test_nothing_on_the_way_to_a_model_can_unpickle():
     assert {
         "read_header",
         "header_config",
-        "read_tensor",
+        "decode_tensors",
+        "checked_weight",
         "decompress_brotli",
         "decode_planes",
         "GPT",

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import train_gpt
-from train_gpt import ARTIFACT_MAGIC, PLAIN_BITS, RETIRED_FIELDS, ArtifactError, Rounded
+from fairway.artifact_reader import RETIRED_FIELDS, ArtifactError, read_artifact
+from train_gpt import ARTIFACT_MAGIC, PLAIN_BITS, Rounded
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 PATH = GOLDEN / "frontier.int6.ptz"
@@ -24,7 +25,7 @@ EXPECTED = json.loads((GOLDEN / "frontier.json").read_text())
 
 @pytest.fixture(scope="module")
 def artifact() -> train_gpt.Artifact:
-    return train_gpt.read_artifact(PATH)
+    return read_artifact(PATH)
 
 
 def split(blob: bytes) -> tuple[dict, bytes]:
@@ -91,7 +92,7 @@ def test_the_same_weights_are_written_as_the_same_bytes(artifact):
 def test_a_setting_that_is_younger_than_the_file_has_its_default(artifact, tmp_path):
     model = dict(split(PATH.read_bytes())[0]["model"])
     assert model.pop("logit_softcap") == train_gpt.Config().logit_softcap
-    assert train_gpt.read_artifact(with_model(model, tmp_path / "a.ptz")).config == artifact.config
+    assert read_artifact(with_model(model, tmp_path / "a.ptz")).config == artifact.config
 
 
 def test_a_retired_setting_is_read_at_its_one_value_only(artifact, tmp_path):
@@ -99,6 +100,6 @@ def test_a_retired_setting_is_read_at_its_one_value_only(artifact, tmp_path):
     assert model["loop_adaln"] is False and RETIRED_FIELDS["loop_adaln"] is False
     assert "loop_adaln" not in train_gpt.MODEL_FIELDS
     with pytest.raises(ArtifactError, match="LOOP_ADALN is True, not False; use the train_gpt.py"):
-        train_gpt.read_artifact(with_model(model | {"loop_adaln": True}, tmp_path / "a.ptz"))
+        read_artifact(with_model(model | {"loop_adaln": True}, tmp_path / "a.ptz"))
     with pytest.raises(ArtifactError, match="there is no model setting 'NUM_EXPERTS'; use the"):
-        train_gpt.read_artifact(with_model(model | {"num_experts": 8}, tmp_path / "b.ptz"))
+        read_artifact(with_model(model | {"num_experts": 8}, tmp_path / "b.ptz"))

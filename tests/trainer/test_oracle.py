@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_gpt
+from fairway.artifact_reader import read_artifact
 from train_gpt import BOS_ID, GPT
 
 
@@ -109,5 +110,5 @@ def test_an_artifact_of_the_golden_weights_reads_back(golden, tmp_path):
     )
     path = tmp_path / "a.ptz"
     path.write_bytes(train_gpt.encode_artifact(rounded, oracle.K, golden.cfg, False, "ans", b""))
-    model = train_gpt.build_model(train_gpt.read_artifact(path))
+    model = train_gpt.build_model(read_artifact(path))
     assert all(torch.equal(p, rounded[n].weight()) for n, p in model.named_parameters())

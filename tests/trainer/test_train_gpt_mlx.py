@@ -25,6 +25,7 @@ from models import FEATURES, STATEFUL, config, some_tokens, trained
 from test_training import Finished
 
 import train_gpt
+from fairway.artifact_reader import read_artifact
 from fairway.records.logs import read_log
 from fairway.records.run import read_run
 from train_gpt import GPT, PRESETS, Config, Runtime, UserError
@@ -428,7 +429,7 @@ def test_each_trainer_reads_the_others_artifact(tmp_path):
         (tmp_path / "a").write_bytes(
             train_gpt.encode_artifact(rounded, 3.0, model.cfg, True, "ans", b"")
         )
-        artifact = train_gpt.read_artifact(tmp_path / "a")
+        artifact = read_artifact(tmp_path / "a")
         with torch.no_grad():
             wanted = train_gpt.build_model(artifact).logits(tokens).numpy()
         built = ours.build_model(artifact)

@@ -22,6 +22,7 @@ from conftest import own_signals
 from models import STATEFUL
 
 import train_gpt
+from fairway.artifact_reader import read_artifact
 from train_gpt import Config, Runtime, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,7 +239,7 @@ def test_events_are_complete_and_equal_to_the_text(whole):
 
 def test_the_final_score_is_that_of_the_artifact_on_disk(whole, corpus):
     """The score is that of single windows in float64, the bytes those of decoded text."""
-    artifact = train_gpt.read_artifact(whole.artifact)
+    artifact = read_artifact(whole.artifact)
     model = train_gpt.build_model(artifact)
     val = np.concatenate(
         [train_gpt.read_shard(p) for p in sorted(corpus.folder.glob("*_val_*.bin"))]
@@ -262,8 +263,7 @@ def test_the_final_score_is_that_of_the_artifact_on_disk(whole, corpus):
 
 def test_the_artifact_carries_the_tokenizer(whole, corpus):
     assert (
-        train_gpt.read_artifact(whole.artifact).tokenizer
-        == (corpus.folder / "tokenizer.model").read_bytes()
+        read_artifact(whole.artifact).tokenizer == (corpus.folder / "tokenizer.model").read_bytes()
     )
 
 
@@ -320,7 +320,7 @@ def test_validation_counts_every_target_once(tokens, batch):
 
 
 def test_validation_does_not_depend_on_its_batch_size(whole, corpus):
-    artifact = train_gpt.read_artifact(whole.artifact)
+    artifact = read_artifact(whole.artifact)
     model = train_gpt.build_model(artifact)
     val = train_gpt.read_shard(next(corpus.folder.glob("*_val_*.bin")))[:2000]
     scores = [
@@ -657,7 +657,7 @@ def test_a_tight_budget_is_met_by_every_codec(codec, quick, train_here, tmp_path
     size, event = run.artifact.stat().st_size, run.one("artifact")
     assert size + event["code_bytes"] <= budget - 3000
     assert size > 0.9 * (budget - 3000 - event["code_bytes"])  # and not wasted
-    assert event["codec"] == codec == train_gpt.read_artifact(run.artifact).header["codec"]
+    assert event["codec"] == codec == read_artifact(run.artifact).header["codec"]
     assert f"final_int6_{codec}_roundtrip_exact " in run.text
     assert event["k"] > quick.one("artifact")["k"]
 
@@ -712,7 +712,7 @@ def test_all_features_at_once_train_export_and_score(train_here, tmp_path):
         "layer_loop:enabled step:2 passes:9\n" in run.text
         and run.one("qat")["max_loss_difference"] > 1e-4
     )
-    artifact = train_gpt.read_artifact(run.artifact)
+    artifact = read_artifact(run.artifact)
     assert artifact.header["looping"] is True
     assert {
         name: bits
