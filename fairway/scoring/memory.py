@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from train_gpt import GPT, Runtime, UserError, attend, rope_tables
 
-# How keys and values are stored; None: in the type in which the model computes them.
+# How keys and values are stored; None: in the type of the model's activations.
 STORAGE = {"model": None, "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 REWIND = 64  # tokens that can always be cropped, even after older ones have left the window
 LEAST_ROOM = 64  # tokens that the first tensors have room for
@@ -60,7 +60,8 @@ class Memory:
     """The key-value cache of B streams that are read in pieces.
 
     Each position sees the `window` tokens that end in it (0: as many as in training), in earlier
-    pieces too. A `rope` must be as long as the streams; without one it grows with them.
+    pieces too. A `rope` must be as long as the streams; without one it grows with them. If no
+    stream is longer than `longest` tokens, the cache is allocated once.
 
     Memory(model).logits(a), then .logits(b), gives what .logits of both together gives.
     """
@@ -71,12 +72,14 @@ class Memory:
         window: int = 0,
         rope: tuple[Tensor, Tensor] | None = None,
         storage: str = "model",
+        longest: int = 0,
     ):
         if storage not in STORAGE:
             raise UserError(
                 f"keys and values cannot be kept as {storage!r}; take one of {', '.join(STORAGE)}"
             )
         self.model, self.window, self.storage = model, window or model.cfg.train_seq_len, storage
+        self.longest = longest
         self.rope, self.rope_grows = rope or (model.cos, model.sin), rope is None
         self.rt = Runtime(0, 1, model.cos.device, model.cos.device.type)
         self.read = 0  # tokens that were read
@@ -117,7 +120,7 @@ class Memory:
         nth, self.next_pass, T = self.next_pass, self.next_pass + 1, q_BHTC.size(2)
         if self.data is None:
             self.allocate_cache(k_BGTC)
-        self.store(nth, torch.stack([k_BGTC, v_BGTC]))
+        self.store(nth, k_BGTC, v_BGTC)
         if self.used == 0 and T <= self.window and self.data.dtype == k_BGTC.dtype:
             return attend(q_BHTC, k_BGTC, v_BGTC)
         first = max(0, self.used - (self.window - 1))
@@ -128,10 +131,11 @@ class Memory:
 
     # ==== STORING =================================================================================
     def make_room(self, tokens_BT: Tensor) -> None:
-        """Make room for a piece, if necessary by moving what is still needed to larger tensors.
+        """Make room for a piece, if necessary by moving what is still needed to the front.
 
-        They have twice the size that is needed, so that moves are rare and a token costs the same
-        however many came before it.
+        There is room for twice what is needed, so that moves are rare and a token costs the same
+        however many came before it. Tensors that are too small are replaced by larger ones, one
+        after another; with `longest` none ever is.
         """
         B, T = tokens_BT.shape
         if self.rope_grows and self.read + T > len(self.rope[0]):
@@ -140,34 +144,42 @@ class Memory:
             return
         keep = min(self.used, self.window + 1 + REWIND)
         room = max(LEAST_ROOM, 2 * (keep + T))
-        old = self.tokens
-        self.tokens = torch.zeros(B, room, dtype=torch.int64, device=tokens_BT.device)
-        if old is None:
+        if self.tokens is None:
+            most = min(self.longest, 2 * (self.window + 1 + REWIND + T))
+            self.tokens = tokens_BT.new_zeros(B, max(room, most), dtype=torch.int64)
             return
-        target, source = slice(0, keep), slice(self.used - keep, self.used)
-        self.tokens[:, target] = old[:, source]
-        for name in ("data", "steps"):
-            if (old := getattr(self, name)) is not None:
-                new = old.new_zeros(*old.shape[:4], room, old.size(5))
-                new[..., target, :] = old[..., source, :]
-                setattr(self, name, new)
+        for name, dim in (("tokens", -1), ("data", -2), ("steps", -2)):
+            if getattr(self, name) is not None:
+                setattr(self, name, self.moved(getattr(self, name), dim, keep, room))
         self.used = keep
 
+    def moved(self, old: Tensor, dim: int, keep: int, room: int) -> Tensor:
+        """Return a tensor that begins with the last `keep` places in use of `old`: itself if it can.
+
+        If `old` has room enough, at least half of it is moved away from: nothing overlaps.
+        """
+        shape = list(old.shape)
+        shape[dim] = room
+        new = old if old.size(dim) >= room else old.new_zeros(shape)
+        new.narrow(dim, 0, keep).copy_(old.narrow(dim, self.used - keep, keep))
+        return new
+
     def allocate_cache(self, k_BGTC: Tensor) -> None:
-        """Allocate the cache for keys of this shape and type."""
+        """Allocate the cache for keys of this shape."""
         B, G, _, C = k_BGTC.shape
         shape = len(self.model.passes(self.model.looping)), 2, B, G, self.tokens.size(1)
-        dtype, device = STORAGE[self.storage] or k_BGTC.dtype, k_BGTC.device
+        dtype, device = STORAGE[self.storage] or self.model.stream_dtype, k_BGTC.device
         self.data = torch.zeros(*shape, C, dtype=dtype, device=device)
         if self.storage == "int8":
             self.steps = torch.zeros(*shape, 1, dtype=torch.float16, device=device)
 
-    def store(self, nth: int, both: Tensor) -> None:
-        """Append keys and values [2, B, G, T, C] of a pass."""
-        places = slice(self.used, self.used + both.size(3))
-        if self.steps is not None:
-            both, self.steps[nth, :, :, :, places] = in_int8(both)
-        self.data[nth, :, :, :, places] = both
+    def store(self, nth: int, *both: Tensor) -> None:
+        """Append keys and values [B, G, T, C] of a pass."""
+        places = slice(self.used, self.used + both[0].size(2))
+        for which, part in enumerate(both):
+            if self.steps is not None:
+                part, self.steps[nth, which, :, :, places] = in_int8(part)
+            self.data[nth, which, :, :, places] = part
 
     def stored(self, nth: int, places: slice) -> Tensor:
         """Return keys and values [2, B, G, T, C] of a pass; from int8 as float32."""

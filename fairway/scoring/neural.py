@@ -187,7 +187,9 @@ class Neural:
         x = torch.from_numpy(tokens[np.minimum(inputs, len(tokens) - 1)].astype(np.int64))
         x = x.to(self.rt.device)
         wanted = (inputs >= own.first[:, None]) & (np.arange(width) < lengths[:, None])
-        memory = Memory(self.model, self.length, self.rope) if self.cached else None
+        memory = None
+        if self.cached:
+            memory = Memory(self.model, self.length, self.rope, longest=width)
         step = PIECE if self.cached else width
         for at in range(0, width, step):
             piece, scored = x[:, at : at + step], wanted[:, at : at + step]

@@ -15,7 +15,9 @@ from fairway.scoring.memory import (
     first_layers,
     model_rope,
 )
-from train_gpt import GPT, UserError, rope_tables
+from fairway.scoring.neural import PIECE, WARM, Neural
+from fairway.scoring.settings import EvalConfig
+from train_gpt import GPT, PRESETS, Config, Runtime, UserError, rope_tables
 
 # Every feature in four layers instead of seven, for properties that are tried on many examples.
 SHORT = dict(num_layers=4, xsa_last_n=4, parallel_start_layer=3, loop_start=1, loop_end=2)
@@ -103,6 +105,37 @@ def test_the_cache_grows_as_computed_and_then_no_more(window, storage):
         assert least * a_token <= memory.stored_bytes <= min(memory.read, most) * a_token
         assert memory.read > 60 or memory.stored_bytes == memory.read * a_token
     assert memory.read == 400
+
+
+@pytest.mark.parametrize("storage", ["model", "int8"])
+@torch.no_grad()
+def test_a_stream_of_known_length_is_allocated_once_and_gives_equal_bits(storage):
+    model, tokens = model_of("all, short"), some_tokens(length=400)
+    grows, fixed = (Memory(model, 8, storage=storage, longest=most) for most in (0, 400))
+    tensors, capacities = {}, set()  # the dictionary keeps them, so that no id is used twice
+    for piece in tokens.split(5, dim=1):
+        assert torch.equal(fixed.logits(piece), grows.logits(piece))
+        tensors |= {id(t): t for t in (fixed.tokens, fixed.data, fixed.steps) if t is not None}
+        capacities.add(grows.data.size(4))
+    assert len(tensors) == 2 + (storage == "int8") and fixed.data.size(4) == max(capacities)
+    assert len(capacities) > 1
+
+
+@torch.no_grad()
+def test_cached_scoring_at_full_size_leaves_room_on_a_gpu():
+    """The cache of `consensus` as a GPU fills it: 512 streams in bf16, allocated once."""
+    with torch.device("meta"):
+        model = GPT(Config(**PRESETS["consensus"])).bfloat16()
+    model.stream_dtype = torch.bfloat16
+    on_gpu = Runtime(0, 1, torch.device("meta"), "test")
+    neural = Neural(model, EvalConfig(eval_mode="cached"), on_gpu)
+    streams, longest = neural.batch_size(0), neural.length * (WARM + 1)
+    memory = Memory(model, neural.length, neural.rope, longest=longest)
+    for _ in range(2):
+        memory.logits(torch.zeros(streams, PIECE, dtype=torch.int64, device="meta"))
+    room = 2 * (neural.length + 1 + REWIND + PIECE)
+    assert streams == 512 and memory.data.size(4) == room < longest
+    assert memory.data.nbytes == streams * room * bytes_per_token(model, "bf16") < 26e9
 
 
 @torch.no_grad()
