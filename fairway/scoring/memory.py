@@ -154,7 +154,7 @@ class Memory:
         self.used = keep
 
     def moved(self, old: Tensor, dim: int, keep: int, room: int) -> Tensor:
-        """Return a tensor that begins with the last `keep` places in use of `old`: itself if it can.
+        """Return a tensor that begins with the last `keep` used places of `old`: itself if it can.
 
         If `old` has room enough, at least half of it is moved away from: nothing overlaps.
         """
