@@ -8,6 +8,7 @@ of ranks never do.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
@@ -108,6 +109,17 @@ def neural_columns(
     return {name: columns[name]().cpu().numpy() for name in names}
 
 
+def window_logits(model: GPT, tokens_BT: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+    """Return logits [B, T, V] of windows that the model reads from a clean start."""
+    return model.from_embedded(model.embed(tokens_BT), (cos_TR, sin_TR))
+
+
+@functools.cache
+def compiled_window_logits() -> Callable:
+    """Return `window_logits`, compiled for each shape; all scorers of a process share the code."""
+    return torch.compile(window_logits, fullgraph=True, dynamic=False)
+
+
 class Neural:
     """The model of an artifact as a scorer of rows.
 
@@ -122,8 +134,13 @@ class Neural:
         self.digests: list[tuple[int, str]] = []
         self.length = cfg.eval_seq_len or model.cfg.train_seq_len
         self.cached, self.stride = cfg.eval_mode == "cached", min(cfg.eval_stride, self.length)
-        # In bf16 on CUDA another shape changes scores visibly: every batch has the same one.
-        self.fixed_shape = rt.device.type == "cuda"
+        on_cuda = rt.device.type == "cuda"
+        self.compiled = cfg.eval_compile == "on" or cfg.eval_compile == "auto" and on_cuda
+        # In bf16 on CUDA another shape changes scores visibly, and each shape would be compiled:
+        # every batch has the same one.
+        self.fixed_shape = on_cuda or self.compiled
+        if on_cuda:  # cuBLAS reads this once, at the first product; a repeatable backward needs it
+            os.putenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         span = self.length * (WARM + 1) + PIECE if self.cached else self.length + ROUND
         stretch = max(1.0, self.length / model.cfg.train_seq_len) if cfg.ntk_rope else 1.0
         self.rope = model_rope(model, span, stretch)
@@ -171,7 +188,8 @@ class Neural:
             own, size = np.flatnonzero(padded == length), self.batch_size(int(length))
             multiple = size if self.fixed_shape else min(size, 4)
             own = np.pad(own, (0, -len(own) % multiple), constant_values=-1)
-            batches += np.split(own, range(size, len(own), size))
+            parts = np.split(own, range(size, len(own), size))
+            batches += [part for part in parts if (part >= 0).any()]
         return batches
 
     # ==== SCORING =================================================================================
@@ -200,9 +218,10 @@ class Neural:
                 yield rows, logits[torch.from_numpy(scored).to(logits.device)]
 
     def window_logits(self, tokens_BT: Tensor) -> Tensor:
-        """Return logits [B, T, V] of windows that the model reads from a clean start."""
-        rope = tuple(table[: tokens_BT.size(1)] for table in self.rope)
-        return self.model.from_embedded(self.model.embed(tokens_BT), rope)
+        """Return logits [B, T, V] of windows, by compiled code if EVAL_COMPILE says so."""
+        rope = (table[: tokens_BT.size(1)] for table in self.rope)
+        read = compiled_window_logits() if self.compiled else window_logits
+        return read(self.model, tokens_BT, *rope)
 
     def adjusted(self, logits: Tensor) -> Tensor:
         """Return the logits that count: test-time training of a bias adds to them."""

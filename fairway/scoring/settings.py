@@ -62,6 +62,12 @@ class EvalConfig:
     ntk_rope: bool = knob(
         True, "slow RoPE down when EVAL_SEQ_LEN is longer than in training", role="neural"
     )
+    eval_compile: str = knob(
+        "auto",
+        "torch.compile of the pass over windows; auto: on CUDA. It rounds in another way",
+        choices=("auto", "on", "off"),
+        role="neural",
+    )
     eval_batch_tokens: int = knob(
         0, "most tokens of a forward pass; 0 = 8192 on a CPU, else 65536", 0, role="runtime"
     )
@@ -114,7 +120,11 @@ class EvalConfig:
         role="ttt",
     )
     ttt_chunk: int = knob(
-        0, "tokens of a chunk: scored, then trained on; 0 = default of TTT", 0, 1 << 24, role="ttt"
+        0,
+        "tokens of a chunk: scored, then learned; 0 = 16 windows (lora: a quarter, bias: one)",
+        0,
+        1 << 24,
+        role="ttt",
     )
     ttt_lr: float = knob(0.0, "learning rate; 0 = default of TTT", 0, 1e3, role="ttt")
     ttt_epochs: int = knob(1, "chunks, lora: steps on each scored chunk", 1, 100, role="ttt")

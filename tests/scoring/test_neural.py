@@ -1,7 +1,9 @@
 """Neural scoring: each row is scored once, in a window that depends on earlier tokens alone."""
 
 import dataclasses
+import functools
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -14,7 +16,15 @@ from models import trained
 from fairway.scoring import neural as scoring
 from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.experts.temperature import TEMPERATURES
-from fairway.scoring.neural import KINDS, Neural, Windows, neural_columns, plan, times_scored
+from fairway.scoring.neural import (
+    KINDS,
+    Neural,
+    Windows,
+    make_neural,
+    neural_columns,
+    plan,
+    times_scored,
+)
 from fairway.scoring.settings import EvalConfig
 from train_gpt import BOS_ID, GPT, Runtime, UserError, mean_nats
 
@@ -304,6 +314,60 @@ def test_boundaries_are_the_rows_where_something_begins(model):
     assert found["window"].tolist() == [0, *range(16, 299, 4)]
     assert found["batch"].tolist() == found["window"][::12].tolist()
     assert scorer(model, eval_mode="cached").boundaries(tokens)["chunk"].tolist() == [0, 128, 256]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Let `compile` stop before machine code; return a function that counts graphs made so far."""
+    from torch._dynamo.utils import counters  # takes seconds to import
+
+    torch._dynamo.reset()
+    counters.clear()
+    scoring.compiled_window_logits.cache_clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield lambda: counters["stats"]["unique_graphs"]
+    scoring.compiled_window_logits.cache_clear()
+
+
+@pytest.mark.parametrize("settings", MODES[1:2], ids=str)
+def test_compiled_windows_score_as_plain_ones_and_are_compiled_once(model, graphs, settings):
+    """Windows at the end, in short documents, of single rows: all have the one shape."""
+    tokens, rows, plain = text(203), np.array([201, 0, 77]), scorer(model, **settings)
+    compiled = scorer(model, eval_compile="on", eval_batch_tokens=160, **settings)
+    scores = logp_of(compiled, tokens)
+    np.testing.assert_allclose(scores, logp_of(plain, tokens), rtol=0, atol=1e-5)
+    held, expected = (s.distributions(tokens, rows) for s in (compiled, plain))
+    np.testing.assert_allclose(held, expected, rtol=0, atol=1e-5)
+    again = scorer(model, eval_compile="on", eval_batch_tokens=160, **settings)  # the certificate's
+    assert np.array_equal(logp_of(again, tokens), scores) and graphs() == 1
+
+
+@pytest.mark.slow
+def test_learning_has_one_more_graph(model, graphs):
+    tokens, settings = text(203), dict(ttt="chunks", ttt_chunk=64, ttt_lr=0.01, eval_stride=4)
+    plain, compiled = (
+        make_neural(model, EvalConfig(eval_compile=how, **settings), ALONE) for how in ("off", "on")
+    )
+    found, expected = (logp_of(s, tokens) for s in (compiled, plain))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    assert len(compiled.digests) == 4 and graphs() == 2
+
+
+@pytest.mark.slow
+def test_machine_code_of_windows_scores_as_plain_ones(model):
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile on a CPU needs a C++ compiler")
+    tokens = text(203)
+    found, plain = (logp_of(scorer(model, eval_compile=how), tokens) for how in ("on", "auto"))
+    np.testing.assert_allclose(found, plain, rtol=0, atol=1e-5)
+    assert not np.array_equal(found, plain)  # it is other code
+
+
+def test_batches_hold_no_filler_alone(model):
+    """Five windows in batches of five are one batch, although shapes are multiples of four."""
+    neural = scorer(model, eval_batch_tokens=5 * scoring.ROUND)
+    batches = neural.batches(neural.plan(text(33)))
+    assert [b.tolist() for b in batches] == [[0, 1, 2, 3, 4]]
 
 
 # ---- Filling -------------------------------------------------------------------------------------
