@@ -228,7 +228,8 @@ def check_score_first(trial: Trial) -> tuple[str, dict]:
     Scoring a chunk and then learning from it is what makes test-time training legal (#77, #461,
     #549, #1413); learning first was ruled out (#402, #568, #677).
     """
-    x, scores = trial.x, trial.score(trial.x)
+    x = trial.text_of_two_chunks()
+    scores = trial.score(x)
     log = trial.commits()
     check_log(trial, log, scores)
     trial.score(x)

@@ -172,6 +172,13 @@ class Trial:
         step = self.rng.integers(1, self.vocab_size, len(tokens))
         return ((tokens.astype(np.int64) + step) % self.vocab_size).astype(tokens.dtype)
 
+    def text_of_two_chunks(self) -> np.ndarray:
+        """Return the excerpt, or a longer prefix if the scorer's second chunk begins behind it."""
+        second = int(self.kinds.get("chunk", np.zeros(0, np.int64)).min(initial=len(self.tokens)))
+        if len(self.x) - 1 > second or second == len(self.tokens):
+            return self.x
+        return np.array(self.tokens[: second + SHORTEST])
+
     # ==== CALLS ===================================================================================
     def call(self, name: str, tokens: np.ndarray, *more: int) -> Any:
         """Call a method of the scorer on a copy of `tokens`; whatever goes wrong becomes one line.

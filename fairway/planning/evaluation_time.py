@@ -16,7 +16,7 @@ STRIDE = 64  # EVAL_STRIDE's default
 # tokens twice (WARM), with kernels that are not fused: in a simulated pass those moved up to 133 GB
 # where compiled ones moved 17.
 CACHED_PIECE, CACHED_AGAIN, EAGER_TRAFFIC = 128, 9 / 8, 8.0
-TTT_CHUNK = 32_768  # the field's
+TTT_CHUNK = 16  # windows: the default of TTT_CHUNK, 32,768 tokens at the usual length
 # Of a step of test-time training whose chunk is shared by eight GPUs: its operators are not
 # compiled, and their launches take longer than their work. #549: 410 s less 98 s of sliding windows
 # over 3 epochs of 1,893 chunks; #1413: 293 s less 84 s over 3 of 1,238. 55 and 56 ms a step.
@@ -43,10 +43,11 @@ def cached_seconds(cfg: Any, machine: GpuHost, tokens: float) -> float:
 
 
 def ttt_seconds(cfg: Any, machine: GpuHost, tokens: float) -> float:
-    """Return seconds of plain blocks with one step on each chunk after it is scored."""
-    chunks = math.ceil(tokens / TTT_CHUNK)
-    work = sum(graph_seconds(cfg, machine, TTT_CHUNK / machine.count, bool(cfg.num_loops)))
-    return block_seconds(cfg, machine, tokens) + chunks * max(TTT_STEP_SECONDS, work)
+    """Return seconds of sliding windows with one step on each chunk after it is scored."""
+    chunk = TTT_CHUNK * cfg.train_seq_len
+    work = sum(graph_seconds(cfg, machine, chunk / machine.count, bool(cfg.num_loops)))
+    steps = math.ceil(tokens / chunk) * max(TTT_STEP_SECONDS, work)
+    return sliding_seconds(cfg, machine, tokens) + steps
 
 
 def block_seconds(cfg: Any, machine: GpuHost, tokens: float) -> float:

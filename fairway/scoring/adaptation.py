@@ -27,6 +27,8 @@ from fairway.scoring.neural import Neural, OnRows, Windows, in_float64, plan
 from fairway.scoring.settings import EvalConfig
 from train_gpt import GPT, Runtime, document_bounds
 
+PARTS = 8  # a chunk is cut into so many passes, whatever the number of ranks that share them
+
 
 def clipped(windows: Windows, cuts: np.ndarray) -> Windows:
     """Split windows at the rows `cuts`: the same rows with the same context, none across a cut."""
@@ -76,6 +78,23 @@ def weights_restored(params: list[nn.Parameter]) -> Iterator[None]:
         yield
     finally:
         torch._foreach_copy_([p.data for p in params], own)
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Let a backward pass on CUDA give equal bits each time, as on a CPU.
+
+    Attention's adds up the gradients of queries in the order of arrival otherwise.
+    """
+    how = torch.utils.deterministic
+    strict, filled = torch.are_deterministic_algorithms_enabled(), how.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)  # with warn_only, attention would only warn
+    how.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+        how.fill_uninitialized_memory = filled
 
 
 # ==== WHAT ALL FORMS SHARE ========================================================================
@@ -129,7 +148,8 @@ class Adapting(Neural, ABC):
         if 0 < self.cfg.ttt_seconds <= self.seconds_spent:
             return
         began = time.perf_counter()
-        learn()
+        with repeatable() if self.rt.device.type == "cuda" else contextlib.nullcontext():
+            learn()
         if self.cfg.ttt_seconds:
             if self.rt.device.type == "cuda":
                 torch.cuda.synchronize(self.rt.device)
@@ -160,6 +180,10 @@ class Streaming(Adapting):
     def plan(self, tokens: np.ndarray) -> Windows:
         """Return the windows of a text; none scores rows of two chunks."""
         return clipped(super().plan(tokens), self.chunk_starts(tokens))
+
+    def batch_size(self, length: int) -> int:
+        """Return how many windows one pass scores: at most an eighth of a chunk's."""
+        return min(super().batch_size(length), -(-self.chunk // (self.stride * PARTS)))
 
     def reread(self, tokens: np.ndarray, windows: Windows) -> None:
         """Compute again what learning needs from a chunk's scoring, if its rows are on disk."""
@@ -277,8 +301,11 @@ class Chunks(Streaming):
         return 0.128 / self.model.cfg.model_dim
 
     def default_chunk(self) -> int:
-        """Return a window. Shorter chunks gain more and cost more: each is read with context."""
-        return self.length
+        """Return 16 windows, two for each of eight ranks: 32,768 tokens at the usual length (#549).
+
+        Shorter chunks gain more, but chunks follow one another, and each costs a step.
+        """
+        return 16 * self.length
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[None]:
@@ -295,18 +322,19 @@ class Chunks(Streaming):
     def gradients(self, tokens: np.ndarray, first: int, end: int) -> list[Tensor]:
         """Return the gradients of the rows' mean loss, [1, n] for each parameter.
 
-        The rows are cut into sequences as long as a window, which the ranks share. Sums are in
-        float64, so that the number of ranks makes no difference.
+        The rows are cut into sequences as long as a window, and these into passes that the ranks
+        share. Their number decides neither the passes nor, as sums are in float64, their sum.
         """
         begin = np.arange(first, end, self.length)
         stop = np.minimum(begin + self.length, end)
         windows = Windows(np.maximum(stop - self.length, 0), begin, stop)
-        size, width = self.batch_size(self.length), int((stop - windows.start).max())
+        size = min(self.batch_size(self.length), -(-len(begin) // PARTS))
+        batches = np.pad(np.arange(len(begin)), (0, -len(begin) % size), constant_values=-1)
+        width = self.length if self.fixed_shape else int((stop - windows.start).max())
         wide = torch.float32 if self.rt.device.type == "mps" else torch.float64
         sums = [torch.zeros_like(p, dtype=wide) for p in self.params]
-        own = np.arange(len(begin))[self.rt.mine]
-        for at in range(0, len(own), size):
-            loss = self.losses(tokens, windows.pick(own[at : at + size]), width).sum()
+        for batch in batches.reshape(-1, size)[self.rt.mine]:
+            loss = self.losses(tokens, windows.pick(batch), width).sum()
             parts = torch.autograd.grad(loss / (end - first), self.params, materialize_grads=True)
             torch._foreach_add_(sums, parts)
         sum_over_ranks(sums, self.rt)
@@ -339,8 +367,8 @@ class Bias(Streaming):
         return 15.0
 
     def default_chunk(self) -> int:
-        """Return 256: shorter chunks gain more, but leave a GPU idle."""
-        return 256
+        """Return a window, which ranks share: shorter chunks gain more, but leave a GPU idle."""
+        return self.length
 
     @contextlib.contextmanager
     def fresh(self) -> Iterator[None]:
@@ -457,6 +485,7 @@ class Lora(Adapting):
     def __init__(self, model: GPT, cfg: EvalConfig, rt: Runtime):
         super().__init__(model, cfg, rt)
         self.chunk = min(self.chunk, self.length)
+        self.compiled = False  # the adapters' hooks are no part of compiled code
         # On a CPU lanes are no faster, and idle ones would have to be computed all the same.
         lanes = 1 if rt.device.type == "cpu" else self.batch_size(self.length)
         self.adapters = Adapters(model, cfg.ttt_rank, lanes)

@@ -22,7 +22,7 @@ from fairway.certificate.judge import Certificate, Verdict, certify
 from fairway.certificate.synthetic import synthetic_tokens
 from fairway.scoring.commits import CHAIN_START, Commit, chained, verify_chain
 from fairway.scoring.shipped import counted_code_bytes, imported_code
-from tests.zoo import CHEATS, HONEST, UNSEEN, certificate_of, zoo_table
+from tests.zoo import CHEATS, HONEST, UNSEEN, certificate_of, honest, zoo_table
 from tests.zoo.honest import TABLE, TEXT, TOKENIZER, Bigram, Smeared, Uniform, V
 from train_gpt import BOS_ID, ByteTable, UserError, write_shard
 
@@ -75,6 +75,25 @@ def test_every_verdict_is_one_line_and_goes_into_json(kind):
 
 def test_every_rule_is_broken_by_some_cheat():
     assert {kind.breaks for kind in CHEATS} == set(RULES)
+
+
+class CountsChunks(honest.ScoreFirst):
+    """Commits the number of the chunk in place of a digest of what it learned."""
+
+    def rows(self, tokens: np.ndarray) -> np.ndarray:
+        held = super().rows(tokens)
+        self.states = [str(nth) for nth in range(len(self.states))]
+        return held
+
+
+def test_a_chunk_longer_than_the_excerpt_is_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(honest, "CHUNK", 600)
+    verdict = verdict_on(certificate_of(honest.ScoreFirst), "score first")
+    assert (
+        verdict.verdict == "ok" and verdict.details["adaptive"] and verdict.details["commits"] == 2
+    )
+    verdict = verdict_on(certificate_of(CountsChunks), "score first")
+    assert verdict.verdict == "FAIL" and "no digest of what was learned" in verdict.figure
 
 
 def test_a_rule_about_something_the_scorer_does_not_offer_cannot_tell():

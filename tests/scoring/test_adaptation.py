@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,7 +76,11 @@ def test_the_factory_gives_what_ttt_asks_for(model):
     kinds = {ttt: type(scorer(model, ttt)) for ttt in ("none", *TTT)}
     assert kinds == dict(none=Neural, chunks=Chunks, lora=Lora, bias=Bias)
     assert [scorer(model, ttt, ttt_lr=0.0).rate for ttt in TTT] == [0.004, 0.002, 15.0]
-    assert [scorer(model, ttt, ttt_chunk=0).chunk for ttt in TTT] == [LENGTH, LENGTH // 4, 256]
+    assert [scorer(model, ttt, ttt_chunk=0).chunk for ttt in TTT] == [
+        16 * LENGTH,
+        LENGTH // 4,
+        LENGTH,
+    ]
     assert not scorer(model, "chunks", eval_mode="cached").cached
 
 
@@ -285,6 +290,25 @@ def test_distributions_are_those_that_scoring_used(model, ttt, lanes):
     assert learns.distributions(tokens, np.array([], np.int64)).shape == (0, V)
 
 
+def test_learning_is_repeatable_on_cuda_and_the_switch_is_put_back(model):
+    learns, inside = scorer(model, "chunks"), []
+    for device in ("cpu", "cuda"):
+        learns.rt = ALONE._replace(device=torch.device(device))
+        learns.learn_in_time(
+            lambda: inside.append(
+                (
+                    torch.are_deterministic_algorithms_enabled(),
+                    torch.is_deterministic_algorithms_warn_only_enabled(),
+                )
+            )
+        )
+    assert inside == [(False, False), (True, False)]
+    with pytest.raises(ZeroDivisionError):
+        learns.learn_in_time(lambda: 1 / 0)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
 # ---- What stays ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("ttt", TTT)
 def test_a_scorer_forgets_each_text_also_when_it_is_interrupted(model, ttt):
@@ -424,6 +448,40 @@ def test_ranks_share_the_work_and_learn_the_same(model, ttt, monkeypatch):
         and len(scored_rows[1])
         and sorted(scored_rows[0] + scored_rows[1]) == list(range(179))
     )
+
+
+def test_any_number_of_ranks_learns_the_same_bits(model, monkeypatch):
+    """A chunk of 10 sequences is learned in five passes of two and scored in passes of five."""
+    tokens, settings = text(size=1000), dict(ttt_chunk=320, eval_batch_tokens=1024)
+    alone, passes = scorer(model, "chunks", **settings), []
+    losses = Chunks.losses
+    monkeypatch.setattr(
+        Chunks, "losses", lambda *given: (passes.append(len(given[2].start)), losses(*given))[1]
+    )
+    base = filled(alone, tokens)
+    assert passes == [2] * 15 and len(alone.digests) == 4
+    for world in (2, 3):
+        columns, digests = columns_in_memory(999, {"logp": "f8"}), {}
+        models, scored = [small_model() for _ in range(world)], [[] for _ in range(world)]
+
+        def work(rt: Runtime, columns=columns, digests=digests, models=models, scored=scored):
+            learns = scorer(models[rt.rank], "chunks", rt, **settings)
+            learns.fill(tokens, columns, None, lambda rows, _: scored[rt.rank].extend(rows))
+            digests[rt.rank] = learns.digests
+
+        Ranks(world, monkeypatch).run(work)
+        assert np.array_equal(columns["logp"], base) and min(map(len, scored)) > 200
+        assert all(digests[rank] == alone.digests for rank in range(world))
+
+
+def test_serial_steps_of_the_challenge_are_1893(model):
+    """One step follows each chunk but the last; chunks of one window would be 30,284."""
+    long = replace(model.cfg, train_seq_len=2048, train_batch_tokens=8 * 2048)
+    chunks = Chunks(GPT(long), EvalConfig(ttt="chunks"), ALONE)
+    starts = chunks.chunk_starts(np.broadcast_to(np.uint16(7), 62_021_633))
+    assert chunks.chunk == 32_768 and len(starts) == 1893
+    # Eight ranks score 64 windows each, and learn two sequences of 2,048.
+    assert chunks.chunk // chunks.stride // adapt.PARTS == 64 and chunks.batch_size(2048) == 4
 
 
 def test_documents_side_by_side_learn_as_they_do_alone(model):

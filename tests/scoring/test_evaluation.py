@@ -304,6 +304,18 @@ def test_a_first_rank_that_needs_longer_than_the_timeout_gives_the_score_of_one(
     assert left["0"] - left["1"] >= 24
 
 
+@pytest.mark.slow
+def test_two_ranks_that_learn_give_the_scores_of_one(env, tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    scores = []
+    for name, launcher in (("one", (sys.executable,)), ("two", torchrun)):
+        settings = env(tmp_path / name, TTT="chunks", TTT_CHUNK=512, DEVICE="cpu")
+        done = run(settings, launcher=launcher)
+        assert done.returncode == 0, done.stderr[-2000:]
+        scores.append(np.load(tmp_path / name / "eval/final_logp.npy"))
+    assert len(scores[0]) > 1024 and np.abs(scores[0] - scores[1]).max() < 1e-5
+
+
 def test_the_score_alone_needs_one_neural_pass_and_no_other_mixture(finished, env, here, tmp_path):
     _, _, compared = finished
     done = here(eval_final.main, env(tmp_path), [])
