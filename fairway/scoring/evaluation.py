@@ -45,7 +45,7 @@ DELAY = 1024  # tokens; the last comparison shows what experts gain that know on
 UNCOUNTED_STAGES = ("ablation", "delayed", "correction", "certificate", "proof")
 TRACE_POINTS = 256  # points of the mixture weights over the text, in score.json
 # Settings that decide the neural columns; other values need other columns.
-NEURAL_SETTINGS = names_with_role(EvalConfig, "neural", "ttt")
+NEURAL_SETTINGS = (*names_with_role(EvalConfig, "neural", "ttt"), "eval_compile")
 
 
 class Evaluation:

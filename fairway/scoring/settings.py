@@ -66,7 +66,7 @@ class EvalConfig:
         "auto",
         "torch.compile of the pass over windows; auto: on CUDA. It rounds in another way",
         choices=("auto", "on", "off"),
-        role="neural",
+        role="runtime",
     )
     eval_batch_tokens: int = knob(
         0, "most tokens of a forward pass; 0 = 8192 on a CPU, else 65536", 0, role="runtime"
