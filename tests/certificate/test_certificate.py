@@ -307,18 +307,22 @@ def test_the_chain_of_a_known_commit():
 
 # ---- Speed, progress, threads --------------------------------------------------------------------
 def test_the_time_is_kept_and_progress_reported():
+    """Beyond the second, a certificate may cost what one costs that has next to no time."""
     heard, start = [], time.perf_counter()
+    certify(Bigram(), TEXT, seconds=0.01)
+    least, start = time.perf_counter() - start, time.perf_counter()
     certificate = certify(
         Bigram(),
         TEXT,
         seconds=1.0,
         on_progress=lambda rule, fraction: heard.append((rule, fraction)),
     )
-    assert time.perf_counter() - start < 10
+    taken = time.perf_counter() - start
+    assert taken < 3 + 3 * least
     assert [rule for rule, _ in heard] == RULES and [f for _, f in heard] == sorted(
         f for _, f in heard
     )
-    assert certificate.about["seconds"] < 10
+    assert certificate.about["seconds"] == pytest.approx(taken, abs=0.1)
 
 
 def test_a_thread_that_cannot_be_interrupted_still_judges():

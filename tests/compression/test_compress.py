@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -388,7 +389,12 @@ def test_500_mutations_are_refused_in_time_and_memory(compressor):
     What passes changed nothing that matters: torch's version, the number of threads, a file name.
     """
     files = [("x", CORNERS["text"][:60]), ("y", b"\xff\0 the")]
-    blob, r, seconds, refusals = compressor.encode(files, None, 4), random.Random(1), 0.0, 0
+    blob, r, slowest, refusals = compressor.encode(files, None, 4), random.Random(1), 0.0, 0
+    honest = math.inf
+    for _ in range(2):  # the first compiles
+        began = time.process_time()
+        compressor.decode(*parse_bitstream(blob, "f"))
+        honest = min(honest, time.process_time() - began)
     for n in range(500):
         bad, began = (
             mutated(blob, r) if n % 2 else sealed(mutated(blob[8:], r)),
@@ -402,8 +408,8 @@ def test_500_mutations_are_refused_in_time_and_memory(compressor):
         except UserError as e:
             refusals += 1
             assert "\n" not in str(e) and 10 < len(str(e)) < 600
-        seconds = max(seconds, time.process_time() - began)
-    assert refusals > 450 and seconds < 5
+        slowest = max(slowest, time.process_time() - began)
+    assert refusals > 450 and slowest < 30 * honest
 
 
 # ==== INTERRUPTED =================================================================================

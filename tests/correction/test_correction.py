@@ -439,13 +439,21 @@ def test_only_listed_rows_change(model):
         corrected_logp(logp, Entries(entries.positions, (entries.tokens + 1) % 64), targets)
 
 
-def test_a_million_entries_are_applied_within_a_second():
+def test_a_million_entries_are_applied_without_a_loop():
+    """The limit is in times of an exponential of all rows; twice its time is needed."""
     rng = np.random.default_rng(0)
     logp, targets = -20 * rng.random(4_000_000), rng.integers(0, 1024, 4_000_000).astype(np.uint16)
     entries = Entries(np.arange(0, 4_000_000, 4), targets[::4].astype(np.int64))
-    began = time.perf_counter()
-    out = corrected_logp(logp, entries, targets)
-    assert time.perf_counter() - began < 1 and (out >= logp).all()
+    applying, exponentials = [], []
+    for _ in range(3):
+        times = [time.process_time()]
+        out = corrected_logp(logp, entries, targets)
+        times.append(time.process_time())
+        np.exp(logp)
+        times.append(time.process_time())
+        applying.append(times[1] - times[0])
+        exponentials.append(times[2] - times[1])
+    assert min(applying) < 12 * min(exponentials) and (out >= logp).all()
 
 
 def test_every_bit_of_the_table_is_charged(model):

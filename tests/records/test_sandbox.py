@@ -88,10 +88,10 @@ def test_time_memory_and_output_have_limits(ran):
     start = time.monotonic()
     ended = ran(
         "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', 'import time; "
-        "time.sleep(60)'])\ntime.sleep(60)",
+        "time.sleep(600)'])\ntime.sleep(600)",
         seconds=0.4,
     )
-    assert ended.code is None and time.monotonic() - start < 10
+    assert ended.code is None and time.monotonic() - start < 60
     assert ran("x = bytearray(20 << 30)").code not in (0, None)
     assert len(ran("print('x' * 1000000)").output) <= 64 << 10
 
