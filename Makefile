@@ -1,7 +1,7 @@
 # make run        install, prepare the embedded corpus, train (PRESET=cpu), score and certify
 # make report     draw the pages and pictures of that run
 # make test       the fast tests; make test-apple: those of MLX and CoreML, on Linux too;
-#                 make test-slow: those behind the marker
+#                 make test-slow: those behind the marker; make test-torch: other versions of torch
 # make lint       layout and lint
 # make bench      every figure of docs/RESULTS.md that fits this machine
 # make apple      also install what train_gpt_mlx.py and fairway export-coreml need
@@ -18,7 +18,7 @@ CORPUS := data/embedded/manifest.json
 # never spin are always slower.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: run report data apple test test-apple test-slow lint bench clean
+.PHONY: run report data apple test test-apple test-slow test-torch lint bench clean
 .DELETE_ON_ERROR:
 
 run: $(OUT)/logs/eval.done
@@ -63,8 +63,9 @@ $(APPLE): requirements-apple.txt $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-apple.txt
 	@touch $@
 
-# One process a core, four at most, a file of tests each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# One process a core, four at most, a file of tests each, in the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile \
+  --no-loadscope-reorder
 
 test: $(INSTALLED)
 	$(PYTEST) -m "not slow and not apple"
@@ -72,6 +73,9 @@ test: $(INSTALLED)
 # MLX would compile a shared object for each kernel with g++ on Linux, a minute and a half for the first step.
 test-apple: $(APPLE)
 	MLX_DISABLE_COMPILE=1 $(PYTEST) -m "apple and not slow"
+
+test-torch: $(INSTALLED)
+	tests/other_torch.sh
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -1,6 +1,7 @@
 """Fixtures that all tests share: a tiny corpus, and the trainer, in this process or its own."""
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -119,6 +120,19 @@ class Corpus(NamedTuple):
     vocab_size: int
     tokenizer: sentencepiece.SentencePieceProcessor
     texts: list[str]  # of the training shards
+
+
+# Files that take longest, longest first. They start first, so that no process runs one while the
+# others have nothing left to do.
+LONGEST = """
+trainer/test_training.py scoring/test_evaluation.py scoring/test_mixed.py scoring/test_adaptation.py
+trainer/test_train_gpt_mlx.py data/test_data_prepare.py trainer/test_artifact.py
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {ROOT / "tests" / name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -236,21 +250,34 @@ def trainer_here(trainer_env, capsys):
 
 
 @pytest.fixture(scope="session")
-def trained_artifact(run_trainer, tmp_path_factory) -> Path:
-    """Return the artifact of a small model that has learned a little, in thirty steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    done = run_trainer(
-        folder,
-        ITERATIONS=30,
-        MODEL_DIM=32,
-        NUM_HEADS=4,
-        NUM_KV_HEADS=2,
-        BIGRAM_DIM=8,
-        CODEC="brotli",
-        MAX_WALLCLOCK_SECONDS=0,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "final_model.int6.ptz"
+def trained_artifact(trainer_env, tmp_path_factory) -> Path:
+    """Return the artifact of a small model that has learned a little, in thirty steps.
+
+    All processes of a test run share it; the first trains, and the others wait.
+    """
+    folder = shared_folder(tmp_path_factory) / "trained"
+    artifact = folder / "final_model.int6.ptz"
+    with open(folder.parent / "trained.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not artifact.exists():
+            settings = dict(
+                ITERATIONS=30,
+                MODEL_DIM=32,
+                NUM_HEADS=4,
+                NUM_KV_HEADS=2,
+                BIGRAM_DIM=8,
+                CODEC="brotli",
+                MAX_WALLCLOCK_SECONDS=0,
+            )
+            with own_signals(120), contextlib.redirect_stdout(StringIO()):
+                train_gpt.main(trainer_env(folder, **settings))
+    return artifact
+
+
+def shared_folder(tmp_path_factory) -> Path:
+    """Return the folder that all processes of a test run share."""
+    base = Path(tmp_path_factory.getbasetemp())
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def read_events(out_dir: Path, run_id: str = "test") -> list[dict]:
@@ -294,9 +321,7 @@ def exported(tmp_path_factory, corpus):
     source = ExportSource.read(make_artifact(folder, corpus, num_layers=2, **features))
     sha256 = file_sha256(source.path)
     text = read_shard(corpus.folder / "tiny_train_000000.bin")[:400]
-    base = Path(tmp_path_factory.getbasetemp())
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    shared = base / f"shards-{sha256[:12]}"
+    shared = shared_folder(tmp_path_factory) / f"shards-{sha256[:12]}"
 
     def get(**options) -> Path:
         options = ExportOptions(**options)
