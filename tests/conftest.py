@@ -184,9 +184,9 @@ def trainer_env(corpus):
 
 @pytest.fixture(scope="session")
 def run_trainer(trainer_env):
-    """Return `run_trainer(out_dir, timeout=120, **settings)`, which runs train_gpt.py."""
+    """Return `run_trainer(out_dir, timeout=600, **settings)`, which runs train_gpt.py."""
 
-    def run(out_dir, timeout: float = 120, **settings) -> Result:
+    def run(out_dir, timeout: float = 600, **settings) -> Result:
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         env = trainer_env(out_dir, **settings)
         done = subprocess.run(

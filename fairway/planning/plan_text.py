@@ -60,10 +60,9 @@ def run_lines(plan: RunPlan) -> Iterator[str]:
         ms = rounded(1000 * stage.step.total)
         yield f"{stage.name:18}{stage.steps:8,.0f} steps of {ms} ms, {stage.seconds:,.0f} s"
     tokens = plan.steps * plan.cfg.train_batch_tokens / 1e9
-    yield (
-        f"{plan.steps:,.0f} steps, {rounded(1000 * plan.step_seconds)} ms on average, "
-        f"{rounded(tokens)} G tokens in {plan.train_seconds:,.0f} s, MFU {100 * plan.mfu:.0f} %"
-    )
+    ms = rounded(1000 * plan.step_seconds)
+    yield f"{plan.steps:,.0f} steps, {ms} ms on average, MFU {100 * plan.mfu:.0f} %"
+    yield f"{rounded(tokens)} G tokens in {plan.train_seconds:,.0f} s"
 
 
 def memory_lines(plan: RunPlan) -> Iterator[str]:

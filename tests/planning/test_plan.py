@@ -294,7 +294,7 @@ def test_the_page_answers_each_question(capsys):
 def test_what_cannot_work_is_said(words, warning, capsys):
     assert main(["plan", "--preset", "frontier", *words]) == 0
     assert warning in capsys.readouterr().out
-    assert main(["plan", "--preset", "cpu"]) == 0
+    assert main(["plan", "--preset", "consensus"]) == 0
     assert warning not in capsys.readouterr().out
 
 

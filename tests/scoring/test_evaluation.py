@@ -35,6 +35,7 @@ COUNTED = SCORING - {"fairway/scoring/adaptation.py", "fairway/scoring/ablation.
     "train_gpt.py",
     "eval_final.py",
     "fairway/__init__.py",
+    "fairway/artifact_reader.py",
     "fairway/command_line.py",
 }
 LADDER = ["neural, windows side by side", "neural, sliding", "+ experts, mixed: final"]
