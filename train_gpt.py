@@ -5,20 +5,13 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs
 
 Settings are environment variables; --help lists them. This file imports nothing of its repository,
-and importing it has no effect. Its sections follow the data:
-
-    SETTINGS     names, limits, presets         SCHEDULES     learning rate, momentum, averages
-    DATA         shards and bytes of tokens     RUNTIME       devices, ranks, the log
-    QUANTISER    weights to codes               TRAINING      the loop and its steps
-    CODECS       codes to bytes                 CHECKPOINTS   stop and resume
-    ARTIFACT     the file that ships            EXPORT        choose, round, fit, score
-    MODEL        embedding to logits            MAIN          the order of a run
-    OPTIMISERS   Muon and AdamW
+and importing it has no effect. Its sections, from SETTINGS to MAIN, follow the data.
 """
 
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import difflib
 import functools
@@ -94,6 +87,7 @@ class Config:
     min_lr: float = knob(0.0, "last rate, as part of the peak", 0, 1, role="schedule")
     train_batch_tokens: int = knob(524_288, "tokens a step, all devices", 8, role="schedule")
     micro_batch_tokens: int = knob(0, "tokens a pass; 0 = batch / 8", 0, role="runtime")
+    exact_sums: bool = knob(False, "equal bits on 1 to 8 CPU ranks; slower", role="schedule")
     holdout_tokens: int = knob(262_144, "held out to judge averages", 1, role="schedule")
     qat_start_frac: float = knob(1.0, "part before QAT; 1 = no QAT", 0, 1, role="schedule")
     swa_start_frac: float = knob(1.0, "part before SWA; 1 = no SWA", 0, 1, role="schedule")
@@ -153,16 +147,14 @@ class Config:
     extra_code_files: str = knob("", "files counted too, with commas between", role="size")
     embed_tokenizer: bool = knob(False, "put the tokenizer into the artifact", role="size")
     gptq: bool = knob(False, "round with Hessians of training batches", role="rounding")
-    gptq_reserve_seconds: float = knob(10.0, "of training kept for GPTQ", 0, role="rounding")
 
     def __post_init__(self) -> None:
         for f in fields(self):
             check_value(f, getattr(self, f.name))
         D, H, G, R = self.model_dim, self.num_heads, self.num_kv_heads, self.rope_dims
         C, batch, eight = D // H, self.train_batch_tokens, 8 * self.train_seq_len
-        first, layers, cap = self.loop_start, self.num_layers, self.max_wallclock_seconds
+        first, layers = self.loop_start, self.num_layers
         looped = not self.num_loops or first <= self.loop_end < layers
-        reserved = not self.gptq or self.gptq_reserve_seconds < (cap or math.inf)
         for name, valid, rule in (
             ("model_dim", D % H == 0, f"a multiple of NUM_HEADS={H}"),
             ("num_heads", H % G == 0, f"a multiple of NUM_KV_HEADS={G}"),
@@ -170,7 +162,6 @@ class Config:
             ("train_batch_tokens", not batch % eight, f"a multiple of {eight} (8 x TRAIN_SEQ_LEN)"),
             ("bigram_vocab_size", self.bigram_vocab_size != 1, "0 or at least 2"),
             ("loop_end", looped, f"from LOOP_START={first} to below NUM_LAYERS={layers}"),
-            ("gptq_reserve_seconds", reserved, f"below MAX_WALLCLOCK_SECONDS={cap}"),
         ):
             if not valid:
                 raise UserError(f"{name.upper()} is {getattr(self, name)}; it must be {rule}")
@@ -209,9 +200,8 @@ def check_value(f: Field, value: Any) -> None:
     if type(value) is not kind:
         raise UserError(f"{name} is {value!r:.60}, not {kind.__name__}")
     if choices and value not in choices:
-        raise UserError(
-            f"{name} is {value!r}; it must be one of {', '.join(filter(None, choices))}"
-        )
+        allowed = ", ".join(filter(None, choices))
+        raise UserError(f"{name} is {value!r}; it must be one of {allowed}")
     # NaN, which compares false with everything, is refused too.
     if low is not None and not (low <= value < math.inf and value <= (high or math.inf)):
         raise UserError(f"{name} is {value}; it must be from {low} to {high or 'any finite value'}")
@@ -225,7 +215,7 @@ LATE_QAT_THRESHOLD=QAT_START_FRAC; SWA_ENABLED=SWA_START_FRAC (1 is never); COMP
 EMA_ENABLED=EMA_DECAY (0 is none); MATRIX_BITS=ATTN_BITS and MLP_BITS; GPTQ_ENABLED=GPTQ;
 BIGRAM_BUCKETS=BIGRAM_VOCAB_SIZE; EMBED_LR=TIED_EMBED_LR; HEAD_LR=TIED_EMBED_LR;
 TIE_EMBEDDINGS=nothing (they are always tied); BATCH_SIZE=TRAIN_BATCH_TOKENS; SEQ_LEN=TRAIN_SEQ_LEN;
-CONTROL_TENSOR_NAME_PATTERNS=nothing (vectors and gates are fp16); MAX_STEPS=ITERATIONS
+MAX_STEPS=ITERATIONS; GPTQ_RESERVE_SECONDS=nothing (the choices at the end are timed in warm-up)
 """
 FOREIGN_NAMES = dict(pair.split("=", 1) for pair in " ".join(FOREIGN_TEXT.split()).split("; "))
 
@@ -406,9 +396,9 @@ class TokenStream:
     def __init__(self, shards: list[np.ndarray]):
         self.shards, self.at, self.ends = shards, 0, np.cumsum([len(s) for s in shards])
 
-    def peek(self, count: int) -> np.ndarray:
-        """Return the next `count` tokens, int64, without moving on."""
-        parts, at = [], self.at
+    def peek(self, count: int, ahead: int = 0) -> np.ndarray:
+        """Return `count` tokens, int64, from `ahead` tokens further on, without moving on."""
+        parts, at = [], self.at + ahead
         while count:
             at %= int(self.ends[-1])
             i = int(np.searchsorted(self.ends, at, side="right"))
@@ -416,11 +406,6 @@ class TokenStream:
             parts.append(self.shards[i][start : start + count])
             count, at = count - len(parts[-1]), at + len(parts[-1])
         return np.concatenate(parts).astype(np.int64)
-
-    def take(self, count: int) -> np.ndarray:
-        """Return the next `count` tokens and one more: inputs and, one further, their targets."""
-        tokens, self.at = self.peek(count + 1), (self.at + count) % int(self.ends[-1])
-        return tokens
 
 
 class Data(NamedTuple):
@@ -502,7 +487,7 @@ def row_steps(weight: Tensor, k: float, bits: int) -> Tensor:
     """Return the step of each row, [..., rows, 1], exact in bf16 since that is what is stored."""
     rms = weight.float().square().mean(dim=-1, keepdim=True).sqrt()
     step = (rms * (max(k, LEAST_K[bits]) / levels(bits))).bfloat16().float()
-    return torch.where(step > 0, step, 1.0)
+    return step.masked_fill(step == 0, 1.0)
 
 
 def to_codes(weight: Tensor, step: Tensor, bits: int) -> Tensor:
@@ -615,7 +600,7 @@ TABLE_SUM = 2**24 - 256  # constriction adds 1 to each of the 256 counts, which 
 BOTTOM = np.array([0x59415746], np.uint32)
 
 
-class CodecError(ValueError):
+class CodecError(UserError):
     """A payload that the encoder cannot have written."""
 
 
@@ -846,8 +831,7 @@ def decode_artifact(data: bytes) -> Artifact:
     if hashlib.sha256(parts).hexdigest() != header["payload_sha256"]:
         raise UserError("the artifact on disk differs from what was written; RESUME=1 rewrites it")
     payload, inside = parts[: header["payload_bytes"]], parts[header["payload_bytes"] :]
-    model = header["model"]
-    cfg = Config(**model, train_batch_tokens=8 * model["train_seq_len"])
+    cfg = Config(**header["model"], train_batch_tokens=8 * header["model"]["train_seq_len"])
     weights = {name: r.weight() for name, r in decode_tensors(header, payload).items()}
     return Artifact(cfg, weights, brotli.decompress(inside) if inside else b"", header)
 
@@ -1079,8 +1063,60 @@ def initialise(model: GPT, cfg: Config) -> None:
         model.bigram.table.weight.zero_()  # not the projection too: both at zero never learn
 
 
+# ==== WEIGHTS =====================================================================================
+# All weights lie in one buffer, those of equal shape and rounding side by side: one operation then
+# does what would take one a tensor, and a step launches some hundred kernels instead of thousands.
+
+
+class Buffer:
+    """One tensor with a place for every weight of a model; `params` and `banks` are views of it.
+
+    A bank is a stack of matrices of one kind, rounding and shape, or all vectors in a row. The last
+    number is no weight: with gradients, it is the loss.
+    """
+
+    def __init__(self, model: GPT, flat: Tensor | None = None, dtype=torch.float32):
+        parameters, groups, views, end = dict(model.named_parameters()), {}, {}, 0
+        for name, p in parameters.items():
+            kind = "matrix" if name.endswith(".weight") else "vector"
+            kind = "embedding" if name in ("tok_emb.weight", "bigram.table.weight") else kind
+            key = kind, tensor_bits(name, model.cfg), () if kind == "vector" else (*p.shape,)
+            groups.setdefault(key, []).append(name)
+        total = 1 + sum(p.numel() + 31 for p in parameters.values())
+        self.flat = torch.zeros(total, dtype=dtype, device=p.device) if flat is None else flat
+        self.keys, self.banks = list(groups), []
+        for (kind, _, shape), names in groups.items():
+            start = end
+            for name in names:  # vectors are padded with zeros: compiled code copies unaligned ones
+                size = parameters[name].numel()
+                views[name] = self.flat[end : end + size].view(parameters[name].shape)
+                end += size + (-size % 32 if kind == "vector" else 0)
+            self.banks.append(self.flat[start:end].view(-1, *shape))
+            end += -end % 32
+        self.params = [views[name] for name in parameters]
+
+
+def use_weights(params: list[nn.Parameter], values: list[Tensor]) -> None:
+    """Let a model compute with these values; nothing is copied."""
+    for p, value in zip(params, values, strict=True):
+        p.data = value.detach()
+
+
+def rounded_parameters(model: GPT, k: float, values=None, factors=None) -> list[Tensor]:
+    """Return what the artifact would hold at this k for each parameter, or for `values`."""
+    names, own = zip(*model.named_parameters(), strict=True)
+    rounded = quantised(dict(zip(names, values or own, strict=True)), k, model.cfg, factors or {})
+    return [r.weight() for r in rounded.values()]
+
+
+def rounded_banks(banks: list[Tensor], steps: list[Tensor], bits: list[int]) -> list[Tensor]:
+    """Return banks as the export rounds them; compiled, they are read and written once."""
+    trios = zip(banks, steps, bits, strict=True)
+    return [quantise(w, 0, b).weight() if s is None else to_codes(w, s, b) * s for w, s, b in trios]
+
+
 # ==== OPTIMISERS ==================================================================================
-# Muon for matrices (Keller Jordan, 2024), AdamW for embeddings and all else, each in one group.
+# Muon for matrices (Keller Jordan, 2024), AdamW for embeddings and all else, over banks of weights.
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)]  # one quintic for all steps (Keller Jordan)
 POLAR_EXPRESS = [  # the best polynomial for each step (arXiv 2505.16932, #1787)
     (8.156554524902, -22.483292925578, 15.878769915207),
@@ -1099,73 +1135,67 @@ def orthogonalised(g: Tensor, steps: int, coefficients: list[tuple[float, float,
     for i in range(steps):
         a, b, c = coefficients[min(i, len(coefficients) - 1)]
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised, with decoupled weight decay; ranks share the work."""
+    """Nesterov momentum, orthogonalised, and weight decay; ranks share the work, bank by bank."""
 
-    def __init__(self, params: list[nn.Parameter], cfg: Config, rt: Runtime):
+    def __init__(self, banks: list[Tensor], cfg: Config, rt: Runtime):
         lr, wd, momentum = cfg.matrix_lr, cfg.muon_wd, cfg.muon_momentum
-        super().__init__(params, dict(lr=lr, peak_lr=lr, momentum=momentum, wd=wd))
+        super().__init__(banks, dict(lr=lr, peak_lr=lr, momentum=momentum, wd=wd))
         self.rt, self.steps, self.row_normalize = rt, cfg.muon_backend_steps, cfg.muon_row_normalize
         self.coefficients = POLAR_EXPRESS if cfg.muon_polar_express else NEWTON_SCHULZ
 
     @torch.no_grad()
     def step(self) -> None:
-        group, by_shape, stacks = self.param_groups[0], {}, []
-        for p in group["params"]:
-            if p.grad is not None:
-                by_shape.setdefault(p.shape, []).append(p)
-        for params in by_shape.values():
-            moved = torch.stack([self.direction(p, group["momentum"]) for p in params])
-            stacks.append(self.share(moved))
-        all_reduce_flat(stacks, self.rt)
-        for (shape, params), stack in zip(by_shape.items(), stacks, strict=True):
-            torch._foreach_mul_(params, 1 - group["lr"] * group["wd"])
-            rate = -group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-            torch._foreach_add_(params, list(stack.float()), alpha=rate)
+        group, moves = self.param_groups[0], []
+        for bank in (banks := group["params"]):
+            # Every rank holds every momentum, so that a checkpoint of one rank is complete.
+            if not (state := self.state[bank]):
+                state["momentum"] = torch.zeros_like(bank)
+            average = state["momentum"].mul_(group["momentum"]).add_(bank.grad)
+            moves.append(self.share(bank.grad.add(average, alpha=group["momentum"])))
+        for bank, (move, exchange) in zip(banks, moves, strict=True):
+            if exchange:
+                exchange.wait()
+            rate = group["lr"] * max(1, bank.size(1) / bank.size(2)) ** 0.5
+            bank.mul_(1 - group["lr"] * group["wd"]).add_(move[: len(bank)], alpha=-rate)
 
-    def direction(self, p: nn.Parameter, momentum: float) -> Tensor:
-        # Every rank holds every momentum, so that a checkpoint of one rank is complete.
-        if not (state := self.state[p]):
-            state["momentum"] = torch.zeros_like(p)
-        moved = p.grad + momentum * state["momentum"].mul_(momentum).add_(p.grad)
-        # Rows of equal length first: MuonEq-R, 0.001 BPB (#1285).
-        return moved / (moved.norm(dim=1, keepdim=True) + 1e-7) if self.row_normalize else moved
-
-    def share(self, stack: Tensor) -> Tensor:
-        """Return this rank's matrices orthogonalised, and zeros for those of other ranks."""
-        joint = torch.zeros_like(stack, dtype=torch.bfloat16 if stack.is_cuda else torch.float32)
-        if len(own := joint[self.rt.mine]):
-            own.copy_(orthogonalised(stack[self.rt.mine], self.steps, self.coefficients))
-        return joint
+    def share(self, bank: Tensor) -> tuple[Tensor, Any]:
+        """Orthogonalise this rank's matrices; return the place of all, and what fills the rest."""
+        rank, world, each = self.rt.rank, self.rt.world, -(-len(bank) // self.rt.world)
+        own = bank[rank * each :][:each]
+        if self.row_normalize:  # rows of equal length first: MuonEq-R, 0.001 BPB (#1285)
+            own = own / (own.norm(dim=2, keepdim=True) + 1e-7)
+        own = orthogonalised(own, self.steps, self.coefficients)
+        if world == 1:
+            return own, None
+        part = F.pad(own, (0, 0, 0, 0, 0, each - len(own)))
+        joint = part.new_empty(each * world, *bank.shape[1:])
+        return joint, dist.all_gather_into_tensor(joint, part, async_op=True)
 
 
-def make_optimisers(model: GPT, cfg: Config, rt: Runtime) -> list[torch.optim.Optimizer]:
-    """Return [Muon, AdamW]; fail if a parameter is in no group, or in two."""
-    named = dict(model.named_parameters())
-    embeddings = [n for n in named if n in ("tok_emb.weight", "bigram.table.weight")]
-    matrices = [n for n in named if n.endswith(".weight") and n not in embeddings]
-    scalars = [n for n in named if not n.endswith(".weight")]
-    kinds = ((embeddings, cfg.tied_embed_lr, cfg.embed_wd), (scalars, cfg.scalar_lr, cfg.adam_wd))
-    kinds = [([named[n] for n in names], lr, wd) for names, lr, wd in kinds]
-    groups = [dict(params=ps, lr=lr, peak_lr=lr, weight_decay=wd) for ps, lr, wd in kinds]
-    betas, on_cuda = (cfg.beta1, cfg.beta2), rt.device.type == "cuda"
-    adam = torch.optim.AdamW(groups, betas=betas, eps=cfg.adam_eps, fused=on_cuda)
-    optimisers = [Muon([named[n] for n in matrices], cfg, rt), adam]
-    grouped = sorted(id(p) for o in optimisers for g in o.param_groups for p in g["params"])
-    assert sorted(map(id, named.values())) == grouped, "each parameter in exactly one group"
-    return optimisers
+def make_optimisers(weights: Buffer, gradients: Buffer, cfg: Config, rt: Runtime) -> list:
+    """Return [Muon, AdamW] over the banks; every weight is in one bank."""
+    groups = {"matrix": [], "embedding": [], "vector": []}
+    for (kind, *_), w, g in zip(weights.keys, weights.banks, gradients.banks, strict=True):
+        w.grad = g
+        groups[kind].append(w)
+    kinds = (("embedding", cfg.tied_embed_lr, cfg.embed_wd), ("vector", cfg.scalar_lr, cfg.adam_wd))
+    kinds = [dict(params=groups[k], lr=lr, peak_lr=lr, weight_decay=wd) for k, lr, wd in kinds]
+    fused, betas = rt.device.type in ("cpu", "cuda"), (cfg.beta1, cfg.beta2)
+    adam = torch.optim.AdamW(kinds, betas=betas, eps=cfg.adam_eps, fused=fused)
+    return [Muon(groups["matrix"], cfg, rt), adam]
 
 
 # ==== SCHEDULES ===================================================================================
 # All depend on progress, 0 to 1, so that a schedule keeps its shape on a slower machine.
-def progress_of(step: int, elapsed_s: float, cfg: Config) -> float:
-    """Return the used part of the steps or of the wall clock, whichever is larger."""
-    cap = cfg.max_wallclock_seconds - (cfg.gptq_reserve_seconds if cfg.gptq else 0)
-    return max(step / cfg.iterations, elapsed_s / cap if cfg.max_wallclock_seconds else 0.0)
+def progress_of(step: int, elapsed_s: float, cfg: Config, reserve_s: float = 0.0) -> float:
+    """Return the used part of the steps or of the clock less its reserve, whichever is larger."""
+    cap = cfg.max_wallclock_seconds
+    return max(step / cfg.iterations, elapsed_s / max(cap - reserve_s, 1e-9) if cap else 0.0)
 
 
 def lr_scale(progress: float, cfg: Config) -> float:
@@ -1202,25 +1232,6 @@ class Averages:
     def candidates(self) -> dict[str, list[Tensor]]:
         averages = {"swa": [s / self.swa_count for s in self.swa], "ema": self.ema}
         return {name: values for name, values in averages.items() if values}
-
-
-@contextlib.contextmanager
-def weights_replaced(params: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
-    """Run something with other weights in the model, then put its own back, to the bit."""
-    data = [p.data for p in params]
-    own = [d.clone() for d in data]
-    torch._foreach_copy_(data, [v.detach() for v in values])
-    try:
-        yield
-    finally:
-        torch._foreach_copy_(data, own)
-
-
-def rounded_parameters(model: GPT, k: float, values=None, factors=None) -> list[Tensor]:
-    """Return what the artifact would hold at this k for each parameter, or for `values`."""
-    names, own = zip(*model.named_parameters(), strict=True)
-    rounded = quantised(dict(zip(names, values or own, strict=True)), k, model.cfg, factors or {})
-    return [r.weight() for r in rounded.values()]
 
 
 # ==== RUNTIME =====================================================================================
@@ -1265,20 +1276,19 @@ def set_up_runtime(cfg: Config, env: Mapping[str, str]) -> Runtime:
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32
         device, name = torch.device(kind, local), torch.cuda.get_device_name(local)
-    if world > 1:
-        # An export by the first rank may take longer than NCCL's ten minutes.
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=1))
+    if world > 1:  # an export of the first rank may take longer than NCCL's ten minutes
+        backend, ids = ("nccl", device) if kind == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(hours=1), device_id=ids)
     return Runtime(rank, world, device, name)
 
 
-def all_reduce_flat(tensors: list[Tensor], rt: Runtime) -> None:
-    """Sum over ranks, in place, in one message; with DDP, replaced weights are a special case."""
-    if rt.world == 1 or not tensors:
-        return
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    parts = flat.split([t.numel() for t in tensors])
-    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+def largest(rt: Runtime, *numbers: float) -> list[float]:
+    """Return the largest of each number over the ranks, so that all ranks decide alike."""
+    if rt.world == 1:
+        return [*numbers]
+    shared = torch.tensor(numbers, device=rt.device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.tolist()
 
 
 class Log:
@@ -1354,6 +1364,8 @@ def log_header(log: Log, cfg: Config, rt: Runtime, data: Data, preset: str) -> N
 # A step takes the same tokens and makes the same update on 1, 2, 4 or 8 devices: a batch is always
 # eight parts. Validation stops the clock, and ranks agree on all that the clock decides.
 CODE_STUB_BYTES = 4096  # two loader stubs of 1,450 bytes, and about 20 bytes a file for its name
+READ_EVERY = 8  # steps between two looks at the device, for which a GPU must wait
+Report = collections.namedtuple("Report", "step loss elapsed signum")
 
 
 @dataclass
@@ -1365,20 +1377,26 @@ class Run:
     log: Log
     data: Data
     model: GPT
-    loss_fn: Callable[[Tensor, Tensor], Tensor]  # the model, or its compiled form
     params: list[nn.Parameter]
-    optimisers: list[torch.optim.Optimizer]
     stream: TokenStream
+    loss_fn: Callable[[Tensor, Tensor], Tensor]  # the model, or its compiled form
+    round_fn: Callable  # `rounded_banks`, or its compiled form
+    weights: Buffer  # the parameters are views of it
+    sums: Buffer  # of gradients and loss, over passes and ranks
+    gradients: Buffer  # `sums`, or its copy in fp32
+    rounded: Buffer  # what passes see once `qat` is on
+    optimisers: list[torch.optim.Optimizer]
     averages: Averages
     step: int = 0
     train_s: float = 0.0  # until the clock was last started
     k: float = 0.0  # of the quantiser
     qat: bool = False  # passes see rounded weights
-    measured: bool = False  # the size was predicted again at mid-run
     clock: float | None = None
-    loss: Tensor | None = None  # of the last step; read one step late, so that CUDA never waits
+    reserve_s: float = 0.0  # kept of the clock for the choices at the end
     signum: int = 0
-    saved_s: float = 0.0  # the ranks' clock at the last checkpoint
+    saved_s: float = 0.0  # the clock at the last checkpoint
+    news: Report = Report(0, 0.0, 0.0, 0)  # of the last look: the ranks' clock, a signal or 0
+    logged: tuple[int, float] = (0, 0.0)  # step and clock of the last line
 
     def elapsed(self) -> float:
         return self.train_s + (time.perf_counter() - self.clock if self.clock is not None else 0.0)
@@ -1389,15 +1407,38 @@ class Run:
         self.train_s, self.clock = self.elapsed(), time.perf_counter() if running else None
 
 
+def agree(run: Run) -> None:
+    """Read the loss of the last step, and agree with the other ranks on clock and signal."""
+    loss = run.sums.flat[-1].item() if run.step > run.news.step else run.news.loss
+    run.news = Report(run.step, loss, *largest(run.rt, run.elapsed(), run.signum))
+    if not math.isfinite(loss):
+        path = Path(run.cfg.out_dir, "checkpoint.pt")
+        last = path if path.exists() else None
+        message = f"the loss of step {run.step} is not finite; the last checkpoint: {last}"
+        raise UserError(f"{message}; lower MATRIX_LR or set GRAD_CLIP_NORM")
+
+
+def make_run(cfg: Config, rt: Runtime, data: Data, log: Log, model: GPT, tokens: list) -> Run:
+    """Return the state of a run at its start, with the model's parameters in one buffer."""
+    weights, params = Buffer(model), list(model.parameters())
+    torch._foreach_copy_(weights.params, [p.data for p in params])
+    use_weights(params, weights.params)
+    sums = Buffer(model, dtype=torch.float64 if cfg.exact_sums else torch.float32)
+    gradients = Buffer(model) if cfg.exact_sums else sums
+    rounded = Buffer(model) if cfg.qat_start_frac < 1 else weights
+    optimisers, functions = make_optimisers(weights, gradients, cfg, rt), (model, rounded_banks)
+    if cfg.compile:  # one shape, one graph: were shapes dynamic, all would be slower
+        functions = [torch.compile(f, fullgraph=True, dynamic=False) for f in functions]
+    rest = *functions, weights, sums, gradients, rounded, optimisers, Averages()
+    return Run(cfg, rt, log, data, model, params, TokenStream(tokens), *rest)
+
+
 def set_up(cfg: Config, rt: Runtime, data: Data, log: Log) -> Run:
     """Build the model and its optimisers, log them, and predict the size of the artifact."""
     model = GPT(cfg).placed(rt.device)
     initialise(model, cfg)
-    loss_fn = torch.compile(model, fullgraph=True, dynamic=False) if cfg.compile else model
-    params = list(model.parameters())
-    optimisers, stream = make_optimisers(model, cfg, rt), TokenStream(data.train)
-    run = Run(cfg, rt, log, data, model, loss_fn, params, optimisers, stream, Averages())
-    count, tokens = sum(p.numel() for p in params), sum(map(len, data.train))
+    run = make_run(cfg, rt, data, log, model, data.train)
+    count, tokens = sum(p.numel() for p in run.params), sum(map(len, data.train))
     shapes = {n: [*p.shape] for n, p in model.named_parameters()}
     val_counts = f"tokens:{len(data.val) - 1} bytes:{data.val_bytes}"
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={data.tokenizer_path}")
@@ -1405,7 +1446,7 @@ def set_up(cfg: Config, rt: Runtime, data: Data, log: Log) -> Run:
     log(f"val_loader:shards pattern={data.folder}/*_val_*.bin {val_counts}")
     log(f"model_params:{count}", "model", parameters=count, tensors=shapes)
     log(
-        f"world_size:{rt.world} grad_accum_steps:{8 // rt.world}\nsdp_backends:auto\n"
+        f"world_size:{rt.world} grad_accum_steps:{len([*batch_passes(run)])}\nsdp_backends:auto\n"
         f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}\n"
         f"tie_embeddings:True embed_lr:{cfg.tied_embed_lr} head_lr:0.0 "
         f"matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}\n"
@@ -1461,13 +1502,13 @@ def predict_size(run: Run, when: str, state: Tensors) -> None:
 
 
 def take_step(run: Run, progress: float) -> None:
-    # Straight-through estimator: gradients at the export's rounded weights update those behind
-    # them. The switch is in the weights, so that compilation cannot freeze it.
-    rounded = rounded_parameters(run.model, run.k) if run.qat else run.params
-    with weights_replaced(run.params, rounded) if run.qat else contextlib.nullcontext():
-        run.loss = accumulate_gradients(run)
-    if run.cfg.grad_clip_norm:
-        nn.utils.clip_grad_norm_(run.params, run.cfg.grad_clip_norm)
+    """Take a step; with QAT, along gradients at rounded weights (straight-through estimator)."""
+    use_weights(run.params, (round_weights(run) if run.qat else run.weights).params)
+    accumulate_gradients(run)
+    use_weights(run.params, run.weights.params)
+    if limit := run.cfg.grad_clip_norm:
+        gradients = run.gradients.flat[:-1]
+        gradients.mul_((limit / (gradients.norm() + 1e-6)).clamp(max=1.0))
     for optimiser in run.optimisers:
         for group in optimiser.param_groups:
             group["lr"] = group["peak_lr"] * lr_scale(progress, run.cfg)
@@ -1477,96 +1518,134 @@ def take_step(run: Run, progress: float) -> None:
     run.step += 1
 
 
-def accumulate_gradients(run: Run) -> Tensor:
-    """Set the gradients of the batch's mean loss, over passes and ranks; return that loss."""
+@torch.no_grad()
+def round_weights(run: Run) -> Buffer:
+    """Round the weights as the export would, and return the buffer that holds them."""
+    banks, bits = run.weights.banks, [bits for _, bits, _ in run.weights.keys]
+    pairs = zip(banks, bits, strict=True)
+    steps = [None if b == PLAIN_BITS else row_steps(w, run.k, b) for w, b in pairs]
+    torch._foreach_copy_(run.rounded.banks, run.round_fn(banks, steps, bits))
+    return run.rounded
+
+
+def batch_passes(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and targets of this rank's passes over a batch, all of one shape."""
     cfg, rt, length = run.cfg, run.rt, run.cfg.train_seq_len
-    tokens, eighth = run.stream.take(cfg.train_batch_tokens), cfg.train_batch_tokens // 8
-    size = min(eighth, max(1, (cfg.micro_batch_tokens or eighth) // length) * length)
-    # In float64 no order of adding changes the sum: on a CPU, one rank or eight take equal steps.
-    wide = torch.float64 if rt.device.type == "cpu" else torch.float32
-    sums = [torch.zeros_like(p, dtype=wide) for p in run.params]
-    loss = torch.zeros((), device=rt.device, dtype=wide)
-    for part in range(8)[rt.mine]:
-        for start in range(part * eighth, (part + 1) * eighth, size):
-            end = min(start + size, (part + 1) * eighth)
-            places = slice(start, end), slice(start + 1, end + 1)
-            x, y = (torch.from_numpy(tokens[place].reshape(-1, length)) for place in places)
-            with rt.autocast():
-                nats = run.loss_fn(x.to(rt.device), y.to(rt.device))
-            loss += nats.detach().to(wide).sum()
-            mean = nats.sum() / cfg.train_batch_tokens
-            torch._foreach_add_(sums, torch.autograd.grad(mean, run.params, materialize_grads=True))
-    all_reduce_flat([*sums, loss], rt)
-    for p, total in zip(run.params, sums, strict=True):
-        p.grad = total.to(p.dtype)
-    return loss / cfg.train_batch_tokens
+    share, eighth = cfg.train_batch_tokens // rt.world, cfg.train_batch_tokens // 8
+    # Small batches go in passes of 4,096 tokens: an eighth would be too little work for a core.
+    part, most = (eighth, eighth) if cfg.exact_sums else (share, max(eighth, 4096))
+    rows, most = part // length, (cfg.micro_batch_tokens or most) // length
+    rows = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, most))
+    for start in range(rt.rank * share, (rt.rank + 1) * share, rows * length):
+        tokens = torch.from_numpy(run.stream.peek(rows * length + 1, start))
+        if rt.device.type == "cuda":  # from pinned memory, a copy does not hold up the host
+            tokens = tokens.pin_memory().to(rt.device, non_blocking=True)
+        tokens = tokens.to(rt.device)
+        yield tokens[:-1].view(rows, length), tokens[1:].view(rows, length)
+
+
+def accumulate_gradients(run: Run) -> None:
+    """Set the gradients of the batch's mean loss, over passes and ranks, and that loss."""
+    cfg, rt, sums, params = run.cfg, run.rt, run.sums, run.params
+    sums.flat.zero_()
+    for x, y in batch_passes(run):
+        with rt.autocast():
+            mean = run.loss_fn(x, y).sum() / cfg.train_batch_tokens
+        torch._foreach_add_(sums.params, torch.autograd.grad(mean, params, materialize_grads=True))
+        sums.flat[-1] += mean.detach()
+    run.stream.at += cfg.train_batch_tokens
+    if rt.world > 1:
+        dist.all_reduce(sums.flat)
+    if run.gradients is not sums:  # in float64 no order of adding changes the sum
+        run.gradients.flat.copy_(sums.flat)
 
 
 def warm_up(run: Run) -> None:
     """Take steps that compile kernels and fill caches outside the clock; undo them to the bit."""
-    cfg = run.cfg
-    with weights_replaced(run.params, run.params):
-        for i in range(cfg.warmup_steps):
-            run.model.looping = bool(cfg.num_loops) and 2 * i >= cfg.warmup_steps
-            take_step(run, 0.0)
-            if i == 0 or (i + 1) % 10 == 0 or i + 1 == cfg.warmup_steps:
-                run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps}")
-    run.model.looping, run.step, run.loss = False, 0, None
-    run.optimisers = make_optimisers(run.model, cfg, run.rt)
-    run.stream = TokenStream(run.data.train)
+    cfg, weights, k = run.cfg, run.weights.flat.clone(), run.k
+    for i in range(cfg.warmup_steps):
+        run.model.looping = bool(cfg.num_loops) and 2 * i >= cfg.warmup_steps
+        run.qat = cfg.qat_start_frac < 1 and i % 2 == 1
+        take_step(run, 0.0)
+        if i == 0 or (i + 1) % 10 == 0 or i + 1 == cfg.warmup_steps:
+            run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps}")
+    if cfg.max_wallclock_seconds:
+        rehearse(run)
+    run.weights.flat.copy_(weights)
+    run.model.looping, run.qat, run.step, run.averages = False, False, 0, Averages()
+    run.optimisers = make_optimisers(run.weights, run.gradients, cfg, run.rt)
+    run.stream.at, run.k = 0, k
+
+
+def rehearse(run: Run) -> None:
+    """Make the choices that end a run, for the time that they take: the clock keeps it free."""
+    log, cfg, run.log = run.log, run.cfg, lambda *_, **__: None
+    run.averages.update([run.weights.flat], 0, 1.0, cfg)
+    run.model.looping = bool(cfg.num_loops)
+    for _ in range(1 + cfg.compile):  # the first compiles
+        began = time.perf_counter()
+        choose(run)
+    (taken,) = largest(run.rt, time.perf_counter() - began)
+    run.log, run.reserve_s = log, 1.5 * taken + 0.2
+    if (need := run.reserve_s) > (cap := cfg.max_wallclock_seconds) / 2:
+        message = f"MAX_WALLCLOCK_SECONDS is {cap}, but the choices at its end take {need:.1f} s"
+        raise UserError(f"{message}; raise it, or lower HOLDOUT_TOKENS")
 
 
 def train(run: Run) -> None:
     """Take steps until the iterations or the wall clock end, or a signal comes."""
-    cfg, last_log, path = run.cfg, (run.step, run.elapsed()), Path(run.cfg.out_dir, "checkpoint.pt")
+    cfg, on_cpu = run.cfg, run.rt.device.type == "cpu"
+    run.news, run.logged = Report(run.step, 0.0, run.train_s, 0), (run.step, run.train_s)
+    run.saved_s = run.train_s
     run.set_clock(True)
     while True:
-        elapsed, signum = run.elapsed(), run.signum
-        if run.rt.world > 1:  # one answer for all ranks: the largest
-            shared = torch.tensor([elapsed, signum], device=run.rt.device)
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
-            elapsed, signum = float(shared[0]), int(shared[1])
-        progress = progress_of(run.step, elapsed, cfg)
-        if run.loss is not None and not math.isfinite(run.loss.item()):
-            last = f"the last checkpoint: {path if path.exists() else None}"
-            message = f"the loss of step {run.step} is not finite; {last}"
-            raise UserError(f"{message}; lower MATRIX_LR or set GRAD_CLIP_NORM")
-        log_now = run.step % cfg.train_log_every == 0 or run.step <= 10 or progress >= 1
-        if run.step > last_log[0] and log_now:
-            last_log = log_step(run, elapsed, progress, last_log)
-        if signum or elapsed - run.saved_s >= (cfg.checkpoint_seconds or math.inf):
-            save_checkpoint(run, elapsed)
+        log_now = run.step <= 10 or run.step % cfg.train_log_every == 0
+        if log_now or on_cpu or run.step % READ_EVERY == 0:
+            agree(run)
+        pace = run.news.elapsed / max(run.news.step, 1)
+        elapsed = run.news.elapsed + pace * (run.step - run.news.step)
+        progress = progress_of(run.step, elapsed, cfg, run.reserve_s)
+        # The last step is the last that ends before the reserve.
+        over = progress_of(run.step, elapsed + pace, cfg, run.reserve_s) >= 1
+        if over:
+            agree(run)
+        if run.step > run.logged[0] and (log_now or over):
+            log_step(run)
+        signum, due = int(run.news.signum), 0 < cfg.checkpoint_seconds <= elapsed - run.saved_s
+        if signum or due:
+            save_checkpoint(run)
         if signum:
             run.log(f"stopped by {signal.Signals(signum).name}: RESUME=1 continues")
             sys.exit(128 + signum)
-        if progress >= 1 or cfg.val_loss_every and run.step % cfg.val_loss_every == 0:
+        if over or cfg.val_loss_every and run.step % cfg.val_loss_every == 0:
             validate(run)
-        if progress >= 1:
+        if over:
             break
         switch(run, progress)
         take_step(run, progress)
-        run.averages.update(run.params, run.step, progress_of(run.step, elapsed, cfg), cfg)
+        at = progress_of(run.step, elapsed, cfg, run.reserve_s)
+        run.averages.update([run.weights.flat], run.step, at, cfg)
     if run.step < cfg.iterations:
-        at = f"train_time:{1000 * elapsed:.0f}ms step:{run.step}/{cfg.iterations}"
+        at = f"train_time:{1000 * run.elapsed():.0f}ms step:{run.step}/{cfg.iterations}"
         run.log(f"stopping_early: wallclock_cap {at}")
-    save_checkpoint(run, elapsed)  # whatever happens to the export, the weights are safe
-    run.set_clock(False)
+    save_checkpoint(run)  # whatever happens to the export, the weights are safe
 
 
-def log_step(run: Run, elapsed: float, progress: float, last: tuple) -> tuple[int, float]:
-    """Log a step; return it and its time, from which the next line computes the speed."""
-    cfg, loss, tokens = run.cfg, run.loss.item(), run.cfg.train_batch_tokens
-    speed = (run.step - last[0]) * tokens / max(elapsed - last[1], 1e-9)
+def log_step(run: Run) -> None:
+    """Log the step last read, its speed since the last line, and how long the run will take."""
+    cfg, tokens, (step, loss, elapsed, _) = run.cfg, run.cfg.train_batch_tokens, run.news
+    progress = max(progress_of(step, elapsed, cfg, run.reserve_s), 1e-9)
+    speed = (step - run.logged[0]) * tokens / max(elapsed - run.logged[1], 1e-9)
     weights, attention = sum(p.numel() for p in run.params), cfg.num_layers * cfg.model_dim
     flops = 6 * (weights + attention * cfg.train_seq_len)  # a token
     peaks = [peak for name, peak in PEAK_FLOPS.items() if name in run.rt.name]
     mfu = flops * speed / peaks[0] / run.rt.world if peaks else None
-    data = dict(step=run.step, loss=loss, seconds=elapsed, tokens=run.step * tokens, speed=speed)
+    data = dict(step=step, loss=loss, seconds=elapsed, tokens=step * tokens, speed=speed)
     ms, eta, scale = 1000 * elapsed, max(0.0, elapsed / progress - elapsed), lr_scale(progress, cfg)
-    line = f"step:{run.step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms"
-    pace = f"step_avg:{ms / run.step:.2f}ms tok/s:{speed:.0f} {f'mfu:{mfu:.3f} ' if mfu else ''}"
+    line = f"step:{step}/{cfg.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms"
+    pace = f"step_avg:{ms / step:.2f}ms tok/s:{speed:.0f} {f'mfu:{mfu:.3f} ' if mfu else ''}"
     run.log(f"{line} {pace}eta:{eta:.0f}s", "train", **data, mfu=mfu, lr_scale=scale)
-    return run.step, elapsed
+    run.logged = step, elapsed
 
 
 def validate(run: Run) -> None:
@@ -1584,13 +1663,14 @@ def mean_nats(loss_fn: Callable, tokens: np.ndarray, cfg: Config, rt: Runtime, l
     """Return the mean cross-entropy of tokens[1:], each scored once, in windows shared by ranks."""
     length, rows = cfg.train_seq_len, max(1, cfg.val_batch_size // 8 // cfg.train_seq_len)
     starts = np.arange(0, len(tokens) - 1, length)[rt.mine]
+    rows = min(rows, max(1, len(starts)))
     # All passes have one shape, so that compiled code serves every one.
     starts = np.pad(starts, (0, -len(starts) % rows), constant_values=len(tokens))
     total, began, next_line = torch.zeros((), dtype=torch.float64), time.perf_counter(), 10.0
     for i in range(0, len(starts), rows):
         places = starts[i : i + rows, None] + np.arange(length + 1)
-        ids = tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64)
-        ids = torch.from_numpy(ids).to(rt.device)
+        ids = torch.from_numpy(tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64))
+        ids = ids.to(rt.device)
         with rt.autocast():
             nats = loss_fn(ids[:, :-1], ids[:, 1:])
         total += nats.cpu().double()[torch.from_numpy(places[:, 1:] < len(tokens))].sum()
@@ -1599,8 +1679,7 @@ def mean_nats(loss_fn: Callable, tokens: np.ndarray, cfg: Config, rt: Runtime, l
             next_line, left = seconds + 10, seconds / part - seconds
             print(f"{label} {100 * part:.0f}% eta:{left:.0f}s", file=sys.stderr, flush=True)
     if rt.world > 1:  # MPS has no float64, but no other ranks either
-        total = total.to(rt.device)
-        all_reduce_flat([total], rt)
+        dist.all_reduce(total := total.to(rt.device))
     return float(total) / (len(tokens) - 1)
 
 
@@ -1609,25 +1688,23 @@ def bits_per_byte(nats_per_token: float, data: Data) -> float:
 
 
 def switch(run: Run, progress: float) -> None:
-    """Start, when their time has come, depth recurrence, the second look at the size, rounding."""
+    """Start, when their time has come, depth recurrence and rounding."""
     cfg, step = run.cfg, run.step
     if cfg.num_loops and not run.model.looping and progress >= cfg.loop_at_frac:
         run.model.looping = True
         passes = len(run.model.passes(True))
         run.log(f"layer_loop:enabled step:{step} passes:{passes}", "loop", step=step)
-    rounds = not run.qat and cfg.qat_start_frac < 1 and progress >= cfg.qat_start_frac
-    if step and (rounds or not run.measured and progress >= 0.5):
-        run.measured = progress >= 0.5
-        predict_size(run, "on the way", dict(run.model.named_parameters()))
-    if rounds:
+    if not run.qat and cfg.qat_start_frac < 1 and progress >= cfg.qat_start_frac:
         run.qat = True
-        # The difference that rounding makes to a forward pass proves that it gets there.
-        tokens = torch.from_numpy(run.stream.peek(cfg.train_seq_len + 1))[None].to(run.rt.device)
-        with torch.no_grad(), run.rt.autocast():
-            # Not compiled: another shape would take half a minute of the clock.
-            plain = run.model(tokens[:, :-1], tokens[:, 1:])
-            with weights_replaced(run.params, rounded_parameters(run.model, run.k)):
-                worst = (plain - run.model(tokens[:, :-1], tokens[:, 1:])).abs().max().item()
+        if step:
+            predict_size(run, "on the way", dict(run.model.named_parameters()))
+        # The difference that rounding makes to a pass of training proves that it gets there.
+        x, y = next(batch_passes(run))
+        with run.rt.autocast():
+            plain = run.loss_fn(x, y).detach()
+            use_weights(run.params, round_weights(run).params)
+            worst = (plain - run.loss_fn(x, y).detach()).abs().max().item()
+        use_weights(run.params, run.weights.params)
         line = f"qat:on step:{step} k:{run.k:.3f} max_loss_difference:{worst:.6f}"
         run.log(line, "qat", step=step, k=run.k, max_loss_difference=worst)
 
@@ -1642,14 +1719,14 @@ def save(path: Path, state: Any) -> int:
         return f.write(buffer.getbuffer())
 
 
-def save_checkpoint(run: Run, elapsed: float) -> None:
+def save_checkpoint(run: Run) -> None:
     """Save all state, replaced in one move. A full disk costs the checkpoint, never the run."""
     run.set_clock(False)
-    if run.rt.rank == 0 and all(bool(p.isfinite().all()) for p in run.params):
+    if run.rt.rank == 0 and bool(run.weights.flat.isfinite().all()):
         settings, path, step = asdict(run.cfg), Path(run.cfg.out_dir, "checkpoint.pt"), run.step
         state = dict(settings=settings, run_id=run.log.run_id, data=run.data.fingerprint)
-        scalars = {n: getattr(run, n) for n in ("step", "train_s", "k", "qat", "measured")}
-        state |= dict(scalars=scalars, loss=run.loss, averages=vars(run.averages))
+        scalars = {n: getattr(run, n) for n in ("step", "train_s", "k", "qat")}
+        state |= dict(scalars=scalars, averages=vars(run.averages))
         state |= dict(looping=run.model.looping, stream=run.stream.at)
         optimisers = [optimiser.state_dict() for optimiser in run.optimisers]
         state |= dict(model=run.model.state_dict(), optimisers=optimisers)
@@ -1658,8 +1735,8 @@ def save_checkpoint(run: Run, elapsed: float) -> None:
             run.log(f"checkpoint:{path} step:{step}", "checkpoint", step=step)
         except OSError as e:
             run.log(f"warning: no checkpoint written, the last one stays ({e})")
-    run.saved_s = elapsed
-    if run.rt.world > 1:  # or the clocks of the others would count what the first one writes
+    run.saved_s = run.news.elapsed
+    if run.rt.world > 1:  # or the clocks of the others would count the time of the first
         dist.barrier()
     run.set_clock(True)
 
@@ -1694,8 +1771,6 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
     for optimiser, state in zip(run.optimisers, saved["optimisers"], strict=True):
         optimiser.load_state_dict(state)
     vars(run).update(saved["scalars"])
-    run.loss = None if saved["loss"] is None else saved["loss"].to(run.rt.device)
-    run.saved_s = run.train_s
     for name, value in saved["averages"].items():
         tensors = [t.to(run.rt.device) for t in value] if type(value) is list else value
         setattr(run.averages, name, tensors)
@@ -1710,8 +1785,9 @@ def best_on_holdout(run: Run, candidates: dict[str, list[Tensor]], what: str) ->
     """Return the name of the weights that score best on held-out training tokens."""
     scores = {}
     for name, values in candidates.items():
-        with weights_replaced(run.params, values):
-            scores[name] = mean_nats(run.loss_fn, run.data.holdout, run.cfg, run.rt)
+        use_weights(run.params, values)
+        scores[name] = mean_nats(run.loss_fn, run.data.holdout, run.cfg, run.rt)
+    use_weights(run.params, run.weights.params)
     best = min(scores, key=scores.get)
     line = " ".join(f"{name}:{nats:.4f}" for name, nats in scores.items())
     run.log(f"{what}:{line} kept:{best}", what, kept=best, **scores)
@@ -1720,14 +1796,15 @@ def best_on_holdout(run: Run, candidates: dict[str, list[Tensor]], what: str) ->
 
 def settle_weights(run: Run) -> None:
     """Choose the last weights, SWA or EMA: the best of them, rounded as they would ship."""
-    candidates = {"last": [p.detach().clone() for p in run.params], **run.averages.candidates()}
+    averages = run.averages.candidates()
+    candidates = {"last": run.weights.flat, **{name: flat for name, (flat,) in averages.items()}}
     if len(candidates) == 1:
         return
     if run.averages.swa_count:
         run.log(f"swa:averaged {run.averages.swa_count} checkpoints")
-    rounded = {name: rounded_parameters(run.model, run.k, w) for name, w in candidates.items()}
-    best = best_on_holdout(run, rounded, "averages")
-    torch._foreach_copy_([p.data for p in run.params], candidates[best])
+    values = {name: Buffer(run.model, flat).params for name, flat in candidates.items()}
+    rounded = {name: rounded_parameters(run.model, run.k, v) for name, v in values.items()}
+    run.weights.flat.copy_(candidates[best_on_holdout(run, rounded, "averages")])
 
 
 def collect_factors(run: Run) -> Factors:
@@ -1741,29 +1818,31 @@ def collect_factors(run: Run) -> Factors:
         sums[module].addmm_(x.T, x)
 
     hooks = [module.register_forward_hook(collect) for module in sums]
-    batches = [run.stream.take(tokens)[:-1].reshape(8, -1) for _ in range(GPTQ_BATCHES)]
     with torch.no_grad(), run.rt.autocast():
-        for batch in batches[run.rt.mine]:
+        for i in range(GPTQ_BATCHES)[run.rt.mine]:
+            batch = run.stream.peek(tokens, tokens * i).reshape(8, -1)
             run.model.logits(torch.from_numpy(batch).to(device))
     for hook in hooks:
         hook.remove()
-    all_reduce_flat(list(sums.values()), run.rt)
+    for total in sums.values() if run.rt.world > 1 else ():
+        dist.all_reduce(total)
     return {name: gptq_factor(sums[module]) for name, module in matrices.items()}
 
 
-def choose_rounding(run: Run) -> Factors:
-    """Return GPTQ's factors, made inside the clock (#535), if it pays on held-out tokens."""
-    if not run.cfg.gptq:
-        return {}
-    run.set_clock(True)
-    factors, cap = collect_factors(run), run.cfg.max_wallclock_seconds
-    gptq = rounded_parameters(run.model, run.k, factors=factors)
+def choose(run: Run) -> Factors:
+    """Choose weights and rounding, inside the clock (#535); return GPTQ's factors, or none."""
+    predict_size(run, "at the end", dict(run.model.named_parameters()))
+    settle_weights(run)
+    factors, cap = collect_factors(run) if run.cfg.gptq else {}, run.cfg.max_wallclock_seconds
+    if factors:
+        run.log(f"gptq:collected {len(factors)} Hessians train_time:{1000 * run.elapsed():.0f}ms")
+        gptq = rounded_parameters(run.model, run.k, factors=factors)
+        candidates = {"nearest": rounded_parameters(run.model, run.k), "gptq": gptq}
+        factors = factors if best_on_holdout(run, candidates, "rounding") == "gptq" else {}
     run.set_clock(False)
-    late = f" (over MAX_WALLCLOCK_SECONDS={cap}; raise GPTQ_RESERVE_SECONDS)"
-    line = f"gptq:collected {len(factors)} Hessians train_time:{1000 * run.train_s:.0f}ms"
-    run.log(line + late * (0 < cap < run.train_s))
-    candidates = {"nearest": rounded_parameters(run.model, run.k), "gptq": gptq}
-    return factors if best_on_holdout(run, candidates, "rounding") == "gptq" else {}
+    over = f" over the cap of {cap} s" if 0 < cap < run.train_s else ""
+    run.log(f"chosen:train_time:{1000 * run.train_s:.0f}ms reserve:{run.reserve_s:.2f}s{over}")
+    return factors
 
 
 def fit_artifact(run: Run, factors: Factors) -> tuple[bytes, Mapping[str, Rounded], str]:
@@ -1794,11 +1873,10 @@ def fit_artifact(run: Run, factors: Factors) -> tuple[bytes, Mapping[str, Rounde
     return blob, rounded, codec
 
 
-def export(run: Run) -> Path:
-    """Choose the weights and their rounding, write the artifact on rank 0, and return its path."""
+def export(run: Run, factors: Factors) -> Path:
+    """Write the artifact on rank 0, and return its path."""
     cfg, log, bits = run.cfg, run.log, max(run.cfg.attn_bits, run.cfg.mlp_bits)
-    settle_weights(run)
-    factors, path = choose_rounding(run), Path(cfg.out_dir) / f"final_model.int{bits}.ptz"
+    path = Path(cfg.out_dir) / f"final_model.int{bits}.ptz"
     if run.rt.rank == 0:
         code, raw = code_bytes(cfg), save(path.with_name("final_model.pt"), run.model.state_dict())
         log(f"Serialized model: {raw} bytes\nCode size: {code} bytes packed")
@@ -1869,7 +1947,7 @@ def main(env: Mapping[str, str] = os.environ) -> None:
     train(run)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_DFL)
-    path = export(run)
+    path = export(run, choose(run))
     score_artifact(run, path)
     log.close(path)
 

@@ -64,6 +64,7 @@ from train_gpt import (
     Data,
     Factors,
     Log,
+    Report,
     Runtime,
     TokenStream,
     UserError,
@@ -607,6 +608,9 @@ class Run:
     loss: Tensor | None = None  # of the last step
     signum: int = 0
     saved_at: float = field(default_factory=time.perf_counter)
+    reserve_s: float = 0.0  # kept of the clock for the choices at the end
+    news: Report = Report(0, 0.0, 0.0, 0)  # of the step that is logged
+    logged: tuple[int, float] = (0, 0.0)  # step and clock of the last line
 
     elapsed = train_gpt.Run.elapsed
 
@@ -706,7 +710,7 @@ def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights] |
     """
     cfg, length = run.cfg, run.cfg.train_seq_len
     eighth, size = cfg.train_batch_tokens // 8, micro_tokens(cfg)
-    tokens, gradients_of = run.stream.take(cfg.train_batch_tokens), gradient_function(run)
+    tokens, gradients_of = run.stream.peek(cfg.train_batch_tokens + 1), gradient_function(run)
     sums, plain = {n: mx.zeros_like(w) for n, w in weights.items()}, 0.0
     on_progress = progress_printer("first step")
     for start in (i for part in range(8) for i in range(part * eighth, (part + 1) * eighth, size)):
@@ -728,11 +732,10 @@ def take_step(run: Run, progress: float) -> bool:
     """Take one optimiser step and return True; after a signal, change nothing and return False."""
     # Straight-through estimator: gradients at the rounded weights update the exact ones.
     weights = round_weights(run.weights, run.k, run.cfg) if run.qat else run.weights
-    position = run.stream.at
     result = accumulate_gradients(run, weights)
     if result is None:
-        run.stream.at = position
         return False
+    run.stream.at += run.cfg.train_batch_tokens
     run.loss, gradients = result
     if run.cfg.grad_clip_norm:
         gradients = clip_gradients(gradients, run.cfg.grad_clip_norm)
@@ -751,18 +754,31 @@ def warm_up(run: Run) -> None:
         take_step(run, 0.0)
         if i == 0 or (i + 1) % 10 == 0 or i + 1 == cfg.warmup_steps:
             run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps}")
-    run.weights, run.optimiser = weights, Optimiser(weights, cfg)
+    if cfg.max_wallclock_seconds:
+        rehearse(run)
+    run.weights, run.optimiser, run.averages = weights, Optimiser(weights, cfg), Averages()
     run.stream = TokenStream(run.data.train)
     run.model.looping, run.step, run.loss = False, 0, None
 
 
+def rehearse(run: Run) -> None:
+    """Make the choices that end a run, for the time that they take: the clock keeps it free."""
+    cfg, flat = run.cfg, list(to_tensors(run.weights).values())
+    run.averages.swa, run.averages.swa_count = flat * (cfg.swa_start_frac < 1), 1
+    run.averages.ema, run.model.looping = flat * bool(cfg.ema_decay), bool(cfg.num_loops)
+    log, began = run.log, time.perf_counter()
+    run.log = lambda *_, **__: None
+    choose(run)
+    run.log, run.reserve_s = log, 1.5 * (time.perf_counter() - began) + 0.2
+
+
 def train(run: Run) -> None:
     """Train until ITERATIONS or the clock ends the run, then write a checkpoint."""
-    cfg, last_logged = run.cfg, (run.step, run.elapsed())
+    cfg, run.logged = run.cfg, (run.step, run.elapsed())
     run.set_clock(True)
     while True:
         elapsed, signum = run.elapsed(), run.signum
-        progress = progress_of(run.step, elapsed, cfg)
+        progress = progress_of(run.step, elapsed, cfg, run.reserve_s)
         if run.loss is not None and not math.isfinite(run.loss.item()):
             path = checkpoint_path(cfg)
             raise UserError(
@@ -770,8 +786,9 @@ def train(run: Run) -> None:
                 f"{path if path.exists() else None}; lower MATRIX_LR or set GRAD_CLIP_NORM"
             )
         log_now = run.step % cfg.train_log_every == 0 or run.step <= 10 or progress >= 1
-        if run.step > last_logged[0] and (log_now or elapsed - last_logged[1] > 60):
-            last_logged = log_step(run, elapsed, progress, last_logged)
+        if run.step > run.logged[0] and (log_now or elapsed - run.logged[1] > 60):
+            run.news = Report(run.step, run.loss.item(), elapsed, 0)
+            log_step(run)
         since_saved = time.perf_counter() - run.saved_at
         if signum or 0 < cfg.checkpoint_seconds <= since_saved:
             save_checkpoint(run)
@@ -784,14 +801,14 @@ def train(run: Run) -> None:
             break
         switch(run, progress)
         if take_step(run, progress):
-            run.averages.update(run.params, run.step, progress_of(run.step, elapsed, cfg), cfg)
+            at = progress_of(run.step, elapsed, cfg, run.reserve_s)
+            run.averages.update(run.params, run.step, at, cfg)
     if run.step < cfg.iterations:
         run.log(
             f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms "
             f"step:{run.step}/{cfg.iterations}"
         )
     save_checkpoint(run)  # before the export: if that fails, the weights are safe
-    run.set_clock(False)
 
 
 def switch(run: Run, progress: float) -> None:
@@ -926,8 +943,8 @@ def collect_factors(run: Run) -> Factors:
     for name, matrix in matrices.items():
         matrix.watch = functools.partial(add, name)
     model, length = run.model.holding(run.weights), run.cfg.train_seq_len
-    batches = [run.stream.take(8 * length)[:-1].reshape(8, -1) for _ in range(GPTQ_BATCHES)]
-    for batch in batches:
+    for i in range(GPTQ_BATCHES):
+        batch = run.stream.peek(8 * length, 8 * length * i).reshape(8, -1)
         model.logits(to_ids(batch))
         mx.eval(hessians)
     for matrix in matrices.values():
@@ -936,27 +953,30 @@ def collect_factors(run: Run) -> Factors:
 
 
 def choose_rounding(run: Run) -> Factors:
-    """Return GPTQ's factors if it has the lower loss, else none. Their time is training time."""
+    """Return GPTQ's factors if it has the lower loss, else none."""
     if not run.cfg.gptq:
         return {}
-    run.set_clock(True)
-    factors, cap = collect_factors(run), run.cfg.max_wallclock_seconds
+    factors = collect_factors(run)
+    run.log(f"gptq:collected {len(factors)} Hessians train_time:{1000 * run.elapsed():.0f}ms")
     gptq = exported_weights(to_tensors(run.weights), run, factors)
-    run.set_clock(False)
-    late = f" (over MAX_WALLCLOCK_SECONDS={cap}; raise GPTQ_RESERVE_SECONDS)"
-    run.log(
-        f"gptq:collected {len(factors)} Hessians train_time:{1000 * run.train_s:.0f}ms"
-        + (late if 0 < cap < run.train_s else "")
-    )
     nearest = exported_weights(to_tensors(run.weights), run)
     best = best_on_holdout(run, {"nearest": nearest, "gptq": gptq}, "rounding")
     return factors if best == "gptq" else {}
 
 
-def export(run: Run) -> Path:
-    """Choose the weights and their rounding, write the artifact, and return its path."""
+def choose(run: Run) -> dict[str, Tensor]:
+    """Choose weights and rounding inside the clock, because both read training tokens."""
     settle_weights(run)
-    factors, inputs, out = choose_rounding(run), size_inputs(run), Path(run.cfg.out_dir)
+    factors, cap = choose_rounding(run), run.cfg.max_wallclock_seconds
+    run.set_clock(False)
+    over = f" over the cap of {cap} s" if 0 < cap < run.train_s else ""
+    run.log(f"chosen:train_time:{1000 * run.train_s:.0f}ms reserve:{run.reserve_s:.2f}s{over}")
+    return factors
+
+
+def export(run: Run, factors: Factors) -> Path:
+    """Write the artifact, and return its path."""
+    inputs, out = size_inputs(run), Path(run.cfg.out_dir)
     bits, budget = max(run.cfg.attn_bits, run.cfg.mlp_bits), run.cfg.size_budget_bytes
     path = out / f"final_model.int{bits}.ptz"
     code = code_bytes(inputs.cfg)
@@ -1090,7 +1110,7 @@ def main(env: Mapping[str, str] = os.environ) -> None:
     train(run)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_DFL)
-    path = export(run)
+    path = export(run, choose(run))
     score_artifact(run, path, scoring)
     log.close(path)
 

@@ -8,6 +8,7 @@ PyTorch makes them by the trainer's own functions, in fp32, on one thread.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -22,7 +23,7 @@ if __name__ == "__main__":
 import torch
 
 import train_gpt
-from train_gpt import BOS_ID, GPT, K_GRID, Averages, Config, Run, Runtime, TokenStream
+from train_gpt import BOS_ID, GPT, K_GRID, Config, Runtime
 
 # Rounding is a staircase: where a weight lies on an edge, the last bit of a sum decides its code,
 # and a loss moves by 1e-3. So rates are a fifth of consensus's, and the seed is the best of eight:
@@ -138,42 +139,29 @@ def first_weights(cfg: Config) -> dict[str, torch.Tensor]:
     }
 
 
-def arrays(model: GPT, what=lambda p: p) -> dict[str, np.ndarray]:
-    return {n: what(p).detach().numpy().copy() for n, p in model.named_parameters()}
+def arrays(model: GPT) -> dict[str, np.ndarray]:
+    return {n: p.detach().numpy().copy() for n, p in model.named_parameters()}
 
 
 def make(cfg: Config, weights: dict[str, torch.Tensor], tokens: np.ndarray) -> Oracle:
     """Compute with PyTorch what the file holds for these settings, weights and tokens."""
     cpu, model = Runtime(0, 1, torch.device("cpu"), "cpu"), GPT(cfg)
+    cfg = dataclasses.replace(cfg, exact_sums=True)
     model.load_state_dict(weights, strict=True)
-    run = Run(
-        cfg,
-        cpu,
-        None,
-        None,
-        model,
-        model,
-        list(model.parameters()),
-        train_gpt.make_optimisers(model, cfg, cpu),
-        TokenStream([tokens]),
-        Averages(),
-        k=K,
-    )
+    run = train_gpt.make_run(cfg, cpu, None, None, model, [tokens])
+    run.k = K
     start = Oracle(cfg, arrays(model), tokens, np.empty(0), 0.0, {}, [], np.empty(0))
     with torch.no_grad():
         logits = model.logits(torch.from_numpy(start.batch(0)[0])).numpy()
-    loss = train_gpt.accumulate_gradients(run).item()
-    gradients, run.stream, steps, losses = (
-        arrays(model, lambda p: p.grad),
-        TokenStream([tokens]),
-        [],
-        [],
-    )
+    train_gpt.accumulate_gradients(run)
+    loss, names = run.sums.flat[-1].item(), [n for n, _ in model.named_parameters()]
+    gradients = dict(zip(names, (g.numpy().copy() for g in run.gradients.params), strict=True))
+    run.stream.at, steps, losses = 0, [], []
     for step in range(cfg.iterations):
         progress = train_gpt.progress_of(step, 0.0, cfg)
         run.qat = progress >= cfg.qat_start_frac
         train_gpt.take_step(run, progress)
-        losses.append(run.loss.item())
+        losses.append(run.sums.flat[-1].item())
         if step < 3:
             steps.append(arrays(model))
     return start._replace(

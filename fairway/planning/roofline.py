@@ -29,6 +29,7 @@ class Rates(NamedTuple):
     host_us: float  # for each tensor: launches of eager operators, and whatever else is left
 
 
+GPTQ_SECONDS = 10.0  # of the clock, before the end: assumed; the trainer times it in warm-up
 RATES = Rates(products=0.60, fa2=0.19, fa3=0.37, memory=0.82, host_us=67.0)
 # FlashAttention 2 where it was written for, on A100: its paper shows about 120 of 312 TFLOP/s at
 # 2,048 tokens and heads of 64 channels, forward and backward, causal. No published run checks it.
@@ -136,7 +137,7 @@ def stages(cfg: Any, machine: GpuHost, rates=RATES, kernel="") -> list[Stage]:
     Each starts at a part of the run's progress, which is that of the clock or of ITERATIONS,
     whichever is further.
     """
-    cap = cfg.max_wallclock_seconds - cfg.gptq_reserve_seconds * cfg.gptq
+    cap = cfg.max_wallclock_seconds - GPTQ_SECONDS * cfg.gptq
     cap = cap if cfg.max_wallclock_seconds else float("inf")
     switches = {cfg.loop_at_frac if cfg.num_loops else 1.0, cfg.qat_start_frac, 0.0, 1.0}
     edges = sorted(edge for edge in switches if edge <= 1)

@@ -337,8 +337,7 @@ def compliance_section(record: Record) -> str:
             "artifact, and all code that ships",
             f"training {data['train_time_max_s']} s, evaluation {data['eval_time_max_s']} s at "
             "most, without what only explains or judges the score (600 s each are allowed)",
-            f"calibration: GPTQ on training batches, {s.get('gptq_reserve_seconds')} s of the "
-            "training time reserved for it"
+            "calibration: GPTQ on training batches, inside the training time"
             if s.get("gptq")
             else "calibration: none",
         ]

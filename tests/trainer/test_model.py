@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -293,15 +294,14 @@ CPU = Runtime(0, 1, torch.device("cpu"), "cpu")
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_parameter_learns_after_two_steps(name):
     model, tokens = initial(looping=True, **FEATURES[name]), some_tokens(4, 17)
-    optimisers = train_gpt.make_optimisers(model, model.cfg, CPU)
+    run = train_gpt.make_run(model.cfg, CPU, None, None, model, [np.zeros(1)])
     for _ in range(3):
-        for o in optimisers:
-            o.zero_grad()
-        model(tokens[:, :-1], tokens[:, 1:]).mean().backward()
-        without = [
-            n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
-        ]
-        for o in optimisers:
+        loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
+        gradients = torch.autograd.grad(loss, run.params, materialize_grads=True)
+        names = [n for n, _ in model.named_parameters()]
+        without = [n for n, g in zip(names, gradients, strict=True) if not g.abs().max() > 0]
+        torch._foreach_copy_(run.gradients.params, gradients)
+        for o in run.optimisers:
             o.step()
     assert without == []
 

@@ -393,10 +393,6 @@ def test_environment_beats_preset_beats_default():
             dict(NUM_LOOPS=1, LOOP_START=1, LOOP_END=0),
             "LOOP_END is 0; it must be from LOOP_START=1 to below NUM_LAYERS=2",
         ),
-        (
-            dict(GPTQ=1, MAX_WALLCLOCK_SECONDS=5),
-            "GPTQ_RESERVE_SECONDS is 10.0; it must be below MAX_WALLCLOCK_SECONDS=5.0",
-        ),
     ],
 )
 def test_settings_that_contradict_each_other(env, says):

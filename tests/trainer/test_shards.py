@@ -321,6 +321,11 @@ def test_the_audit_finds_bytes_that_no_text_has(corpus):
 
 
 # ---- The stream ----------------------------------------------------------------------------------
+def taken(stream: TokenStream, count: int) -> np.ndarray:
+    """Return the next `count` tokens and one more, and move on by `count`, as a step does."""
+    tokens = stream.peek(count + 1)
+    stream.at += count
+    return tokens
 
 
 @given(
@@ -334,18 +339,19 @@ def test_the_stream_is_one_whatever_the_cuts(sizes, takes):
     for count in takes:
         wanted = np.take(whole, np.arange(at, at + count + 1), mode="wrap")
         assert stream.peek(count + 1).tolist() == wanted.tolist()
-        taken = stream.take(count)
-        assert taken.dtype == np.int64 and taken.tolist() == wanted.tolist()
+        ahead = stream.peek(3, count)  # as after `count` tokens more
+        got = taken(stream, count)
+        assert got.dtype == np.int64 and got.tolist() == wanted.tolist()
         at += count
-        assert stream.at == at % len(whole)
+        assert ahead.tolist() == stream.peek(3).tolist()
 
 
 def test_the_stream_goes_on_from_its_state():
     first = TokenStream([np.arange(10), np.arange(10, 25)])
-    first.take(17)
+    taken(first, 17)
     second = TokenStream([np.arange(25)])
     second.at = first.at
-    assert second.take(30).tolist() == first.take(30).tolist()
+    assert taken(second, 30).tolist() == taken(first, 30).tolist()
 
 
 # ---- Loading -------------------------------------------------------------------------------------
@@ -383,7 +389,7 @@ def test_holdout_is_apart_from_the_training_stream(corpus):
     data = load_data(config(corpus.folder))
     assert len(data.holdout) == 4097  # 4,096 targets
     total, stream = sum(map(len, data.train)), TokenStream(data.train)
-    once = stream.take(2 * total)
+    once = taken(stream, 2 * total)
     train = np.concatenate([read_shard(p) for p in sorted(corpus.folder.glob("*_train_*.bin"))])
     assert once.tolist() == np.take(train[:-4097], np.arange(2 * total + 1), mode="wrap").tolist()
     assert np.array_equal(data.holdout, train[-4097:])

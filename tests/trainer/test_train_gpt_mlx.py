@@ -254,7 +254,7 @@ def test_optimiser_steps_match_pytorch_for_the_same_gradients(changed):
     cfg = config(**FEATURES["all"] | changed)
     model = trained(**FEATURES["all"])
     params = dict(model.named_parameters())
-    optimisers = train_gpt.make_optimisers(model, cfg, CPU)
+    run = train_gpt.make_run(cfg, CPU, None, None, model, [np.zeros(1)])
     weights = to_arrays(params)
     optimiser = Optimiser(weights, cfg)
     for step in range(4):
@@ -263,12 +263,13 @@ def test_optimiser_steps_match_pytorch_for_the_same_gradients(changed):
             for i, (n, p) in enumerate(params.items())
         }
         own = to_arrays(gradients)
-        for n, p in params.items():
-            p.grad = gradients[n].clone()
         if cfg.grad_clip_norm:
-            torch.nn.utils.clip_grad_norm_(params.values(), cfg.grad_clip_norm)
+            norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+            scale = (cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            gradients = {n: g * scale for n, g in gradients.items()}
             own = ours.clip_gradients(own, cfg.grad_clip_norm)
-        for theirs in optimisers:
+        torch._foreach_copy_(run.gradients.params, list(gradients.values()))
+        for theirs in run.optimisers:
             for group in theirs.param_groups:
                 group["lr"] = group["peak_lr"] * 0.5
                 group["momentum"] = 0.9
@@ -405,9 +406,7 @@ def test_equal_weights_give_equal_bytes(codec, data, tmp_path):
     def log(line, *_, **__):
         lines.append(line)
 
-    theirs = train_gpt.Run(
-        cfg, CPU, log, data, model, model, list(model.parameters()), [], None, None
-    )
+    theirs = train_gpt.make_run(cfg, CPU, data, log, model, [np.zeros(1)])
     mine = dataclasses.replace(
         make_run(cfg, to_arrays(dict(model.named_parameters())), data.holdout, data), log=log
     )
@@ -447,18 +446,7 @@ def test_hessians_match_pytorch(monkeypatch):
         some_tokens(1, 600).flatten().numpy(),
     )
     model = trained(looping=True, **FEATURES["all"])
-    theirs = train_gpt.Run(
-        cfg,
-        CPU,
-        None,
-        None,
-        model,
-        model,
-        list(model.parameters()),
-        [],
-        train_gpt.TokenStream([tokens]),
-        None,
-    )
+    theirs = train_gpt.make_run(cfg, CPU, None, None, model, [tokens])
     run = make_run(cfg, to_arrays(dict(model.named_parameters())), tokens)
     run.model.looping = True
     wanted, got = train_gpt.collect_factors(theirs), ours.collect_factors(run)
@@ -1003,7 +991,8 @@ def test_every_setting_is_read():
         seen.add(name)
         settings_read |= read(theirs[name])
         todo |= names(theirs[name])
-    assert {f.name for f in fields(Config)} - settings_read == set()
+    # One rank, whose passes are eighths: MLX has no other sums.
+    assert {f.name for f in fields(Config)} - settings_read == {"exact_sums"}
 
 
 def test_sliding_scores_each_token_once_as_planned(data):
