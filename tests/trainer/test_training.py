@@ -31,7 +31,7 @@ CPU = Runtime(0, 1, torch.device("cpu"), "cpu")
 QUICK = dict(
     ITERATIONS=3, CODEC="brotli", TRAIN_LOG_EVERY=1, MAX_WALLCLOCK_SECONDS=0, HOLDOUT_TOKENS=1024
 )
-LONG = QUICK | STATEFUL | dict(ITERATIONS=20)
+LONG = QUICK | STATEFUL | dict(ITERATIONS=20, EXACT_SUMS=1)
 ALL_ON = dict(
     PRESET="frontier",
     COMPILE=0,
@@ -366,34 +366,54 @@ def test_the_clock_ends_a_run(train_here, tmp_path):
 
 
 # ---- Two processes -------------------------------------------------------------------------------
-def launch_two(env: dict[str, str], out_dir: Path, **kwargs) -> subprocess.Popen:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def launch(ranks: int, env: dict[str, str], out_dir: Path, **kwargs) -> subprocess.Popen:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.Popen(
-        [*torchrun, SCRIPT], env=env, cwd=out_dir, text=True, start_new_session=True, **kwargs
+        [*torchrun, f"--nproc_per_node={ranks}", SCRIPT],
+        env=env,
+        cwd=out_dir,
+        text=True,
+        start_new_session=True,
+        **kwargs,
     )
 
 
-def test_two_processes_take_the_steps_of_one(trainer_env, train_here, tmp_path):
-    settings = LONG | dict(GPTQ=0, ITERATIONS=10, EXACT_SUMS=1)
-    one = train_here(tmp_path / "one", **settings)
-    (tmp_path / "two").mkdir()
-    launched = launch_two(
-        trainer_env(tmp_path / "two", **settings),
-        tmp_path / "two",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def run_ranks(ranks: int, env: dict[str, str], folder: Path) -> Finished:
+    """Train with this number of processes, and return the run."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    launched = launch(ranks, env, folder, **pipes)
     try:
         out, err = launched.communicate(timeout=600)
     finally:
         end_group(launched)
     assert launched.returncode == 0, err
-    two = Finished(tmp_path / "two", out)
-    assert two.one("start")["world_size"] == 2 and "world_size:2 grad_accum_steps:4\n" in out
-    assert len(two.losses) == 10 and two.losses == one.losses  # to the bit
-    assert two.one("final")["tokens"] == one.one("final")["tokens"]
+    return Finished(folder, out)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "exact"),
+    [
+        (2, 1),
+        pytest.param(4, 1, marks=pytest.mark.slow),
+        pytest.param(8, 1, marks=pytest.mark.slow),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+        pytest.param(8, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_take_the_steps_of_one(ranks, exact, trainer_env, train_here, tmp_path):
+    settings = LONG | dict(GPTQ=0, ITERATIONS=10, EXACT_SUMS=exact)
+    if not exact:  # a weight that rounds the other way moves a loss by 1e-4
+        settings["QAT_START_FRAC"] = 1
+    one, folder = train_here(tmp_path / "one", **settings), tmp_path / "several"
+    folder.mkdir()
+    several = run_ranks(ranks, trainer_env(folder, **settings), folder)
+    assert several.one("start")["world_size"] == ranks and len(several.losses) == 10
+    if exact:
+        assert several.losses == one.losses and f"grad_accum_steps:{8 // ranks}\n" in several.text
+    assert several.losses == pytest.approx(one.losses, abs=1e-5)
+    assert several.one("final")["tokens"] == one.one("final")["tokens"]
     # A weight between two steps may round the other way.
-    assert two.one("final")["loss"] == pytest.approx(one.one("final")["loss"], abs=1e-3)
+    assert several.one("final")["loss"] == pytest.approx(one.one("final")["loss"], abs=1e-3)
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -410,7 +430,7 @@ def children(pid: int) -> list[int]:
 def test_a_killed_rank_ends_the_others_within_a_minute(trainer_env, tmp_path):
     env = trainer_env(tmp_path, **QUICK | dict(ITERATIONS=1_000_000))
     with open(tmp_path / "out", "w") as out:
-        launched = launch_two(env, tmp_path, stdout=out, stderr=out)
+        launched = launch(2, env, tmp_path, stdout=out, stderr=out)
     try:
         wait_for(lambda: "step:3/" in (tmp_path / "out").read_text(), launched)
         environments = {
@@ -509,6 +529,16 @@ def test_a_stopped_run_goes_on_to_the_same_bits(stopped, uninterrupted, train_he
     done, folder = stopped
     copy = shutil.copytree(folder, tmp_path / "copy")
     assert_goes_on(signal.SIGTERM, done, copy, uninterrupted, train_here)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_with_other_ranks(
+    stopped, uninterrupted, trainer_env, train_here, tmp_path
+):
+    folder = shutil.copytree(stopped[1], tmp_path / "copy")
+    resumed = run_ranks(2, trainer_env(folder, **LONG, RESUME=1), folder)
+    by_step = {e["step"]: e["loss"] for e in resumed.all("train")}
+    assert by_step == {e["step"]: e["loss"] for e in uninterrupted.all("train")}
 
 
 @pytest.mark.slow
