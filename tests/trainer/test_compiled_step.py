@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
@@ -121,3 +122,28 @@ def test_a_step_needs_few_operators_around_its_compiled_passes(preset, qat):
     passes, counts = len([*train_gpt.batch_passes(run)]), operators.counts
     assert counts.total() - 5 * passes <= 200
     assert not counts["_local_scalar_dense"] and not counts["item"]  # the host reads nothing
+
+
+@pytest.mark.parametrize("preset", ["consensus", "frontier"])
+def test_a_pass_at_full_shape_fits_a_gpu_of_80_gb(preset):
+    """What autograd keeps of an eager pass, an eighth of a batch; compiled code keeps less."""
+    cfg, kept = Config(**PRESETS[preset]), {}
+
+    def keep(value):
+        storage = value.untyped_storage()
+        kept[id(storage)] = storage  # so that no other storage gets its id
+        return value
+
+    with FakeTensorMode():
+        model = GPT(cfg)
+        model.stream_dtype, model.looping = torch.bfloat16, bool(cfg.num_loops)
+        rows = cfg.train_batch_tokens // 8 // cfg.train_seq_len
+        x = torch.zeros(rows, cfg.train_seq_len, dtype=torch.long)
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            model(x, x)
+        activations = sum(storage.nbytes() for storage in kept.values())
+        buffers = 5 * 4 * sum(p.numel() for p in model.parameters())
+    # 30.6 GB for consensus, 49.6 for frontier with its loops; weights, gradients, rounded weights
+    # and the optimisers' averages are 0.6.
+    assert 20e9 < activations < 60e9 and buffers < 1e9
