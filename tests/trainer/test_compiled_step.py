@@ -126,7 +126,7 @@ def test_a_step_needs_few_operators_around_its_compiled_passes(preset, qat):
 
 @pytest.mark.parametrize("preset", ["consensus", "frontier"])
 def test_a_pass_at_full_shape_fits_a_gpu_of_80_gb(preset):
-    """What autograd keeps of an eager pass, an eighth of a batch; compiled code keeps less."""
+    """Sum what autograd keeps of an eager pass, an eighth of a batch; compiled code keeps less."""
     cfg, kept = Config(**PRESETS[preset]), {}
 
     def keep(value):
