@@ -592,8 +592,11 @@ for path in sys.argv[2:]:
         del artifact
     except BaseException as e:
         verdict = type(e).__name__, str(e).removeprefix(path + ": ")
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if used:  # ru_maxrss would start at what the process had that started this one
+        (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+        peak = 1024 * int(line.split()[1])
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps([path, *verdict, peak]), flush=True)
 """
 
