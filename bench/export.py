@@ -15,31 +15,16 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
 from artifact import consensus_state
-from torch.utils._python_dispatch import TorchDispatchMode
+from eager_operators import Operators
 
 import train_gpt
 
 K = 5.0  # near the k that fits 16,000,000 bytes
-VIEWS = {"view", "slice", "select", "unsqueeze", "transpose", "expand", "detach", "unbind", "alias"}
-
-
-class Operators(TorchDispatchMode):
-    """Counts eager operators by name; views, which launch nothing, are left out."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.removeprefix("aten::")
-        self.counts[name] += name not in VIEWS
-        return function(*args, **kwargs or {})
 
 
 def load_trainer(folder: str) -> ModuleType:

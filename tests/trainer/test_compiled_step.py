@@ -1,15 +1,13 @@
 """train_gpt.py, compiled: one graph a pass, none made inside the clock, few operators around it."""
 
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
+from bench.eager_operators import Operators
 from train_gpt import GPT, PRESETS, Config, Data, Log, Runtime
 
 CPU = Runtime(0, 1, torch.device("cpu"), "cpu")
@@ -30,23 +28,6 @@ TINY = dict(
     loop_end=1,
     loop_at_frac=0.3,
 )
-# Operators that compute nothing: they launch no kernel.
-VIEWS = set("view slice select unsqueeze transpose expand detach unbind alias split".split())
-VIEWS |= set("_unsafe_view as_strided t permute _reshape_alias lift_fresh empty".split())
-
-
-class Operators(TorchDispatchMode):
-    """Counts eager operators by name, views apart."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.removeprefix("aten::")
-        if name not in VIEWS and not name.startswith("profiler"):
-            self.counts[name] += 1
-        return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("preset", PRESETS)
