@@ -26,7 +26,6 @@ from train_gpt import (
     MODEL_FIELDS,
     PRELUDE,
     Artifact,
-    CodecError,
     Config,
     Rounded,
     UserError,
@@ -75,7 +74,7 @@ def read_artifact(path: str | Path) -> Artifact:
         return Artifact(cfg, weights, tokenizer, header)
     except OSError as e:
         raise ArtifactError(f"{path}: cannot be read ({e.strerror}); check its name") from None
-    except (UserError, CodecError, brotli.error) as e:
+    except (UserError, brotli.error) as e:
         raise ArtifactError(f"{path}: {e}") from None
 
 
