@@ -1588,8 +1588,8 @@ def rehearse(run: Run) -> None:
     (taken,) = largest(run.rt, time.perf_counter() - began)
     run.log, run.reserve_s = log, 1.5 * taken + 0.2
     if (need := run.reserve_s) > (cap := cfg.max_wallclock_seconds) / 2:
-        message = f"MAX_WALLCLOCK_SECONDS is {cap}, but the choices at its end take {need:.1f} s"
-        raise UserError(f"{message}; raise it, or lower HOLDOUT_TOKENS")
+        message = f"MAX_WALLCLOCK_SECONDS is {cap}; the choices at its end need {need:.1f} s"
+        raise UserError(f"{message}, more than half; raise it, or lower HOLDOUT_TOKENS")
 
 
 def train(run: Run) -> None:

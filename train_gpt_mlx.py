@@ -770,6 +770,9 @@ def rehearse(run: Run) -> None:
     run.log = lambda *_, **__: None
     choose(run)
     run.log, run.reserve_s = log, 1.5 * (time.perf_counter() - began) + 0.2
+    if (need := run.reserve_s) > (cap := cfg.max_wallclock_seconds) / 2:
+        message = f"MAX_WALLCLOCK_SECONDS is {cap}; the choices at its end need {need:.1f} s"
+        raise UserError(f"{message}, more than half; raise it, or lower HOLDOUT_TOKENS")
 
 
 def train(run: Run) -> None:
@@ -785,7 +788,10 @@ def train(run: Run) -> None:
                 f"the loss of step {run.step} is not finite; the last checkpoint: "
                 f"{path if path.exists() else None}; lower MATRIX_LR or set GRAD_CLIP_NORM"
             )
-        log_now = run.step % cfg.train_log_every == 0 or run.step <= 10 or progress >= 1
+        # The last step is the last that ends before the reserve.
+        pace = elapsed / max(run.step, 1)
+        over = progress_of(run.step, elapsed + pace, cfg, run.reserve_s) >= 1
+        log_now = run.step % cfg.train_log_every == 0 or run.step <= 10 or over
         if run.step > run.logged[0] and (log_now or elapsed - run.logged[1] > 60):
             run.news = Report(run.step, run.loss.item(), elapsed, 0)
             log_step(run)
@@ -795,9 +801,9 @@ def train(run: Run) -> None:
         if signum:
             run.log(f"stopped by {signal.Signals(signum).name}: RESUME=1 continues")
             sys.exit(128 + signum)
-        if progress >= 1 or cfg.val_loss_every and run.step % cfg.val_loss_every == 0:
+        if over or cfg.val_loss_every and run.step % cfg.val_loss_every == 0:
             validate(run)
-        if progress >= 1:
+        if over:
             break
         switch(run, progress)
         if take_step(run, progress):
@@ -964,7 +970,7 @@ def choose_rounding(run: Run) -> Factors:
     return factors if best == "gptq" else {}
 
 
-def choose(run: Run) -> dict[str, Tensor]:
+def choose(run: Run) -> Factors:
     """Choose weights and rounding inside the clock, because both read training tokens."""
     settle_weights(run)
     factors, cap = choose_rounding(run), run.cfg.max_wallclock_seconds

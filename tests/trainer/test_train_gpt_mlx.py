@@ -682,10 +682,28 @@ def test_warm_up_runs_all_functions_that_will_be_compiled(data):
 
 
 def test_max_wallclock_seconds_ends_a_run(train_here, tmp_path):
-    run = train_here(tmp_path, **QUICK | dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=0.5))
-    assert re.search(
-        r"^stopping_early: wallclock_cap train_time:\d+ms step:\d+/100000$", run.text, re.M
+    changes = dict(ITERATIONS=100_000, MAX_WALLCLOCK_SECONDS=6, HOLDOUT_TOKENS=512)
+    run = train_here(tmp_path, **QUICK | changes | dict(SWA_START_FRAC=0.1, SWA_EVERY=1))
+    stop = re.search(
+        r"^stopping_early: wallclock_cap train_time:(\d+)ms step:(\d+)/100000$", run.text, re.M
     )
+    # The averages were compared after the last step, and within the clock.
+    chosen = re.search(r"^chosen:train_time:(\d+)ms reserve:(\d+\.\d+)s( over.*)?$", run.text, re.M)
+    reserve = 1000 * float(chosen[2])
+    assert int(stop[2]) > 1 and int(stop[1]) < int(chosen[1])
+    assert int(stop[1]) <= 6000 - reserve + 300 and (int(chosen[1]) > 6000) == bool(chosen[3])
+    assert run.text.index("averages:last:") < chosen.start()
+
+
+def test_a_clock_too_short_for_the_choices_is_refused(data, monkeypatch):
+    run = make_run(
+        cfg := config(vocab_size=384, max_wallclock_seconds=0.3),
+        ours.first_weights(cfg),
+        data.holdout,
+        data,
+    )
+    with pytest.raises(UserError, match="at its end need 0.2 s, more than half; raise it, or low"):
+        ours.warm_up(dataclasses.replace(run, log=lambda *_, **__: None))
 
 
 def stop_in_process(trainer_env, folder: Path, signum: int) -> tuple[int, str]:

@@ -365,7 +365,14 @@ def test_the_clock_ends_a_run(train_here, tmp_path):
     assert run.text.index("averages:last:") < chosen.start()
 
 
-# ---- Two processes -------------------------------------------------------------------------------
+def test_a_clock_too_short_for_the_choices_is_refused(train_here, tmp_path):
+    with pytest.raises(
+        UserError, match="MAX_WALLCLOCK_SECONDS is 0.3; .* s, more than half; raise"
+    ):
+        train_here(tmp_path, **QUICK | dict(MAX_WALLCLOCK_SECONDS=0.3))
+
+
+# ---- Several processes ---------------------------------------------------------------------------
 def launch(ranks: int, env: dict[str, str], out_dir: Path, **kwargs) -> subprocess.Popen:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.Popen(
