@@ -1350,13 +1350,12 @@ def log_header(log: Log, cfg: Config, rt: Runtime, data: Data, preset: str) -> N
     versions = f"Running Python {py}\nRunning PyTorch {pytorch}\n{platform.platform()}\n{smi}"
     text = f"{source}\n{rule}\n{versions}\n{rule}\nsettings: {json.dumps(settings)}"
     log(text, screen=False)
-    contents = {"code": source.encode(), "settings": json.dumps(settings, sort_keys=True).encode()}
-    contents["tokenizer"] = data.tokenizer_path.read_bytes()
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    hashes["data"] = data.fingerprint
+    contents = {"code": source, "settings": json.dumps(settings, sort_keys=True)}
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
+    hashes |= {"tokenizer": file_sha256(data.tokenizer_path), "data": data.fingerprint}
     start = dict(run_id=log.run_id, preset=preset, device=rt.name, torch=pytorch)
-    lines = (start, {f"{name}_sha256": value for name, value in hashes.items()})
-    text = "\n".join(" ".join(f"{name}:{value}" for name, value in line.items()) for line in lines)
+    words = [f"{name}:{value}" for name, value in start.items()]
+    text = f"{' '.join(words)}\n{' '.join(f'{n}_sha256:{value}' for n, value in hashes.items())}"
     log(text, "start", settings=settings, sha256=hashes, world_size=rt.world, python=py, **start)
 
 
@@ -1441,13 +1440,18 @@ def set_up(cfg: Config, rt: Runtime, data: Data, log: Log) -> Run:
     count, tokens = sum(p.numel() for p in run.params), sum(map(len, data.train))
     shapes = {n: [*p.shape] for n, p in model.named_parameters()}
     val_counts = f"tokens:{len(data.val) - 1} bytes:{data.val_bytes}"
+    H, G, C = cfg.num_heads, cfg.num_kv_heads, cfg.model_dim // cfg.num_heads
+    like = dict(device=rt.device, dtype=model.stream_dtype, requires_grad=True)
+    q, k = (torch.empty(1, n, cfg.train_seq_len, C, **like) for n in (H, G))
+    kernels = torch._fused_sdp_choice if rt.device.type != "mps" else lambda *_, **__: 0  # math
+    kernel = nn.attention.SDPBackend(kernels(q, k, k, is_causal=True, enable_gqa=H != G)).name
     log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={data.tokenizer_path}")
     log(f"train_loader:dataset:{data.folder.name} train_shards:{len(data.train)} tokens:{tokens}")
     log(f"val_loader:shards pattern={data.folder}/*_val_*.bin {val_counts}")
     log(f"model_params:{count}", "model", parameters=count, tensors=shapes)
     log(
-        f"world_size:{rt.world} grad_accum_steps:{len([*batch_passes(run)])}\nsdp_backends:auto\n"
-        f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}\n"
+        f"world_size:{rt.world} grad_accum_steps:{len([*batch_passes(run)])}\n"
+        f"sdp_backends:{kernel}\nattention_mode:gqa num_heads:{H} num_kv_heads:{G}\n"
         f"tie_embeddings:True embed_lr:{cfg.tied_embed_lr} head_lr:0.0 "
         f"matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}\n"
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
@@ -1669,8 +1673,7 @@ def mean_nats(loss_fn: Callable, tokens: np.ndarray, cfg: Config, rt: Runtime, l
     total, began, next_line = torch.zeros((), dtype=torch.float64), time.perf_counter(), 10.0
     for i in range(0, len(starts), rows):
         places = starts[i : i + rows, None] + np.arange(length + 1)
-        ids = torch.from_numpy(tokens[np.minimum(places, len(tokens) - 1)].astype(np.int64))
-        ids = ids.to(rt.device)
+        ids = torch.from_numpy(tokens.take(places, mode="clip").astype(np.int64)).to(rt.device)
         with rt.autocast():
             nats = loss_fn(ids[:, :-1], ids[:, 1:])
         total += nats.cpu().double()[torch.from_numpy(places[:, 1:] < len(tokens))].sum()
@@ -1723,13 +1726,12 @@ def save_checkpoint(run: Run) -> None:
     """Save all state, replaced in one move. A full disk costs the checkpoint, never the run."""
     run.set_clock(False)
     if run.rt.rank == 0 and bool(run.weights.flat.isfinite().all()):
-        settings, path, step = asdict(run.cfg), Path(run.cfg.out_dir, "checkpoint.pt"), run.step
-        state = dict(settings=settings, run_id=run.log.run_id, data=run.data.fingerprint)
+        path, step = Path(run.cfg.out_dir, "checkpoint.pt"), run.step
         scalars = {n: getattr(run, n) for n in ("step", "train_s", "k", "qat")}
-        state |= dict(scalars=scalars, averages=vars(run.averages))
-        state |= dict(looping=run.model.looping, stream=run.stream.at)
         optimisers = [optimiser.state_dict() for optimiser in run.optimisers]
-        state |= dict(model=run.model.state_dict(), optimisers=optimisers)
+        state = dict(settings=asdict(run.cfg), run_id=run.log.run_id, data=run.data.fingerprint)
+        state |= dict(scalars=scalars, averages=vars(run.averages), optimisers=optimisers)
+        state |= dict(model=run.model.state_dict(), looping=run.model.looping, stream=run.stream.at)
         try:
             save(path, state)
             run.log(f"checkpoint:{path} step:{step}", "checkpoint", step=step)
