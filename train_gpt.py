@@ -122,9 +122,9 @@ class Config:
     loop_end: int = knob(0, "last layer of depth recurrence", 0, 255, role="model")
     num_loops: int = knob(0, "extra passes over them; 0 = none", 0, 16, role="model")
     loop_at_frac: float = knob(0.35, "part of the run before loops", 0, 1, role="model")
-    attn_bits: int = knob(8, "bits of attention matrices", 4, 8, role="model")
-    mlp_bits: int = knob(8, "bits of MLP matrices", 4, 8, role="model")
-    embed_bits: int = knob(8, "bits of embeddings", 4, 8, role="model")
+    attn_bits: int = knob(8, "bits of attention matrices; 2 is ternary", 2, 8, role="model")
+    mlp_bits: int = knob(8, "bits of MLP matrices; 2 is ternary", 2, 8, role="model")
+    embed_bits: int = knob(8, "bits of embeddings; 2 is ternary", 2, 8, role="model")
     matrix_lr: float = knob(0.04, "Muon's rate, for matrices", 0, role="optimiser")
     scalar_lr: float = knob(0.04, "AdamW's rate, for vectors and gates", 0, role="optimiser")
     tied_embed_lr: float = knob(0.05, "AdamW's rate, for embeddings", 0, role="optimiser")
@@ -474,9 +474,9 @@ Tensors = Mapping[str, Tensor]  # by the names of a model's parameters
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # what GPTQ must know of a matrix's inputs
 PLAIN_BITS = 16  # vectors, gates and scalars: fp16
 # The k of least loss on a trained cpu model; below it, clipping costs more than finer steps gain.
-LEAST_K = {4: 2.5, 5: 2.9, 6: 3.6, 7: 4.0, 8: 4.4}
+LEAST_K = {2: 1.2, 3: 2.0, 4: 2.5, 5: 2.9, 6: 3.6, 7: 4.0, 8: 4.4}
 GPTQ_BATCHES = 16  # of eight sequences each, for the Hessians
-K_GRID = np.geomspace(2.5, 64.0, 30_000).tolist()  # 500 bytes from one to the next at 27 M weights
+K_GRID = np.geomspace(1.2, 64.0, 36_800).tolist()  # 500 bytes from one to the next at 27 M weights
 
 
 def levels(bits: int) -> int:

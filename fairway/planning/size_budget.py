@@ -16,7 +16,7 @@ from fairway.planning.trainer_settings import trainer_names, trainer_source_path
 from fairway.planning.workload import count_parameters
 from fairway.records.files import read_bytes
 
-LEAST_K, MOST_K = 2.5, 64.0  # the trainer's grid
+LEAST_K, MOST_K = 1.2, 64.0  # the trainer's grid
 # Bits in the trainer's prediction: header, each tensor, each fp16 value, each row's step.
 HEADER_BITS, TENSOR_BITS, PLAIN_BITS, STEP_BITS = 8000, 640, 14, 10
 # Two points of the challenge's tokenizers, packed: 100,298 bytes at 1,024 pieces, 141,515 at 8,192.

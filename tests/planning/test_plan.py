@@ -214,7 +214,7 @@ def setting_words(draw):
         GPTQ=draw(st.integers(0, 1)),
         ITERATIONS=draw(st.sampled_from([1, 9000, 10**9])),
         MAX_WALLCLOCK_SECONDS=draw(st.sampled_from([0, 11, 600])),
-        ATTN_BITS=draw(st.integers(4, 8)),
+        ATTN_BITS=draw(st.integers(2, 8)),
         EMBED_TOKENIZER=draw(st.integers(0, 1)),
     )
     return {name: str(value) for name, value in values.items()}
