@@ -24,6 +24,7 @@ VERBS = {
     "decode-proof": "decode the tokens of a proof that eval_final.py --prove wrote",
     "generate": "write text with an artifact: sampling, beam search, speculative decoding",
     "export-coreml": "convert an artifact to CoreML shards for the Neural Engine, and check them",
+    "compare": "compare compression methods: score, bytes as shipped, speed, memory",
     "report": "draw one run or several as one HTML page with its pictures",
     "runs": "list what was run, newest last",
     "diff": "show what differs between two runs, and what it did",

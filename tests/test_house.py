@@ -41,6 +41,7 @@ STAGES = (
     "correction",
     "certificate",
     "decoding",
+    "methods",
     "coreml",
 )
 READERS = (

@@ -1,0 +1,34 @@
+"""All methods by name: one line each. `fairway compare --methods` takes these names."""
+
+from __future__ import annotations
+
+from fairway.methods.floats import FloatWeights
+from fairway.methods.integers import Integers
+from fairway.methods.method import Method
+
+BASELINE = "fp32"
+
+METHODS: dict[str, Method] = {
+    "fp32": FloatWeights("fp32"),
+    "bf16": FloatWeights("bf16"),
+    "fp16": FloatWeights("fp16"),
+    "int8": Integers(8),
+    "int6": Integers(6),
+    "int5": Integers(5),
+    "int4": Integers(4),
+    "int4-g32": Integers(4, 32),
+    "int4-g64": Integers(4, 64),
+    "int4-g128": Integers(4, 128),
+    "int3": Integers(3),
+    "int3-g32": Integers(3, 32),
+    "int2-g32": Integers(2, 32),
+    "int8-rms": Integers(8, k=4.4),
+    "int6-rms": Integers(6, k=3.6),
+    "int5-rms": Integers(5, k=2.9),
+    "int4-rms": Integers(4, k=2.5),
+    "int3-rms": Integers(3, k=2.0),
+    "int2-rms": Integers(2, k=1.2),
+}
+
+# Enough for a first look in a few minutes: one or two of each group.
+QUICK = ("fp32", "bf16", "int8", "int6", "int6-rms", "int4-g32", "int4-rms")
