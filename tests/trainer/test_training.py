@@ -373,10 +373,12 @@ def test_a_clock_too_short_for_the_choices_is_refused(train_here, tmp_path):
 
 
 # ---- Several processes ---------------------------------------------------------------------------
-def launch(ranks: int, env: dict[str, str], out_dir: Path, **kwargs) -> subprocess.Popen:
+def launch(
+    ranks: int, env: dict[str, str], out_dir: Path, script: str | Path = SCRIPT, **kwargs
+) -> subprocess.Popen:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.Popen(
-        [*torchrun, f"--nproc_per_node={ranks}", SCRIPT],
+        [*torchrun, f"--nproc_per_node={ranks}", script],
         env=env,
         cwd=out_dir,
         text=True,
@@ -385,10 +387,12 @@ def launch(ranks: int, env: dict[str, str], out_dir: Path, **kwargs) -> subproce
     )
 
 
-def run_ranks(ranks: int, env: dict[str, str], folder: Path) -> Finished:
+def run_ranks(
+    ranks: int, env: dict[str, str], folder: Path, script: str | Path = SCRIPT
+) -> Finished:
     """Train with this number of processes, and return the run."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    launched = launch(ranks, env, folder, **pipes)
+    launched = launch(ranks, env, folder, script, **pipes)
     try:
         out, err = launched.communicate(timeout=600)
     finally:
@@ -421,6 +425,30 @@ def test_several_processes_take_the_steps_of_one(ranks, exact, trainer_env, trai
     assert several.one("final")["tokens"] == one.one("final")["tokens"]
     # A weight between two steps may round the other way.
     assert several.one("final")["loss"] == pytest.approx(one.one("final")["loss"], abs=1e-3)
+
+
+# train_gpt.py on a disk that takes two seconds more for a checkpoint.
+SLOW_DISK = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt
+save = train_gpt.save
+train_gpt.save = lambda path, state: time.sleep(2) or save(path, state)
+code = train_gpt.run_main()
+sys.stdout.flush()
+os._exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_no_rank_counts_the_time_of_a_checkpoint_as_training(trainer_env, tmp_path):
+    script, settings = tmp_path / "slow_disk.py", QUICK | dict(CHECKPOINT_SECONDS=0.001)
+    script.write_text(SLOW_DISK)
+    run = run_ranks(2, trainer_env(tmp_path, **settings), tmp_path, script)
+    saved, trained = run.all("checkpoint"), run.all("train")
+    assert [e["step"] for e in saved] == [1, 2, 3, 3] and [e["step"] for e in trained] == [1, 2, 3]
+    # Before the line of the third step two checkpoints were written.
+    assert saved[1]["time"] - saved[0]["time"] > 2 and trained[-1]["seconds"] < 2
 
 
 def end_group(process: subprocess.Popen) -> None:
