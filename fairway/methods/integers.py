@@ -15,9 +15,13 @@ from train_gpt import GPT, PLAIN_BITS, levels, quantise, row_steps, tensor_bits,
 
 
 def by_groups(weight: Tensor, group: int) -> Tensor:
-    """Return [rows * groups, group], the last group of each row padded with zeros."""
+    """Return [rows * groups, columns of a group], with zeros after each row's last group.
+
+    As many groups as `group` columns each need, and all of one width, as `spread` assumes.
+    """
     columns = weight.size(1)
-    return F.pad(weight, (0, -columns % group)).reshape(-1, group)
+    width = -(-columns // -(-columns // group))
+    return F.pad(weight, (0, -columns % width)).reshape(-1, width)
 
 
 def absmax_steps(weight: Tensor, bits: int) -> Tensor:

@@ -162,12 +162,13 @@ def test_spread_repeats_a_group_and_cuts_the_last():
     bits=st.integers(2, 8),
     group=st.sampled_from([0, 3, 8, 64]),
     scale=st.sampled_from([1e-6, 1.0, 1e4]),
+    columns=st.integers(1, 24),  # of which few are a multiple of the group
 )
-def test_absolute_maximum_steps_clip_nothing(seed, bits, group, scale):
-    weight = scale * torch.randn(5, 24, generator=torch.Generator().manual_seed(seed))
+def test_absolute_maximum_steps_clip_nothing(seed, bits, group, scale, columns):
+    weight = scale * torch.randn(5, columns, generator=torch.Generator().manual_seed(seed))
     weight[0] = 0
     stored = rounded_matrix(weight, bits, group, 0.0)
-    steps = spread(stored.steps, 24)
+    steps = spread(stored.steps, columns)
     assert ((stored.weight() - weight).abs() <= 0.5001 * steps).all()
     assert torch.equal(absmax_steps(weight, bits).bfloat16().float(), absmax_steps(weight, bits))
 
