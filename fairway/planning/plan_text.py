@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 
 from fairway.planning.planned_run import EXPORT_SECONDS, START_UP_SECONDS, RunPlan
@@ -9,6 +10,7 @@ from fairway.planning.roofline import PARTS
 from fairway.planning.workload import layer_order
 
 BAR = 40  # characters for a whole step
+LINE = 88  # characters right of a title
 EVALUATION_LIMIT = 600.0  # seconds, on 8xH100
 
 
@@ -27,9 +29,10 @@ def model_lines(plan: RunPlan) -> Iterator[str]:
     cfg, held, work = plan.cfg, plan.parameters, plan.work
     passes = len(layer_order(cfg, bool(cfg.num_loops)))
     looped = f", {passes} passes when looped" if passes > cfg.num_layers else ""
-    yield (
+    yield from textwrap.wrap(
         f"{held.total:,} parameters; {cfg.num_layers} layers{looped}, width {cfg.model_dim}, "
-        f"vocabulary {cfg.vocab_size:,}"
+        f"vocabulary {cfg.vocab_size:,}",
+        LINE,
     )
     yield (
         f"a token of training: {rounded(work.product_flops / 1e6)} MFLOPs of products, "
