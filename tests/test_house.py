@@ -4,6 +4,7 @@ Each rule collects what breaks it in the whole tree and asserts that the list is
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -30,7 +31,6 @@ PYTHON = [
 ]
 OURS = [p for p in PYTHON if not p.startswith("tests/")]
 SOURCES = {p: (ROOT / p).read_text(encoding="utf-8") for p in PYTHON}
-TREES = {p: ast.parse(text, p) for p, text in SOURCES.items()}
 ROOT_SCRIPTS = {p.removesuffix(".py") for p in PYTHON if "/" not in p}
 FOLDERS = {p.split("/")[0] for p in PYTHON if "/" in p}
 # Rooms of fairway/ in the order of the pipeline: a room imports itself and earlier ones.
@@ -67,6 +67,12 @@ INTERFACES = {
 }
 
 
+@functools.cache
+def tree_of(path: str) -> ast.Module:
+    """Return a file's syntax tree, parsed once; only a process that runs a rule parses any."""
+    return ast.parse(SOURCES[path], path)
+
+
 def imports(tree: ast.AST, path: str = "") -> set[str]:
     """Return the dotted names that a file imports, at any depth; relative ones become absolute."""
     names = set()
@@ -82,16 +88,16 @@ def imports(tree: ast.AST, path: str = "") -> set[str]:
 
 def local_imports(path: str) -> set[str]:
     """Return what a file imports of this repository, by first name."""
-    first = {name.split(".")[0] for name in imports(TREES[path], path)}
+    first = {name.split(".")[0] for name in imports(tree_of(path), path)}
     siblings = {Path(p).stem for p in PYTHON if Path(p).parent == Path(path).parent}
     return first & (ROOT_SCRIPTS | FOLDERS | siblings)
 
 
 def imported_files(path: str) -> set[str]:
     """Return the files of this repository that a file imports."""
-    names = {name.replace(".", "/") for name in imports(TREES[path], path)}
-    return {f"{n}.py" for n in names if f"{n}.py" in TREES} | {
-        f"{n}/__init__.py" for n in names if f"{n}/__init__.py" in TREES
+    names = {name.replace(".", "/") for name in imports(tree_of(path), path)}
+    return {f"{n}.py" for n in names if f"{n}.py" in SOURCES} | {
+        f"{n}/__init__.py" for n in names if f"{n}/__init__.py" in SOURCES
     }
 
 
@@ -179,12 +185,12 @@ def test_a_room_imports_earlier_rooms_only():
 def test_one_module_decodes_artifacts_and_checks_them_first():
     """The trainer's decoders trust what they read, so all others use the strict reader."""
     decoders = {"decode_artifact", "decode_tensors"}
-    defined = {n.name for n in TREES["train_gpt.py"].body if isinstance(n, ast.FunctionDef)}
+    defined = {n.name for n in tree_of("train_gpt.py").body if isinstance(n, ast.FunctionDef)}
     assert decoders <= defined
     users = set()
     for path in set(OURS) - {"train_gpt.py"}:
-        nodes = list(ast.walk(TREES[path]))
-        names = {n.split(".")[-1] for n in imports(TREES[path], path)}
+        nodes = list(ast.walk(tree_of(path)))
+        names = {n.split(".")[-1] for n in imports(tree_of(path), path)}
         names |= {n.attr for n in nodes if isinstance(n, ast.Attribute)}
         names |= {n.value for n in nodes if isinstance(n, ast.Constant) and type(n.value) is str}
         users |= {path} if names & decoders else set()
@@ -222,7 +228,7 @@ def test_records_and_reports_never_load_a_model():
             at = todo.pop()
             seen.add(at)
             todo += imported_files(at) - seen
-        loaded = {name.split(".")[0] for at in seen for name in imports(TREES[at], at)}
+        loaded = {name.split(".")[0] for at in seen for name in imports(tree_of(at), at)}
         bad = loaded & {"torch", "train_gpt", "mlx", "coremltools", "onnxruntime"}
         wrong += [f"{path} imports {name}" for name in bad]
     assert wrong == []
@@ -244,7 +250,7 @@ def test_no_two_public_names_mean_different_things():
         shared = {
             n for folder, names in INTERFACES.items() if path.startswith(folder) for n in names
         }
-        for node in TREES[path].body:
+        for node in tree_of(path).body:
             defines = isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_"
             if defines and node.name not in shared and node.name != "main":
                 places[node.name].append(path)
@@ -256,7 +262,7 @@ def test_optional_packages_are_imported_in_their_own_modules_only():
     wrong = [
         f"{path} imports {name}"
         for path in OURS
-        for name in {n.split(".")[0] for n in imports(TREES[path], path)} & OPTIONAL.keys()
+        for name in {n.split(".")[0] for n in imports(tree_of(path), path)} & OPTIONAL.keys()
         if not path.startswith(OPTIONAL[name])
     ]
     assert wrong == []
@@ -266,7 +272,7 @@ def test_optional_packages_are_imported_only_when_needed():
     """One exception: the MLX trainer may import MLX early, in a guard that says what to install."""
     wrong = []
     for path in OURS:
-        statements = list(at_import(TREES[path].body))
+        statements = list(at_import(tree_of(path).body))
         guarded = {
             n.split(".")[0]
             for s in statements
@@ -360,7 +366,7 @@ def effects(tree: ast.Module) -> list[str]:
 
 
 def test_nothing_is_read_written_or_printed_when_a_module_is_imported():
-    assert {p: effects(TREES[p]) for p in OURS if effects(TREES[p])} == {}
+    assert {p: effects(tree_of(p)) for p in OURS if effects(tree_of(p))} == {}
 
 
 def test_importing_every_module_leaves_no_trace(tmp_path):
@@ -441,7 +447,7 @@ def test_only_the_download_names_a_host():
     for path in OURS:
         strings = [
             n.value
-            for n in ast.walk(TREES[path])
+            for n in ast.walk(tree_of(path))
             if isinstance(n, ast.Constant) and type(n.value) is str
         ]
         hosts = {h for s in strings for h in re.findall(r"\b(?:https?|ftp)://([\w.-]+)", s)}
@@ -480,7 +486,7 @@ def test_functions_fit_sixty_lines():
     long = [
         f"{path}: {f.name} has {f.end_lineno - f.lineno + 1} lines"
         for path in PYTHON
-        for f in ast.walk(TREES[path])
+        for f in ast.walk(tree_of(path))
         if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef) and f.end_lineno - f.lineno >= 60
     ]
     assert long == []

@@ -2,21 +2,10 @@
 
 import ast
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
+from test_house import PYTHON, tree_of
 
-ROOT = Path(__file__).resolve().parents[1]
-FILES = subprocess.run(
-    ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"],
-    cwd=ROOT,
-    text=True,
-    capture_output=True,
-    check=True,
-).stdout.splitlines()
-# A record keeps the code that ran.
-FILES = [p for p in sorted(FILES) if (ROOT / p).is_file() and not p.startswith("records/")]
 # A docstring that starts with one of these is a fragment, not a sentence.
 FRAGMENTS = {"Of", "To", "Where", "How", "What", "Which", "Whether", "That"}
 LEAST_WORDS = 3  # "Nothing here." says nothing
@@ -69,8 +58,7 @@ def test_the_rules_catch_fragments(docstring, problem):
 
 def test_docstrings_are_plain_sentences():
     problems = []
-    for path in FILES:
-        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"), path)
-        named = [(place, problem_of(text)) for place, text in docstrings(tree)]
+    for path in PYTHON:
+        named = [(place, problem_of(text)) for place, text in docstrings(tree_of(path))]
         problems += [f"{path} {place}: {problem}" for place, problem in named if problem]
     assert problems == []

@@ -24,6 +24,7 @@ from fairway.scoring.memory import Memory, first_layers
 KINDS = ("ngram", "suffix", "model", "layers")
 GREEDY = Strategy("greedy")
 LENGTHS = dict(learnt=10, random=5, features=10)  # tokens after each prompt
+PROMPTS = 25
 WINDOW = 80  # no token leaves it; sliding windows have their own test
 
 
@@ -71,9 +72,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def plain_texts(models):
-    """`plain_texts(name)`: the tokens that plain greedy decoding writes after each of 50
-    prompts.
-    """
+    """`plain_texts(name)`: the tokens that plain greedy decoding writes after each prompt."""
     cache = {}
 
     def texts(which: str) -> list[list[int]]:
@@ -88,7 +87,7 @@ def plain_texts(models):
                     ),
                     LENGTHS[which],
                 )
-                for prompt in prompts(50)
+                for prompt in prompts(PROMPTS)
             ]
         return cache[which]
 
@@ -121,7 +120,7 @@ def test_greedy_text_is_the_same_token_for_token(models, plain_texts, which, kin
         np.random.default_rng(0),
         small if kind == "model" else first_layers(model, 1),
     )
-    for prompt, expected in zip(prompts(50), plain_texts(which), strict=True):
+    for prompt, expected in zip(prompts(PROMPTS), plain_texts(which), strict=True):
         drafter = make_drafter(kind, lambda: Memory(drafting), GREEDY, rng)
         speculation = Speculation(
             reader_after(Memory(model, WINDOW), prompt), prompt, GREEDY, rng, drafter, 5

@@ -93,7 +93,7 @@ def here(capsys):
 def finished(tmp_path_factory, env):
     """Return a run with everything that can be asked for: its folder, output and score."""
     folder = tmp_path_factory.mktemp("scored")
-    settings = env(folder, USE_CORRECTION=1, CERTIFY_SECONDS=4, WANDB_MODE="offline")
+    settings = env(folder, USE_CORRECTION=1, CERTIFY_SECONDS=2, WANDB_MODE="offline")
     done = run(settings, "--certify", "--compare")
     return folder, done, json.loads((folder / "eval/score.json").read_text())
 
@@ -213,16 +213,16 @@ def test_a_second_run_reads_its_columns_and_gives_the_same_score(finished, env, 
 def test_a_proof_joins_the_certificate(finished, env, here):
     """Ask for a proof alone, without the certificate."""
     folder, done, score = finished
-    proved = here(eval_final.main, env(folder), ["--prove", "300"])
+    proved = here(eval_final.main, env(folder), ["--prove", "100"])
     assert proved.returncode == 0 and proved.stdout.splitlines()[-1] == done.stdout.splitlines()[-1]
     certificate = json.loads((folder / "eval/certificate.json").read_text())
     (rule,), d = certificate["rules"], certificate["rules"][0]["details"]
     assert certificate["passed"] and (rule["rule"], rule["verdict"], d["tokens"]) == (
         "decoded",
         "ok",
-        300,
+        100,
     )
-    logp = np.load(folder / "eval/final_logp.npy")[:299]
+    logp = np.load(folder / "eval/final_logp.npy")[:99]
     assert d["claimed_bits"] == pytest.approx(-logp.sum() / np.log(2), abs=1e-9)
     assert d["file_bits"] == 8 * (folder / "eval/proof.fwy").stat().st_size
     assert d["ratio"] == pytest.approx(d["file_bits"] / d["claimed_bits"])

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train_gpt
@@ -30,23 +29,39 @@ TINY = dict(
 )
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("looping", [False, True])
-def test_a_pass_of_every_preset_is_one_graph(preset, looping):
-    cfg = Config(**PRESETS[preset] | TINY | dict(num_loops=int(looping)))
-    model, counter = GPT(cfg), CompileCounter()
-    model.looping = looping
+@pytest.fixture
+def counter():
+    """Return a backend of torch.compile that counts graphs and leaves them as they are."""
+    # Imported here because it takes two seconds, which every process of the tests would pay.
+    from torch._dynamo.testing import CompileCounter
+
     torch._dynamo.reset()
+    return CompileCounter()
+
+
+@pytest.mark.parametrize(
+    ("preset", "looping"),
+    [
+        *((preset, False) for preset in PRESETS),
+        *(
+            pytest.param(preset, True, marks=[pytest.mark.slow] * (preset != "frontier"))
+            for preset in PRESETS
+        ),
+    ],
+)
+def test_a_pass_of_every_preset_is_one_graph(preset, looping, counter):
+    cfg = Config(**PRESETS[preset] | TINY | dict(num_loops=int(looping)))
+    model = GPT(cfg)
+    model.looping = looping
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=False)
     tokens = torch.randint(0, 64, (2, 16))
     assert torch.equal(compiled(tokens, tokens), model(tokens, tokens)) and counter.frame_count == 1
 
 
-@pytest.mark.parametrize("preset", ["consensus", "frontier"])
-def test_nothing_is_compiled_inside_the_clock(preset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("preset", [pytest.param("consensus", marks=pytest.mark.slow), "frontier"])
+def test_nothing_is_compiled_inside_the_clock(preset, counter, tmp_path, monkeypatch):
     """From warm-up to the choices: loops, rounding, validation, averages, changing rates."""
-    torch._dynamo.reset()
-    counter, compile_really = CompileCounter(), torch.compile
+    compile_really = torch.compile
     monkeypatch.setattr(
         torch, "compile", lambda f, **how: compile_really(f, backend=counter, **how)
     )

@@ -32,6 +32,7 @@ QUICK = dict(
     ITERATIONS=3, CODEC="brotli", TRAIN_LOG_EVERY=1, MAX_WALLCLOCK_SECONDS=0, HOLDOUT_TOKENS=1024
 )
 LONG = QUICK | STATEFUL | dict(ITERATIONS=20, EXACT_SUMS=1)
+LONG |= dict(MODEL_DIM=32, TRAIN_BATCH_TOKENS=1024, VAL_BATCH_SIZE=8192)
 ALL_ON = dict(
     PRESET="frontier",
     COMPILE=0,
@@ -481,7 +482,7 @@ def test_a_killed_rank_ends_the_others_within_a_minute(trainer_env, tmp_path):
         end_group(launched)
 
 
-def wait_for(holds, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(holds, process: subprocess.Popen, seconds: float = 240) -> None:
     until = time.monotonic() + seconds
     while not holds():
         assert process.poll() is None, "the run has ended"
