@@ -17,6 +17,7 @@ import numpy as np
 
 from fairway.decoding.reader import Reader
 from fairway.decoding.strategies import Strategy, draw, softmax
+from train_gpt import GPT
 
 
 class Guess(NamedTuple):
@@ -294,3 +295,15 @@ class ModelDrafter:
         """Tell the gate, and remember whether all guesses were right."""
         self.gate.learn(accepted)
         self.all_right = accepted == self.proposed
+
+
+def model_drafter(
+    draft: GPT, model: GPT, reader: Reader, strategy: Strategy, rng: np.random.Generator
+) -> ModelDrafter:
+    """Return a drafter that runs `draft` in this reader, at its cost next to that of `model`."""
+    # Passes through a layer; the output head costs about as much as one more.
+    draft_cost, model_cost = (1 + len(m.passes(m.looping)) for m in (draft, model))
+    return ModelDrafter(reader, strategy, rng, draft_cost / model_cost)
+
+
+LOOKUP_DRAFTERS = {"ngram": NGramDrafter, "suffix": SuffixDrafter}

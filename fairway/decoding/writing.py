@@ -16,7 +16,7 @@ from fairway.artifact_reader import read_artifact
 from fairway.compression.loading import Loaded, load
 from fairway.compression.spelling import Speller
 from fairway.decoding.beam import beam_search
-from fairway.decoding.drafters import Drafter, ModelDrafter, NGramDrafter, SuffixDrafter
+from fairway.decoding.drafters import LOOKUP_DRAFTERS, Drafter, model_drafter
 from fairway.decoding.reader import EngineSource, GeneratedToken, Reader, decode_plainly
 from fairway.decoding.speculative import Speculation, SpeculationStats
 from fairway.decoding.strategies import Strategy
@@ -103,12 +103,10 @@ class Writer:
 
     def drafter(self, kind: str, strategy: Strategy, rng: np.random.Generator) -> Drafter:
         """Return the drafter that `--draft KIND` names."""
-        if kind in ("ngram", "suffix"):
-            return NGramDrafter() if kind == "ngram" else SuffixDrafter()
+        if kind in LOOKUP_DRAFTERS:
+            return LOOKUP_DRAFTERS[kind]()
         model = self.draft_model(kind)
-        # Passes through a layer; the output head costs about as much as one more.
-        draft_cost, model_cost = (1 + len(m.passes(m.looping)) for m in (model, self.model))
-        return ModelDrafter(self.reader(model), strategy, rng, draft_cost / model_cost)
+        return model_drafter(model, self.model, self.reader(model), strategy, rng)
 
     def draft_model(self, kind: str) -> GPT:
         """Return the model's own first layers, or the model of an artifact with the same

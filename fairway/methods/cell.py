@@ -172,10 +172,12 @@ def run_cell(spec: Spec, folder: Path) -> dict[str, Any]:
         )
         text = scored_text(spec, subject)
         tokens = text.tokens[: spec.val_tokens + 1] if spec.val_tokens else text.tokens
-        result = measured(reloaded, model, text, tokens, timed)
+        with method.running():
+            result = measured(method, reloaded, model, text, tokens, timed)
     return {
         **result,
         "settings": method.settings,
+        "figures": method.figures(model),
         "seconds": seconds,
         "size": size,
         "memory": {
@@ -224,7 +226,7 @@ def sizes(method: Method, model: Any, folder: Path) -> dict[str, Any]:
         if p.is_file()
     ]
     total = sum(f["bytes"] for f in files)
-    code = packed_code_bytes([ROOT / "train_gpt.py", *reading_code()])
+    code = packed_code_bytes([ROOT / "train_gpt.py", *reading_code(method)])
     return {
         "files": files,
         "bytes": total,
@@ -234,12 +236,17 @@ def sizes(method: Method, model: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def reading_code() -> list[Path]:
+def reading_code(method: Method) -> list[Path]:
     """Return the files, next to train_gpt.py, that read a shipped model."""
-    return [Path(__file__).with_name(name) for name in ("parcel.py", "stored.py")]
+    return [
+        Path(__file__).with_name(name)
+        for name in ("parcel.py", "stored.py", *method.code)
+    ]
 
 
-def measured(reloaded: Any, model: Any, text: Text, tokens: np.ndarray, timed: Callable) -> dict:
+def measured(
+    method: Method, reloaded: Any, model: Any, text: Text, tokens: np.ndarray, timed: Callable
+) -> dict[str, Any]:
     """Measure speed and score of what was reloaded; score some tokens with both models."""
     cfg = reloaded.cfg
     rt, eval_cfg = Runtime(0, 1, torch.device("cpu"), "cpu"), EvalConfig()
@@ -248,9 +255,11 @@ def measured(reloaded: Any, model: Any, text: Text, tokens: np.ndarray, timed: C
         result: dict[str, Any] = {"latency": measure.latency(reloaded.logits, one)}
     with timed("generation"):
         texts = measure.prompts(text.tokenizer.encode, cfg.train_seq_len)
-        result["generation"] = measure.generation(reloaded, texts)
+        result["generation"] = measure.generation(reloaded, texts, method.storage, method.draft)
+        if method.draft:
+            result["speculation"] = measure.speculation(reloaded, texts, method.draft)
     if isinstance(reloaded, GPT):
-        result["cache"] = measure.cache_growth(reloaded, lengths=(128, 256))
+        result["cache"] = measure.cache_growth(reloaded, method.storage, method.cache_lengths)
     with timed("check"):
         part = tokens[: CHECKED_TOKENS + 1]
         nats = [-measure.score(m, text, part, eval_cfg, rt).sum() for m in (model, reloaded)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import platform
 import resource
@@ -18,17 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from fairway.decoding.reader import Reader
+from fairway.decoding.drafters import LOOKUP_DRAFTERS, model_drafter
+from fairway.decoding.reader import Reader, decode_plainly
+from fairway.decoding.speculative import Speculation, SpeculationStats
+from fairway.decoding.strategies import Strategy
 from fairway.scoring.columns import columns_in_memory
-from fairway.scoring.memory import Memory
+from fairway.scoring.memory import Memory, bytes_per_token, first_layers
 from fairway.scoring.neural import Neural
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import Text
-from train_gpt import BOS_ID, GPT, Runtime
+from train_gpt import BOS_ID, GPT, Runtime, UserError
 
 WARMUP, SAMPLES = 5, 30  # forward passes
 NEW_TOKENS = 64  # of each prompt
 PROMPTS = ("The people of the United States", "My fellow citizens", "In the last year we have")
+SPECULATION_ROUNDS, MOST_GUESSES = 3, 8
 CACHE_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 
 
@@ -65,17 +70,25 @@ def prompts(speller_ids: Callable[[str], list[int]], context: int) -> list[list[
     return [[BOS_ID, *speller_ids(text)][: max(1, context // 2)] for text in PROMPTS]
 
 
-def generation(model: GPT, texts: list[list[int]]) -> dict[str, Any]:
+def generation(
+    model: GPT, texts: list[list[int]], storage: str = "fp32", draft: str = ""
+) -> dict[str, Any]:
     """Write greedily after each prompt; a model without blocks reads all its text at each token."""
-    cached, wrote, speeds = hasattr(model, "blocks"), [], []
+    engine = "cache" if hasattr(model, "blocks") else "recomputed"
+    engine, wrote, speeds = f"{engine}, draft {draft}" if draft else engine, [], []
     for text in texts:
         began = time.perf_counter()
-        tokens = with_cache(model, text) if cached else recomputed(model, text)
+        if draft:
+            tokens, _ = with_draft(model, text, draft)
+        elif engine == "cache":
+            tokens = with_cache(model, text, storage)
+        else:
+            tokens = recomputed(model, text)
         speeds.append(NEW_TOKENS / (time.perf_counter() - began))
         wrote.append(tokens)
     text_hash = hashlib.sha256(np.array(wrote, "<u2")).hexdigest()
     return {
-        "engine": "cache" if cached else "recomputed",
+        "engine": engine,
         "prompts": len(texts),
         "tokens": NEW_TOKENS,
         "tokens_per_second": statistics.median(speeds),
@@ -84,13 +97,18 @@ def generation(model: GPT, texts: list[list[int]]) -> dict[str, Any]:
     }
 
 
-def with_cache(model: GPT, text: list[int]) -> list[int]:
-    reader, written = Reader(Memory(model), model.cos.device), []
-    last = reader.last(text)
-    for _ in range(NEW_TOKENS):
-        written.append(int(last.argmax()))
-        last = reader.read(written[-1:])[-1]
-    return written
+def prompt_reader(model: GPT, text: list[int], storage: str) -> Reader:
+    """Return a reader that has read a prompt but its last token, as decoding wants it."""
+    reader = Reader(Memory(model, storage=storage), model.cos.device)
+    if len(text) > 1:
+        reader.last(text[:-1])
+    return reader
+
+
+def with_cache(model: GPT, text: list[int], storage: str) -> list[int]:
+    reader = prompt_reader(model, text, storage)
+    steps = decode_plainly(reader, text, Strategy("greedy"), np.random.default_rng(0))
+    return [step.token for step in itertools.islice(steps, NEW_TOKENS)]
 
 
 def recomputed(model: Any, text: list[int]) -> list[int]:
@@ -100,6 +118,44 @@ def recomputed(model: Any, text: list[int]) -> list[int]:
             logits = model.logits(torch.tensor([tokens[-context:]]))
         tokens.append(int(logits[0, -1].argmax()))
     return tokens[len(text) :]
+
+
+def speculation(model: GPT, texts: list[list[int]], draft: str) -> dict[str, Any]:
+    """Write after each prompt with a draft and without, in turn; both must write the same."""
+    total, plain, speeds = SpeculationStats(), [], []
+    for text in texts * SPECULATION_ROUNDS:
+        began = time.perf_counter()
+        expected = with_cache(model, text, "fp32")
+        plain.append(NEW_TOKENS / (time.perf_counter() - began))
+        began = time.perf_counter()
+        written, stats = with_draft(model, text, draft)
+        speeds.append(NEW_TOKENS / (time.perf_counter() - began))
+        if written != expected:
+            raise UserError(f"with the draft {draft}, the text differs from that without it")
+        for name in ("tokens", "verifications", "drafted", "accepted"):
+            setattr(total, name, getattr(total, name) + getattr(stats, name))
+    return {
+        "draft": draft,
+        "plain_tokens_per_second": statistics.median(plain),
+        "tokens_per_second": statistics.median(speeds),
+        "speedup": statistics.median(a / b for a, b in zip(speeds, plain, strict=True)),
+        "tokens_per_verification": total.tokens_per_verification,
+        "acceptance": total.acceptance,
+    }
+
+
+def with_draft(model: GPT, text: list[int], draft: str) -> tuple[list[int], SpeculationStats]:
+    reader, strategy = prompt_reader(model, text, "fp32"), Strategy("greedy")
+    rng, written = np.random.default_rng(0), []
+    if draft in LOOKUP_DRAFTERS:
+        drafter = LOOKUP_DRAFTERS[draft]()
+    else:
+        layers = first_layers(model, max(1, model.cfg.num_layers // 4))
+        drafter = model_drafter(layers, model, Reader(Memory(layers)), strategy, rng)
+    steps = Speculation(reader, text, strategy, rng, drafter, MOST_GUESSES)
+    for step in itertools.islice(steps, NEW_TOKENS):
+        written.append(step.token)
+    return written, steps.stats
 
 
 # ==== SCORE =======================================================================================
@@ -112,14 +168,6 @@ def score(model: GPT, text: Text, tokens: np.ndarray, cfg: EvalConfig, rt: Runti
 
 
 # ==== CACHE =======================================================================================
-def analytic_cache_bytes(model: GPT, tokens: int, storage: str) -> int:
-    """Return the bytes of keys and values of `tokens` tokens, by arithmetic alone."""
-    cfg = model.cfg
-    passes, width = len(model.passes(model.looping)), cfg.model_dim // cfg.num_heads
-    each = {"int8": width + 2, "bf16": 2 * width, "fp32": 4 * width}[storage]
-    return passes * 2 * cfg.num_kv_heads * each * tokens
-
-
 def cache_growth(model: GPT, storage: str = "fp32", lengths=CACHE_LENGTHS) -> list[dict[str, int]]:
     """Read random tokens; return measured and analytic bytes of the cache at some lengths."""
     points = []
@@ -130,13 +178,8 @@ def cache_growth(model: GPT, storage: str = "fp32", lengths=CACHE_LENGTHS) -> li
         tokens = torch.from_numpy(rng.integers(0, model.cfg.vocab_size, (1, count)))
         with torch.inference_mode():
             memory.logits(tokens)
-        measured = sum(
-            part[..., : memory.used, :].numel() * part.element_size()
-            for part in (memory.data, memory.steps)
-            if part is not None
-        )
-        analytic = analytic_cache_bytes(model, length, storage)
-        points.append({"tokens": length, "measured": measured, "analytic": analytic})
+        analytic = length * bytes_per_token(model, storage)
+        points.append({"tokens": length, "measured": memory.stored_bytes, "analytic": analytic})
     return points
 
 

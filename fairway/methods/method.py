@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ class Method:
     requirements: ClassVar[str] = ""  # the file that installs them
     memory_unreliable: ClassVar[str] = ""  # why its peak memory means little
     error_bound: ClassVar[float] = 0.0  # largest change of a weight over its row's largest; 0: none
+    code: ClassVar[tuple[str, ...]] = ()  # modules of this room that read its files, besides parcel
+    storage: ClassVar[str] = "fp32"  # of cached keys and values: a name of scoring.memory.STORAGE
+    cache_lengths: ClassVar[tuple[int, ...]] = (128, 256)  # tokens at which the cache is measured
+    draft: ClassVar[str] = ""  # who guesses tokens ahead: ngram, suffix or layers
 
     def apply(self, model: GPT, calibration: Calibration) -> GPT:
         raise NotImplementedError
@@ -51,6 +56,14 @@ class Method:
 
     def spared(self, model: GPT) -> dict[str, Tensor]:
         """Return the parameters that the method promises not to change, with their values."""
+        return {}
+
+    def running(self) -> contextlib.AbstractContextManager:
+        """Return the context in which everything is measured: an attention kernel, for example."""
+        return contextlib.nullcontext()
+
+    def figures(self, model: GPT) -> dict[str, Any]:
+        """Return figures of the method's own about a model that `apply` returned."""
         return {}
 
     @property

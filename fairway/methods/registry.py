@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from fairway.methods.cache_types import CacheType
+from fairway.methods.drafted import Drafted
 from fairway.methods.floats import FloatWeights
 from fairway.methods.integers import Integers
+from fairway.methods.kernels import AttentionKernel
 from fairway.methods.method import Method
 
 BASELINE = "fp32"
@@ -28,6 +31,15 @@ METHODS: dict[str, Method] = {
     "int4-rms": Integers(4, k=2.5),
     "int3-rms": Integers(3, k=2.0),
     "int2-rms": Integers(2, k=1.2),
+    "cache-bf16": CacheType("bf16"),
+    "cache-int8": CacheType("int8"),
+    "sdpa-math": AttentionKernel("math"),
+    "sdpa-flash": AttentionKernel("flash"),
+    "sdpa-efficient": AttentionKernel("efficient"),
+    "sdpa-cudnn": AttentionKernel("cudnn"),
+    "draft-ngram": Drafted("ngram"),
+    "draft-suffix": Drafted("suffix"),
+    "draft-layers": Drafted("layers"),
 }
 
 # Enough for a first look in a few minutes: one or two of each group.
