@@ -240,7 +240,7 @@ def reading_code(method: Method) -> list[Path]:
     """Return the files, next to train_gpt.py, that read a shipped model."""
     return [
         Path(__file__).with_name(name)
-        for name in ("parcel.py", "stored.py", *method.code)
+        for name in ("parcel.py", "stored.py", "layouts.py", *method.code)
     ]
 
 

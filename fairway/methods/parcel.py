@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
+import lzma
 import math
 import struct
 from collections.abc import Iterable, Mapping
@@ -18,7 +20,8 @@ import brotli
 import numpy as np
 import torch
 
-from fairway.methods.stored import KINDS, Arrays, Floats, Stored
+from fairway.methods.layouts import LAYOUTS
+from fairway.methods.stored import KINDS, Floats, Stored
 from train_gpt import (
     CODECS,
     GPT,
@@ -105,40 +108,59 @@ def fits_nibble(array: np.ndarray) -> bool:
 # ==== FILES =======================================================================================
 def pack(model: GPT, codecs: Iterable[str] = (*CODECS,), nibbles: Iterable[bool] = (False, True)):
     """Return the bytes of the smallest file, tried over codecs and ways to lay codes out."""
-    arrays = {name: tensor.arrays() for name, tensor in stored_of(model).items()}
-    kinds = {name: tensor.kind for name, tensor in model.stored.items()}
-    options, best = [(c, n) for c in codecs for n in nibbles], b""
+    layouts = {packed: laid_out(model, packed) for packed in nibbles}
+    best, table = b"", layouts[True][0] if True in layouts else {}
+    any_packed = any(row[3] for _, rows in table.values() for row in rows)
+    # The entropy coder comes first: a large file is not tried with the others.
+    options = sorted(itertools.product(codecs, layouts), key=lambda option: option[0] != "ans")
     for codec, packed in options:
-        if packed and (codec == "ans" or not any_nibbles(arrays)):
+        if packed and (codec == "ans" or not any_packed):
             continue  # the entropy coder takes fractions of a bit without packing
-        if len(best) > ENTROPY_CODER_ONLY and codec != "ans" and len(options) > 1:
+        if len(best) > ENTROPY_CODER_ONLY:
             continue
-        blob = encode(model, kinds, arrays, codec, packed)
+        blob = encode(model, codec, *layouts[packed])
         best = blob if not best or len(blob) < len(best) else best
     return best
 
 
-def any_nibbles(arrays: Mapping[str, Arrays]) -> bool:
-    return any(fits_nibble(a) for named in arrays.values() for a in named.values())
-
-
-def encode(model: GPT, kinds, arrays: Mapping[str, Arrays], codec: str, nibbles: bool) -> bytes:
-    """Return the file that one codec makes."""
+def laid_out(model: GPT, nibbles: bool) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Return the table of all tensors, and their arrays as planes of bytes."""
     table: dict[str, Any] = {}
     planes = []
-    for name, named in arrays.items():
+    for name, tensor in stored_of(model).items():
         rows = []
-        for part, array in named.items():
+        for part, array in tensor.arrays().items():
             small = nibbles and fits_nibble(array)
             rows.append([part, str(array.dtype), [*array.shape], int(small)])
             planes.append(to_plane(array, small))
-        table[name] = [kinds[name], rows]
-    payload = encode_planes(codec, planes)
+        table[name] = [tensor.kind, rows]
+    return table, planes
+
+
+def encode(model: GPT, codec: str, table: Mapping[str, Any], planes: list[np.ndarray]) -> bytes:
+    """Return the file that one codec makes."""
+    payload = encode_lzma(planes) if codec == "lzma" else encode_planes(codec, planes)
     config = {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
     header = {"model": config, "looping": model.looping, "codec": codec, "tensors": table}
     packed = brotli.compress(json.dumps(header, separators=(",", ":")).encode(), quality=11)
     body = packed + payload
     return PRELUDE.pack(MAGIC, len(packed), hashlib.sha256(body).digest()) + body
+
+
+def encode_lzma(planes: list[np.ndarray]) -> bytes:
+    """Pack planes as the field's ternary record does; the trainer has no use for this codec."""
+    data = b"".join(plane.tobytes() for plane in planes)
+    return lzma.compress(data, lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+
+
+def decode_lzma(payload: bytes, shapes: list[tuple[int, int]]) -> list[np.ndarray]:
+    sizes = [rows * columns for rows, columns in shapes]
+    decoder = lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=1 << 28)
+    data = decoder.decompress(payload, max_length=sum(sizes) + 1)
+    if not decoder.eof or decoder.unused_data or len(data) != sum(sizes):
+        raise ParcelError(f"lzma: damaged, {len(data)} bytes for {sum(sizes)} symbols")
+    parts = np.split(np.frombuffer(data, np.uint8), np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def unpack(blob: bytes) -> GPT:
@@ -155,7 +177,15 @@ def unpack(blob: bytes) -> GPT:
         model = header["model"]
         cfg = Config(**model, train_batch_tokens=8 * model["train_seq_len"])
         return rebuilt(cfg, bool(header["looping"]), stored)
-    except (struct.error, brotli.error, KeyError, TypeError, ValueError, CodecError) as e:
+    except (
+        struct.error,
+        brotli.error,
+        lzma.LZMAError,
+        KeyError,
+        TypeError,
+        ValueError,
+        CodecError,
+    ) as e:
         raise ParcelError(f"the file of a compressed model is damaged ({e})") from None
 
 
@@ -168,12 +198,16 @@ def decode(header: Mapping[str, Any], payload: bytes) -> dict[str, Stored]:
     shapes = [plane_shape(dtype, shape, bool(n)) for _, dtype, shape, n in rows]
     if sum(a * b for a, b in shapes) > MOST_ELEMENTS:
         raise ParcelError("the arrays are larger than any model here")
-    planes, stored = iter(decode_planes(header["codec"], payload, shapes)), {}
+    codec, stored = header["codec"], {}
+    read = (
+        decode_lzma(payload, shapes) if codec == "lzma" else decode_planes(codec, payload, shapes)
+    )
+    planes = iter(read)
     for name, (kind, parts) in header["tensors"].items():
         arrays = {
             p: from_plane(next(planes), dtype, shape, bool(n)) for p, dtype, shape, n in parts
         }
-        stored[name] = KINDS[kind].from_arrays(arrays)
+        stored[name] = (KINDS | LAYOUTS)[kind].from_arrays(arrays)
     return stored
 
 

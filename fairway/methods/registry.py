@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fairway.methods.cache_types import CacheType
+from fairway.methods.coded import Coded
 from fairway.methods.drafted import Drafted
 from fairway.methods.floats import FloatWeights
 from fairway.methods.integers import Integers
@@ -31,6 +32,14 @@ METHODS: dict[str, Method] = {
     "int4-rms": Integers(4, k=2.5),
     "int3-rms": Integers(3, k=2.0),
     "int2-rms": Integers(2, k=1.2),
+    "int6-zstd": Coded("int6-rms", 6, 3.6, "zstd"),
+    "int6-brotli": Coded("int6-rms", 6, 3.6, "brotli"),
+    "int6-lzma": Coded("int6-rms", 6, 3.6, "lzma"),
+    "int6-ans": Coded("int6-rms", 6, 3.6, "ans"),
+    "int6-bitplanes": Coded("int6-rms", 6, 3.6, layout="bitplanes"),
+    "int6-sorted": Coded("int6-rms", 6, 3.6, layout="sorted"),
+    "trits-base3-lzma": Coded("int2-rms", 2, 1.2, "lzma", "base3"),
+    "trits-ans": Coded("int2-rms", 2, 1.2, "ans"),
     "cache-bf16": CacheType("bf16"),
     "cache-int8": CacheType("int8"),
     "sdpa-math": AttentionKernel("math"),
