@@ -5,6 +5,7 @@
 # make lint       layout and lint
 # make bench      every figure of docs/RESULTS.md that fits this machine
 # make apple      also install what train_gpt_mlx.py and fairway export-coreml need
+# make methods    also install what some rows of fairway compare need: ONNX Runtime, torchao, Ray
 
 PYTHON ?= python3
 PRESET ?= cpu
@@ -13,12 +14,13 @@ CERTIFY_SECONDS := $(if $(filter smoke,$(PRESET)),5,30)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 APPLE := .venv/.installed-apple
+METHODS := .venv/.installed-methods
 CORPUS := data/embedded/manifest.json
 # On a shared machine, OpenMP threads that spin long make two threads slower than one. Threads that
 # never spin are always slower.
 export GOMP_SPINCOUNT := 10000
 
-.PHONY: run report data apple test test-apple test-slow test-torch lint bench clean
+.PHONY: run report data apple methods test test-apple test-slow test-torch lint bench clean
 .DELETE_ON_ERROR:
 
 run: $(OUT)/logs/eval.done
@@ -61,6 +63,13 @@ apple: $(APPLE)
 $(APPLE): requirements-apple.txt $(INSTALLED)
 	@echo "installing requirements-apple.txt into .venv"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-apple.txt
+	@touch $@
+
+methods: $(METHODS)
+
+$(METHODS): requirements-methods.txt $(INSTALLED)
+	@echo "installing requirements-methods.txt into .venv"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-methods.txt
 	@touch $@
 
 # One process a core, four at most, a file of tests each, in the order of tests/conftest.py.

@@ -57,7 +57,10 @@ ARTIFACT_READER = "fairway/artifact_reader.py"
 OPTIONAL = {
     "mlx": "train_gpt_mlx.py",
     "coremltools": "fairway/coreml/",
-    "onnxruntime": "fairway/coreml/",
+    "onnx": "fairway/methods/",
+    "onnxruntime": "fairway/methods/",
+    "onnxscript": "fairway/methods/",
+    "torchao": "fairway/methods/",
 }
 # Modules that implement one interface share its names.
 INTERFACES = {

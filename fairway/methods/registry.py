@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fairway.methods.activations import Int8Activations
 from fairway.methods.cache_types import CacheType
 from fairway.methods.coded import Coded
 from fairway.methods.drafted import Drafted
@@ -9,6 +10,7 @@ from fairway.methods.floats import FloatWeights
 from fairway.methods.integers import Integers
 from fairway.methods.kernels import AttentionKernel
 from fairway.methods.method import Method
+from fairway.methods.torchao_int8 import TorchaoInt8
 
 BASELINE = "fp32"
 
@@ -32,6 +34,12 @@ METHODS: dict[str, Method] = {
     "int4-rms": Integers(4, k=2.5),
     "int3-rms": Integers(3, k=2.0),
     "int2-rms": Integers(2, k=1.2),
+    "w8a8": Int8Activations(),
+    "w8a8-random": Int8Activations("random"),
+    "w8a8-training": Int8Activations("training"),
+    "w8a8-smooth-random": Int8Activations("random", smooth=True),
+    "w8a8-smooth-training": Int8Activations("training", smooth=True),
+    "w8a8-torchao": TorchaoInt8(),
     "int6-zstd": Coded("int6-rms", 6, 3.6, "zstd"),
     "int6-brotli": Coded("int6-rms", 6, 3.6, "brotli"),
     "int6-lzma": Coded("int6-rms", 6, 3.6, "lzma"),

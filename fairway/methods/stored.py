@@ -169,4 +169,24 @@ class Repaired:
         return self.base.weight() + self.left.weight() @ self.right.weight()
 
 
-KINDS = {kind.kind: kind for kind in (Floats, Codes, Lookup, Repaired)}
+@dataclass(frozen=True)
+class InputStep:
+    """A stored matrix, and the step by which the inputs of its layer are rounded to int8."""
+
+    base: Codes
+    step: Tensor  # float32 [1]
+    kind = "input step"
+
+    def arrays(self) -> Arrays:
+        return {**self.base.arrays(), "input_step": self.step.numpy()}
+
+    @staticmethod
+    def from_arrays(arrays: Mapping[str, np.ndarray]) -> InputStep:
+        own = {n: a for n, a in arrays.items() if n != "input_step"}
+        return InputStep(Codes.from_arrays(own), torch.from_numpy(arrays["input_step"].copy()))
+
+    def weight(self) -> Tensor:
+        return self.base.weight()
+
+
+KINDS = {kind.kind: kind for kind in (Floats, Codes, Lookup, Repaired, InputStep)}
