@@ -34,7 +34,7 @@ from fairway.methods.method import Calibration, Method, NotHere
 from fairway.methods.registry import METHODS
 from fairway.methods.subject import Subject, load_subject
 from fairway.scoring.settings import EvalConfig
-from fairway.scoring.text import Text, load_text
+from fairway.scoring.text import Text, load_text, load_tokenizer
 from train_gpt import GPT, Runtime, UserError, file_sha256, packed_code_bytes, read_shard, replacing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -153,7 +153,8 @@ def run_cell(spec: Spec, folder: Path) -> dict[str, Any]:
             read_shard(p, subject.model.cfg.vocab_size)
             for p in sorted(Path(spec.data).glob("*_train_*.bin"))
         ]
-    calibration = Calibration(subject.model, shards, spec.seed, subject.checkpoint)
+        tokenizer, _ = load_tokenizer("", subject.artifact, Path(spec.data))
+    calibration = Calibration(subject.model, shards, spec.seed, subject.checkpoint, tokenizer)
     spared = {n: p.clone() for n, p in method.spared(subject.model).items()}
     memory = measure.MemorySampler()
     with memory.sampling():
@@ -171,9 +172,9 @@ def run_cell(spec: Spec, folder: Path) -> dict[str, Any]:
             if Path(n).is_relative_to(folder.resolve())
         )
         text = scored_text(spec, subject)
-        tokens = text.tokens[: spec.val_tokens + 1] if spec.val_tokens else text.tokens
         with method.running():
-            result = measured(method, reloaded, model, text, tokens, timed)
+            retold = method.retokenised(text, reloaded)
+            result = measured(method, reloaded, model, retold, timed)
     return {
         **result,
         "settings": method.settings,
@@ -189,7 +190,7 @@ def run_cell(spec: Spec, folder: Path) -> dict[str, Any]:
         "calibration": {
             "given": calibration.account(),
             "files_read": read_before,
-            "overlap": shared_text(calibration, tokens),
+            "overlap": shared_text(calibration, text.tokens),
         },
         "model": describe_subject(subject, spec),
         "data": {"sha256": text.sha256, "name": text.name, "train_tokens": sum(map(len, shards))},
@@ -214,8 +215,11 @@ def describe_subject(subject: Subject, spec: Spec) -> dict[str, Any]:
 
 
 def scored_text(spec: Spec, subject: Subject) -> Text:
+    """Return the tokens that are scored: those of the validation split, or its first ones."""
     pattern = str(Path(spec.data) / "*_val_*.bin")
-    return load_text(EvalConfig(val_files=pattern), subject.artifact)
+    text = load_text(EvalConfig(val_files=pattern), subject.artifact)
+    count = spec.val_tokens or len(text.sizes)
+    return text._replace(tokens=text.tokens[: count + 1], sizes=text.sizes[:count])
 
 
 def sizes(method: Method, model: Any, folder: Path) -> dict[str, Any]:
@@ -238,17 +242,15 @@ def sizes(method: Method, model: Any, folder: Path) -> dict[str, Any]:
 
 def reading_code(method: Method) -> list[Path]:
     """Return the files, next to train_gpt.py, that read a shipped model."""
-    return [
-        Path(__file__).with_name(name)
-        for name in ("parcel.py", "stored.py", "layouts.py", *method.code)
-    ]
+    names = "parcel.py", "stored.py", "layouts.py", *method.code
+    return [Path(__file__).parent / name for name in names]
 
 
 def measured(
-    method: Method, reloaded: Any, model: Any, text: Text, tokens: np.ndarray, timed: Callable
+    method: Method, reloaded: Any, model: Any, text: Text, timed: Callable
 ) -> dict[str, Any]:
     """Measure speed and score of what was reloaded; score some tokens with both models."""
-    cfg = reloaded.cfg
+    cfg, tokens = reloaded.cfg, text.tokens
     rt, eval_cfg = Runtime(0, 1, torch.device("cpu"), "cpu"), EvalConfig()
     one = torch.from_numpy(tokens[: cfg.train_seq_len].astype(np.int64))[None]
     with timed("latency"):
@@ -270,7 +272,7 @@ def measured(
         }
     with timed("score"):
         logp = measure.score(reloaded, text, tokens, eval_cfg, rt)
-    scored_bytes, nats = int(text.sizes[: len(logp)].sum()), float(-logp.sum())
+    scored_bytes, nats = text.bytes, float(-logp.sum())
     result["score"] = {
         "bpb": nats / np.log(2) / scored_bytes,
         "nats": nats,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fairway.methods import parcel
 from fairway.scoring.memory import Memory
+from fairway.scoring.text import Text
 from train_gpt import BOS_ID, GPT, TokenStream, UserError
 
 PARCEL = "model.fwm"
@@ -34,7 +35,7 @@ class Method:
     requirements: ClassVar[str] = ""  # the file that installs them
     memory_unreliable: ClassVar[str] = ""  # why its peak memory means little
     error_bound: ClassVar[float] = 0.0  # largest change of a weight over its row's largest; 0: none
-    code: ClassVar[tuple[str, ...]] = ()  # modules of this room that read its files, besides parcel
+    code: ClassVar[tuple[str, ...]] = ()  # modules that read its files, besides parcel.py
     storage: ClassVar[str] = "fp32"  # of cached keys and values: a name of scoring.memory.STORAGE
     cache_lengths: ClassVar[tuple[int, ...]] = (128, 256)  # tokens at which the cache is measured
     draft: ClassVar[str] = ""  # who guesses tokens ahead: ngram, suffix or layers
@@ -53,6 +54,10 @@ class Method:
     def load(self, folder: Path) -> GPT:
         """Return the model of the files that `ship` wrote, and of nothing else."""
         return parcel.unpack((folder / PARCEL).read_bytes())
+
+    def retokenised(self, text: Text, model: GPT) -> Text:
+        """Return the scored text in the tokens of a loaded model: the same bytes."""
+        return text
 
     def spared(self, model: GPT) -> dict[str, Tensor]:
         """Return the parameters that the method promises not to change, with their values."""
@@ -88,8 +93,10 @@ class Calibration:
         shards: list[np.ndarray],
         seed: int = 0,
         checkpoint: Path | None = None,
+        tokenizer: Any = None,
     ):
-        self.model, self.shards, self.seed, self.checkpoint = model, shards, seed, checkpoint
+        self.model, self.shards, self.seed = model, shards, seed
+        self.checkpoint, self.tokenizer = checkpoint, tokenizer
         self.given: list[tuple[str, np.ndarray]] = []
 
     def give(self, source: str, tokens: np.ndarray) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fairway.methods.activations import Int8Activations
+from fairway.methods.averaging import Averaged
 from fairway.methods.cache_types import CacheType
 from fairway.methods.coded import Coded
 from fairway.methods.drafted import Drafted
@@ -10,7 +11,10 @@ from fairway.methods.floats import FloatWeights
 from fairway.methods.integers import Integers
 from fairway.methods.kernels import AttentionKernel
 from fairway.methods.method import Method
+from fairway.methods.pruning import Pruned, PrunedTuned, TwoOfFour
 from fairway.methods.torchao_int8 import TorchaoInt8
+from fairway.methods.training import Ternary, Tuned
+from fairway.methods.vocabulary import SmallerVocabulary
 
 BASELINE = "fp32"
 
@@ -57,6 +61,25 @@ METHODS: dict[str, Method] = {
     "draft-ngram": Drafted("ngram"),
     "draft-suffix": Drafted("suffix"),
     "draft-layers": Drafted("layers"),
+    "prune10": Pruned(0.1),
+    "prune30": Pruned(0.3),
+    "prune50": Pruned(0.5),
+    "prune70": Pruned(0.7),
+    "prune-2of4": TwoOfFour(),
+    "prune50-tuned": PrunedTuned(0.5, distilled=False),
+    "prune50-distilled": PrunedTuned(0.5, distilled=True),
+    "vocab-unseen": SmallerVocabulary(rows=64, least=1),
+    "vocab-rare": SmallerVocabulary(rows=256, least=16),
+    "tuned6": Tuned(6),
+    "qat3": Tuned(3),
+    "qat2": Tuned(2),
+    "ternary-g64": Ternary(64),
+    "last": Averaged("last"),
+    "last-int6": Averaged("last", 6),
+    "swa": Averaged("swa"),
+    "swa-int6": Averaged("swa", 6),
+    "ema": Averaged("ema"),
+    "ema-int6": Averaged("ema", 6),
 }
 
 # Enough for a first look in a few minutes: one or two of each group.
