@@ -30,6 +30,7 @@ import train_gpt
 from train_gpt import BOS_ID, file_sha256, read_shard, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
+pytest_plugins = ["method_cells"]
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a shell that puts us in the background has it ignored

@@ -9,6 +9,7 @@ the transform, and each file that is opened before is noted.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -43,7 +44,7 @@ CHECKED_TOKENS = 4096  # scored before shipping and after reloading, to the last
 OVERLAP = 24  # tokens in a row that calibration and scored text may not share
 PACKAGES = ("torch", "numpy", "onnxruntime", "torchao")
 # Modules of this room that start cells or judge their results, and measure nothing.
-PRESENTING = ("harness.py", "cluster.py", "audit.py", "table.py", "pictures.py")
+PRESENTING = ("harness.py", "cluster.py", "audit.py", "comparison.py", "groups.py")
 
 
 @dataclass(frozen=True)
@@ -230,20 +231,19 @@ def sizes(method: Method, model: Any, folder: Path) -> dict[str, Any]:
         if p.is_file()
     ]
     total = sum(f["bytes"] for f in files)
-    code = packed_code_bytes([ROOT / "train_gpt.py", *reading_code(method)])
     return {
         "files": files,
         "bytes": total,
         "method_bytes": method.bytes(model),
-        "code_bytes": code,
-        "total_bytes": total + code,
+        "code_bytes": reading_code_bytes(method),
     }
 
 
-def reading_code(method: Method) -> list[Path]:
-    """Return the files, next to train_gpt.py, that read a shipped model."""
+@functools.cache
+def reading_code_bytes(method: Method) -> int:
+    """Return the bytes, packed as in a record, of the code that reads a shipped model."""
     names = "parcel.py", "stored.py", "layouts.py", *method.code
-    return [Path(__file__).parent / name for name in names]
+    return packed_code_bytes([ROOT / "train_gpt.py", *(Path(__file__).parent / n for n in names)])
 
 
 def measured(
@@ -296,6 +296,8 @@ def header(spec: Spec) -> dict[str, Any]:
         "method": spec.method,
         "group": METHODS[spec.method].group,
         "seed": spec.seed,
+        "seeded": METHODS[spec.method].seeded,
+        "same_score_as": METHODS[spec.method].same_score_as,
         "val_tokens": spec.val_tokens,
         "environment": {
             "code_sha256": code_sha256(),

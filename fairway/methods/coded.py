@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from fairway.methods import parcel
 from fairway.methods.integers import Integers
 from fairway.methods.layouts import LAYOUTS, Layout
-from fairway.methods.method import PARCEL, Calibration, Method
+from fairway.methods.method import Calibration, Method
 from fairway.methods.parcel import stored_of, with_stored
 from fairway.methods.stored import Codes
 from train_gpt import CODECS, GPT, entropy_bits
@@ -47,14 +46,8 @@ class Coded(Method):
         stored = {n: kind(s) if isinstance(s, Codes) else s for n, s in stored_of(model).items()}
         return with_stored(model, stored)
 
-    def packed(self, model: GPT) -> bytes:
+    def pack(self, model: GPT) -> bytes:
         return parcel.pack(model, [self.codec] if self.codec else CODECS, [False])
-
-    def ship(self, model: GPT, folder: Path) -> None:
-        (folder / PARCEL).write_bytes(self.packed(model))
-
-    def bytes(self, model: GPT) -> int:
-        return len(self.packed(model))
 
     def figures(self, model: GPT) -> dict[str, Any]:
         _, planes = parcel.laid_out(model, nibbles=False)

@@ -34,6 +34,7 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ()  # optional packages
     requirements: ClassVar[str] = ""  # the file that installs them
     memory_unreliable: ClassVar[str] = ""  # why its peak memory means little
+    same_score_as: ClassVar[str] = ""  # a method that computes the same, if one does
     error_bound: ClassVar[float] = 0.0  # largest change of a weight over its row's largest; 0: none
     code: ClassVar[tuple[str, ...]] = ()  # modules that read its files, besides parcel.py
     storage: ClassVar[str] = "fp32"  # of cached keys and values: a name of scoring.memory.STORAGE
@@ -45,11 +46,20 @@ class Method:
 
     def ship(self, model: GPT, folder: Path) -> None:
         """Write the files of a model that `apply` returned."""
-        (folder / PARCEL).write_bytes(parcel.pack(model))
+        (folder / PARCEL).write_bytes(self.packed(model))
 
     def bytes(self, model: GPT) -> int:
         """Return the size of all that `ship` writes."""
-        return len(parcel.pack(model))
+        return len(self.packed(model))
+
+    def packed(self, model: GPT) -> bytes:
+        """Return the parcel of a model, made once: its codecs take seconds."""
+        if not hasattr(model, "parcel"):
+            model.parcel = self.pack(model)
+        return model.parcel
+
+    def pack(self, model: GPT) -> bytes:
+        return parcel.pack(model)
 
     def load(self, folder: Path) -> GPT:
         """Return the model of the files that `ship` wrote, and of nothing else."""

@@ -16,8 +16,6 @@ from fairway.methods.torchao_int8 import TorchaoInt8
 from fairway.methods.training import Ternary, Tuned
 from fairway.methods.vocabulary import SmallerVocabulary
 
-BASELINE = "fp32"
-
 METHODS: dict[str, Method] = {
     "fp32": FloatWeights("fp32"),
     "bf16": FloatWeights("bf16"),

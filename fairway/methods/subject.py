@@ -38,20 +38,23 @@ class Subject(NamedTuple):
     checkpoint: Path | None  # with averages of weights, if the run left one
 
 
-def load_subject(path: Path, tokenizer: str = "", data: Path | None = None) -> Subject:
-    """Return the float model of an artifact or of a checkpoint."""
+def is_artifact(path: Path) -> bool:
+    """Return whether a file begins as an artifact; refuse what is no checkpoint either."""
     try:
         with open(path, "rb") as f:
             start = f.read(len(ARTIFACT_MAGIC))
     except OSError as e:
         raise UserError(f"--model {path} cannot be read ({e.strerror}); check its name") from None
-    if start == ARTIFACT_MAGIC:
-        return of_artifact(path)
-    if start[:2] == b"PK":
-        return of_checkpoint(path, tokenizer, data)
-    raise UserError(
-        f"--model {path} is neither an artifact nor a checkpoint of train_gpt.py; name one"
-    )
+    if start != ARTIFACT_MAGIC and start[:2] != b"PK":
+        raise UserError(
+            f"--model {path} is neither an artifact nor a checkpoint of train_gpt.py; name one"
+        )
+    return start == ARTIFACT_MAGIC
+
+
+def load_subject(path: Path, tokenizer: str = "", data: Path | None = None) -> Subject:
+    """Return the float model of an artifact or of a checkpoint."""
+    return of_artifact(path) if is_artifact(path) else of_checkpoint(path, tokenizer, data)
 
 
 def named(path: Path) -> str:

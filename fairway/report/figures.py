@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fairway.report import artifact, data, split
+from fairway.report import artifact, data, methods, split
 from fairway.report.split import ScoredSplit
 from fairway.report.style import (
     LINES,
@@ -719,5 +719,14 @@ FIGURES = (
         draw_means("rank of the token in the split (logarithmic, 1 = most frequent)", True),
         say_ranks,
         f"Means of bins that double in width. {BAND}",
+    ),
+    Figure(
+        "methods",
+        "Compression methods on this model",
+        lambda s: methods.comparison(s.run),
+        methods.draw_comparison,
+        methods.say_comparison,
+        "Each mark is a method of `fairway compare`. The line joins those that no other beats in "
+        "both directions.",
     ),
 )

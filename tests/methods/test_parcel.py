@@ -25,7 +25,7 @@ from fairway.methods.parcel import (
 )
 from fairway.methods.stored import Codes, Floats, Lookup, Repaired, spread
 from tests.models import ALL_ON, SMALL
-from train_gpt import GPT, Config, UserError, initialise
+from train_gpt import CODECS, GPT, Config, UserError, initialise
 
 
 def model_of(**changes) -> GPT:
@@ -94,8 +94,8 @@ def test_a_model_comes_back_to_the_bit_with_every_kind_of_tensor():
 
 def test_the_smallest_of_all_codecs_is_taken():
     changed = with_stored(model_of(), {"tok_emb.weight": codes(97, 32)})
-    sizes = [len(pack(changed, [c], [n])) for c in ("ans", "zstd", "brotli") for n in (False, True)]
-    assert len(pack(changed)) == min(size for size in sizes if size)
+    sizes = [len(pack(changed, [c], [n])) for c in CODECS for n in (False, True)]
+    assert len(pack(changed)) == min(size for size in sizes if size) < max(sizes)
 
 
 def test_a_model_that_no_method_made_has_nothing_to_pack():

@@ -108,6 +108,18 @@ def training(sha256: str = "", size: int = 1500) -> list[dict]:
     ]
 
 
+def write_comparison(folder: Path, seed: int) -> None:
+    """Write the table that `fairway compare --table` leaves next to a run."""
+    rows = [
+        dict(method="fp32", group="baselines", bpb=1.6, bytes=4e6, tokens_per_second=100.0 + seed),
+        dict(method="int4-<b>", group="weight-only", bpb=1.7, bytes=5e5, tokens_per_second=90.0),
+        dict(method="worse", group="weight-only", bpb=1.9, bytes=6e5, tokens_per_second=80.0),
+        dict(method="absent", group="runtimes", bpb=None, bytes=None, tokens_per_second=None),
+    ]
+    (folder / "results").mkdir()
+    write_json(folder / "results" / "m.json", dict(model="m", rows=rows))
+
+
 def write_run(folder: Path, run_id: str, corpus, seed: int) -> Path:
     """Write a run that has everything a report can show, on a corpus of a few documents."""
     folder.mkdir()
@@ -130,6 +142,7 @@ def write_run(folder: Path, run_id: str, corpus, seed: int) -> Path:
         dict(rule="causal", verdict="ok", figure="49 cuts"),
         dict(rule="sizes", verdict="FAIL", figure="<b>"),
     ]
+    write_comparison(folder, seed)
     write_json(
         folder / "eval/score.json",
         dict(
@@ -295,7 +308,8 @@ def test_missing_data_remove_only_their_figure_and_bytes_repeat(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert len(Outline(pages[0]).all("svg")) == 4
     lacking = re.findall(r'<p class="missing">(.*?)</p>', pages[0])
-    assert len(lacking) == len(FIGURES) - 2 + 2 and all("python" in text for text in lacking)
+    assert len(lacking) == len(FIGURES) - 2 + 2
+    assert all("python" in text or "fairway compare" in text for text in lacking)
 
 
 WITH_TOKENS = {"by_document", "by_rank", "passages"}
@@ -336,6 +350,15 @@ WITH_LOSSES = WITH_TOKENS | {"by_split"}
             "eval_final.py",
         ),
         (lambda f: (f / "final_model.int6.ptz").unlink(), {"passages"}, "no tokenizer"),
+        (lambda f: shutil.rmtree(f / "results"), {"methods"}, "fairway compare"),
+        (lambda f: (f / "results/m.json").write_text('{"rows": 7}'), {"methods"}, "no finished"),
+        (
+            lambda f: (f / "results/m.json").write_text('{"rows": [{"bpb": "1", "bytes": []}]}'),
+            {"methods"},
+            "no finished",
+        ),
+        (lambda f: (f / "results/m.json").write_text("[1"), {"methods"}, "make it again"),
+        (lambda f: (f / "results/m.json").write_text("[1]"), {"methods"}, "make it again"),
     ],
 )
 def test_damage_removes_only_the_figures_that_need_the_file(
