@@ -12,6 +12,7 @@ from fairway.methods.integers import Integers
 from fairway.methods.kernels import AttentionKernel
 from fairway.methods.method import Method
 from fairway.methods.pruning import Pruned, PrunedTuned, TwoOfFour
+from fairway.methods.runtimes import Compile, OnnxRuntime
 from fairway.methods.torchao_int8 import TorchaoInt8
 from fairway.methods.training import Ternary, Tuned
 from fairway.methods.vocabulary import SmallerVocabulary
@@ -42,6 +43,9 @@ METHODS: dict[str, Method] = {
     "w8a8-smooth-random": Int8Activations("random", smooth=True),
     "w8a8-smooth-training": Int8Activations("training", smooth=True),
     "w8a8-torchao": TorchaoInt8(),
+    "compile": Compile(),
+    "onnx": OnnxRuntime(),
+    "onnx-int8": OnnxRuntime(int8=True),
     "int6-zstd": Coded("int6-rms", 6, 3.6, "zstd"),
     "int6-brotli": Coded("int6-rms", 6, 3.6, "brotli"),
     "int6-lzma": Coded("int6-rms", 6, 3.6, "lzma"),

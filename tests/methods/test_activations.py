@@ -10,6 +10,7 @@ from fairway.methods.integers import rounded_matrix
 from fairway.methods.method import Calibration
 from fairway.methods.parcel import pack, unpack
 from fairway.methods.stored import InputStep
+from fairway.methods.torchao_int8 import TorchaoInt8
 from tests.models import some_tokens, trained
 
 
@@ -93,3 +94,16 @@ def test_a_step_for_each_token_errs_less_than_one_from_random_text():
         for source in ("", "random")
     ]
     assert 0 < errors[0] < errors[1]
+
+
+def test_torchao_computes_as_our_own_int8_does(tmp_path):
+    pytest.importorskip("torchao", reason="pip install -r requirements-methods.txt")
+    model, tokens = trained(num_layers=1).eval(), some_tokens()
+    method = TorchaoInt8()
+    made = method.apply(model, None)
+    method.ship(made, tmp_path)
+    own, wanted = Int8Activations().apply(model, None).logits(tokens), model.logits(tokens)
+    assert torch.equal(method.load(tmp_path).logits(tokens), made.logits(tokens))
+    # Both round, at slightly other steps: they are as near to each other as to the model.
+    apart, rounding = (made.logits(tokens) - own).norm(), (own - wanted).norm()
+    assert 0 < apart < 1.5 * rounding
