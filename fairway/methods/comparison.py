@@ -57,7 +57,7 @@ def read_cells(folder: Path) -> Cells:
 
 
 # ==== ROWS ========================================================================================
-def counted_bytes(cell: Mapping[str, Any]) -> int:
+def bytes_as_shipped(cell: Mapping[str, Any]) -> int:
     """Return the bytes that a submission would pay: its files, and the code that reads them."""
     return cell["size"]["bytes"] + cell["size"]["code_bytes"]
 
@@ -65,7 +65,7 @@ def counted_bytes(cell: Mapping[str, Any]) -> int:
 def curve_points(cells: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:
     """Return (log2 of bytes, BPB) of the trainer's own quantiser, by bytes."""
     return sorted(
-        (math.log2(counted_bytes(cell)), cell["score"]["bpb"])
+        (math.log2(bytes_as_shipped(cell)), cell["score"]["bpb"])
         for cell in cells
         if cell["status"] == "done" and cell["method"] in CURVE
     )
@@ -98,7 +98,7 @@ def row_of(cells: Cells, baseline: float, points: list[tuple[float, float]]) -> 
         broken = next(cell for cell in cells if cell["status"] != "done")
         return Row(first["method"], first["group"], broken["status"], broken["error"])
     bpb = [cell["score"]["bpb"] for cell in done]
-    size = statistics.fmean(map(counted_bytes, done))
+    size = statistics.fmean(map(bytes_as_shipped, done))
     return Row(
         first["method"],
         first["group"],
