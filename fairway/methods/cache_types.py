@@ -38,8 +38,8 @@ def reading_kept(model: GPT, storage: str) -> GPT:
 
 @dataclass(frozen=True)
 class CacheType(Method):
-    """The weights as they are, in float32, and keys and values rounded before attention reads them:
-    to bfloat16, or to int8 with a float16 step for each token and head. Windows are scored with the
+    """The weights as they are, in float32, and keys and values as a cache keeps them: in float32,
+    in bfloat16, or in int8 with a float16 step for each token and head. Windows are scored with the
     same rounding as a cache would give, text is written from such a cache, and its bytes are
     measured from 128 to 4,096 tokens against what the model's shape says.
     """
@@ -48,6 +48,10 @@ class CacheType(Method):
     group = "cache"
     cache_lengths = CACHE_LENGTHS
     code = ("cache_types.py",)
+
+    @property
+    def same_score_as(self) -> str:
+        return "fp32" if self.storage == "fp32" else ""
 
     def apply(self, model: GPT, calibration: Calibration) -> GPT:
         return reading_kept(with_stored(model, {}), self.storage)

@@ -8,8 +8,8 @@ GROUPS = {
     "more weights a row, and lose less.",
     "error-correcting": "They cannot say what a longer calibration gains, and all of it was read "
     "before the scored text was opened.",
-    "activations": "They cannot say how fast int8 products are on a machine that has them: here "
-    "they are imitated, or run by a library on a CPU.",
+    "activations": "They cannot say how fast int8 products are elsewhere: here PyTorch multiplies "
+    "them on a CPU, between roundings that no kernel fuses.",
     "fewer weights": "They cannot say what a model gains that was trained small from the start.",
     "few bits with training": "They cannot say what training from scratch at few bits gives; "
     "bench/low_bits.py compares that at equal bytes.",

@@ -54,6 +54,7 @@ METHODS: dict[str, Method] = {
     "int6-sorted": Coded("int6-rms", 6, 3.6, layout="sorted"),
     "trits-base3-lzma": Coded("int2-rms", 2, 1.2, "lzma", "base3"),
     "trits-ans": Coded("int2-rms", 2, 1.2, "ans"),
+    "cache-fp32": CacheType("fp32"),
     "cache-bf16": CacheType("bf16"),
     "cache-int8": CacheType("int8"),
     "sdpa-math": AttentionKernel("math"),

@@ -17,7 +17,7 @@ import zstandard
 from torch import Tensor, nn
 
 from fairway.methods import parcel
-from fairway.methods.method import PARCEL, Calibration, Method
+from fairway.methods.method import Calibration, Method
 from fairway.methods.parcel import ParcelError, with_stored
 from fairway.scoring.memory import model_rope
 from fairway.scoring.neural import ROUND, window_logits
@@ -89,11 +89,8 @@ class Compile(Method):
     def apply(self, model: GPT, calibration: Calibration) -> CompiledReader:
         return CompiledReader(with_stored(model, {}), self.backend)
 
-    def ship(self, model: CompiledReader, folder: Path) -> None:
-        (folder / PARCEL).write_bytes(parcel.pack(model.model))
-
-    def bytes(self, model: CompiledReader) -> int:
-        return len(parcel.pack(model.model))
+    def pack(self, model: CompiledReader) -> bytes:
+        return parcel.pack(model.model)
 
     def load(self, folder: Path) -> CompiledReader:
         return CompiledReader(super().load(folder), self.backend)
@@ -223,11 +220,11 @@ class OnnxRuntime(Method):
         onnx_file = in_dynamic_int8(onnx_file) if self.int8 else onnx_file
         return OnnxReader(packed_onnx(onnx_file, model.cfg))
 
+    def pack(self, model: OnnxReader) -> bytes:
+        return model.packed
+
     def ship(self, model: OnnxReader, folder: Path) -> None:
         (folder / ONNX_FILE).write_bytes(model.packed)
-
-    def bytes(self, model: OnnxReader) -> int:
-        return len(model.packed)
 
     def load(self, folder: Path) -> OnnxReader:
         return OnnxReader((folder / ONNX_FILE).read_bytes())
