@@ -172,6 +172,9 @@ def packed_onnx(onnx_file: bytes, cfg: Config) -> bytes:
     import onnx
 
     model = onnx.load_from_string(onnx_file)
+    for node in model.graph.node:  # the exporter notes the lines of Python that it came from
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
     onnx.helper.set_model_props(model, {name: str(getattr(cfg, name)) for name in SIZES})
     payload = compress_zstd(model.SerializeToString(deterministic=True))
     return hashlib.sha256(payload).digest() + payload

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import zstandard
 
 from fairway.methods import measure
 from fairway.methods.parcel import ParcelError
@@ -55,6 +56,7 @@ def test_onnx_files_run_at_every_shape(name, tmp_path):
     method.ship(made, tmp_path)
     read, path = method.load(tmp_path), tmp_path / ONNX_FILE
     assert method.bytes(made) == path.stat().st_size
+    assert b".py" not in zstandard.ZstdDecompressor().decompress(made.packed[32:])
     assert read.cfg.train_seq_len == 16 and read.cfg.vocab_size == 97
     for shape in SHAPES:
         tokens = tokens_of(shape)
