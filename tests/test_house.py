@@ -61,6 +61,7 @@ OPTIONAL = {
     "onnxruntime": "fairway/methods/",
     "onnxscript": "fairway/methods/",
     "torchao": "fairway/methods/",
+    "ray": "fairway/methods/",
 }
 # Modules that implement one interface share its names.
 INTERFACES = {

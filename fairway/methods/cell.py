@@ -339,12 +339,17 @@ def exit_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def shipped_folder(spec: Spec) -> Path:
+    """Return where the files that a cell ships are kept: OUT/files/MODEL/CELL."""
+    out = Path(spec.out)
+    return out.parents[1] / "files" / out.name / cell_name(spec.method, spec.seed)
+
+
 def main(argument: str) -> int:
     """Run a cell and write its files; the shipped ones are kept next to the JSON."""
     spec = Spec(**json.loads(argument))
-    out, name = Path(spec.out), cell_name(spec.method, spec.seed)
-    files = out.parent.parent / "files" / out.name / name
-    working = files.with_name(f".{name}.part")
+    files = shipped_folder(spec)
+    working = files.with_name(f".{files.name}.part")
     shutil.rmtree(working, ignore_errors=True)
     working.mkdir(parents=True)
     result = attempt(spec, working)
@@ -353,7 +358,7 @@ def main(argument: str) -> int:
         os.replace(working, files)
     else:
         shutil.rmtree(working)
-    write_json(out / f"{name}.json", result)
+    write_json(Path(spec.out, f"{files.name}.json"), result)
     return 0
 
 

@@ -3,11 +3,13 @@
 Each method runs in a process of its own and leaves one JSON file, OUT/raw/MODEL/METHOD.json, and
 the files that it would ship, OUT/files/MODEL/METHOD/. Finished ones are skipped, so that a run that
 was stopped goes on. --table draws the table and the pictures from the JSON files; --audit says
-whether the table can be trusted.
+whether the table can be trusted. --cluster sends the same cells to a Ray cluster, whose machines
+must hold repository, model and shards at the same paths.
 
 Example:
     fairway compare --model final_model.int6.ptz --methods quick --table --audit
     fairway compare --model final_model.int6.ptz --methods int4-g32,nf4 --workers 2
+    ray start --head && fairway compare --model final_model.int6.ptz --cluster auto
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", default="", metavar="FILE", help="the tokenizer, if the model has none")
     add("--out", default="results", metavar="DIR", help="where results go (default: %(default)s)")
     add("--workers", type=int, default=0, metavar="N", help="cells at a time (default: one a core)")
+    add("--cluster", metavar="ADDRESS", help="send the cells to the Ray cluster at this address")
     add("--retry", action="store_true", help="run cells again that failed or ran with other code")
     add("--table", action="store_true", help="write the table and its pictures")
     add("--into", type=Path, metavar="PAGE", help="with --table: also rewrite its part of a page")
@@ -50,7 +53,12 @@ def run(options: argparse.Namespace) -> int:
     cells = harness.cells_of(spec, names)
     left = [cell for cell in cells if harness.is_open(cell, options.retry)]
     print(f"{len(cells)} cells, {len(cells) - len(left)} finished before; results: {spec.out}")
-    harness.run_cells(left, options.workers or os.cpu_count() or 1, print)
+    if options.cluster:
+        from fairway.methods.cluster import run_on_cluster
+
+        run_on_cluster(left, options.cluster, options.workers, print)
+    else:
+        harness.run_cells(left, options.workers or os.cpu_count() or 1, print)
     results = [harness.read_cell(harness.result_path(cell)) for cell in cells]
     broken = sum(r is None or r["status"] == "failed" for r in results)
     if broken:

@@ -24,7 +24,7 @@ from fairway.scoring.memory import Memory, first_layers
 KINDS = ("ngram", "suffix", "model", "layers")
 GREEDY = Strategy("greedy")
 LENGTHS = dict(learnt=10, random=5, features=10)  # tokens after each prompt
-PROMPTS = 25
+PROMPTS = 50
 WINDOW = 80  # no token leaves it; sliding windows have their own test
 
 
