@@ -573,15 +573,15 @@ def gptq_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
 def gptq_codes(bits: int, weight, steps, order, factor, block=128) -> Tensor:
     """Return codes [n, rows, cols] that change the outputs of n matrices least."""
     # GPTQ, arXiv 2210.17323: each column's rounding error moves to the columns after it.
-    order, steps = order[:, None].expand_as(weight), steps.mT[:, 0]
-    w = weight.float().gather(2, order).mT.contiguous()  # one column of every matrix lies together
+    order, parts = order[:, None].expand_as(weight), (weight.float(), steps.expand_as(weight))
+    w, steps = (part.gather(2, order).mT.contiguous() for part in parts)  # a column lies together
     codes, errors = torch.empty_like(w), torch.empty_like(w)
     for start in range(0, w.size(1), block):
         end = start + block
         moved = w[:, start:end] + factor[:, :start, start:end].mT @ errors[:, :start]
         for i, column in enumerate(moved.unbind(1), start):
-            codes[:, i] = to_codes(column, steps, bits)
-            errors[:, i] = w[:, i] - codes[:, i] * steps
+            codes[:, i] = to_codes(column, steps[:, i], bits)
+            errors[:, i] = w[:, i] - codes[:, i] * steps[:, i]
             weights = factor[:, i, i + 1 : end, None]
             moved[:, i - start + 1 :].addcmul_(weights, errors[:, i : i + 1])
     return torch.empty_like(weight).scatter_(2, order, codes.mT)
@@ -1809,8 +1809,8 @@ def settle_weights(run: Run) -> None:
     run.weights.flat.copy_(candidates[best_on_holdout(run, rounded, "averages")])
 
 
-def collect_factors(run: Run) -> Factors:
-    """Return GPTQ's factor of each matrix: of its Hessian, the sum of x x^T over its inputs x."""
+def collect_factors(run: Run, factor: Callable[[Tensor], Any] = gptq_factor) -> dict[str, Any]:
+    """Return the factor of each matrix's Hessian, which is the sum of x x^T over its inputs x."""
     matrices = {f"{n}.weight": m for n, m in run.model.named_modules() if isinstance(m, nn.Linear)}
     tokens, device = 8 * run.cfg.train_seq_len, run.rt.device
     sums = {m: torch.zeros(m.in_features, m.in_features, device=device) for m in matrices.values()}
@@ -1828,7 +1828,7 @@ def collect_factors(run: Run) -> Factors:
         hook.remove()
     for total in sums.values() if run.rt.world > 1 else ():
         dist.all_reduce(total)
-    return {name: gptq_factor(sums[module]) for name, module in matrices.items()}
+    return {name: factor(sums[module]) for name, module in matrices.items()}
 
 
 def choose(run: Run) -> Factors:
