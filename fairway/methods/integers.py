@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from fairway.methods.method import Calibration, Method
 from fairway.methods.parcel import with_stored
 from fairway.methods.stored import Codes, Floats, Stored
-from train_gpt import GPT, PLAIN_BITS, levels, quantise, row_steps, tensor_bits, to_codes
+from train_gpt import GPT, LEAST_K, PLAIN_BITS, levels, quantise, row_steps, tensor_bits, to_codes
+
+NARROWER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # ranges, as parts of the widest
 
 
 def by_groups(weight: Tensor, group: int) -> Tensor:
@@ -47,6 +50,25 @@ def plain(p: Tensor) -> Stored:
     return Floats(quantise(p.detach(), 0.0, PLAIN_BITS).values)
 
 
+def is_matrix(name: str, model: GPT) -> bool:
+    """Return whether the artifact holds a parameter as codes: matrices and embeddings."""
+    return tensor_bits(name, model.cfg) != PLAIN_BITS
+
+
+def with_matrices(model: GPT, stored_as: Callable[[str, Tensor], Stored]) -> GPT:
+    """Return a copy of a model: each matrix as `stored_as` stores it, vectors as float16."""
+    stored = {
+        name: stored_as(name, p.detach()) if is_matrix(name, model) else plain(p)
+        for name, p in model.named_parameters()
+    }
+    return with_stored(model, stored)
+
+
+def nearest(weight: Tensor, bits: int, group: int = 0) -> Codes:
+    """Round to nearest as the rows intN-rms and intN-gM do: where error correction starts."""
+    return rounded_matrix(weight, bits, group, 0.0 if group else LEAST_K[bits])
+
+
 @dataclass(frozen=True)
 class Integers(Method):
     """Each matrix as integer codes of `bits` bits times a step, for each row, or for each `group`
@@ -62,10 +84,42 @@ class Integers(Method):
     group = "weight-only"
 
     def apply(self, model: GPT, calibration: Calibration) -> GPT:
-        stored = {
-            name: plain(p)
-            if tensor_bits(name, model.cfg) == PLAIN_BITS
-            else rounded_matrix(p, self.bits, self.group_columns, self.k)
-            for name, p in model.named_parameters()
-        }
-        return with_stored(model, stored)
+        return with_matrices(
+            model, lambda _, w: rounded_matrix(w, self.bits, self.group_columns, self.k)
+        )
+
+
+@dataclass(frozen=True)
+class OffsetIntegers(Method):
+    """Each matrix as codes of `bits` bits times a step plus an offset, both for each `group`
+    columns of a row; vectors as float16. Codes run from 0 to the largest, so that 2 bits have four
+    values, where signed codes have three. Of some ranges around the group's middle, from its
+    smallest to its largest weight and narrower, the one with the least squared error is taken.
+    """
+
+    bits: int
+    group_columns: int
+    group = "weight-only"
+
+    def apply(self, model: GPT, calibration: Calibration) -> GPT:
+        return with_matrices(model, lambda _, w: offset_codes(w, self.bits, self.group_columns))
+
+
+def offset_codes(weight: Tensor, bits: int, group: int) -> Codes:
+    """Round a matrix to codes with a step and an offset for each group of columns of a row."""
+    rows, columns = weight.shape
+    parts = by_groups(weight, group)
+    low, high = parts.amin(dim=1, keepdim=True), parts.amax(dim=1, keepdim=True)
+    best = torch.full_like(low, torch.inf)
+    codes, steps, offsets = torch.zeros_like(parts), torch.ones_like(low), torch.zeros_like(low)
+    for narrow in NARROWER:
+        step = ((high - low) * narrow / (2**bits - 1)).bfloat16().float()
+        step = step.masked_fill(step == 0, 1.0)
+        offset = ((high + low - (high - low) * narrow) / 2).bfloat16().float()
+        trial = ((parts - offset) / step).round().clamp(0, 2**bits - 1)
+        error = (trial * step + offset - parts).square().sum(dim=1, keepdim=True)
+        better = error < best
+        best, codes = torch.where(better, error, best), torch.where(better, trial, codes)
+        steps, offsets = torch.where(better, step, steps), torch.where(better, offset, offsets)
+    codes = codes.view(rows, -1)[:, :columns].to(torch.int8)
+    return Codes(codes, steps.view(rows, -1), offsets.view(rows, -1))

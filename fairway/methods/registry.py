@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from fairway.methods.activations import Int8Activations
 from fairway.methods.averaging import Averaged
+from fairway.methods.awq import ActivationScaled
 from fairway.methods.cache_types import CacheType
+from fairway.methods.clipping import ClipSearch
 from fairway.methods.coded import Coded
 from fairway.methods.drafted import Drafted
-from fairway.methods.floats import FloatWeights
-from fairway.methods.integers import Integers
+from fairway.methods.floats import Clamped, FloatWeights
+from fairway.methods.gptq import GPTQ
+from fairway.methods.integers import Integers, OffsetIntegers
 from fairway.methods.kernels import AttentionKernel
+from fairway.methods.learned_rounding import LearnedRounding
+from fairway.methods.lqer import LowRankRepair
 from fairway.methods.method import Method
+from fairway.methods.palettes import MixedPalettes, NormalFloat, Palette
 from fairway.methods.pruning import Pruned, PrunedTuned, TwoOfFour
 from fairway.methods.runtimes import Compile, OnnxRuntime
 from fairway.methods.torchao_int8 import TorchaoInt8
@@ -19,6 +25,7 @@ from fairway.methods.vocabulary import SmallerVocabulary
 
 METHODS: dict[str, Method] = {
     "fp32": FloatWeights("fp32"),
+    "fp32-clamped": Clamped(),
     "bf16": FloatWeights("bf16"),
     "fp16": FloatWeights("fp16"),
     "int8": Integers(8),
@@ -37,6 +44,25 @@ METHODS: dict[str, Method] = {
     "int4-rms": Integers(4, k=2.5),
     "int3-rms": Integers(3, k=2.0),
     "int2-rms": Integers(2, k=1.2),
+    "int2-offset-g32": OffsetIntegers(2, 32),
+    "nf4-g64": NormalFloat(64),
+    "palette4": Palette(4),
+    "palette3": Palette(3),
+    "palette2": Palette(2),
+    "palette-mixed3": MixedPalettes(3.0),
+    "gptq5": GPTQ(5),
+    "gptq4": GPTQ(4),
+    "gptq4-g64": GPTQ(4, 64),
+    "gptq4-sampled": GPTQ(4, source="sampled"),
+    "gptq4-random": GPTQ(4, source="random"),
+    "clip4-weights": ClipSearch(4, "weights"),
+    "clip4-outputs": ClipSearch(4, "outputs"),
+    "autoround4": LearnedRounding(4),
+    "awq4": ActivationScaled(4),
+    "awq4-g64": ActivationScaled(4, 64),
+    "lqer3": LowRankRepair(3, 4),
+    "lqer3-act": LowRankRepair(3, 4, weighted=True),
+    "lqer3-act-offset": LowRankRepair(3, 4, weighted=True, offsets=True),
     "w8a8": Int8Activations(),
     "w8a8-random": Int8Activations("random"),
     "w8a8-training": Int8Activations("training"),

@@ -160,7 +160,7 @@ def test_spread_repeats_a_group_and_cuts_the_last():
 @given(
     seed=st.integers(0, 999),
     bits=st.integers(2, 8),
-    group=st.sampled_from([0, 3, 8, 64]),
+    group=st.sampled_from([0, 3, 7, 8, 10, 64]),
     scale=st.sampled_from([1e-6, 1.0, 1e4]),
     columns=st.integers(1, 24),  # of which few are a multiple of the group
 )

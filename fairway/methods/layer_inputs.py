@@ -1,0 +1,70 @@
+"""Inputs of the matrices of a model, and calls of its blocks, on calibration text."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from train_gpt import GPT, Config, Runtime, TokenStream, collect_factors, normalised
+
+HEAD = "tok_emb.weight"  # embedding and, tied, the matrix that makes the logits
+LOOKUP_SHARE = 0.1  # what an error of the embedding costs where it is looked up, against the head
+PASS_ROWS = 8  # sequences at a time
+
+
+class CalibrationRun(NamedTuple):
+    """The part of a training run that `collect_factors` reads: a model, and text for it."""
+
+    cfg: Config
+    rt: Runtime
+    model: GPT
+    stream: TokenStream
+
+
+def hessians(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
+    """Return the sum of x x^T over the inputs x of each matrix, [columns, columns].
+
+    The trainer's function collects them from 128 sequences; tokens [128, T] are those. The head is
+    added, because most of the loss of few bits is there. Its matrix is the embedding as well, whose
+    inputs are all alike: a multiple of the identity stands for them. The bigram table is only
+    looked up, so that it has no entry.
+    """
+    rt = Runtime(0, 1, torch.device("cpu"), "cpu")
+    run = CalibrationRun(model.cfg, rt, model, TokenStream([tokens.numpy().reshape(-1)]))
+    found = collect_factors(run, lambda hessian: hessian)
+    head = torch.zeros(model.cfg.model_dim, model.cfg.model_dim)
+    for part in tokens.split(PASS_ROWS):
+        _, (x, lane) = block_calls(model, model.cfg.num_layers - 1, part)[-1]
+        final = normalised((x + lane) / 2).flatten(0, 1)
+        head.addmm_(final.T, final)
+    head.diagonal().add_(LOOKUP_SHARE * head.diagonal().mean())
+    return found | {HEAD: head}
+
+
+def output_errors(errors: Tensor, hessian: Tensor) -> Tensor:
+    """Return the squared change of each output, [rows], for errors [rows, columns] of a matrix."""
+    return ((errors @ hessian) * errors).sum(dim=1)
+
+
+def input_rms(hessian: Tensor) -> Tensor:
+    """Return the size of each input channel, [columns], up to a factor; a dead one is not zero."""
+    rms = hessian.diagonal().sqrt()
+    return rms.clamp(min=1e-4 * float(rms.max()) + 1e-30)
+
+
+@torch.no_grad()
+def block_calls(
+    model: GPT, layer: int, tokens: Tensor
+) -> list[tuple[tuple[Any, ...], tuple[Tensor, ...]]]:
+    """Return inputs and outputs of each call of a block: several, if depth recurrence is on."""
+    calls = []
+    hook = model.blocks[layer].register_forward_hook(
+        lambda _module, inputs, outputs: calls.append((inputs, tuple(outputs)))
+    )
+    try:
+        model.logits(tokens)
+    finally:
+        hook.remove()
+    return calls
