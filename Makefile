@@ -97,6 +97,7 @@ bench: $(OUT)/logs/eval.done $(APPLE)
 	$(BIN)/python bench/artifact.py
 	$(BIN)/python bench/export.py
 	$(BIN)/python bench/train.py
+	$(BIN)/python bench/low_bits.py
 	$(BIN)/python bench/experts.py
 	$(BIN)/python bench/scoring.py
 	$(BIN)/python bench/mixing.py

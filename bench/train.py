@@ -11,13 +11,10 @@ are not repeated. The last line is JSON.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-from short_run import ROOT
+from short_run import ROOT, train_in
 
 import train_gpt
 
@@ -48,31 +45,8 @@ def settings_of(features: str) -> dict[str, str]:
 
 def run(features: str, seed: int, steps: int, out: Path) -> dict:
     """Train once in a folder of its own, unless that is done; return figures of its log."""
-    folder = out / f"{features}_seed{seed}"
-    log = folder / "logs" / "bench.jsonl"
-    env = {
-        **os.environ,
-        "PRESET": "cpu",
-        **settings_of(features),
-        "SEED": str(seed),
-        "ITERATIONS": str(steps),
-        "MAX_WALLCLOCK_SECONDS": "0",
-        "OUT_DIR": str(folder),
-        "RUN_ID": "bench",
-        "CHECKPOINT_SECONDS": "60",
-        "VAL_LOSS_EVERY": "0",
-        "TRAIN_LOG_EVERY": "50",
-        "RESUME": str(int((folder / "checkpoint.pt").exists())),
-    }
-    events = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = (
-        any(e["event"] == "final" for e in events) and events[0]["settings"]["iterations"] == steps
-    )
-    if not done:
-        print(f"\n{features} seed {seed}: {steps} steps", flush=True)
-        subprocess.run([sys.executable, ROOT / "train_gpt.py"], env=env, check=True)
-        events = [json.loads(line) for line in log.read_text().splitlines()]
-    last = {e["event"]: e for e in events}
+    settings = settings_of(features) | dict(SEED=str(seed), ITERATIONS=str(steps))
+    last = train_in(out / f"{features}_seed{seed}", **settings)
     return dict(
         features=features,
         seed=seed,
