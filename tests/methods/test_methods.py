@@ -20,6 +20,15 @@ BASELINE = "fp32"
 METHODS = REGISTERED | {"compile": replace(REGISTERED["compile"], backend="eager")}
 
 
+def one_of_each_kind(names) -> list:
+    """Return names for parametrize: the first row of each class of methods, the others slow."""
+    names, kinds = list(names), {}
+    for name in names:
+        kinds.setdefault(type(METHODS[name]), name)
+    fast = set(kinds.values())
+    return [pytest.param(n, marks=() if n in fast else pytest.mark.slow) for n in names]
+
+
 def shortened(method: Method) -> Method:
     """Return a method that trains for 5 steps only: what is tested here holds for any number."""
     return replace(method, steps=5) if "steps" in method.settings else method
@@ -64,7 +73,7 @@ def test_it_is_documented_and_has_a_heading(name):
     assert method.same_score_as in ("", *METHODS)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", one_of_each_kind(METHODS))
 def test_it_leaves_its_input_alone_and_does_the_same_twice(name, made, float_model):
     _, first, given = made(name)
     before, after = state_of(float_model), state_of(given)
@@ -75,7 +84,7 @@ def test_it_leaves_its_input_alone_and_does_the_same_twice(name, made, float_mod
         assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", one_of_each_kind(METHODS))
 def test_what_it_ships_loads_and_computes_the_same(name, made, tmp_path):
     _, model, _ = made(name)
     METHODS[name].ship(model, tmp_path)
@@ -89,7 +98,7 @@ def test_what_it_ships_loads_and_computes_the_same(name, made, tmp_path):
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].error_bound])
+@pytest.mark.parametrize("name", one_of_each_kind(n for n in METHODS if METHODS[n].error_bound))
 def test_no_weight_errs_by_more_than_its_bound(name, made, float_model):
     _, model, _ = made(name)
     for given, found in zip(float_model.parameters(), model.parameters(), strict=True):
@@ -97,7 +106,7 @@ def test_no_weight_errs_by_more_than_its_bound(name, made, float_model):
         assert bool(((found - given).abs() <= bound + 1e-9).all())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", one_of_each_kind(METHODS))
 def test_it_does_something(name, made, float_model, tmp_path):
     """It changes a weight or a logit, or it promises another method's score or runs otherwise."""
     _, model, _ = made(name)

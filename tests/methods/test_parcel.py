@@ -81,13 +81,13 @@ def test_a_model_comes_back_to_the_bit_with_every_kind_of_tensor():
     ]
     assert len(kinds) == len(names)
     changed = with_stored(model, dict(zip(names, kinds, strict=True)))
-    read = unpack(pack(changed))
+    read = unpack(pack(changed, ["ans"]))
     tokens = torch.randint(0, 97, (2, 16))
     assert torch.equal(read.logits(tokens), changed.logits(tokens))
     for name, p in changed.named_parameters():
         assert torch.equal(dict(read.named_parameters())[name], p), name
     assert read.cfg == changed.cfg and read.looping == changed.looping
-    assert pack(read) == pack(changed)
+    assert pack(read, ["ans"]) == pack(changed, ["ans"])
     # The input of a method stays as it was.
     assert not torch.equal(dict(model.named_parameters())[names[0]], kinds[0].weight())
 
@@ -123,7 +123,7 @@ DAMAGED_BLOB = pack(with_stored(model_of(), {}))
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda h: h["tensors"].pop("tok_emb.weight"), ""),
+        (lambda h: h["tensors"].pop("tok_emb.weight"), "damaged|missing|symbols"),
         (lambda h: h.update(codec="lzma"), "damaged"),
         (
             lambda h: h["tensors"]["tok_emb.weight"][1][0].__setitem__(2, [1 << 20, 1 << 20]),
@@ -131,7 +131,7 @@ DAMAGED_BLOB = pack(with_stored(model_of(), {}))
         ),
         (lambda h: h["tensors"]["tok_emb.weight"][1][0].__setitem__(1, "object"), "type"),
         (lambda h: h["tensors"]["tok_emb.weight"].__setitem__(0, "pickle"), "damaged"),
-        (lambda h: h["model"].update(num_layers=2), ""),
+        (lambda h: h["model"].update(num_layers=2), "no part of this model"),
         (lambda h: h["model"].update(num_layers=10**9), "NUM_LAYERS"),
     ],
 )
