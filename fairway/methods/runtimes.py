@@ -95,16 +95,10 @@ class Compile(Method):
     def load(self, folder: Path) -> CompiledReader:
         return CompiledReader(super().load(folder), self.backend)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        name, before = "TORCHINDUCTOR_CACHE_DIR", dict(os.environ)
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ[name] = folder
-            try:
-                yield
-            finally:
-                os.environ.pop(name)
-                os.environ.update({n: v for n, v in before.items() if n == name})
+    def running(self) -> contextlib.AbstractContextManager:
+        from torch._inductor.utils import fresh_inductor_cache
+
+        return fresh_inductor_cache()  # or compiling would be free the second time
 
 
 # ==== ONNX ========================================================================================
