@@ -80,7 +80,8 @@ def all_ran_alike(cells: Cells, files: Path) -> Found:
         for kind in ("code_sha256", "hardware", "threads", "versions"):
             ours, theirs = cell["environment"][kind], first["environment"][kind]
             if ours != theirs:
-                yield cell, f"{kind} is {str(ours):.60}, but {str(theirs):.60} in {first['method']}"
+                values = f"{str(ours):.40}, but {str(theirs):.40} in {first['method']}"
+                yield cell, f"{kind} is {values}; --retry runs again what ran with other code"
         for kind, key in (("data", "sha256"), ("model", "sha256"), ("score", "bytes")):
             if cell[kind][key] != first[kind][key]:
                 yield cell, f"its {kind} differs from that of {first['method']}"
