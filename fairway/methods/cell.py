@@ -324,9 +324,16 @@ def attempt(spec: Spec, folder: Path) -> dict[str, Any]:
     except NotHere as e:
         return {**header(spec), "status": "not run", "error": str(e)}
     except Exception as e:
-        line = (str(e) or type(e).__name__).splitlines()[0]
-        named = line if isinstance(e, UserError | OSError) else f"{type(e).__name__}: {line}"
-        return {**header(spec), "status": "failed", "error": named, "trace": traceback.format_exc()}
+        trace = traceback.format_exc()
+        return {**header(spec), "status": "failed", "error": error_line(e), "trace": trace}
+
+
+def error_line(error: Exception) -> str:
+    """Return one line about an error; only bugs are named by their type."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'files'}: {error.strerror}; free space, or set --out"
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return line if isinstance(error, UserError) else f"{type(error).__name__}: {line}"
 
 
 def exit_with_parent() -> None:

@@ -13,8 +13,16 @@ from conftest import ROOT
 
 from fairway.cli import main
 from fairway.methods import harness, measure, registry
-from fairway.methods.cell import Spec, cell_name, code_sha256, runs_of, write_json
+from fairway.methods.cell import (
+    Spec,
+    cell_name,
+    code_sha256,
+    error_line,
+    runs_of,
+    write_json,
+)
 from fairway.methods.cell import main as main_of_cell
+from train_gpt import UserError
 
 
 def words(subject_file, corpus, out, *more: str) -> list[str]:
@@ -147,3 +155,16 @@ def test_equal_runs_of_tokens_have_equal_hashes():
     assert found.all() and len(found) == 60 - 23
     assert not np.isin(runs_of(text[100:160] ^ 1), runs_of(text)).any()
     assert len(runs_of(text[:23])) == 0
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (OSError(28, "No space left on device"), "files: No space left on device; free space, or"),
+        (UserError("no shards; set --data"), "no shards; set --data"),
+        (ValueError("two\nlines"), "ValueError: two"),
+        (KeyError(), "KeyError: KeyError"),
+    ],
+)
+def test_an_error_is_one_line_with_a_next_step(error, line):
+    assert error_line(error).startswith(line) and "\n" not in error_line(error)
