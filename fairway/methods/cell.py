@@ -194,7 +194,11 @@ def run_cell(spec: Spec, folder: Path) -> dict[str, Any]:
             "overlap": shared_text(calibration, text.tokens),
         },
         "model": describe_subject(subject, spec),
-        "data": {"sha256": text.sha256, "name": text.name, "train_tokens": sum(map(len, shards))},
+        "data": {
+            "sha256": text.sha256,
+            "name": Path(spec.data).name,
+            "train_tokens": sum(map(len, shards)),
+        },
     }
 
 
