@@ -194,11 +194,7 @@ def run_cell(spec: Spec, folder: Path) -> dict[str, Any]:
             "overlap": shared_text(calibration, text.tokens),
         },
         "model": describe_subject(subject, spec),
-        "data": {
-            "sha256": text.sha256,
-            "name": Path(spec.data).name,
-            "train_tokens": sum(map(len, shards)),
-        },
+        "data": describe_data(text, spec, shards),
     }
 
 
@@ -217,6 +213,11 @@ def describe_subject(subject: Subject, spec: Spec) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "config": asdict(subject.model.cfg),
     }
+
+
+def describe_data(text: Text, spec: Spec, shards: list[np.ndarray]) -> dict[str, Any]:
+    tokens = sum(map(len, shards))
+    return {"sha256": text.sha256, "name": Path(spec.data).name, "train_tokens": tokens}
 
 
 def scored_text(spec: Spec, subject: Subject) -> Text:
