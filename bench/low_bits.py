@@ -14,7 +14,6 @@ ternary, are coded as in the file, and as the field's ternary record packs them:
 then LZMA. A step's milliseconds are processor time of one thread, with QAT. The last line is JSON.
 """
 
-import argparse
 import json
 import lzma
 import math
@@ -26,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from artifact import entropy_bytes
-from short_run import ROOT, train_in
+from short_run import ROOT, train_in, training_options
 
 import train_gpt
 from fairway.artifact_reader import read_artifact
@@ -183,16 +182,8 @@ def compare(low: dict, six: dict) -> dict:
 
 def main() -> None:
     """Train every run, then print a table and one line of JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--seeds", default="1337,42,2025", help="separated by commas")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "out" / "bench_low_bits", help="folder for the runs"
-    )
-    options = parser.parse_args()
-    first, *others = (int(s) for s in options.seeds.split(","))
+    options = training_options(__doc__, "bench_low_bits")
+    first, *others = options.seeds
     rows = {PRESET: [train(PRESET, first, options.steps, options.out)]}
     target = rows[PRESET][0]["artifact_bytes"]
     for c in CANDIDATES:

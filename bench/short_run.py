@@ -1,5 +1,6 @@
 """The root of the repository, and short runs of PRESET=cpu, for all benches."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -61,3 +62,20 @@ def train_in(folder: Path, **settings: str) -> dict[str, dict]:
         subprocess.run([sys.executable, ROOT / "train_gpt.py"], env=env, check=True)
         events = read_events(log)
     return {e["event"]: e for e in events}
+
+
+def training_options(description: str, folder: str) -> argparse.Namespace:
+    """Return the options of a bench that trains with several seeds, in out/`folder`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--steps", type=int, default=500)
+    add(
+        "--seeds",
+        type=lambda text: [int(seed) for seed in text.split(",")],
+        default=[1337, 42, 2025],
+        help="separated by commas (default: 1337,42,2025)",
+    )
+    add("--out", type=Path, default=ROOT / "out" / folder, help="folder for the runs")
+    return parser.parse_args()

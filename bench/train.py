@@ -9,12 +9,11 @@ score is that of the artifact read back from disk. A run that is interrupted res
 are not repeated. The last line is JSON.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
-from short_run import ROOT, train_in
+from short_run import train_in, training_options
 
 import train_gpt
 
@@ -61,25 +60,14 @@ def run(features: str, seed: int, steps: int, out: Path) -> dict:
 
 def main() -> None:
     """Train every run, then print a table and one line of JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--seeds", default="1337,42,2025", help="separated by commas")
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "out" / "bench_train", help="folder for the runs"
-    )
-    options = parser.parse_args()
-    seeds = [int(s) for s in options.seeds.split(",")]
+    options = training_options(__doc__, "bench_train")
     rows = [
         run(features, seed, options.steps, options.out)
-        for seed in seeds
+        for seed in options.seeds
         for features in ("baseline", "consensus")
     ]
-    print(
-        f"\n{'features':10} {f'BPB, mean of {len(seeds)}':>16} {'deviation':>10} {'tokens/s':>9} "
-        f"{'parameters':>11}"
-    )
+    mean = f"BPB, mean of {len(options.seeds)}"
+    print(f"\n{'features':10} {mean:>16} {'deviation':>10} {'tokens/s':>9} {'parameters':>11}")
     summary = {}
     for features in ("baseline", "consensus"):
         of_kind = [r for r in rows if r["features"] == features]
