@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -27,9 +28,9 @@ class ErrorCorrecting(Method):
         found = hessians(model, tokens)
         return with_matrices(model, lambda name, w: self.stored(w, found.get(name)))
 
+    @abstractmethod
     def stored(self, weight: Tensor, hessian: Tensor | None) -> Stored:
         """Round a matrix; without a Hessian it is looked up, never multiplied by an input."""
-        raise NotImplementedError
 
 
 @torch.no_grad()

@@ -81,7 +81,7 @@ def is_open(spec: Spec, retry: bool) -> bool:
 
 # ==== ONE CELL ====================================================================================
 def run_in_process(spec: Spec, on_start: Callable[[subprocess.Popen], None] = lambda _: None):
-    """Run a cell in a process; return its result. A process that dies leaves a failed cell."""
+    """Run a cell in a process; return its result, a failed one if the process died."""
     threads = str(spec.threads)
     env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
@@ -101,7 +101,6 @@ def run_in_process(spec: Spec, on_start: Callable[[subprocess.Popen], None] = la
         last = (errors.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
         ended = f"the process ended with code {child.returncode}: {last:.200}"
         result = {**header(spec), "status": "failed", "error": ended}
-        write_json(result_path(spec), result)
     return result
 
 
@@ -153,6 +152,8 @@ def follow(
             bar.refresh()
             for future in finished:
                 spec, result, done = running.pop(future), future.result(), done + 1
+                if not result_path(spec).exists():  # its process died; after Ctrl-C it stays open
+                    write_json(result_path(spec), result)
                 bar.update()
                 left = (time.perf_counter() - began) / done * (len(specs) - done)
                 report(f"[{done}/{len(specs)}] {summary(spec, result)}  eta:{left:.0f}s")

@@ -5,6 +5,7 @@ Each holds the same `Codes` and ships other arrays; the weight stays what it was
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +18,7 @@ from fairway.methods.stored import Arrays, Codes, inside
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(ABC):
     """Codes [rows, columns] and a reversible way to write them as other arrays."""
 
     codes: Codes
@@ -37,12 +38,14 @@ class Layout:
         return cls(Codes.from_arrays({"codes": codes, **rest}))
 
     @staticmethod
+    @abstractmethod
     def laid_out(codes: np.ndarray) -> Arrays:
-        raise NotImplementedError
+        """Return codes as the arrays of this layout."""
 
     @staticmethod
+    @abstractmethod
     def read(arrays: Arrays, rows: int, columns: int) -> np.ndarray:
-        raise NotImplementedError
+        """Return the codes [rows, columns] of these arrays."""
 
     def weight(self) -> Tensor:
         return self.codes.weight()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ PARCEL = "model.fwm"
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """One change to a model. A subclass is a dataclass: its fields are the method's settings.
 
     `apply` returns the changed model and leaves its input alone. `ship` writes all files that a
@@ -41,8 +42,9 @@ class Method:
     cache_lengths: ClassVar[tuple[int, ...]] = (128, 256)  # tokens at which the cache is measured
     draft: ClassVar[str] = ""  # who guesses tokens ahead: ngram, suffix or layers
 
+    @abstractmethod
     def apply(self, model: GPT, calibration: Calibration) -> GPT:
-        raise NotImplementedError
+        """Return the changed model."""
 
     def ship(self, model: GPT, folder: Path) -> None:
         """Write the files of a model that `apply` returned."""

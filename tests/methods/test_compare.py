@@ -133,10 +133,31 @@ def test_a_cell_is_open_until_it_is_done(spec):
     assert harness.is_open(spec, False)
 
 
-def test_a_process_that_dies_leaves_a_failed_cell(spec):
-    result = harness.run_in_process(spec, on_start=lambda child: child.kill())
+def run_killed(spec: Spec, _on_start) -> dict:
+    return RUN_REALLY(spec, on_start=lambda child: child.kill())
+
+
+RUN_REALLY = harness.run_in_process
+
+
+def test_a_process_that_dies_leaves_a_failed_cell(spec, monkeypatch):
+    monkeypatch.setattr(harness, "run_in_process", run_killed)
+    lines: list[str] = []
+    harness.run_cells([spec], 1, lines.append)
+    result = harness.read_cell(harness.result_path(spec))
     assert result["status"] == "failed" and "ended with code -9" in result["error"]
-    assert harness.read_cell(harness.result_path(spec)) == result
+    assert len(lines) == 1 and result["error"] in lines[0]
+
+
+def test_a_cell_that_ctrl_c_ends_stays_open(spec, monkeypatch):
+    def interrupt(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "run_in_process", run_killed)
+    monkeypatch.setattr(harness, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        harness.run_cells([spec], 1, print)
+    assert harness.is_open(spec, retry=False)
 
 
 def test_a_method_with_a_seed_gets_three_cells(spec, monkeypatch):
