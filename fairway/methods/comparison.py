@@ -1,8 +1,9 @@
 """The table of a comparison: from the JSON files of cells to rows, and from rows to Markdown.
 
 The rank that counts is the score at equal bytes. Each row is compared with the curve of the
-trainer's own quantiser: its rows, k * rms at 8 to 2 bits, joined by straight lines over the
-logarithm of bytes.
+trainer's own quantiser, which meets a number of bytes by its choice of bits and of k: its rows,
+k * rms at 8 to 2 bits and several k, without those that another of them beats in both bytes and
+BPB, joined by straight lines over the logarithm of bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from typing import Any, NamedTuple
 from fairway.methods.groups import GROUPS
 
 BASELINE = "fp32"
-CURVE = ("int8-rms", "int6-rms", "int5-rms", "int4-rms", "int3-rms", "int2-rms")
+CURVE = (
+    *("int8-rms", "int6-rms", "int5-rms", "int4-rms", "int3-rms", "int2-rms"),
+    *("int6-rms-k5", "int5-rms-k4", "int4-rms-k3", "int4-rms-k3.5", "int3-rms-k2.5"),
+)
 Cells = list[dict[str, Any]]
 COLUMNS = ("bytes", "bpb", "at_equal_bytes", "p50_ms", "tokens_per_second", "peak_mb")
 LESS_IS_BETTER = {"bytes", "bpb", "at_equal_bytes", "p50_ms", "peak_mb"}
@@ -63,12 +67,13 @@ def bytes_as_shipped(cell: Mapping[str, Any]) -> int:
 
 
 def curve_points(cells: Iterable[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """Return (log2 of bytes, BPB) of the trainer's own quantiser, by bytes."""
-    return sorted(
+    """Return (log2 of bytes, BPB) of the trainer's own quantiser at its best, by bytes."""
+    points = sorted(
         (math.log2(bytes_as_shipped(cell)), cell["score"]["bpb"])
         for cell in cells
         if cell["status"] == "done" and cell["method"] in CURVE
     )
+    return [p for i, p in enumerate(points) if all(p[1] < bpb for _, bpb in points[:i])]
 
 
 def curve_at(points: list[tuple[float, float]], size: float) -> float:
@@ -170,7 +175,7 @@ HEAD = (
 )
 LEGEND = (
     "**Bold** is the best of its column, *italic* the worst. *At equal bytes* is the BPB over that "
-    "of the trainer's own quantiser at the same bytes (rows `int8-rms` to `int2-rms`, joined by "
+    "of the trainer's own quantiser at the same bytes (the best of the rows `intN-rms`, joined by "
     "lines). Negative is better; a dash stands on the curve and beyond its ends. A peak with ? is "
     "unreliable. ± is the deviation over seeds."
 )

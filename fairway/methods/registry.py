@@ -44,6 +44,11 @@ METHODS: dict[str, Method] = {
     "int4-rms": Integers(4, k=2.5),
     "int3-rms": Integers(3, k=2.0),
     "int2-rms": Integers(2, k=1.2),
+    "int6-rms-k5": Integers(6, k=5.0),
+    "int5-rms-k4": Integers(5, k=4.0),
+    "int4-rms-k3": Integers(4, k=3.0),
+    "int4-rms-k3.5": Integers(4, k=3.5),
+    "int3-rms-k2.5": Integers(3, k=2.5),
     "int2-offset-g32": OffsetIntegers(2, 32),
     "nf4-g64": NormalFloat(64),
     "palette4": Palette(4),
@@ -112,4 +117,7 @@ METHODS: dict[str, Method] = {
 }
 
 # Enough for a first look in a few minutes: one or two of each group.
-QUICK = ("fp32", "bf16", "int8", "int6", "int6-rms", "int4-g32", "int4-rms")
+QUICK = (
+    *("fp32", "bf16", "int6", "int6-rms", "int4-g32", "int4-rms", "palette-mixed3"),
+    *("gptq4", "w8a8", "prune50", "onnx", "swa", "int6-zstd", "cache-int8", "draft-ngram"),
+)
