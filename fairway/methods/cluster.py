@@ -1,7 +1,7 @@
-"""Run cells on the machines of a Ray cluster: the same cells, the same results.
+"""Run jobs on the machines of a Ray cluster: the same jobs, the same results.
 
 Repository, model and shards must lie at the same paths on every machine. Results come back through
-Ray and are written here. Ray starts a cell again elsewhere when its worker dies.
+Ray and are written here. Ray starts a job again elsewhere when its worker dies.
 """
 
 from __future__ import annotations
@@ -9,47 +9,43 @@ from __future__ import annotations
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fairway.methods.cell import ROOT, Spec, header, shipped_folder, write_json
-from fairway.methods.harness import follow, result_path, run_in_process
+from fairway.methods.cell import ROOT, write_json
+from fairway.methods.harness import Job, Reporter, follow, run_in_process
 from train_gpt import UserError
 
-RETRIES = 3  # of a cell whose worker died
+RETRIES = 3  # of a job whose worker died
 PATIENCE_S = 10.0  # with an address where nothing answers
 
 
 class Delivered(NamedTuple):
-    """The answer of a cell: its result, and the files that it would ship."""
+    """The answer of a job: its result, and the files that it left."""
 
     result: dict[str, Any]
     files: dict[str, bytes]
 
 
-def run_remotely(settings: dict[str, Any]) -> Delivered:
-    """Run a cell on the machine where this is called, in a folder that is deleted afterwards."""
-    spec = Spec(**settings)
+def run_remotely(job: Job) -> Delivered:
+    """Run a job on the machine where this is called, in a folder that is deleted afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        here = replace(spec, out=str(Path(folder, "raw", Path(spec.out).name)))
-        result, shipped = run_in_process(here), shipped_folder(here)
-        paths = [p for p in shipped.rglob("*") if p.is_file()]
-        files = {str(p.relative_to(shipped)): p.read_bytes() for p in paths}
+        here = job.moved(Path(folder))
+        result, left = run_in_process(here), here.files
+        paths = [p for p in left.rglob("*") if p.is_file()]
+        files = {str(p.relative_to(left)): p.read_bytes() for p in paths}
     return Delivered(result, files)
 
 
-def deliver(spec: Spec, delivered: Delivered) -> dict[str, Any]:
-    """Write what a cell sent back, as if it had run here."""
-    folder = shipped_folder(spec)
-    shutil.rmtree(folder, ignore_errors=True)
+def deliver(job: Job, delivered: Delivered) -> dict[str, Any]:
+    """Write what a job sent back, as if it had run here."""
+    shutil.rmtree(job.files, ignore_errors=True)
     for name, data in delivered.files.items():
-        path = folder / name
+        path = job.files / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    write_json(result_path(spec), delivered.result)
+    write_json(job.result, delivered.result)
     return delivered.result
 
 
@@ -73,24 +69,22 @@ def connect_ray(address: str) -> Any:
     return ray
 
 
-def run_on_cluster(
-    specs: list[Spec], address: str, workers: int, report: Callable[[str], None]
-) -> None:
-    """Run cells on the cluster at `address`, `workers` at a time, or one for each of its cores."""
+def run_on_cluster(jobs: list[Job], address: str, workers: int, reporter: Reporter) -> None:
+    """Run jobs on the cluster at `address`, `workers` at a time, or as many as it has cores for."""
     ray = connect_ray(address)
-    task = ray.remote(num_cpus=1, max_retries=RETRIES)(run_remotely)
+    task = ray.remote(max_retries=RETRIES)(run_remotely)
 
-    def run(spec: Spec) -> dict[str, Any]:
+    def run(job: Job) -> dict[str, Any]:
         try:
-            return deliver(spec, ray.get(task.remote(asdict(spec))))
+            return deliver(job, ray.get(task.options(num_cpus=job.threads).remote(job)))
         except ray.exceptions.RayError as e:
             error = f"its workers died {RETRIES + 1} times ({str(e).splitlines()[0]:.120})"
-            result = {**header(spec), "status": "failed", "error": error}
-            return deliver(spec, Delivered(result, {}))
+            return deliver(job, Delivered(job.failed(error), {}))
 
     try:
-        count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        threads = max((job.threads for job in jobs), default=1)
+        count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
         with ThreadPoolExecutor(count) as pool:
-            follow(specs, lambda spec: pool.submit(run, spec), count, report)
+            follow(jobs, lambda job: pool.submit(run, job), count, reporter)
     finally:
         ray.shutdown()

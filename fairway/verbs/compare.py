@@ -53,12 +53,13 @@ def run(options: argparse.Namespace) -> int:
     cells = harness.cells_of(spec, names)
     left = [cell for cell in cells if harness.is_open(cell, options.retry)]
     print(f"{len(cells)} cells, {len(cells) - len(left)} finished before; results: {spec.out}")
+    jobs, reporter = [harness.job_of(cell) for cell in left], harness.Reporter(print)
     if options.cluster:
         from fairway.methods.cluster import run_on_cluster
 
-        run_on_cluster(left, options.cluster, options.workers, print)
+        run_on_cluster(jobs, options.cluster, options.workers, reporter)
     else:
-        harness.run_cells(left, options.workers or os.cpu_count() or 1, print)
+        harness.run_cells(jobs, options.workers or os.cpu_count() or 1, reporter)
     results = [harness.read_cell(harness.result_path(cell)) for cell in cells]
     broken = sum(r is None or r["status"] == "failed" for r in results)
     if broken:

@@ -35,7 +35,8 @@ def test_a_cluster_that_loses_a_machine_gives_the_same_table(subject_file, corpu
             cluster.remove_node(lost, allow_graceful=False)
 
     try:
-        run_on_cluster(cells, cluster.address, 2, report)
+        jobs = [harness.job_of(cell) for cell in cells]
+        run_on_cluster(jobs, cluster.address, 2, harness.Reporter(report))
     finally:
         cluster.shutdown()
     assert len(lines) == 4

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
@@ -19,6 +18,7 @@ from fairway.methods.cell import (
     code_sha256,
     error_line,
     runs_of,
+    shipped_folder,
     write_json,
 )
 from fairway.methods.cell import main as main_of_cell
@@ -34,9 +34,9 @@ def words(subject_file, corpus, out, *more: str) -> list[str]:
 def in_this_process(monkeypatch):
     """Run cells here, because a process takes seconds to import what they need."""
 
-    def run(spec: Spec, _on_start) -> dict:
-        main_of_cell(json.dumps(asdict(spec)))
-        return harness.read_cell(harness.result_path(spec))
+    def run(job: harness.Job, _on_start) -> dict:
+        main_of_cell(json.dumps(job.settings))
+        return harness.read_cell(job.result)
 
     monkeypatch.setattr(harness, "run_in_process", run)
     monkeypatch.setattr(measure, "SAMPLES", 3)
@@ -133,8 +133,17 @@ def test_a_cell_is_open_until_it_is_done(spec):
     assert harness.is_open(spec, False)
 
 
-def run_killed(spec: Spec, _on_start) -> dict:
-    return RUN_REALLY(spec, on_start=lambda child: child.kill())
+def test_a_job_has_the_places_of_its_cell(tmp_path):
+    spec = Spec("model", "int4", 0, "data", str(tmp_path / "raw" / "m"), threads=2)
+    job = harness.job_of(spec)
+    assert (job.result, job.files) == (harness.result_path(spec), shipped_folder(spec))
+    moved = job.moved(tmp_path / "elsewhere")
+    assert moved.result == tmp_path / "elsewhere/raw/m/int4.json"
+    assert moved.files == tmp_path / "elsewhere/files/m/int4" and moved.threads == 2
+
+
+def run_killed(job: harness.Job, _on_start) -> dict:
+    return RUN_REALLY(job, on_start=lambda child: child.kill())
 
 
 RUN_REALLY = harness.run_in_process
@@ -143,7 +152,7 @@ RUN_REALLY = harness.run_in_process
 def test_a_process_that_dies_leaves_a_failed_cell(spec, monkeypatch):
     monkeypatch.setattr(harness, "run_in_process", run_killed)
     lines: list[str] = []
-    harness.run_cells([spec], 1, lines.append)
+    harness.run_cells([harness.job_of(spec)], 1, harness.Reporter(lines.append))
     result = harness.read_cell(harness.result_path(spec))
     assert result["status"] == "failed" and "ended with code -9" in result["error"]
     assert len(lines) == 1 and result["error"] in lines[0]
@@ -156,7 +165,7 @@ def test_a_cell_that_ctrl_c_ends_stays_open(spec, monkeypatch):
     monkeypatch.setattr(harness, "run_in_process", run_killed)
     monkeypatch.setattr(harness, "wait", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        harness.run_cells([spec], 1, print)
+        harness.run_cells([harness.job_of(spec)], 1, harness.Reporter(print))
     assert harness.is_open(spec, retry=False)
 
 
