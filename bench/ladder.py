@@ -27,6 +27,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -45,6 +46,8 @@ from fairway.artifact_reader import read_artifact
 from fairway.command_line import Parser, run_reporting
 from fairway.methods import harness, measure
 from fairway.methods.cell import error_line, versions, write_json
+from fairway.scoring.columns import columns_in_memory
+from fairway.scoring.neural import Neural
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import load_text
 from train_gpt import Config, UserError
@@ -52,6 +55,7 @@ from train_gpt import Config, UserError
 ROOT = Path(train_gpt.__file__).resolve().parent
 SCHEMA = 1
 LIMIT_SECONDS = 48 * 3600.0  # a run that takes longer is broken
+JUDGE_LOG = "judge.txt"
 UNREACHED = 10**9  # steps, where the clock ends a run
 
 
@@ -166,6 +170,7 @@ def same_run(run: LadderRun, folder: Path, events: list[dict[str, Any]]) -> bool
 def train(run: LadderRun, folder: Path) -> dict[str, dict[str, Any]]:
     """Train, or resume, or do nothing if that is done; return the last event of each kind."""
     events = read_events(folder)
+    (folder / "logs" / JUDGE_LOG).unlink(missing_ok=True)
     resume = same_run(run, folder, events)
     if not (resume and events[-1]["event"] == "final"):
         if not (resume and (folder / "checkpoint.pt").exists()):
@@ -173,6 +178,28 @@ def train(run: LadderRun, folder: Path) -> dict[str, dict[str, Any]]:
             shutil.rmtree(folder, ignore_errors=True)
         train_gpt.main({**trainer_environment(run, folder), "RESUME": str(int(resume))})
     return {event["event"]: event for event in read_events(folder)}
+
+
+class JudgeLog:
+    """A line on how far a text is scored, in a file of its own, every few seconds."""
+
+    def __init__(self, path: Path, name: str, tokens: int):
+        self.path, self.name, self.tokens = path, name, tokens
+        self.done, self.began, self.next_line = 0, time.perf_counter(), 10.0
+
+    def __call__(self, rows: np.ndarray, _logp: np.ndarray) -> None:
+        self.done += len(rows)
+        seconds = time.perf_counter() - self.began
+        if seconds > self.next_line:
+            self.next_line, part = seconds + 10, self.done / self.tokens
+            line = f"scoring {self.name} {100 * part:.0f}% eta:{seconds / part - seconds:.0f}s"
+            self.path.write_text(line + "\n", "utf-8")
+
+
+def clock_seconds(folder: Path) -> float:
+    """Return the clock of a run at its end, after the choice of weights and rounding."""
+    log = (folder / "logs" / "train.txt").read_text("utf-8")
+    return int(re.findall(r"^chosen:train_time:(\d+)ms", log, re.MULTILINE)[-1]) / 1000
 
 
 def judge(run: LadderRun, artifact: Path) -> dict[str, dict[str, Any]]:
@@ -185,9 +212,11 @@ def judge(run: LadderRun, artifact: Path) -> dict[str, dict[str, Any]]:
         text = load_text(cfg, shipped)
         count = run.judge_tokens or len(text.sizes)
         text = text._replace(tokens=text.tokens[: count + 1], sizes=text.sizes[:count])
-        logp = measure.score(model, text, text.tokens, cfg, runtime)
-        counts = {"tokens": len(logp), "bytes": text.bytes, "sha256": text.sha256}
-        scores[name] = {"bpb": text.bpb(logp), **counts}
+        columns = columns_in_memory(len(text.sizes), {"logp": "f8"})
+        log = JudgeLog(artifact.parent / "logs" / JUDGE_LOG, name, len(text.sizes))
+        Neural(model, cfg, runtime).fill(text.tokens, columns, on_progress=log)
+        counts = {"tokens": len(text.sizes), "bytes": text.bytes, "sha256": text.sha256}
+        scores[name] = {"bpb": text.bpb(columns["logp"]), **counts}
     return scores
 
 
@@ -203,6 +232,7 @@ def finish(run: LadderRun, folder: Path) -> dict[str, Any]:
         "steps_taken": steps["step"],
         "tokens": steps["tokens"],
         "training_seconds": steps["seconds"],
+        "clock_seconds": clock_seconds(folder),
         "tokens_per_second": steps["tokens"] / steps["seconds"],
         "parameters": last["model"]["parameters"],
         "artifact_bytes": artifact["bytes"],
@@ -239,7 +269,7 @@ def run_here(run: LadderRun) -> None:
         result = job.failed(error_line(e))
     write_json(job.result, result)
     if result["status"] == "done":
-        for name in ("checkpoint.pt", "final_model.pt"):
+        for name in ("checkpoint.pt", "final_model.pt", f"logs/{JUDGE_LOG}"):
             (job.files / name).unlink(missing_ok=True)
 
 
@@ -300,7 +330,9 @@ def patterns_of(options: argparse.Namespace, data: Path) -> dict[str, str]:
             raise UserError(f"--judges has {text!r}; it must be NAME=PATTERN, each name once")
         patterns[name] = str(Path(pattern).absolute())
         if not glob.glob(patterns[name]):
-            raise UserError(f"--judges {name}: no shards match {pattern}; make data/prepare.py's")
+            raise UserError(
+                f"--judges {name}: no shards match {pattern}; write some with data/prepare.py"
+            )
     return patterns
 
 
@@ -337,6 +369,8 @@ def runs_of(options: argparse.Namespace) -> list[LadderRun]:
         least, value = int(name in ("stride", "threads")), getattr(options, name)
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    if not list(data.glob("*_train_*.bin")):
+        raise UserError(f"--data: no *_train_*.bin in {data}; run `make data`, or name another")
     judges = patterns_of(options, data)
     fingerprints = {n: fingerprint(p) for n, p in judges.items()}
     common = dict(VOCAB_SIZE=str(options.vocab_size), ITERATIONS=str(steps or UNREACHED))
@@ -385,11 +419,11 @@ def figures(result: dict[str, Any]) -> str:
 
 def last_log_line(job: harness.Job) -> str:
     """Return the last line that a run on this machine has logged."""
-    try:
-        lines = (job.files / "logs" / "train.txt").read_text("utf-8").strip().splitlines()
-    except OSError:
-        return ""
-    return "scoring" if lines and lines[-1].startswith("final_") else "".join(lines[-1:])
+    lines = []
+    for name in (JUDGE_LOG, "train.txt"):
+        path = job.files / "logs" / name
+        lines = lines or (path.read_text("utf-8").splitlines() if path.exists() else [])
+    return "".join(lines[-1:])
 
 
 def run_all(runs: list[LadderRun], options: argparse.Namespace) -> int:

@@ -97,7 +97,7 @@ def sections_of(results: Results, shape: Shape) -> dict[str, list[Row]]:
         # A rung that was not run is passed over.
         label = v.label if below in ("", v.below) else f"{v.label} against {below}"
         steps.append((v.name, label, below))
-    top = [(v.name, v.label, "") for v in present if v.name == TOP]
+    top = [(TOP, TOP, "")] if TOP in results else []
     sections = {
         "Ends": pairs,
         "Ladder": steps,
@@ -159,7 +159,7 @@ def verdict(rows: list[Row], judges: list[str]) -> str:
             word = ("beats" if d.bpb < 0 else "loses to") if sure else "is not shown to beat"
             p = "no p" if d.p is None else f"p = {p_value_text(d.p)}"
             text = f"`{row.name}` {word} `{row.below}` on {judge_name}: {d.bpb:+.4f} BPB, {p}"
-            lines.append(f"- {text}, {len(row.seeds)} seeds.")
+            lines.append(f"- {text} (seeds: {len(row.seeds)}).")
     return (
         f"At p < {NEAR[0]:g}, {LEAST_SEEDS} seeds or more:\n\n" + "\n".join(lines) if lines else ""
     )

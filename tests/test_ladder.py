@@ -225,6 +225,7 @@ def test_runs_are_trained_scored_and_skipped(bench, in_this_process, capsys, tmp
     result = json.loads((raw / "frontier.seed2.json").read_text())
     assert result["steps_taken"] == 4 and result["tokens"] == 4 * 2048
     assert result["judged"]["val"]["tokens"] == 300 and result["settings"]["GPTQ"] == "1"
+    assert result["clock_seconds"] > result["training_seconds"] > 0
     assert str(ROOT) not in json.dumps(result) and str(tmp_path) not in json.dumps(result)
     files = bench.out / "files" / raw.name / "frontier.seed2"
     assert (files / "final_model.int6.ptz").stat().st_size == result["artifact_bytes"]
@@ -287,6 +288,7 @@ def test_an_interrupted_run_resumes(bench, in_this_process, monkeypatch, capsys)
         (["--steps", "2", "--variants", "consensu"], "did you mean consensus?"),
         (["--steps", "2", "--variants", ","], "names no variant"),
         (["--steps", "2", "--seeds", "1,x"], "--seeds is '1,x'"),
+        (["--steps", "2", "--data", "/"], "no *_train_*.bin in /"),
         (["--steps", "2", "--judges", "val"], "it must be NAME=PATTERN"),
         (["--steps", "2", "--judges", "val=nothing*"], "no shards match nothing*"),
         (["--steps", "2", "--threads", "0"], "--threads is 0; it must be at least 1"),
