@@ -418,12 +418,12 @@ def figures(result: dict[str, Any]) -> str:
 
 
 def last_log_line(job: harness.Job) -> str:
-    """Return the last line that a run on this machine has logged."""
+    """Return the last line that a run on this machine has logged, or its beginning."""
     lines = []
     for name in (JUDGE_LOG, "train.txt"):
         path = job.files / "logs" / name
         lines = lines or (path.read_text("utf-8").splitlines() if path.exists() else [])
-    return "".join(lines[-1:])
+    return "".join(lines[-1:])[:120]
 
 
 def run_all(runs: list[LadderRun], options: argparse.Namespace) -> int:
