@@ -49,7 +49,7 @@ def evaluate(options: Any, env: Mapping[str, str]) -> int:
     cfg = EvalConfig.from_env(env)
     check_request(cfg, options)
     rt = set_up_runtime(Config(device=cfg.device), env)
-    log = Log(Config(out_dir=cfg.out_dir, wandb_mode=cfg.wandb_mode), rt, "eval")
+    log = Log(Config(out_dir=cfg.out_dir), rt, "eval")
     evaluation = Evaluation(cfg, rt, log)
     tokens = len(evaluation.text.tokens)
     if options.certify and tokens < LEAST_CERTIFIED_TOKENS:

@@ -65,7 +65,7 @@ def names_with_role(config_class: type, *roles: str) -> list[str]:
     return [f.name for f in fields(config_class) if f.metadata["role"] in roles]
 
 
-DEVICES, WANDB_MODES = ("", "cpu", "cuda", "mps"), ("", "online", "offline", "disabled")
+DEVICES = ("", "cpu", "cuda", "mps")
 CODEC_CHOICES = ("auto", "zstd", "brotli", "ans")
 
 
@@ -79,7 +79,6 @@ class Config:
     resume: bool = knob(False, "1 continues from OUT_DIR/checkpoint.pt", role="runtime")
     device: str = knob("", "unset: the best available", choices=DEVICES, role="runtime")
     compile: bool = knob(False, "torch.compile: pays on CUDA, takes a minute", role="runtime")
-    wandb_mode: str = knob("", "Weights & Biases; unset: off", choices=WANDB_MODES, role="runtime")
     iterations: int = knob(20_000, "most steps", 1, role="schedule")
     max_wallclock_seconds: float = knob(600.0, "training time; 0 = no limit", 0, role="schedule")
     warmup_steps: int = knob(20, "steps that compile and are then undone", 0, role="runtime")
@@ -1295,7 +1294,7 @@ class Log:
     """The challenge's `key:value` lines and the same events as JSON; only rank 0 writes."""
 
     def __init__(self, cfg: Config, rt: Runtime, run_id: str):
-        self.run_id, self.on, self.wandb = run_id, rt.rank == 0, None
+        self.run_id, self.on = run_id, rt.rank == 0
         self.out, self.summary = Path(cfg.out_dir), {}
         if not self.on:
             return
@@ -1303,10 +1302,6 @@ class Log:
         folder.mkdir(parents=True, exist_ok=True)
         paths = folder / f"{run_id}.txt", folder / f"{run_id}.jsonl"
         self.text, self.events = (open(p, mode, encoding="utf-8", buffering=1) for p in paths)  # noqa: SIM115
-        if cfg.wandb_mode in ("online", "offline"):
-            import wandb
-
-            self.wandb = wandb.init(project="fairway", name=run_id, mode=cfg.wandb_mode, dir=folder)
 
     def __call__(self, line: str, event: str = "", screen: bool = True, **data: Any) -> None:
         if not self.on:
@@ -1322,23 +1317,14 @@ class Log:
         with contextlib.suppress(OSError):
             if screen:
                 print(line, flush=True)
-        numbers = {f"{event}/{n}": v for n, v in data.items() if type(v) in (int, float)}
-        if self.wandb and numbers:
-            self.wandb.log(numbers)
-            self.wandb.config.update(data.get("settings", {}))
 
-    def close(self, artifact: Path | None = None) -> None:
+    def close(self) -> None:
         """Add a line to runs.jsonl, once a run has ended: its settings, hashes, scores, bytes."""
         if not self.on:
             return
         record = {"time": round(time.time(), 3), "run_id": self.run_id, **self.summary}
         with contextlib.suppress(OSError), open(self.out / "runs.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
-        if self.wandb:
-            self.wandb.summary.update(self.summary)
-            if artifact:
-                self.wandb.log_artifact(str(artifact), name=f"model-{self.run_id}", type="model")
-            self.wandb.finish()
 
 
 def log_header(log: Log, cfg: Config, rt: Runtime, data: Data, preset: str) -> None:
@@ -1951,7 +1937,7 @@ def main(env: Mapping[str, str] = os.environ) -> None:
         signal.signal(signum, signal.SIG_DFL)
     path = export(run, choose(run))
     score_artifact(run, path)
-    log.close(path)
+    log.close()
 
 
 def advice_on(error: Exception) -> str | None:

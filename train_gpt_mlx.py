@@ -1118,7 +1118,7 @@ def main(env: Mapping[str, str] = os.environ) -> None:
         signal.signal(signum, signal.SIG_DFL)
     path = export(run, choose(run))
     score_artifact(run, path, scoring)
-    log.close(path)
+    log.close()
 
 
 def command() -> int:

@@ -290,7 +290,7 @@ def test_optional_packages_are_imported_only_when_needed():
             for n in imports(s, path)
         }
         allowed = guarded & {"mlx"} if path == OPTIONAL["mlx"] else set()
-        wrong += [f"{path} imports {n}" for n in early & (OPTIONAL.keys() | {"wandb"}) - allowed]
+        wrong += [f"{path} imports {n}" for n in early & OPTIONAL.keys() - allowed]
     assert wrong == []
 
 

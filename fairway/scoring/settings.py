@@ -37,12 +37,6 @@ class EvalConfig:
     device: str = knob(
         "", "unset: the fastest one found", choices=("", "cpu", "cuda", "mps"), role="runtime"
     )
-    wandb_mode: str = knob(
-        "",
-        "Weights & Biases; unset: not used",
-        choices=("", "online", "offline", "disabled"),
-        role="runtime",
-    )
     # Neural scoring
     eval_mode: str = knob(
         "sliding",

@@ -212,7 +212,6 @@ def test_one_environment_serves_trainer_and_evaluation():
         "tokenizer_path",
         "out_dir",
         "device",
-        "wandb_mode",
         "extra_code_files",
         "size_budget_bytes",
     }

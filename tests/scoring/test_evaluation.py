@@ -93,7 +93,7 @@ def here(capsys):
 def finished(tmp_path_factory, env):
     """Return a run with everything that can be asked for: its folder, output and score."""
     folder = tmp_path_factory.mktemp("scored")
-    settings = env(folder, USE_CORRECTION=1, CERTIFY_SECONDS=2, WANDB_MODE="offline")
+    settings = env(folder, USE_CORRECTION=1, CERTIFY_SECONDS=2)
     done = run(settings, "--certify", "--compare")
     return folder, done, json.loads((folder / "eval/score.json").read_text())
 
@@ -132,7 +132,7 @@ def test_a_run_prints_the_ladder_and_leaves_scores_that_agree_with_it(
     )
 
 
-def test_a_run_adds_a_line_to_the_history_and_weights_and_biases_has_it_too(finished):
+def test_a_run_adds_a_line_to_the_history(finished):
     folder, _, score = finished
     line = json.loads((folder / "runs.jsonl").read_text().splitlines()[0])
     assert line["final"]["bpb"] == score["val_bpb"] and line["final"]["certified"] is True
@@ -142,7 +142,6 @@ def test_a_run_adds_a_line_to_the_history_and_weights_and_biases_has_it_too(fini
     )
     assert line["final"]["artifact_bytes"] == score["sizes"]["artifact"]
     assert line["final"]["code_bytes"] == counted_code_bytes(score["sizes"]["code"])
-    assert len(list(folder.rglob("run-*.wandb"))) == 1
 
 
 def test_the_plain_rung_is_what_training_printed(finished, trained_artifact):

@@ -213,7 +213,6 @@ def test_presets_hold_only_settings_and_start_from_presets():
         ("SEED", "-1", "it must be from 0"),
         ("CODEC", "lzma", "it must be one of auto, zstd, brotli, ans"),
         ("DEVICE", "tpu", "it must be one of cpu, cuda, mps"),
-        ("WANDB_MODE", "on", "it must be one of online, offline, disabled"),
     ],
 )
 def test_a_bad_value_names_the_setting_what_it_got_and_what_it_takes(name, text, says):

@@ -807,34 +807,6 @@ def test_all_features_at_once_train_export_and_score(train_here, tmp_path):
     assert abs(run.one("final")["loss"] - last_val) < 0.5 and kept["kept"] in ("last", "swa", "ema")
 
 
-@pytest.mark.slow  # test_evaluation.py has the same log write offline
-def test_wandb_offline_needs_no_network(run_trainer, tmp_path):
-    pytest.importorskip("wandb", reason="wandb is not installed")
-    dead = "http://127.0.0.1:9"
-    done = run_trainer(
-        tmp_path,
-        **QUICK,
-        WANDB_MODE="offline",
-        HTTP_PROXY=dead,
-        HTTPS_PROXY=dead,
-        http_proxy=dead,
-        https_proxy=dead,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "_roundtrip_exact val_loss:" in done.stdout
-    assert len(list(tmp_path.rglob("run-*.wandb"))) == 1
-    history = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert (
-        len(history) == 1
-        and {"time", "run_id", "start", "val", "artifact", "final"} == history[0].keys()
-    )
-    assert (
-        history[0]["final"]["bpb"] > 0
-        and history[0]["start"]["settings"]["wandb_mode"] == "offline"
-    )
-    assert {p.name for p in tmp_path.iterdir()} >= {"final_model.int6.ptz", "logs"}
-
-
 @pytest.mark.slow
 def test_compiled_and_plain_runs_agree_and_rounding_is_not_frozen(
     run_trainer, train_here, tmp_path
