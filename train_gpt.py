@@ -15,6 +15,7 @@ import collections
 import contextlib
 import difflib
 import functools
+import glob
 import hashlib
 import io
 import json
@@ -22,6 +23,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import signal
 import struct
 import subprocess
@@ -273,6 +275,7 @@ PRESETS = {name: read_preset(name) for name in PRESET_LINES}
 # Bits per byte are only as right as the byte count of each token, so every count is proved.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS_ID = 1  # every document starts with it
+CASE_MARKERS = "\ue001\ue002\ue003"  # pieces before capitals in tokenizers of lower-case text
 TOKENIZER_PLACES = "tokenizer.model", "../../tokenizers/fineweb_{}_bpe.model"  # from the shards
 
 
@@ -303,11 +306,10 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_shard(path: str | Path, tokens: np.ndarray) -> None:
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    with replacing(path) as f:
-        f.write(header.tobytes() + np.ascontiguousarray(tokens, dtype="<u2").tobytes())
+def list_shards(pattern: str | Path) -> list[Path]:
+    """Return the shards that match, in order; the byte sidecars beside them are none."""
+    paths = map(Path, sorted(glob.glob(str(pattern))))
+    return [path for path in paths if not re.search(r"_bytes_\d+\.bin$", path.name)]
 
 
 def read_shard(path: str | Path, vocab_size: int = 0) -> np.ndarray:
@@ -342,23 +344,26 @@ class ByteTable:
     base: np.ndarray  # int16[V] bytes without the leading ▁
     space: np.ndarray  # bool[V] piece starts with ▁
     boundary: np.ndarray  # bool[V] control, unknown, unused: no bytes, and swallow the next ▁
+    markers: str = ""  # CASE_MARKERS where the tokenizer has them as pieces: they have no bytes
 
     @classmethod
     def of(cls, tokenizer: Any, vocab_size: int) -> ByteTable:
         """Build the table from the pieces of a SentencePiece model."""
         base, boundary = np.zeros(vocab_size, np.int16), np.ones(vocab_size, bool)
-        space = ~boundary
-        for i in range(min(vocab_size, tokenizer.vocab_size())):
+        space, count = ~boundary, min(vocab_size, tokenizer.vocab_size())
+        pieces = [tokenizer.id_to_piece(i) for i in range(count)]
+        markers = CASE_MARKERS if {*CASE_MARKERS} <= {*pieces} else ""
+        for i, piece in enumerate(pieces):
             if tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i):
                 continue
-            piece = tokenizer.id_to_piece(i)
+            piece = piece.strip(markers)
             boundary[i], space[i] = False, piece.startswith("▁")
             base[i] = 1 if tokenizer.is_byte(i) else len(piece.removeprefix("▁").encode())
         # Most tokenizers swallow a document's leading blank; it counts in those that decode it.
         spaced = np.flatnonzero(space & (base > 0))
         if len(spaced) and tokenizer.decode([int(spaced[0])]).startswith(" "):
             boundary[:] = False
-        return cls(base, space, boundary)
+        return cls(base, space, boundary, markers)
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
         """Return the bytes of each of tokens[1:], given the token before it."""
@@ -369,17 +374,17 @@ def audit_bytes(tokenizer: Any, table: ByteTable, tokens: np.ndarray) -> int:
     """Decode every document, compare its UTF-8 length with the table, and return all bytes."""
 
     def excess(ids: np.ndarray) -> int:
-        return len(tokenizer.decode(ids[1:].tolist()).encode()) - int(table.count(ids).sum())
+        text = tokenizer.decode(ids[1:].tolist()).translate(silent)
+        return len(text.encode()) - int(table.count(ids).sum())
 
-    bounds = document_bounds(tokens)
+    bounds, silent = document_bounds(tokens), dict.fromkeys(map(ord, table.markers))
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         ids = np.asarray(tokens[start:end])
         ids = ids if ids[0] == BOS_ID else np.concatenate([[BOS_ID], ids])
         if not (missed := excess(ids)):
             continue
         # Search the first wrong token by bisection, at prefixes that cut no character in two.
-        pieces = [tokenizer.id_to_piece(i) if tokenizer.is_byte(i) else "" for i in ids.tolist()]
-        inner = ["<0x80>" <= piece < "<0xC0>" for piece in pieces]
+        inner = ["<0x80>" <= tokenizer.id_to_piece(i) < "<0xC0>" for i in ids.tolist()]
         ends = [n for n in range(2, len(ids) + 1) if n == len(ids) or not inner[n]]
         at = bisect.bisect_left(ends[:-1], True, key=lambda n, ids=ids: excess(ids[:n]) != 0)
         wrong = int(ids[ends[at] - 1])
@@ -387,6 +392,17 @@ def audit_bytes(tokenizer: Any, table: ByteTable, tokens: np.ndarray) -> int:
         what = f"the document at token {start} decodes to {missed:+d} bytes against the byte table"
         raise ShardError(f"{what}, {where}: no BPB without its bytes")
     return int(table.count(tokens).sum())
+
+
+def check_sidecar(path: Path, tokens: np.ndarray, table: ByteTable) -> None:
+    """Compare the byte sidecar of a shard, if there is one, with the bytes of its tokens."""
+    beside = path.with_name(re.sub(r"_(\d+\.bin)$", r"_bytes_\1", path.name))
+    if beside != path and beside.exists():
+        given, ours = read_shard(beside), table.count(np.concatenate([tokens[:1], tokens]))
+        at = int(np.append(given[: len(ours)] != ours[: len(given)], True).argmax())
+        if not at == len(given) == len(ours):
+            what = f"token {at} has {given[at : at + 1]} bytes, its piece {ours[at : at + 1]}"
+            raise ShardError(f"{beside}: {what}; make both again, or set TOKENIZER_PATH")
 
 
 class TokenStream:
@@ -425,7 +441,7 @@ def load_data(cfg: Config) -> Data:
     folder = Path(cfg.data_path or (fineweb if fineweb.is_dir() else here / "embedded"))
     shards = {}
     for split in ("train", "val"):
-        if not (paths := sorted(folder.glob(f"*_{split}_*.bin"))):
+        if not (paths := list_shards(folder / f"*_{split}_*.bin")):
             raise UserError(f"no *_{split}_*.bin in {folder}; run `make data`, or set DATA_PATH")
         shards[split] = [s for s in (read_shard(p, cfg.vocab_size) for p in paths) if len(s)]
     train, val = shards["train"], np.concatenate(shards["val"] or [np.zeros(0, "<u2")])
@@ -448,6 +464,8 @@ def load_data(cfg: Config) -> Data:
         message = f"VOCAB_SIZE is {cfg.vocab_size}, but {path} has {pieces} pieces"
         raise UserError(f"{message}; set VOCAB_SIZE or TOKENIZER_PATH so that the two agree")
     table = proven_table(tokenizer, path, val)
+    for shard in list_shards(folder / "*_val_*.bin"):
+        check_sidecar(shard, read_shard(shard), table)
     val_bytes = int(table.count(val).sum())
     return Data(folder, train, holdout, val, val_bytes, table, path, digest.hexdigest())
 
@@ -1065,8 +1083,6 @@ def initialise(model: GPT, cfg: Config) -> None:
 # ==== WEIGHTS =====================================================================================
 # All weights lie in one buffer, those of equal shape and rounding side by side: one operation then
 # does what would take one a tensor, and a step launches some hundred kernels instead of thousands.
-
-
 class Buffer:
     """One tensor with a place for every weight of a model; `params` and `banks` are views of it.
 
@@ -1334,8 +1350,7 @@ def log_header(log: Log, cfg: Config, rt: Runtime, data: Data, preset: str) -> N
     with contextlib.suppress(OSError):  # no such program
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout
     versions = f"Running Python {py}\nRunning PyTorch {pytorch}\n{platform.platform()}\n{smi}"
-    text = f"{source}\n{rule}\n{versions}\n{rule}\nsettings: {json.dumps(settings)}"
-    log(text, screen=False)
+    log(f"{source}\n{rule}\n{versions}\n{rule}\nsettings: {json.dumps(settings)}", screen=False)
     contents = {"code": source, "settings": json.dumps(settings, sort_keys=True)}
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
     hashes |= {"tokenizer": file_sha256(data.tokenizer_path), "data": data.fingerprint}
@@ -1397,8 +1412,7 @@ def agree(run: Run) -> None:
     loss = run.sums.flat[-1].item() if run.step > run.news.step else run.news.loss
     run.news = Report(run.step, loss, *largest(run.rt, run.elapsed(), run.signum))
     if not math.isfinite(loss):
-        path = Path(run.cfg.out_dir, "checkpoint.pt")
-        last = path if path.exists() else None
+        last = path if (path := Path(run.cfg.out_dir, "checkpoint.pt")).exists() else None
         message = f"the loss of step {run.step} is not finite; the last checkpoint: {last}"
         raise UserError(f"{message}; lower MATRIX_LR or set GRAD_CLIP_NORM")
 
@@ -1744,8 +1758,7 @@ def read_checkpoint(cfg: Config, path: Path | None = None) -> dict[str, Any]:
     # Places and runtime may differ: they change neither the weights nor the order of the data.
     free = names_with_role(Config, "place", "runtime")
     for name in sorted((then.keys() | now.keys()) - set(free)):
-        old, new = then.get(name), now.get(name)
-        if old != new:
+        if (old := then.get(name)) != (new := now.get(name)):
             message = f"{name.upper()} is {new}, but the checkpoint was made with {old}"
             raise UserError(f"{message}; set it to that, or start again without RESUME")
     return saved

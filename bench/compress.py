@@ -11,7 +11,6 @@ decoder needs the artifact too; its bytes are printed, and are part of no figure
 
 import argparse
 import bz2
-import glob
 import gzip
 import json
 import lzma
@@ -35,7 +34,7 @@ import zstandard  # noqa: E402
 from data.documents import Files  # noqa: E402
 from fairway.artifact_reader import read_artifact  # noqa: E402
 from fairway.compression.spelling import Speller  # noqa: E402
-from train_gpt import UserError, document_bounds, read_shard  # noqa: E402
+from train_gpt import UserError, document_bounds, list_shards, read_shard  # noqa: E402
 
 PPMD_ORDERS, PPMD_BYTES = (3, 4, 5, 6, 8, 12, 16, 24, 32), 64 << 20
 # A pair of functions: compress, decompress.
@@ -142,7 +141,7 @@ def measure_ours(name: str, options: list[str], data: bytes, artifact: str) -> d
 
 def embedded_text(pattern: str, artifact: str, most: int) -> bytes:
     """Return at most `most` bytes of the text of some shards."""
-    paths = sorted(glob.glob(pattern))
+    paths = list_shards(pattern)
     if not paths:
         raise UserError(f"no shards match {pattern}; run `make data`, or pass --val")
     loaded = read_artifact(artifact)

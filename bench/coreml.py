@@ -52,7 +52,7 @@ from fairway.decoding.strategies import Strategy  # noqa: E402
 from fairway.scoring.memory import Memory  # noqa: E402
 from fairway.scoring.settings import EvalConfig  # noqa: E402
 from fairway.scoring.text import load_text  # noqa: E402
-from train_gpt import GPT, PRESETS, Artifact, Config, initialise, read_shard  # noqa: E402
+from train_gpt import GPT, PRESETS, Artifact, Config, initialise, list_shards, read_shard  # noqa: E402
 
 PROMPT, WRITTEN, PROMPTS = 64, 128, 5  # tokens of a prompt, tokens written, number of prompts
 LARGE = [
@@ -70,7 +70,7 @@ LARGE = [
 def compare_all(source: ExportSource, folder: str) -> None:
     """Print the parity table of all variants, the range before the last norm, and drafted text."""
     text = load_text(EvalConfig(data_path=folder), source.artifact)
-    training = np.array(read_shard(sorted(Path(folder).glob("*_train_*.bin"))[0])[: 2 * LONG])
+    training = np.array(read_shard(list_shards(Path(folder) / "*_train_*.bin")[0])[: 2 * LONG])
     variants = list(
         export_variants(ExportOptions(), len(source.model.passes(source.model.looping)))
     )

@@ -44,7 +44,7 @@ from fairway.scoring.experts.ngram import ContextCounts, NGram, ngram_probabilit
 from fairway.scoring.experts.temperature import TEMPERATURES, tempered
 from fairway.scoring.mixed import COMMIT_ROWS, DEFAULT_EXPERTS, make_match, make_ngram
 from fairway.scoring.settings import EvalConfig
-from train_gpt import BOS_ID, UserError, read_shard
+from train_gpt import BOS_ID, UserError, list_shards, read_shard
 
 SINGLE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 V, BYTES = 1024, 3  # vocabulary; bytes that every token is taken for
@@ -58,7 +58,7 @@ class RenamedText:
     """`n` tokens, and what the bigram model, renamed as each copy is, says about them."""
 
     def __init__(self, n: int):
-        paths = sorted((ROOT / "data" / "embedded").glob("*_train_*.bin"))
+        paths = list_shards(ROOT / "data" / "embedded" / "*_train_*.bin")
         if not paths:
             raise UserError("no embedded corpus in data/embedded; run `make data`")
         base = np.concatenate([read_shard(p, V) for p in paths]).astype(np.uint16)

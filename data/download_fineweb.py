@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.progress import progress_bar
 from fairway.command_line import Parser, UsageError, run_reporting
+from fairway.shards import sidecar_path
 from train_gpt import SHARD_HEADER_BYTES, ShardError, UserError, file_sha256, read_shard
 
 SHARD_BYTES = 1 << 30  # a larger shard is refused; the published ones have 200,001,024
@@ -236,6 +237,14 @@ class Variant:
             for i in range(n)
         ]
 
+    def sidecars(self, shards: list[str]) -> list[str]:
+        """Return the byte sidecars of these shards: those that the manifest lists, and those of
+        validation in a dataset of CaseOps, whose scores need them.
+        """
+        names = [sidecar_path(Path(file)).name for file in shards]
+        case_ops = "caseops" in self.dataset
+        return [n for n in names if n in self.sha256 or (case_ops and "_val_" in n)]
+
 
 def entry_named(entries: list[dict], name: str) -> dict:
     """Return the entry whose "name" is `name`, or raise `ValueError` with the names there are."""
@@ -273,9 +282,10 @@ def download(host: Host, name: str, train_shards: int | None, out: Path) -> int:
             f"--train-shards {n}: {name} has {variant.train_shards} at {host.base}; ask for no more"
         )
     wanted = [(file, SMALL_BYTES, "") for file in variant.tokenizer_files]
+    shards = variant.files(n)
     wanted += [
         (f"datasets/{variant.dataset}/{file}", SHARD_BYTES, variant.sha256.get(file, ""))
-        for file in variant.files(n)
+        for file in [*shards, *variant.sidecars(shards)]
     ]
     missing = [
         (file, limit, sha256)

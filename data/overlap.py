@@ -13,7 +13,6 @@ Memory: 6 bytes per validation token, one mapped shard, and about 200 MB for any
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 import sys
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.progress import progress_bar
 from fairway.command_line import Parser, UsageError, run_reporting
-from train_gpt import BOS_ID, UserError, document_bounds, read_shard, replacing
+from train_gpt import BOS_ID, UserError, document_bounds, list_shards, read_shard, replacing
 
 BLOCK = 1 << 20  # training tokens hashed in one step
 PAIRS = 1 << 14  # candidate pairs compared in one step
@@ -296,7 +295,7 @@ class Overlap:
 
 def open_shards(option: str, pattern: str) -> ShardSequence:
     """Open the shards that match `pattern`; `option` names it in errors."""
-    paths = [Path(p) for p in sorted(glob.glob(pattern))]
+    paths = list_shards(pattern)
     if not paths:
         raise UserError(
             f"{option} {pattern}: no such shard; quote the pattern, and check that it "

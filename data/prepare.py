@@ -12,6 +12,11 @@ a literal "▁", which SentencePiece would decode as a space, is encoded as byte
 tokenizers may change the text (the challenge's own turns line ends into spaces). Byte counts are
 then those of the decoded text, and the manifest counts the documents that changed.
 
+With --case-ops a tokenizer is trained on text without capitals: markers say where they were
+(fairway/case_ops.py). Beside each shard then lies the number of bytes of each of its tokens,
+DIR/NAME_val_bytes_000000.bin, as the challenge's CaseOps folders have it. A tokenizer that has
+the markers is recognised by them.
+
 If a run is killed, the same command continues after the last complete shard. The manifest is
 written last: a folder that has one is complete.
 """
@@ -46,7 +51,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.documents import Document, Files
 from data.embedded import Embedded
 from data.progress import progress_bar
+from fairway.case_ops import PIECES, fold, unfold
 from fairway.command_line import Parser, UsageError, run_reporting
+from fairway.shards import sidecar_path, write_shard, write_sidecar
 from train_gpt import (
     BOS_ID,
     ByteTable,
@@ -55,7 +62,6 @@ from train_gpt import (
     audit_bytes,
     file_sha256,
     replacing,
-    write_shard,
 )
 
 # Raise it when the same input and settings give other bytes: old folders then start again.
@@ -67,6 +73,7 @@ NO_TEXT = "--docs: no document with any text; nothing to write"
 EXAMPLES = """examples:
   python data/prepare.py --embedded
   python data/prepare.py --docs a.jsonl.xz b.txt --tokenizer train:1024 --out data/mine
+  python data/prepare.py --docs a.jsonl.xz --tokenizer train:8192 --case-ops --out data/case
   python data/prepare.py --docs web.jsonl.zst --tokenizer tokenizer.model --out data/web --name web
   python data/prepare.py --docs held_out.jsonl --tokenizer data/web/tokenizer.model \\
       --out data/held_out --val-fraction 1"""
@@ -125,6 +132,7 @@ class Tokenizer:
                 f"--tokenizer {name}: BOS is {self.sp.bos_id()}, shards need {BOS_ID}; "
                 "train it with bos_id=1, or use train:VOCAB"
             )
+        self.folds = not any(map(self.sp.is_unknown, map(self.sp.piece_to_id, PIECES)))
         # SentencePiece writes a space as "▁", and so decodes a literal "▁" as a space.
         self.underline = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         self.is_lossless = (
@@ -134,6 +142,7 @@ class Tokenizer:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the tokens of each text, without BOS."""
+        texts = [fold(text) for text in texts] if self.folds else texts
         ids = self.sp.encode(texts, num_threads=1)
         for i, text in enumerate(texts):
             if self.is_lossless and "▁" in text:
@@ -143,10 +152,13 @@ class Tokenizer:
 
     def decode(self, ids: list[list[int]]) -> list[str]:
         """Return the text of each list of tokens."""
-        return self.sp.decode(ids, num_threads=1)
+        texts = self.sp.decode(ids, num_threads=1)
+        return [unfold(text) for text in texts] if self.folds else texts
 
 
-def train_tokenizer(corpus: Files | Embedded, vocab_size: int, val_fraction: float) -> bytes:
+def train_tokenizer(
+    corpus: Files | Embedded, vocab_size: int, val_fraction: float, case_ops: bool = False
+) -> bytes:
     """Train BPE with byte fallback on the training documents; return the serialized model.
 
     If they exceed SAMPLE_BYTES, those with the smallest hashes are used.
@@ -170,10 +182,11 @@ def train_tokenizer(corpus: Files | Embedded, vocab_size: int, val_fraction: flo
             "--tokenizer train: no training document to train on; lower "
             "--val-fraction, or pass a tokenizer"
         )
-    model = io.BytesIO()
+    model, texts = io.BytesIO(), (text for _, _, text in sorted(sample, key=lambda x: x[1]))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(text for _, _, text in sorted(sample, key=lambda x: x[1])),
+            sentence_iterator=(fold(t) if case_ops else t for t in texts),
+            user_defined_symbols=PIECES if case_ops else [],
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -337,9 +350,7 @@ class OutputFolder:
         for shard in old["shards"] if old and not changes else []:
             # A shard is usable only if all shards of its split before it are.
             number = sum(s["split"] == shard["split"] for s in usable)
-            if shard["file"] == self.shard_name(shard["split"], number) and has_sha256(
-                self.out / shard["file"], shard["sha256"]
-            ):
+            if shard["file"] == self.shard_name(shard["split"], number) and self._intact(shard):
                 usable.append(shard)
         if (
             old
@@ -361,6 +372,7 @@ class OutputFolder:
         self.manifest.unlink(missing_ok=True)
         for path in ours:
             if path.name not in {s["file"] for s in usable}:
+                sidecar_path(path).unlink(missing_ok=True)
                 path.unlink()
         for path in self.out.glob(".*.part"):
             if re.search(r"\.(bin|json|model)\.\d+\.part$", path.name):
@@ -370,6 +382,13 @@ class OutputFolder:
             self.state["tokenizer_sha256"] = old["tokenizer_sha256"]
         self.save()
         return False
+
+    def _intact(self, shard: dict) -> bool:
+        """Return whether a shard, and its byte sidecar if it has one, are as they were written."""
+        path, sidecar = self.out / shard["file"], shard.get("sidecar_sha256")
+        return has_sha256(path, shard["sha256"]) and (
+            not sidecar or has_sha256(sidecar_path(path), sidecar)
+        )
 
     def shard_name(self, split: str, number: int) -> str:
         """Return, for example, text_train_000000.bin."""
@@ -388,7 +407,7 @@ class OutputFolder:
         return (
             [
                 f"{key} was {old['settings'].get(key)}, is {value}"
-                for key, value in new["settings"].items()
+                for key, value in (dict.fromkeys(old["settings"]) | new["settings"]).items()
                 if old["settings"].get(key) != value
             ]
             + ["the input files changed"] * (sums[0] != sums[1])
@@ -486,11 +505,15 @@ class ShardWriter:
                 f"{sums['bytes']}; run again with --workers 1"
             )
         write_shard(path, tokens)
+        sidecar = {}
+        if self.table.markers:
+            sidecar["sidecar_sha256"] = file_sha256(write_sidecar(path, tokens, self.table))
         shards.append(
             {
                 "file": path.name,
                 "split": self.split,
                 "sha256": file_sha256(path),
+                **sidecar,
                 "documents": len(self.documents),
                 **sums,
                 "through": self.documents[-1].index + 1,
@@ -506,17 +529,22 @@ class ShardWriter:
 
 
 def get_tokenizer(
-    folder: OutputFolder, option: str, corpus: Files | Embedded, fraction: float
+    folder: OutputFolder, option: str, corpus: Files | Embedded, fraction: float, case_ops: bool
 ) -> Tokenizer:
     """Return the folder's tokenizer; train or copy it first, as `option` asks, if it is missing."""
     state, vocab = folder.state, vocab_to_train(option)
     if has_sha256(folder.model, state["tokenizer_sha256"]):
         model = folder.model.read_bytes()
     elif vocab:
-        model = train_tokenizer(corpus, vocab, fraction)
+        model = train_tokenizer(corpus, vocab, fraction, case_ops)
     else:
         model = Path(option).read_bytes()
     tokenizer = Tokenizer(model, option)
+    if case_ops and not tokenizer.folds:
+        raise UserError(
+            f"--case-ops, but --tokenizer {option} has no case markers; use train:VOCAB, or a "
+            "model that was trained with --case-ops"
+        )
     if vocab and tokenizer.vocab_size != vocab:
         print(
             f"warning: the text is enough for only {tokenizer.vocab_size} pieces, not {vocab}; "
@@ -554,6 +582,7 @@ def prepare(
     val_fraction: float,
     shard_tokens: int,
     workers: int,
+    case_ops: bool = False,
 ) -> dict:
     """Write the shards that `out` lacks, then its manifest; return the manifest."""
     trained = vocab_to_train(tokenizer_option)
@@ -563,13 +592,14 @@ def prepare(
         "shard_tokens": shard_tokens,
         "tokenizer": tokenizer_option if trained else file_sha256(tokenizer_option),
         "sentencepiece": sentencepiece.__version__,
+        **({"case_ops": True} if case_ops else {}),
     }
     folder = OutputFolder(out, settings, corpus.describe())
     if folder.resume():
         print(f"{out} is up to date", flush=True)
         return folder.state
     started_at = time.perf_counter()
-    tokenizer = get_tokenizer(folder, tokenizer_option, corpus, val_fraction)
+    tokenizer = get_tokenizer(folder, tokenizer_option, corpus, val_fraction, case_ops)
     trained_at = time.perf_counter()
     splits = {s: ShardWriter(folder, s, tokenizer, shard_tokens) for s in SPLITS}
     with contextlib.closing(
@@ -633,6 +663,11 @@ def build_parser() -> Parser:
         "--tokenizer", metavar="MODEL|train:VOCAB", help="use a model, or train one"
     )
     parser.add_argument(
+        "--case-ops",
+        action="store_true",
+        help="train the tokenizer on text without capitals, with markers for them",
+    )
+    parser.add_argument(
         "--out", metavar="DIR", type=Path, help="default with --embedded: data/embedded"
     )
     parser.add_argument("--name", help="name the shards NAME_train_000000.bin … (default text)")
@@ -689,6 +724,7 @@ def main(arguments: list[str] | None = None) -> int:
         fraction,
         args.shard_tokens,
         args.workers,
+        args.case_ops,
     )
     return 0
 

@@ -27,7 +27,8 @@ import sentencepiece
 import torch
 
 import train_gpt
-from train_gpt import BOS_ID, file_sha256, read_shard, write_shard
+from fairway.shards import write_shard
+from train_gpt import BOS_ID, file_sha256, read_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 pytest_plugins = ["method_cells"]

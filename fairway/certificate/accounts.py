@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fairway.case_ops import unfold
 from fairway.certificate.rules import EXACT
 from fairway.certificate.trial import SHORTEST, CannotTell, RuleBroken, Trial
 from fairway.scoring.commits import Commit
@@ -166,11 +167,24 @@ def audit_documents(trial: Trial, table: ByteTable, tokenizer: Any) -> dict[str,
         while len(bounds) == 2 and end > start + 1 and tokenizer.is_byte(int(tokens[end - 1])):
             end -= 1
         try:
-            counts["bytes"] += audit_bytes(tokenizer, table, np.asarray(tokens[start:end]))
+            size = audit_bytes(tokenizer, table, np.asarray(tokens[start:end]))
         except ShardError as e:
             raise RuleBroken(str(e)) from None
+        check_unfolded(tokenizer, table, tokens[start:end], size)
+        counts["bytes"] += size
         counts["documents"] += 1
     return counts
+
+
+def check_unfolded(tokenizer: Any, table: ByteTable, tokens: np.ndarray, size: int) -> None:
+    """Check that the text behind case markers has the bytes that its folded tokens count."""
+    if not table.markers:
+        return
+    text = unfold(tokenizer.decode(np.asarray(tokens).tolist()))
+    if (length := len(text.encode())) != size:
+        raise RuleBroken(
+            f"a document has {length} bytes when its capitals are put back, by the table {size}"
+        )
 
 
 # ==== SIZES =======================================================================================

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import sentencepiece
 
+from fairway.case_ops import fold, unfold
 from train_gpt import BOS_ID, ByteTable, UserError
 
 # Fields of a SentencePiece model, a protobuf. Appended to a model, they replace its own: no
@@ -21,12 +22,23 @@ RAW = re.compile(f"[{BLANK}\udc80-\udcff]")
 NEXT_STEP = "use an artifact whose tokenizer has byte pieces (data/prepare.py trains such)"
 
 
+def folded(data: bytes) -> bytes:
+    """Fold the case of the text in any bytes; other bytes stay."""
+    return fold(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+
+
+def unfolded(data: bytes) -> bytes:
+    """Undo `folded`."""
+    return unfold(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+
+
 class Speller:
     """Tokens of any bytes, and bytes of any tokens.
 
     Text gets the tokenizer's own segmentation, byte pieces spell the rest. A token spells the bytes
     that `train_gpt.ByteTable` counts for it: if the tokenizer drops a document's first blank, a
-    leading blank is dropped after BOS and after any other token without bytes.
+    leading blank is dropped after BOS and after any other token without bytes. A tokenizer with
+    case markers spells the folded text.
 
     >>> speller.data(speller.tokens(b"any bytes")) == b"any bytes"
     True
@@ -43,9 +55,11 @@ class Speller:
         names = tokenizer.id_to_piece(list(range(count))) + [""] * (vocab_size - count)
         byte_ids = [i for i in range(count) if tokenizer.is_byte(i)]
         self.bytes = {int(names[i][3:5], 16): i for i in byte_ids}  # <0x0A>: the token of byte 10
-        silent = self.table.base + self.table.space == 0  # control, unknown, unused
+        silent = self.table.base + self.table.space == 0  # control, unknown, unused, case markers
+        self.folds = bool(self.table.markers)
+        markers = set(self.table.markers)
         self.pieces = [
-            b"" if is_silent else name.replace(BLANK, " ").encode()
+            b"" if is_silent and name not in markers else name.replace(BLANK, " ").encode()
             for name, is_silent in zip(names, silent, strict=True)
         ]  # what each token spells after an ordinary token
         for value, i in self.bytes.items():
@@ -68,17 +82,26 @@ class Speller:
         """Return the token ids of a document, without BOS."""
         if not data:
             return []
-        # A reader drops the first blank, so a text that starts with one needs another in front.
-        # If that one is spelled as a byte piece, which no reader drops, it is taken away again.
-        extra = self.adds_blank or (self.drops_blank and data.startswith(b" "))
-        ids = [i for run in self._runs(b" " * extra + data) for i in run]
-        ids = ids[1:] if extra and not self.table.space[ids[0]] else ids
+        ids = self._tokens(folded(data) if self.folds else data)
         if self.data(ids) != data:
             raise UserError(f"this tokenizer cannot spell the text's beginning; {NEXT_STEP}")
         return ids
 
+    def _tokens(self, data: bytes) -> list[int]:
+        """Return tokens whose pieces spell `data`."""
+        # A reader drops the first blank, so a text that starts with one needs another in front.
+        # If that one is spelled as a byte piece, which no reader drops, it is taken away again.
+        extra = self.adds_blank or (self.drops_blank and data.startswith(b" "))
+        ids = [i for run in self._runs(b" " * extra + data) for i in run]
+        return ids[1:] if extra and not self.table.space[ids[0]] else ids
+
     def data(self, ids: Sequence[int] | np.ndarray, start_of_document: bool = True) -> bytes:
         """Return the bytes of tokens, at the start of a document or after an ordinary token."""
+        spelled = self.spelled(ids, start_of_document)
+        return unfolded(spelled) if self.folds else spelled
+
+    def spelled(self, ids: Sequence[int] | np.ndarray, start_of_document: bool = True) -> bytes:
+        """Return the bytes of tokens, as `data` does, but with the case markers in them."""
         ids = np.asarray(ids, dtype=np.int64)
         if not len(ids):
             return b""

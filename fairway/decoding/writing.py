@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fairway.artifact_reader import read_artifact
+from fairway.case_ops import Unfolding
 from fairway.compression.loading import Loaded, load
 from fairway.compression.spelling import Speller
 from fairway.decoding.beam import beam_search
@@ -147,18 +148,20 @@ def check_most_drafts(most: int) -> None:
 # ==== SPELLING ====================================================================================
 class TextStream:
     """Turn bytes, fed piece by piece, into text that can be printed at once: whole characters only,
-    and nothing of a stop string.
+    and nothing of a stop string. `folds`: the bytes spell folded text, with case markers.
     """
 
-    def __init__(self, stops: Sequence[str] = ()):
+    def __init__(self, stops: Sequence[str] = (), folds: bool = False):
         if not all(stops):
             raise UserError("--stop is empty; give some text that ends the output")
         self.decoder, self.stops = codecs.getincrementaldecoder("utf-8")(errors="replace"), stops
+        self.unfolding = Unfolding() if folds else None
         self.waiting, self.stopped = "", False  # waiting: text that may begin a stop string
 
     def feed(self, data: bytes, last: bool = False) -> str:
         """Return the text that can be printed now; `last` says that no more bytes will come."""
-        self.waiting += self.decoder.decode(data, last)
+        text = self.decoder.decode(data, last)
+        self.waiting += self.unfolding.feed(text, last) if self.unfolding else text
         matches = [at for stop in self.stops if (at := self.waiting.find(stop)) >= 0]
         self.stopped = bool(matches)
         hold = 0 if last else max((overlap(self.waiting, stop) for stop in self.stops), default=0)
@@ -207,7 +210,7 @@ def write_text(
 
     `on_text` gets the text as it comes. `fresh`: the tokens begin a document.
     """
-    out, stream = GeneratedText(), TextStream(stops)
+    out, stream = GeneratedText(), TextStream(stops, speller.folds)
 
     def put(data: bytes, last: bool = False) -> None:
         text = stream.feed(data, last)
@@ -225,7 +228,7 @@ def write_text(
                 break
             out.tokens.append(token)
             out.logps.append(logp)
-            put(speller.data([token], fresh and len(out.tokens) == 1))
+            put(speller.spelled([token], fresh and len(out.tokens) == 1))
     except KeyboardInterrupt:
         out.ended = "interrupted"
     if stream.stopped:
@@ -263,11 +266,11 @@ def search_texts(
     on_progress: Callable[[int], None] | None = None,
 ) -> list[GeneratedText]:
     """Return the `best` texts of a beam search, best first; each has the seconds of the search."""
-    pieces = writer.speller.pieces
+    speller = writer.speller
 
     def is_complete(tokens: tuple[int, ...]) -> bool:
-        spelled = b"".join(pieces[token] for token in tokens) if stops else b""
-        return tokens[-1] in ENDS or any(stop.encode() in spelled for stop in stops)
+        data = speller.data(tokens, start_of_document=False) if stops else b""
+        return tokens[-1] in ENDS or any(stop.encode() in data for stop in stops)
 
     reader, began = writer.read_prompt(prompt), time.perf_counter()
     hypotheses = beam_search(
@@ -276,7 +279,7 @@ def search_texts(
     seconds, texts = time.perf_counter() - began, []
     for found in hypotheses:
         steps = map(GeneratedToken, found.tokens, found.logps)
-        text = write_text(steps, writer.speller, len(found.tokens), stops, fresh=len(prompt) == 1)
+        text = write_text(steps, speller, len(found.tokens), stops, fresh=len(prompt) == 1)
         text.seconds = seconds
         texts.append(text)
     return texts

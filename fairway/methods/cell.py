@@ -36,7 +36,16 @@ from fairway.methods.registry import METHODS
 from fairway.methods.subject import Subject, load_subject
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import Text, load_text, load_tokenizer
-from train_gpt import GPT, Runtime, UserError, file_sha256, packed_code_bytes, read_shard, replacing
+from train_gpt import (
+    GPT,
+    Runtime,
+    UserError,
+    file_sha256,
+    list_shards,
+    packed_code_bytes,
+    read_shard,
+    replacing,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 1
@@ -150,10 +159,8 @@ def run_cell(spec: Spec, folder: Path) -> dict[str, Any]:
 
     with timed("load"):
         subject = load_subject(Path(spec.model), spec.tokenizer, Path(spec.data))
-        shards = [
-            read_shard(p, subject.model.cfg.vocab_size)
-            for p in sorted(Path(spec.data).glob("*_train_*.bin"))
-        ]
+        paths = list_shards(Path(spec.data) / "*_train_*.bin")
+        shards = [read_shard(p, subject.model.cfg.vocab_size) for p in paths]
         tokenizer, _ = load_tokenizer("", subject.artifact, Path(spec.data))
     calibration = Calibration(subject.model, shards, spec.seed, subject.checkpoint, tokenizer)
     spared = {n: p.clone() for n, p in method.spared(subject.model).items()}

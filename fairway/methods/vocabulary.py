@@ -65,7 +65,8 @@ class SmallVocabulary:
 
     def table(self, whole: ByteTable) -> ByteTable:
         """Return the bytes of each piece that is left."""
-        return ByteTable(whole.base[self.kept], whole.space[self.kept], whole.boundary[self.kept])
+        arrays = (whole.base, whole.space, whole.boundary)
+        return ByteTable(*(array[self.kept] for array in arrays), whole.markers)
 
 
 class RenumberedBigram(BigramHash):

@@ -39,6 +39,8 @@ PART = 1 << 22  # rows that are read at a time
 PASSAGE = 48  # tokens
 PASSAGE_STRIDE = 12
 RERUN = "run eval_final.py again"
+# Case markers of folded text (fairway/case_ops.py) as signs that a page can show.
+MARKER_SIGNS = {0xE001: "⇧", 0xE002: "⇪", 0xE003: "⇧", 0xE004: "⟨escape⟩"}
 
 
 # ==== FILES =======================================================================================
@@ -152,6 +154,7 @@ class ScoredSplit:
                 matching = sorted(fnmatch.filter(os.listdir(base / pattern.parent), pattern.name))
             except (OSError, ValueError):
                 continue
+            matching = [name for name in matching if not re.search(r"_bytes_\d+\.bin$", name)]
             if matching:
                 return [base / pattern.parent / name for name in matching[:10_000]]
         raise Missing(
@@ -351,7 +354,7 @@ def token_texts(tokenizer: Any, tokens: list[int], bits: list[float]) -> list[tu
                 if token == BOS_ID
                 else "⟨?⟩"
                 if control
-                else tokenizer.id_to_piece(token)
+                else tokenizer.id_to_piece(token).translate(MARKER_SIGNS)
             )
             texts.append((text[:64].replace("▁", " "), cost))
     return texts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,9 @@ from train_gpt import (
     Artifact,
     ByteTable,
     UserError,
+    check_sidecar,
     file_sha256,
+    list_shards,
     proven_table,
     read_shard,
 )
@@ -49,7 +50,8 @@ class Text(NamedTuple):
 def load_text(cfg: EvalConfig, artifact: Artifact) -> Text:
     """Read the shards of a split, and prove that the artifact's tokenizer wrote them."""
     pattern, paths = find_shards(cfg, artifact.config.vocab_size)
-    tokens, vocab_size = np.concatenate([read_shard(p) for p in paths]), artifact.config.vocab_size
+    shards, vocab_size = [read_shard(p) for p in paths], artifact.config.vocab_size
+    tokens = np.concatenate(shards)
     if len(tokens) < 2:
         raise UserError(
             f"{pattern} holds {len(tokens)} tokens; at least 2 are needed to predict one"
@@ -61,6 +63,8 @@ def load_text(cfg: EvalConfig, artifact: Artifact) -> Text:
         )
     tokenizer, origin = load_tokenizer(cfg.tokenizer_path, artifact, paths[0].parent)
     table = proven_table(tokenizer, origin, tokens)
+    for path, shard in zip(paths, shards, strict=True):
+        check_sidecar(path, shard, table)
     sizes = table.count(tokens)
     if sizes.sum() <= 0:
         raise UserError(f"the tokens of {pattern} stand for no bytes; bits per byte need some")
@@ -76,8 +80,7 @@ def find_shards(cfg: EvalConfig, vocab_size: int) -> tuple[str, list[Path]]:
     fineweb = data / "datasets" / f"fineweb10B_sp{vocab_size}"
     default = fineweb if fineweb.is_dir() else data / "embedded"
     pattern = cfg.val_files or str(Path(cfg.data_path or default) / "*_val_*.bin")
-    paths = [Path(p) for p in sorted(glob.glob(pattern))]
-    if not paths:
+    if not (paths := list_shards(pattern)):
         raise UserError(
             f"no shards match {pattern}; run `make data`, or set VAL_FILES or DATA_PATH"
         )

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import glob
 import importlib
 import sys
 from collections.abc import Iterator
@@ -110,7 +109,7 @@ def certify_named(options: argparse.Namespace) -> Certificate:
     with percent_bar() as on_progress:
         return certify(
             scorer,
-            load_tokens(options, vocab_size),
+            load_tokens(options, vocab_size, tokenizer),
             tokenizer=tokenizer,
             sizes=sizes,
             budget_bytes=options.budget,
@@ -170,22 +169,26 @@ def code_of(scorer: Any) -> dict[str, int]:
     return code
 
 
-def load_tokens(options: argparse.Namespace, vocab_size: int) -> np.ndarray:
+def load_tokens(options: argparse.Namespace, vocab_size: int, tokenizer: Any) -> np.ndarray:
     """Return the tokens to test on: those of the shards, or synthetic ones."""
     import numpy as np
 
     from fairway.certificate.synthetic import synthetic_tokens
-    from train_gpt import UserError, read_shard
+    from train_gpt import ByteTable, UserError, check_sidecar, list_shards, read_shard
 
     if options.val is None:
         return synthetic_tokens(vocab_size, options.tokens or SYNTHETIC_TOKENS)
-    paths = sorted(glob.glob(options.val))
-    if not paths:
+    if not (paths := list_shards(options.val)):
         raise UserError(
             f"--val {options.val!r} matches no file; quote the pattern, and check that it ends in "
             ".bin"
         )
-    tokens = np.concatenate([read_shard(path, vocab_size) for path in paths])
+    shards = [read_shard(path, vocab_size) for path in paths]
+    if tokenizer is not None:
+        table = ByteTable.of(tokenizer, vocab_size)
+        for path, shard in zip(paths, shards, strict=True):
+            check_sidecar(path, shard, table)
+    tokens = np.concatenate(shards)
     return tokens[: options.tokens or len(tokens)]
 
 

@@ -32,7 +32,8 @@ def run(options: argparse.Namespace) -> int:
     from fairway.compression.bitstream import read_bitstream
     from fairway.compression.compressor import Compressor
     from fairway.compression.pipes import token_bar
-    from train_gpt import UserError, write_shard
+    from fairway.shards import write_shard
+    from train_gpt import UserError
 
     check_writable("--out", options.out)
     header, payload = read_bitstream(options.file)

@@ -176,9 +176,9 @@ def training_text(folder: str, vocab_size: int) -> np.ndarray:
     import numpy as np
 
     from fairway.coreml.parity import LONG
-    from train_gpt import UserError, read_shard
+    from train_gpt import UserError, list_shards, read_shard
 
-    paths = sorted(Path(folder).glob("*_train_*.bin"))
+    paths = list_shards(Path(folder) / "*_train_*.bin")
     if not paths:
         raise UserError(
             f"no training shards (*_train_*.bin) in {folder}; run `make data`, or set --data"

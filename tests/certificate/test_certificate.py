@@ -22,9 +22,10 @@ from fairway.certificate.judge import Certificate, Verdict, certify
 from fairway.certificate.synthetic import synthetic_tokens
 from fairway.scoring.commits import CHAIN_START, Commit, chained, verify_chain
 from fairway.scoring.shipped import counted_code_bytes, imported_code
+from fairway.shards import write_shard
 from tests.zoo import CHEATS, HONEST, UNSEEN, certificate_of, honest, zoo_table
 from tests.zoo.honest import TABLE, TEXT, TOKENIZER, Bigram, Smeared, Uniform, V
-from train_gpt import BOS_ID, ByteTable, UserError, write_shard
+from train_gpt import BOS_ID, ByteTable, UserError
 
 certificate_on = functools.cache(certificate_of)
 RULES = [

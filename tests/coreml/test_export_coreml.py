@@ -15,8 +15,8 @@ from fairway.coreml import export, parity
 from fairway.coreml.export import QUANTISATIONS, ExportOptions
 from fairway.coreml.layout import SHAPES
 from fairway.coreml.manifest import DTYPES
+from fairway.shards import write_shard
 from fairway.verbs.export_coreml import EXPORT_OPTIONS
-from train_gpt import write_shard
 
 apple = pytest.mark.apple
 

@@ -8,7 +8,8 @@ import pytest
 
 from data import overlap
 from fairway.command_line import UsageError, run_reporting
-from train_gpt import BOS_ID, UserError, write_shard
+from fairway.shards import write_shard
+from train_gpt import BOS_ID, UserError
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import json
 import lzma
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import zstandard
@@ -20,8 +23,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import download_fineweb, embedded, overlap, prepare
+from fairway.case_ops import PIECES
 from fairway.command_line import UsageError, run_reporting
-from train_gpt import BOS_ID, UserError, document_bounds, file_sha256, read_shard
+from fairway.compression.spelling import Speller
+from fairway.shards import sidecar_path, write_shard
+from train_gpt import (
+    BOS_ID,
+    ByteTable,
+    ShardError,
+    UserError,
+    check_sidecar,
+    document_bounds,
+    file_sha256,
+    list_shards,
+    read_shard,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the of and to in a is that for it as was with be by on not he his but at are this".split()
@@ -546,3 +562,95 @@ def test_years_that_quote_each_other_stay_in_training():
     assert embedded.quoting_years(texts) == set()
     texts["1903-X-1"] += b" " + texts["1901-X-1"][500:700]
     assert embedded.quoting_years(texts) == {1901, 1903}
+
+
+# ==== CASE OPS ====================================================================================
+CAPITALS = ["The NASA iPhone of McDonald. I, A B\n\nÉCOLE ", "\ue001 x \ue004\ue003The ▁The ", ""]
+
+
+@pytest.fixture(scope="module")
+def case_folder(tmp_path_factory) -> Path:
+    """Return shards of texts with many capitals, written with --case-ops."""
+    folder = tmp_path_factory.mktemp("case")
+    texts = [text.title() for text in prose(40)] + CAPITALS
+    docs = jsonl(folder / "d.jsonl", texts)
+    arguments = ["--docs", str(docs), "--tokenizer", "train:420", "--out", str(folder / "out")]
+    prepare.main([*arguments, "--val-fraction", "0.2", "--workers", "1", "--case-ops"])
+    return folder / "out"
+
+
+def table_of(folder: Path) -> tuple[Speller, ByteTable]:
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    return Speller(sp, sp.vocab_size()), ByteTable.of(sp, sp.vocab_size())
+
+
+def test_case_ops_keeps_every_byte_and_counts_it(case_folder):
+    speller, table = table_of(case_folder)
+    manifest = json.loads((case_folder / "manifest.json").read_text())
+    assert manifest["bytes"] == manifest["source_bytes"] and not manifest["inexact_documents"]
+    assert table.markers and speller.folds
+    texts, sizes = [], 0
+    for path in list_shards(case_folder / "*_*.bin"):
+        tokens, sidecar = read_shard(path), read_shard(sidecar_path(path))
+        assert len(sidecar) == len(tokens) and not sidecar[tokens == BOS_ID].any()
+        check_sidecar(path, tokens, table)
+        sizes += int(sidecar.sum())
+        bounds = document_bounds(tokens)
+        texts += [speller.data(tokens[a + 1 : b]).decode() for a, b in pairwise(bounds)]
+    assert sizes == manifest["bytes"]
+    wanted = [text.title() for text in prose(40)] + CAPITALS[:2]
+    assert sorted(texts) == sorted(wanted)
+
+
+def test_capitals_cost_no_pieces_of_their_own(case_folder):
+    speller, _ = table_of(case_folder)
+    pieces = [speller.tokenizer.id_to_piece(i) for i in range(speller.tokenizer.vocab_size())]
+    assert not [p for p in pieces if any(c.isupper() and c.isascii() for c in p) and p[0] != "<"]
+    the, title = speller.tokens(b"the"), pieces.index(PIECES[0])
+    assert speller.tokens(b"The") == [title, *the]
+
+
+@given(st.binary(max_size=40) | st.text(max_size=30).map(str.encode))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_a_case_tokenizer_spells_any_bytes(case_folder, data):
+    speller, _ = table_of(case_folder)
+    assert speller.data(speller.tokens(data)) == data
+
+
+def test_a_sidecar_that_disagrees_names_the_token(case_folder, tmp_path):
+    _, table = table_of(case_folder)
+    shard = list_shards(case_folder / "*_val_*.bin")[0]
+    tokens, sizes = read_shard(shard), read_shard(sidecar_path(shard))
+    path = tmp_path / shard.name
+    for wrong, says in (
+        (np.where(np.arange(len(sizes)) == 7, sizes + 1, sizes), f"token 7 has [{sizes[7] + 1}]"),
+        (sizes[:-1], f"token {len(sizes) - 1} has [] bytes"),
+        (np.append(sizes, 1), f"token {len(sizes)} has [1] bytes, its piece []"),
+    ):
+        write_shard(sidecar_path(path), wrong)
+        with pytest.raises(ShardError, match=re.escape(says)):
+            check_sidecar(path, tokens, table)
+
+
+def test_case_ops_needs_a_tokenizer_with_markers(tmp_path):
+    docs = jsonl(tmp_path / "d.jsonl", prose(30))
+    run(tmp_path / "plain", docs)
+    plain = tmp_path / "plain" / "tokenizer.model"
+    arguments = ["--docs", str(docs), "--tokenizer", str(plain), "--out", str(tmp_path / "x")]
+    with pytest.raises(UserError, match="has no case markers; use train:VOCAB"):
+        prepare.main([*arguments, "--case-ops"])
+
+
+def test_a_damaged_sidecar_is_written_again(case_folder, tmp_path):
+    copy = tmp_path / "out"
+    shutil.copytree(case_folder, copy)
+    whole = contents(copy)
+    path = sidecar_path(list_shards(copy / "*_train_*.bin")[0])
+    path.write_bytes(path.read_bytes()[:-2])
+    docs = case_folder.parent / "d.jsonl"
+    arguments = ["--docs", str(docs), "--tokenizer", "train:420", "--out", str(copy)]
+    prepare.main([*arguments, "--val-fraction", "0.2", "--workers", "1", "--case-ops"])
+    again = contents(copy)
+    assert path.name in again
+    whole.pop("manifest.json"), again.pop("manifest.json")  # it lists the shards as they came
+    assert again == whole

@@ -28,7 +28,8 @@ from fairway.report import (
     take_figures,
     write_report,
 )
-from train_gpt import BOS_ID, write_shard
+from fairway.shards import write_shard
+from train_gpt import BOS_ID
 
 HOSTILE = '<script>alert("$x_1$")<b>&_'
 

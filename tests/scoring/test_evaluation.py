@@ -25,7 +25,8 @@ from fairway.scoring.counting import rows_ahead, usable_threads
 from fairway.scoring.evaluation import Evaluation
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.shipped import counted_code_bytes
-from train_gpt import Runtime, file_sha256, read_shard, write_shard
+from fairway.shards import write_shard
+from train_gpt import Runtime, file_sha256, read_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORING = {p.relative_to(ROOT).as_posix() for p in (ROOT / "fairway/scoring").rglob("*.py")}

@@ -30,7 +30,8 @@ from fairway.scoring.neural import KINDS, make_neural
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.shipped import code_sizes
 from fairway.scoring.text import load_text
-from train_gpt import BOS_ID, Runtime, UserError, build_model, write_shard
+from fairway.shards import write_shard
+from train_gpt import BOS_ID, Runtime, UserError, build_model
 
 ALONE = Runtime(0, 1, torch.device("cpu"), "test")
 MODES = [

@@ -11,6 +11,7 @@ from conftest import english_like, to_tokens, train_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fairway.shards import write_shard
 from train_gpt import (
     BOS_ID,
     ByteTable,
@@ -23,7 +24,6 @@ from train_gpt import (
     load_data,
     read_shard,
     replacing,
-    write_shard,
 )
 
 

@@ -28,6 +28,7 @@ import train_gpt
 from fairway.artifact_reader import read_artifact
 from fairway.records.logs import read_log
 from fairway.records.run import read_run
+from fairway.shards import write_shard
 from train_gpt import GPT, PRESETS, Config, Runtime, UserError
 
 # On Linux MLX compiles each kernel with g++, which takes 85 s for a model of two layers.
@@ -475,7 +476,7 @@ def short_corpus(corpus, tmp_path_factory) -> Path:
         (folder / path.name).write_bytes(path.read_bytes())
     path = folder / "tiny_val_000000.bin"
     tokens = np.array(train_gpt.read_shard(path))
-    train_gpt.write_shard(path, tokens[: train_gpt.document_bounds(tokens)[10]])
+    write_shard(path, tokens[: train_gpt.document_bounds(tokens)[10]])
     return folder
 
 

@@ -23,6 +23,7 @@ from models import STATEFUL
 
 import train_gpt
 from fairway.artifact_reader import read_artifact
+from fairway.shards import write_shard
 from train_gpt import Config, Runtime, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -634,7 +635,7 @@ def test_resuming_with_another_setting_is_refused(stopped, trainer_env):
 def test_resuming_on_other_data_is_refused(stopped, trainer_env, corpus, tmp_path):
     other = shutil.copytree(corpus.folder, tmp_path / "other")
     tokens = np.array(train_gpt.read_shard(other / "tiny_train_000000.bin"))
-    train_gpt.write_shard(other / "tiny_train_000000.bin", tokens[::-1])
+    write_shard(other / "tiny_train_000000.bin", tokens[::-1])
     message = refused(trainer_env, stopped[1], DATA_PATH=other)
     assert "has other shards than the checkpoint" in message
 
