@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import glob
 import hashlib
 import json
 import math
@@ -50,7 +49,7 @@ from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.neural import Neural
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import load_text
-from train_gpt import Config, UserError
+from train_gpt import Config, UserError, list_shards
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 SCHEMA = 1
@@ -329,7 +328,7 @@ def patterns_of(options: argparse.Namespace, data: Path) -> dict[str, str]:
         if not name or not pattern or name in patterns:
             raise UserError(f"--judges has {text!r}; it must be NAME=PATTERN, each name once")
         patterns[name] = str(Path(pattern).absolute())
-        if not glob.glob(patterns[name]):
+        if not list_shards(patterns[name]):
             raise UserError(
                 f"--judges {name}: no shards match {pattern}; write some with data/prepare.py"
             )
@@ -339,7 +338,7 @@ def patterns_of(options: argparse.Namespace, data: Path) -> dict[str, str]:
 def fingerprint(pattern: str) -> str:
     """Return a hash of the shards that match: their sizes and both of their ends."""
     digest = hashlib.sha256()
-    for path in sorted(glob.glob(pattern)):
+    for path in list_shards(pattern):
         shard = train_gpt.read_shard(path)
         digest.update(
             b"%d " % len(shard) + shard[: 1 << 19].tobytes() + shard[-1 << 19 :].tobytes()
@@ -352,7 +351,7 @@ def check_texts(run: LadderRun) -> None:
     data = train_gpt.load_data(Config.from_env(trainer_environment(run, Path(run.out)), BASELINE))
     processor = train_gpt.sentencepiece.SentencePieceProcessor(model_file=str(data.tokenizer_path))
     for name, pattern in run.judges.items():
-        paths = sorted(glob.glob(pattern))
+        paths = list_shards(pattern)
         shards = [train_gpt.read_shard(path, processor.vocab_size()) for path in paths]
         tokens = np.concatenate(shards)[: run.judge_tokens + 1 if run.judge_tokens else None]
         if len(tokens) < 2:
@@ -369,7 +368,7 @@ def runs_of(options: argparse.Namespace) -> list[LadderRun]:
         least, value = int(name in ("stride", "threads")), getattr(options, name)
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    if not list(data.glob("*_train_*.bin")):
+    if not list_shards(data / "*_train_*.bin"):
         raise UserError(f"--data: no *_train_*.bin in {data}; run `make data`, or name another")
     judges = patterns_of(options, data)
     fingerprints = {n: fingerprint(p) for n, p in judges.items()}

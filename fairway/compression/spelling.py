@@ -28,7 +28,7 @@ def folded(data: bytes) -> bytes:
 
 
 def unfolded(data: bytes) -> bytes:
-    """Undo `folded`."""
+    """Return the bytes that `folded` was given."""
     return unfold(data.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
 
