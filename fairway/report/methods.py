@@ -19,6 +19,7 @@ BYTES, SPEED = "bytes", "tokens_per_second"
 AXES = {BYTES: "bytes as shipped (logarithmic)", SPEED: "tokens/s, greedy text (logarithmic)"}
 MOST_METHODS = 256  # rows that are read
 LABEL_SHIFT = 7  # points between a mark and its name
+LETTER_WIDTH, LETTER_HEIGHT = 10.0, 20.0  # pixels of a name, about
 
 
 def comparison(run: RunFiles) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def draw_panel(axes: Any, table: dict[str, Any], column: str) -> None:
             [row[column] for row in own],
             [row["bpb"] for row in own],
             style.MARKS[i % 8],
-            color=style.light(f"c{i % 8}"),
+            color=style.light(f"c{(i + 3 * (i // 8)) % 8}"),  # mark and colour: no pair twice
             ms=9,
             alpha=0.85,
             mec=style.light("surface"),
@@ -76,15 +77,8 @@ def draw_panel(axes: Any, table: dict[str, Any], column: str) -> None:
         lw=1.2,
         zorder=1,
     )
-    for row in front:
-        axes.annotate(
-            style.label(row["method"]),
-            (row[column], row["bpb"]),
-            (LABEL_SHIFT, LABEL_SHIFT),
-            textcoords="offset points",
-            fontsize=11,
-        )
     axes.set_xscale("log")
+    label_front(axes, [((row[column], row["bpb"]), row["method"]) for row in front])
     axes.set_xlabel(AXES[column])
     axes.set_ylabel("bits per byte")
     axes.grid(True)
@@ -92,6 +86,36 @@ def draw_panel(axes: Any, table: dict[str, Any], column: str) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(style.short)
     axes.xaxis.set_minor_formatter(lambda *_: "")
+
+
+def label_front(axes: Any, marks: list[tuple[tuple[float, float], str]]) -> None:
+    """Name the marks of a front, each where no name stands yet; there may be room for some only."""
+    taken: list[tuple[float, float, float, float]] = []
+    for at, name in marks:
+        x, y = axes.transData.transform(at)
+        width, height = LETTER_WIDTH * len(name), LETTER_HEIGHT
+        # The front falls: left below it there is most room, and then right above it.
+        for side, align in ((-1, ("right", "top")), (1, ("left", "bottom"))):
+            left, low = (x, y) if side > 0 else (x - width, y - height)
+            box = (left, left + width, low, low + height)
+            if left < axes.bbox.x0 or any(boxes_meet(box, other) for other in taken):
+                continue
+            taken.append(box)
+            axes.annotate(
+                style.label(name),
+                at,
+                (side * LABEL_SHIFT, side * LABEL_SHIFT),
+                textcoords="offset points",
+                fontsize=11,
+                ha=align[0],
+                va=align[1],
+            )
+            break
+
+
+def boxes_meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Return whether two boxes (left, right, low, high) share a point."""
+    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
 
 
 def front_rows(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
