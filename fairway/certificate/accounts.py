@@ -31,6 +31,7 @@ JUDGES = (
     "fairway/compression/",  # the proof
     "fairway/correction/",  # the oracle, which is printed next to the score
     "fairway/scoring/ablation.py",  # other mixtures, which are made after the score
+    "fairway/case_ops.py",  # it puts capitals back, to count the bytes of a text
     "fairway/verbs/",
     "fairway/cli.py",
     "fairway/command_line.py",
