@@ -46,7 +46,7 @@ report: $(OUT)/logs/eval.done
 data: $(CORPUS)
 
 $(CORPUS): $(INSTALLED) $(wildcard data/*.py)
-	$(BIN)/python data/prepare.py --embedded
+	$(BIN)/python data/prepare.py --embedded --case-ops
 	@touch $@
 
 $(INSTALLED): requirements.txt pyproject.toml

@@ -4,8 +4,7 @@
     python train_gpt.py                                      one GPU: the consensus model
     torchrun --standalone --nproc_per_node=8 train_gpt.py    eight GPUs
 
-Settings are environment variables; --help lists them. This file imports nothing of its repository,
-and importing it has no effect. Its sections, from SETTINGS to MAIN, follow the data.
+Settings are environment variables; --help lists them. Sections follow the data, SETTINGS to MAIN.
 """
 
 from __future__ import annotations
@@ -54,21 +53,16 @@ class UserError(Exception):
 # ==== SETTINGS ====================================================================================
 # The environment overrides the preset, which overrides these defaults (the challenge's). A name
 # that resembles a setting is an error: elsewhere people train a wrong model, for $20 an hour.
-# Roles: place (where files are), runtime (may change on resume), seed, schedule, model (what a
-# reader needs to rebuild the model), optimiser, rounding, size.
-def knob(default: Any, help: str, low=None, high=None, choices=(), *, role: str) -> Any:
+# Roles: place (of files), runtime (may change on resume), model (what a reader needs), and others.
+def knob(default: Any, help: str, low=None, high=None, choices="", *, role: str) -> Any:
     """Declare a setting: its default, what it does, the values that it may take, and its role."""
-    limits = {"low": low, "high": high, "choices": choices}
+    limits = {"low": low, "high": high, "choices": tuple(choices.split(" ")) if choices else ()}
     return field(default=default, metadata={"help": help, "role": role, **limits})
 
 
 def names_with_role(config_class: type, *roles: str) -> list[str]:
     """Return the names of the settings that have one of these roles, in order of declaration."""
     return [f.name for f in fields(config_class) if f.metadata["role"] in roles]
-
-
-DEVICES = ("", "cpu", "cuda", "mps")
-CODEC_CHOICES = ("auto", "zstd", "brotli", "ans")
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ class Config:
     run_id: str = knob("", "name of the log files; unset: random", role="place")
     seed: int = knob(1337, "seed of the initial weights", 0, 2**63 - 1, role="seed")
     resume: bool = knob(False, "1 continues from OUT_DIR/checkpoint.pt", role="runtime")
-    device: str = knob("", "unset: the best available", choices=DEVICES, role="runtime")
+    device: str = knob("", "unset: the best available", choices=" cpu cuda mps", role="runtime")
     compile: bool = knob(False, "torch.compile: pays on CUDA, takes a minute", role="runtime")
     iterations: int = knob(20_000, "most steps", 1, role="schedule")
     max_wallclock_seconds: float = knob(600.0, "training time; 0 = no limit", 0, role="schedule")
@@ -142,7 +136,7 @@ class Config:
     beta2: float = knob(0.95, "AdamW's second decay", 0, 1, role="optimiser")
     adam_eps: float = knob(1e-8, "AdamW's epsilon", 0, role="optimiser")
     grad_clip_norm: float = knob(0.0, "largest gradient norm; 0 = none", 0, role="optimiser")
-    codec: str = knob("auto", "coder; auto = smallest", choices=CODEC_CHOICES, role="runtime")
+    codec: str = knob("auto", "coder", choices="auto zstd brotli ans", role="runtime")
     size_budget_bytes: int = knob(16_000_000, "artifact and packed code", 1, role="size")
     size_margin_bytes: int = knob(1000, "left free below the budget", 0, role="size")
     extra_code_files: str = knob("", "files counted too, with commas between", role="size")
@@ -208,7 +202,6 @@ def check_value(f: Field, value: Any) -> None:
         raise UserError(f"{name} is {value}; it must be from {low} to {high or 'any finite value'}")
 
 
-# Names that other trainers use, and the names of the same settings here.
 FOREIGN_TEXT = """
 MUON_WEIGHT_DECAY=MUON_WD; WEIGHT_DECAY=MUON_WD, ADAM_WD or EMBED_WD; WD=MUON_WD;
 ADAM_WEIGHT_DECAY=ADAM_WD; WARMDOWN_ITERS=WARMDOWN_FRAC; QAT_ENABLED=QAT_START_FRAC (1 is never);
@@ -233,8 +226,7 @@ def refuse_near_misses(env: Mapping[str, str], *others: type) -> None:
             raise UserError(f"{name}={env[name]} is no setting; did you mean {right}? See --help")
 
 
-# Presets read as you would type them; PRESET= names the one that a preset starts from. consensus
-# has the values of record #198, frontier of later ones; in mixed, int5 pays for a layer (#180).
+# PRESET= names the preset that one starts from. consensus has the values of record #198.
 PRESET_LINES = {
     "cpu": """
         PRESET=consensus NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 TRAIN_SEQ_LEN=256
@@ -421,6 +413,15 @@ class TokenStream:
             parts.append(self.shards[i][start : start + count])
             count, at = count - len(parts[-1]), at + len(parts[-1])
         return np.concatenate(parts).astype(np.int64)
+
+    def sequences(self, count: int, length: int, ahead: int = 0) -> np.ndarray:
+        """Return [count, length + 1] tokens: of 65,536 sequences, each once in a shuffled order."""
+        # A golden section from one to the next: a batch of neighbours would be of one document.
+        n = max(1, min(int(self.ends[-1]) // length, 1 << 16))
+        stride = next(s for s in range(1 + int(0.618 * n), 2 * n + 2) if math.gcd(s, n) == 1)
+        numbers = (self.at + ahead) // length + np.arange(count)
+        numbers += numbers * stride % n - numbers % n
+        return np.stack([self.peek(length + 1, int(i) * length - self.at) for i in numbers])
 
 
 class Data(NamedTuple):
@@ -1541,11 +1542,11 @@ def batch_passes(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     rows, most = part // length, (cfg.micro_batch_tokens or most) // length
     rows = max(n for n in range(1, rows + 1) if rows % n == 0 and n <= max(1, most))
     for start in range(rt.rank * share, (rt.rank + 1) * share, rows * length):
-        tokens = torch.from_numpy(run.stream.peek(rows * length + 1, start))
+        tokens = torch.from_numpy(run.stream.sequences(rows, length, start))
         if rt.device.type == "cuda":  # from pinned memory, a copy does not hold up the host
             tokens = tokens.pin_memory().to(rt.device, non_blocking=True)
         tokens = tokens.to(rt.device)
-        yield tokens[:-1].view(rows, length), tokens[1:].view(rows, length)
+        yield tokens[:, :-1], tokens[:, 1:]
 
 
 def accumulate_gradients(run: Run) -> None:

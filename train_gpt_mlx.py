@@ -710,14 +710,16 @@ def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights] |
     """
     cfg, length = run.cfg, run.cfg.train_seq_len
     eighth, size = cfg.train_batch_tokens // 8, micro_tokens(cfg)
-    tokens, gradients_of = run.stream.peek(cfg.train_batch_tokens + 1), gradient_function(run)
+    rows, gradients_of = cfg.train_batch_tokens // length, gradient_function(run)
+    tokens = run.stream.sequences(rows, length)
     sums, plain = {n: mx.zeros_like(w) for n, w in weights.items()}, 0.0
     on_progress = progress_printer("first step")
     for start in (i for part in range(8) for i in range(part * eighth, (part + 1) * eighth, size)):
         if run.signum:
             return None
         end = min(start + size, (start // eighth + 1) * eighth)
-        x, y = (to_ids(a[start:end].reshape(-1, length)) for a in (tokens, tokens[1:]))
+        own = tokens[start // length : end // length]
+        x, y = to_ids(own[:, :-1]), to_ids(own[:, 1:])
         (_, nats), gradients = gradients_of(weights, x, y)
         sums = {n: total + gradients[n] for n, total in sums.items()}
         # Without it, MLX would keep the activations of every micro-batch until the sums are read.

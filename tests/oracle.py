@@ -78,8 +78,9 @@ class Oracle(NamedTuple):
     def batch(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets, [8, 16]."""
         size, length = self.cfg.train_batch_tokens, self.cfg.train_seq_len
-        ids = self.tokens[i * size : (i + 1) * size + 1].astype(np.int64)
-        return ids[:-1].reshape(-1, length), ids[1:].reshape(-1, length)
+        stream = train_gpt.TokenStream([self.tokens])
+        rows = stream.sequences(size // length, length, i * size)
+        return rows[:, :-1], rows[:, 1:]
 
 
 # ---- Reading and judging -------------------------------------------------------------------------

@@ -34,14 +34,12 @@ class EvalConfig:
     out_dir: str = knob(
         ".", "where eval/ (columns, score.json, certificate.json) is written", role="place"
     )
-    device: str = knob(
-        "", "unset: the fastest one found", choices=("", "cpu", "cuda", "mps"), role="runtime"
-    )
+    device: str = knob("", "unset: the fastest one found", choices=" cpu cuda mps", role="runtime")
     # Neural scoring
     eval_mode: str = knob(
         "sliding",
         "sliding: windows from scratch; cached: keys and values of earlier pieces are reused",
-        choices=("sliding", "cached"),
+        choices="sliding cached",
         role="neural",
     )
     eval_seq_len: int = knob(
@@ -59,7 +57,7 @@ class EvalConfig:
     eval_compile: str = knob(
         "auto",
         "torch.compile of the pass over windows; auto: on CUDA. It rounds in another way",
-        choices=("auto", "on", "off"),
+        choices="auto on off",
         role="runtime",
     )
     eval_batch_tokens: int = knob(
@@ -76,13 +74,13 @@ class EvalConfig:
     mix_mode: str = knob(
         "linear",
         "linear: weighted mean of probabilities; log: the hint's logit is raised",
-        choices=("linear", "log"),
+        choices="linear log",
         role="mixture",
     )
     mix_weights: str = knob(
         "sets",
         "how linear weights learn",
-        choices=("exponential", "em", "sets"),
+        choices="exponential em sets",
         role="mixture",
     )
     mix_lr: float = knob(
@@ -110,7 +108,7 @@ class EvalConfig:
     ttt: str = knob(
         "none",
         "chunks: all weights, chunk by chunk; lora: adapters for each document; bias: of logits",
-        choices=("none", "chunks", "lora", "bias"),
+        choices="none chunks lora bias",
         role="ttt",
     )
     ttt_chunk: int = knob(
@@ -136,7 +134,7 @@ class EvalConfig:
         role="correction",
     )
     correction_codec: str = knob(
-        "modelled", "codec of the table", choices=("varint", "rice", "modelled"), role="correction"
+        "modelled", "codec of the table", choices="varint rice modelled", role="correction"
     )
     correction_bytes: int = knob(
         -1,

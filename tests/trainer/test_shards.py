@@ -354,6 +354,35 @@ def test_the_stream_goes_on_from_its_state():
     assert taken(second, 30).tolist() == taken(first, 30).tolist()
 
 
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.integers(1, 9))
+def test_an_epoch_has_every_sequence_once_however_it_is_cut(sizes, length):
+    whole = np.arange(sum(sizes))
+    stream = TokenStream(np.split(whole, np.cumsum(sizes)[:-1]))
+    count = max(1, len(whole) // length)
+    rows = stream.sequences(count, length)
+    assert sorted(rows[:, 0].tolist()) == [length * i for i in range(count)]
+    for row in rows:
+        wanted = np.take(whole, row[0] + np.arange(length + 1), mode="wrap")
+        assert row.tolist() == wanted.tolist()
+    part = count // 2
+    head = stream.sequences(part, length) if part else rows[:0]
+    assert stream.sequences(count - part, length, part * length).tolist() == rows[part:].tolist()
+    stream.at = part * length  # as after these
+    tail = stream.sequences(count - part, length)
+    assert np.concatenate([head, tail]).tolist() == rows.tolist()
+
+
+def test_a_batch_is_from_all_over_the_text_but_from_one_window():
+    def firsts(tokens: int, at: int) -> np.ndarray:
+        stream = TokenStream([np.arange(tokens)])
+        stream.at = at
+        return np.sort(stream.sequences(8, 1)[:, 0])
+
+    assert np.diff(firsts(10_000, 0)).max() < 2000
+    late = firsts(1 << 18, 1 << 17)  # in the third window of 65,536 sequences
+    assert (1 << 17) <= late[0] and late[-1] < 3 << 16 and np.diff(late).max() < 13_000
+
+
 # ---- Loading -------------------------------------------------------------------------------------
 
 

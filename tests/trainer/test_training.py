@@ -290,7 +290,7 @@ def test_averages_and_rounding_are_chosen_on_held_out_tokens(whole):
     assert re.search(r"^gptq:collected \d+ Hessians", whole.text, re.M)
 
 
-GOLDEN = [5.9494, 5.0047, 4.2562]  # first losses of the smoke preset on the tests' corpus
+GOLDEN = [5.9479, 4.9748, 4.2217]  # first losses of the smoke preset on the tests' corpus
 
 
 def test_first_losses_are_golden(quick):
