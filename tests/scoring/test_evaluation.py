@@ -202,7 +202,7 @@ def test_a_second_run_reads_its_columns_and_gives_the_same_score(finished, env, 
         float(re.search(r"sliding:([\d.]+)s", out)[1]) for out in (done.stdout, again.stdout)
     )
     score = json.loads((folder / "eval/score.json").read_text())
-    assert score["eval_seconds"] > second >= first > 0  # of both runs
+    assert score["eval_seconds"] > second - 0.05 and second >= first > 0  # of both runs, rounded
     other = here(eval_final.main, env(folder, EVAL_STRIDE=16), [])
     assert (
         "columns:sliding" not in other.stdout
