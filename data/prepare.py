@@ -132,7 +132,8 @@ class Tokenizer:
                 f"--tokenizer {name}: BOS is {self.sp.bos_id()}, shards need {BOS_ID}; "
                 "train it with bos_id=1, or use train:VOCAB"
             )
-        self.folds = not any(map(self.sp.is_unknown, map(self.sp.piece_to_id, PIECES)))
+        self.table = ByteTable.of(self.sp, self.vocab_size)
+        self.folds = bool(self.table.markers)
         # SentencePiece writes a space as "▁", and so decodes a literal "▁" as a space.
         self.underline = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         self.is_lossless = (
@@ -467,7 +468,7 @@ class ShardWriter:
 
     def __init__(self, folder: OutputFolder, split: str, tokenizer: Tokenizer, limit: int) -> None:
         self.folder, self.split, self.limit = folder, split, limit
-        self.sp, self.table = tokenizer.sp, ByteTable.of(tokenizer.sp, tokenizer.vocab_size)
+        self.sp, self.table = tokenizer.sp, tokenizer.table
         self.pieces: list[np.ndarray] = []
         self.documents: list[EncodedDocument] = []
         self.size = 0

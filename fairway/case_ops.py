@@ -1,17 +1,17 @@
 """CaseOps: text without capitals, and markers that say where they were. Nothing is lost.
 
-A word is a run of ASCII letters. Before a word with capitals stands a marker, and in front of the
-marker's word the blank that separates it from the word before: a tokenizer then has one piece for
-" the" in any case.
+A word is a run of ASCII letters. A marker stands before each word with capitals. If a blank comes
+before the word, it stays with the word and the marker comes first. So a tokenizer needs one piece,
+" the", for a word in any case.
 
     "The cat"       -> "{TITLE}the cat"
     "in New York"   -> "in{TITLE} new{TITLE} york"
     "NASA, iPhone"  -> "{CAPS}nasa, i{CAPITAL}phone"
 
-A marker is a piece of its own and has no bytes: a piece of letters has as many bytes in either
-case, so that bytes per token follow from the pieces (`train_gpt.ByteTable`). Markers are private
-characters of Unicode. Where one occurs in a text, an escape of its size and silent markers spell
-it.
+A marker is a piece of its own and counts no bytes. Letters have as many bytes in either case, so
+the bytes of a token follow from its piece (`train_gpt.ByteTable`). Markers are private characters
+of Unicode, of three bytes. A text that holds one itself spells it by an escape, which counts three
+bytes, and markers, which count none.
 """
 
 from __future__ import annotations

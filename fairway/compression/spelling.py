@@ -56,7 +56,6 @@ class Speller:
         byte_ids = [i for i in range(count) if tokenizer.is_byte(i)]
         self.bytes = {int(names[i][3:5], 16): i for i in byte_ids}  # <0x0A>: the token of byte 10
         silent = self.table.base + self.table.space == 0  # control, unknown, unused, case markers
-        self.folds = bool(self.table.markers)
         markers = set(self.table.markers)
         self.pieces = [
             b"" if is_silent and name not in markers else name.replace(BLANK, " ").encode()
@@ -77,6 +76,11 @@ class Speller:
         self.ids = {self.pieces[i]: i for i in [*byte_ids, *others]}
         self.ids.pop(b"", None)
         self.lengths = sorted({len(piece) for piece in self.ids})
+
+    @property
+    def folds(self) -> bool:
+        """True if the tokenizer reads folded text, with case markers."""
+        return bool(self.table.markers)
 
     def tokens(self, data: bytes) -> list[int]:
         """Return the token ids of a document, without BOS."""
