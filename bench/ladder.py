@@ -7,15 +7,19 @@
 
 A run is a shape, a variant, a budget and a seed. It trains in a process of its own, for --seconds
 on the trainer's clock or for --steps (--tokens), and its artifact, read back from disk, is scored
-on each text of --judges in sliding windows, without experts. It leaves one JSON file,
-OUT/raw/GROUP/VARIANT.seedN.json, and its artifact and logs in OUT/files/GROUP/VARIANT.seedN/, where
-GROUP is shape, budget and data. Finished runs are skipped, interrupted ones resume. Each seed runs
-all variants before the next seed starts. OUT/GROUP.md and OUT/GROUP.json are the table; --table
-writes them, for all groups of OUT, without running anything.
+on each text of --judges in sliding windows, without experts. With --bytes, the rounding is as
+coarse as the artifact needs to fit. A run leaves one JSON file, OUT/raw/GROUP/VARIANT.seedN.json,
+and its artifact and logs in OUT/files/GROUP/VARIANT.seedN/, where GROUP is shape, budget and data.
+Finished runs are skipped, interrupted ones resume. Each seed runs all variants before the next seed
+starts. OUT/GROUP.md and OUT/GROUP.json are the table; --table writes them, for all groups of OUT,
+without running anything.
+
+The rung `case` and those above it train on --case-data, which is the text of --data in tokens with
+case markers (data/prepare.py --case-ops), and are judged on --case-judges: the same documents.
 
 Variants: `ends` (baseline, consensus, frontier), `ladder` (each rung with all below it),
-`leave-one-out` (frontier without one rung), or names, with commas between. A seed changes the
-initial weights, not the order of the text.
+`leave-one-out` (frontier without one rung), `one-more` (frontier with a rung that it lacks), or
+names, with commas between. A seed changes the initial weights, not the order of the text.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ladder_table import write_tables
@@ -69,11 +73,10 @@ class LadderRun:
     seconds: float  # of training; 0 where steps end it
     steps: int  # 0 where the clock ends it
     seed: int
-    data: str  # folder of shards
-    tokenizer: str  # "" is the one next to the shards
+    data: str  # folder of shards, with their tokenizer
     judges: dict[str, str]  # name → pattern of shards
     fingerprints: dict[str, str]  # of data and judges: what paths held, where paths may differ
-    judge_tokens: int  # scored of each judge; 0 = all
+    judge_documents: int  # scored of each judge; 0 = all
     stride: int
     threads: int
     out: str  # OUT/raw/GROUP
@@ -84,7 +87,7 @@ class LadderRun:
 
     def request(self) -> dict[str, Any]:
         """Return what decides the result; no path is in it."""
-        places = ("data", "tokenizer", "judges", "out")
+        places = ("data", "judges", "out")
         return {n: v for n, v in asdict(self).items() if n not in places}
 
     def job(self) -> harness.Job:
@@ -138,7 +141,7 @@ def is_open(run: LadderRun, retry: bool) -> bool:
 def trainer_environment(run: LadderRun, folder: Path) -> dict[str, str]:
     """Return the trainer's whole environment: nothing that a shell exports changes a run."""
     places = dict(OUT_DIR=str(folder), RUN_ID="train", DATA_PATH=run.data)
-    places |= dict(TOKENIZER_PATH=run.tokenizer) if run.tokenizer else {}
+    places |= dict(TOKENIZER_PATH=str(Path(run.data) / "tokenizer.model"))
     return {**run.settings, **places, "PRESET": BASELINE, "SEED": str(run.seed)}
 
 
@@ -201,6 +204,12 @@ def clock_seconds(folder: Path) -> float:
     return int(re.findall(r"^chosen:train_time:(\d+)ms", log, re.MULTILINE)[-1]) / 1000
 
 
+def tokens_of(tokens: np.ndarray, documents: int) -> int:
+    """Return the tokens of the first so many documents, or of all for 0."""
+    ends = train_gpt.document_bounds(tokens)[1:]
+    return int(ends[: documents or None][-1])
+
+
 def judge(run: LadderRun, artifact: Path) -> dict[str, dict[str, Any]]:
     """Return the score of an artifact on each text: BPB, tokens, bytes, and the text's hash."""
     shipped, scores = read_artifact(artifact), {}
@@ -209,7 +218,7 @@ def judge(run: LadderRun, artifact: Path) -> dict[str, dict[str, Any]]:
     for name, pattern in run.judges.items():
         cfg = EvalConfig(val_files=pattern, eval_stride=run.stride)
         text = load_text(cfg, shipped)
-        count = run.judge_tokens or len(text.sizes)
+        count = tokens_of(text.tokens, run.judge_documents) - 1
         text = text._replace(tokens=text.tokens[: count + 1], sizes=text.sizes[:count])
         columns = columns_in_memory(len(text.sizes), {"logp": "f8"})
         log = JudgeLog(artifact.parent / "logs" / JUDGE_LOG, name, len(text.sizes))
@@ -283,11 +292,12 @@ def options_parser() -> Parser:
     add("--steps", type=int, default=0, metavar="N", help="equal tokens: steps a run")
     add("--tokens", type=int, default=0, metavar="N", help="the same, as tokens")
     add("--seeds", default="1337,42,2025", metavar="N,N", help="default: %(default)s")
-    add("--data", type=Path, metavar="DIR", help="shards (default: data/embedded)")
-    add("--tokenizer", type=Path, metavar="FILE", help="default: the one next to the shards")
-    add("--vocab-size", type=int, default=1024, metavar="V", help="its pieces (default: 1024)")
-    add("--judges", nargs="+", default=[], metavar="NAME=PATTERN")
-    add("--judge-tokens", type=int, default=0, metavar="N", help="score N of each; 0 = all")
+    add("--data", type=Path, metavar="DIR", help="shards and tokenizer (default: data/embedded)")
+    add("--judges", nargs="+", default=[], metavar="NAME=PATTERN", help="default: its val shards")
+    add("--case-data", type=Path, metavar="DIR", help="the same text with case markers")
+    add("--case-judges", nargs="+", default=[], metavar="NAME=PATTERN")
+    add("--judge-documents", type=int, default=0, metavar="N", help="score N of each; 0 = all")
+    add("--bytes", type=int, default=0, metavar="N", help="most of an artifact and its code")
     add("--stride", type=int, default=64, metavar="N", help="of scored windows (default: 64)")
     add("--threads", type=int, default=1, metavar="N", help="of a run (default: 1)")
     add("--workers", type=int, default=0, metavar="N", help="runs at a time (default: all cores)")
@@ -320,19 +330,36 @@ def seeds_of(text: str) -> list[int]:
         raise UserError(f"--seeds is {text!r}; it must be whole numbers with commas") from None
 
 
-def patterns_of(options: argparse.Namespace, data: Path) -> dict[str, str]:
-    """Return the judges by name, as absolute patterns of shards."""
+class Texts(NamedTuple):
+    """What variants of one vocabulary are trained and judged on."""
+
+    data: Path
+    vocab_size: int
+    judges: dict[str, str]  # name → absolute pattern of shards
+    fingerprints: dict[str, str]
+
+
+def texts_of(option: str, data: Path, judges: list[str]) -> Texts:
+    """Return the texts that `option` and the option of its judges name."""
+    data, judging = data.absolute(), option.replace("data", "judges")
+    if not list_shards(data / "*_train_*.bin"):
+        raise UserError(f"{option}: no *_train_*.bin in {data}; run `make data`, or name another")
+    if not (path := data / "tokenizer.model").is_file():
+        raise UserError(f"{option}: no tokenizer.model in {data}; write it with data/prepare.py")
     patterns = {}
-    for text in options.judges or [f"val={data / '*_val_*.bin'}"]:
+    for text in judges or [f"val={data / '*_val_*.bin'}"]:
         name, _, pattern = text.partition("=")
         if not name or not pattern or name in patterns:
-            raise UserError(f"--judges has {text!r}; it must be NAME=PATTERN, each name once")
+            raise UserError(f"{judging} has {text!r}; it must be NAME=PATTERN, each name once")
         patterns[name] = str(Path(pattern).absolute())
         if not list_shards(patterns[name]):
             raise UserError(
-                f"--judges {name}: no shards match {pattern}; write some with data/prepare.py"
+                f"{judging} {name}: no shards match {pattern}; write some with data/prepare.py"
             )
-    return patterns
+    fingerprints = {"training": fingerprint(str(data / "*_train_*.bin"))}
+    fingerprints |= {n: fingerprint(p) for n, p in patterns.items()}
+    processor = train_gpt.sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return Texts(data, processor.vocab_size(), patterns, fingerprints)
 
 
 def fingerprint(pattern: str) -> str:
@@ -353,7 +380,8 @@ def check_texts(run: LadderRun) -> None:
     for name, pattern in run.judges.items():
         paths = list_shards(pattern)
         shards = [train_gpt.read_shard(path, processor.vocab_size()) for path in paths]
-        tokens = np.concatenate(shards)[: run.judge_tokens + 1 if run.judge_tokens else None]
+        tokens = np.concatenate(shards)
+        tokens = tokens[: tokens_of(tokens, run.judge_documents)]
         if len(tokens) < 2:
             raise UserError(f"--judges {name} has {len(tokens)} tokens; at least 2 are needed")
         train_gpt.proven_table(processor, data.tokenizer_path, tokens)
@@ -363,39 +391,46 @@ def runs_of(options: argparse.Namespace) -> list[LadderRun]:
     """Return all runs, seed by seed, once their texts are known to be there."""
     seconds, steps = budget_of(options)
     shape, seeds = SHAPES[options.shape], seeds_of(options.seeds)
-    data = (options.data or ROOT / "data" / "embedded").absolute()
-    for name in ("judge_tokens", "workers", "stride", "threads"):
+    variants = chosen_variants(options.variants, shape)
+    for name in ("judge_documents", "bytes", "workers", "stride", "threads"):
         least, value = int(name in ("stride", "threads")), getattr(options, name)
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    if not list_shards(data / "*_train_*.bin"):
-        raise UserError(f"--data: no *_train_*.bin in {data}; run `make data`, or name another")
-    judges = patterns_of(options, data)
-    fingerprints = {n: fingerprint(p) for n, p in judges.items()}
-    common = dict(VOCAB_SIZE=str(options.vocab_size), ITERATIONS=str(steps or UNREACHED))
-    common |= dict(MAX_WALLCLOCK_SECONDS=f"{seconds:g}")
-    group = group_name(options.shape, seconds, steps, data)
+    texts = texts_of("--data", options.data or ROOT / "data" / "embedded", options.judges)
+    by_case = {False: texts}
+    if cased := [v.name for v in variants if v.case]:
+        if not options.case_data:
+            raise UserError(f"{cased[0]} has the rung `case`; give --case-data and --case-judges")
+        by_case[True] = texts_of("--case-data", options.case_data, options.case_judges)
+    group = group_name(options.shape, seconds, steps, texts.data)
+    common = dict(ITERATIONS=str(steps or UNREACHED), MAX_WALLCLOCK_SECONDS=f"{seconds:g}")
+    common |= dict(SIZE_BUDGET_BYTES=str(options.bytes)) if options.bytes else {}
     runs = [
         LadderRun(
             shape=options.shape,
             variant=variant.name,
-            settings=shape.settings() | variant.settings | common,
+            settings={
+                **shape.settings(),
+                **variant.settings,
+                **common,
+                "VOCAB_SIZE": str(by_case[variant.case].vocab_size),
+            },
             seconds=seconds,
             steps=steps,
             seed=seed,
-            data=str(data),
-            tokenizer=str(options.tokenizer.absolute()) if options.tokenizer else "",
-            judges=judges,
-            fingerprints={"training": fingerprint(str(data / "*_train_*.bin")), **fingerprints},
-            judge_tokens=options.judge_tokens,
+            data=str(by_case[variant.case].data),
+            judges=by_case[variant.case].judges,
+            fingerprints=by_case[variant.case].fingerprints,
+            judge_documents=options.judge_documents,
             stride=options.stride,
             threads=options.threads,
             out=str(options.out.absolute() / "raw" / group),
         )
         for seed in seeds
-        for variant in chosen_variants(options.variants, shape)
+        for variant in variants
     ]
-    check_texts(runs[0])
+    for data in dict.fromkeys(run.data for run in runs):
+        check_texts(next(run for run in runs if run.data == data))
     return runs
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rungs import BASELINE, ENDS, SHAPES, TOP, Shape, cumulative, leave_one_out
+from rungs import BASELINE, ENDS, SHAPES, TOP, Shape, cumulative, leave_one_out, one_more
 
 from fairway.command_line import json_bytes
 from fairway.methods.comparison import replace_section
@@ -86,8 +86,7 @@ def row_of(name: str, label: str, below: str, results: Results) -> Row:
 
 def sections_of(results: Results, shape: Shape) -> dict[str, list[Row]]:
     """Return the rows of each part of the table that has any."""
-    ladder, without = cumulative(shape), leave_one_out(shape)
-    present = [v for v in ladder if v.name in results]
+    present = [v for v in cumulative(shape) if v.name in results]
     ends = [name for name in ENDS if name in results]
     pairs = [(name, name, below) for name, below in zip(ends, ["", *ends], strict=False)]
     if len(ends) == len(ENDS):
@@ -97,16 +96,13 @@ def sections_of(results: Results, shape: Shape) -> dict[str, list[Row]]:
         # A rung that was not run is passed over.
         label = v.label if below in ("", v.below) else f"{v.label} against {below}"
         steps.append((v.name, label, below))
-    top = [(TOP, TOP, "")] if TOP in results else []
-    sections = {
-        "Ends": pairs,
-        "Ladder": steps,
-        "Leave one out": [*top, *((v.name, v.label, TOP) for v in without if v.name in results)],
-    }
-    if len(present) == len(ends):
-        del sections["Ladder"]
-    if len(sections["Leave one out"]) == len(top):
-        del sections["Leave one out"]
+    top, sections = [(TOP, TOP, "")] if TOP in results else [], {"Ends": pairs}
+    if len(present) > len(ends):
+        sections["Ladder"] = steps
+    others = {"Leave one out": leave_one_out(shape), "One more": one_more(shape)}
+    for name, variants in others.items():
+        if rows := [(v.name, v.label, TOP) for v in variants if v.name in results]:
+            sections[name] = [*top, *rows]
     return {
         name: [row_of(*row, results) for row in rows] for name, rows in sections.items() if rows
     }
@@ -188,11 +184,13 @@ def mixed(results: Results) -> str:
         "hardware": lambda r: r["environment"]["hardware"],
         "versions": lambda r: r["environment"]["versions"],
         "threads": lambda r: r["threads"],
-        "texts": lambda r: r["fingerprints"],
-        "stride": lambda r: (r["stride"], r["judge_tokens"]),
+        "judged bytes": lambda r: {name: j["bytes"] for name, j in r["judged"].items()},
+        "stride": lambda r: r["stride"],
         "device": lambda r: r["device"],
     }
     names = [n for n, of in kinds.items() if len({json.dumps(of(r)) for r in done}) > 1]
+    texts = {(r["data"], json.dumps(r["fingerprints"])) for r in done}
+    names += ["texts"] * (len(texts) > len({data for data, _ in texts}))
     if not names:
         return ""
     return f"**These runs differ in {', '.join(names)}**: the rows cannot be compared; use --retry."
@@ -200,16 +198,16 @@ def mixed(results: Results) -> str:
 
 def about(results: Results) -> str:
     """Return a paragraph on budget, texts and machine."""
-    run = next(r for runs in results.values() for r in runs if r["status"] == "done")
+    done = [r for runs in results.values() for r in runs if r["status"] == "done"]
+    run, pieces = done[0], {r["data"]: int(r["settings"]["VOCAB_SIZE"]) for r in done}
+    data = " and ".join(f"`{name}` ({count:,} pieces)" for name, count in pieces.items())
     budget = f"{run['seconds']:g} s of training" if run["seconds"] else f"{run['steps']} steps"
     shape, machine = words_of_shape(run), run["environment"]["hardware"]
-    texts = "; ".join(
-        f"{n}: {j['tokens']:,} tokens, {j['bytes']:,} bytes" for n, j in run["judged"].items()
-    )
+    texts = "; ".join(f"{n}: {j['bytes']:,} bytes" for n, j in run["judged"].items())
     code = ", ".join(f"{n} {v}" for n, v in run["environment"]["versions"].items())
     return (
-        f"Shape `{run['shape']}` ({shape}), {budget} a run on `{run['data']}`, {run['threads']} "
-        f"thread(s) each. {machine['processor']}, {machine['cores']} cores; {code}. Texts: "
+        f"Shape `{run['shape']}` ({shape}), {budget} a run on {data}, {run['threads']} thread(s) "
+        f"each. {machine['processor']}, {machine['cores']} cores; {code}. Texts: "
         f"{texts}. BPB is of the artifact read back from disk, in sliding windows of stride "
         f"{run['stride']}, without experts. ± is the deviation over seeds; a seed changes the "
         "initial weights, not the order of the text. p is Welch's, two-sided; from "
@@ -225,7 +223,12 @@ def words_of_shape(run: dict[str, Any]) -> str:
     )
 
 
-COMPARED = {"Ends": "difference", "Ladder": "to the rung below", "Leave one out": "to the top"}
+COMPARED = {
+    "Ends": "difference",
+    "Ladder": "to the rung below",
+    "Leave one out": "to the top",
+    "One more": "to the top",
+}
 
 
 def section_text(name: str, rows: list[Row], judges: list[str]) -> str:

@@ -33,7 +33,8 @@ class Shape(NamedTuple):
 
     preset: str  # whose values the settings of SHAPE_NAMES take
     own: str  # values that differ from the preset's
-    scaled: str  # values of rungs that the presets chose for eleven layers of width 512
+    top: str  # rungs of FRONTIER that pay at this size, so that its `frontier` has them
+    scaled: dict[str, str]  # settings of rungs where the presets' are for eleven layers of 512
 
     def settings(self) -> Settings:
         values = train_gpt.PRESETS[self.preset]
@@ -46,25 +47,49 @@ def as_text(value: Any) -> str:
     return str(int(value) if isinstance(value, bool) else value)
 
 
-# Of eleven layers, frontier runs 3 to 5 three times and has two lanes from 8 on; of a head's 64
-# channels, 16 rotate. The values keep these proportions. cpu4 has 4.1 times the weights of cpu, and
-# holds out fewer tokens: the choices at the end of frontier would take 40 s of its clock.
+# Of eleven layers, the preset frontier runs 3 to 5 three times and has two lanes from 8 on; of a
+# head's 64 channels, 16 rotate. The values keep these proportions. A run of some hundred steps
+# learns most at half the rates of the presets. cpu4 has 4.1 times the weights of cpu. The tokenizer
+# is not in the artifact, as in the challenge.
+PAYS = "case row_norm polar late_rates"
+SLOW = "MATRIX_LR=0.013 SCALAR_LR=0.02 TIED_EMBED_LR=0.02"
 SHAPES = {
     "cpu": Shape(
         "cpu",
-        "",
-        "XSA_LAST_N=4 ROPE_DIMS=8 PARALLEL_START_LAYER=3 LOOP_START=1 LOOP_END=1",
+        "EMBED_TOKENIZER=0",
+        PAYS,
+        {
+            "xsa": "XSA_LAST_N=4",
+            "rope": "ROPE_DIMS=8",
+            "lanes": "PARALLEL_START_LAYER=3",
+            "loops": "LOOP_START=1 LOOP_END=1 NUM_LOOPS=2",
+            "late_rates": SLOW,
+        },
     ),
     "cpu4": Shape(
         "cpu",
-        "NUM_LAYERS=6 MODEL_DIM=256 NUM_HEADS=8 NUM_KV_HEADS=4 HOLDOUT_TOKENS=8192",
-        "XSA_LAST_N=6 ROPE_DIMS=8 PARALLEL_START_LAYER=4 LOOP_START=2 LOOP_END=3",
+        "EMBED_TOKENIZER=0 NUM_LAYERS=6 MODEL_DIM=256 NUM_HEADS=8 NUM_KV_HEADS=4 "
+        "HOLDOUT_TOKENS=8192",
+        PAYS,
+        {
+            "xsa": "XSA_LAST_N=6",
+            "rope": "ROPE_DIMS=8",
+            "lanes": "PARALLEL_START_LAYER=4",
+            "loops": "LOOP_START=2 LOOP_END=3 NUM_LOOPS=2",
+            "late_rates": SLOW,
+        },
     ),
     "smoke": Shape(
         "smoke",
-        "",
-        "BIGRAM_VOCAB_SIZE=64 XSA_LAST_N=2 ROPE_DIMS=4 PARALLEL_START_LAYER=1 "
-        "LOOP_START=1 LOOP_END=1",
+        "EMBED_TOKENIZER=0",
+        PAYS,
+        {
+            "bigram": "BIGRAM_VOCAB_SIZE=64",
+            "xsa": "XSA_LAST_N=2",
+            "rope": "ROPE_DIMS=4",
+            "lanes": "PARALLEL_START_LAYER=1",
+            "loops": "LOOP_START=1 LOOP_END=1 NUM_LOOPS=2",
+        },
     ),
 }
 
@@ -76,10 +101,11 @@ class Rung(NamedTuple):
     name: str
     settings: str
     about: str
+    case: bool = False  # the text is in tokens with case markers
 
 
-# `swa` completes consensus, and `gptq` completes frontier: the ladder names these two rungs so. SWA
-# starts as late as in PRESET=cpu.
+# `swa` completes consensus. SWA starts as late as in PRESET=cpu. Of FRONTIER, a shape has the rungs
+# that pay at its size; any other can be tried on top of them. All but `case` are in the preset.
 CONSENSUS = [
     Rung("int6", "ATTN_BITS=6 MLP_BITS=6", "6 bits for matrices of attention and MLP, not 8"),
     Rung("mlp3", "MLP_MULT=3", "MLP of three model widths, not two"),
@@ -94,6 +120,12 @@ CONSENSUS = [
     Rung("swa", "SWA_START_FRAC=0.9", "late weights averaged"),
 ]
 FRONTIER = [
+    Rung(
+        "case",
+        "BIGRAM_VOCAB_SIZE=0 EMBED_BITS=6",
+        "more pieces, with case markers; no BigramHash",
+        case=True,
+    ),
     Rung("leaky", "LEAKY_SLOPE=0.5", "squared LeakyReLU, not squared ReLU"),
     Rung("xsa", "XSA_LAST_N=11", "exclusive attention in all layers"),
     Rung("ln_scale", "LN_SCALE=1", "inputs of layer i scaled by 1/sqrt(i+1)"),
@@ -104,20 +136,16 @@ FRONTIER = [
     Rung("loops", "LOOP_START=3 LOOP_END=5 NUM_LOOPS=2", "depth recurrence"),
     Rung("row_norm", "MUON_ROW_NORMALIZE=1", "equal rows before Newton-Schulz"),
     Rung("polar", "MUON_POLAR_EXPRESS=1", "Polar Express polynomials"),
-    Rung(
-        "late_rates",
-        "MATRIX_LR=0.026 SCALAR_LR=0.02 TIED_EMBED_LR=0.03 BETA2=0.99",
-        "learning rates and beta2 of frontier",
-    ),
+    Rung("late_rates", "MATRIX_LR=0.026 SCALAR_LR=0.02 TIED_EMBED_LR=0.03", "other learning rates"),
+    Rung("beta2", "BETA2=0.99", "a longer memory of AdamW"),
     Rung("late_decay", "MUON_WD=0.09 EMBED_WD=0.085 ADAM_WD=0.02", "weight decay of frontier"),
     Rung("schedule", "WARMDOWN_FRAC=0.75 MIN_LR=0.1", "the rate falls for 75 %, down to a tenth"),
     Rung("ema", "EMA_DECAY=0.9965 SWA_START_FRAC=1", "moving average in place of SWA"),
     Rung("gptq", "GPTQ=1 QAT_START_FRAC=1", "GPTQ in place of QAT"),
 ]
-RUNGS = CONSENSUS + FRONTIER
 BASELINE, MIDDLE, TOP = "baseline", "consensus", "frontier"
 ENDS = [BASELINE, MIDDLE, TOP]
-WITHOUT = "without-"
+WITHOUT, WITH = "without-", "with-"
 
 
 class Variant(NamedTuple):
@@ -128,12 +156,17 @@ class Variant(NamedTuple):
     settings: Settings  # all that the shape does not set
     below: str  # name of the variant that it is compared with, "" for none
     about: str
+    case: bool  # trained on --case-data
 
 
 def rung_settings(shape: Shape, rung: Rung) -> Settings:
     """Return what a rung turns on, with the shape's values where it scales them."""
-    own, scaled = words(rung.settings), words(shape.scaled)
-    return {name: scaled.get(name, value) for name, value in own.items()}
+    return words(rung.settings) | words(shape.scaled.get(rung.name, ""))
+
+
+def rungs_of(shape: Shape) -> list[Rung]:
+    """Return the rungs of a shape, from the bottom to its `frontier`."""
+    return CONSENSUS + [rung for rung in FRONTIER if rung.name in shape.top.split()]
 
 
 def joined(shape: Shape, rungs: Iterable[Rung]) -> Settings:
@@ -141,34 +174,61 @@ def joined(shape: Shape, rungs: Iterable[Rung]) -> Settings:
     return {n: v for rung in rungs for n, v in rung_settings(shape, rung).items()}
 
 
-def cumulative(shape: Shape) -> list[Variant]:
-    """Return the ladder from bottom to top; the last rungs of two presets bear the presets' names.
+def with_case(rungs: Iterable[Rung]) -> bool:
+    """Return whether one of the rungs trains on text with case markers."""
+    return any(rung.case for rung in rungs)
 
-    The one above `int6` is named `mlp3` and has the settings of both.
+
+def cumulative(shape: Shape) -> list[Variant]:
+    """Return the ladder from bottom to top: the one above `int6` is `mlp3`, with both settings.
+
+    The last rung of CONSENSUS and the last of all are named `consensus` and `frontier`.
     """
-    variants = [Variant(BASELINE, BASELINE, {}, "", "the challenge's starter settings")]
-    for at, rung in enumerate(RUNGS, 1):
-        names = {CONSENSUS[-1].name: MIDDLE, FRONTIER[-1].name: TOP}
+    rungs = rungs_of(shape)
+    variants = [Variant(BASELINE, BASELINE, {}, "", "the challenge's starter settings", False)]
+    for at, rung in enumerate(rungs, 1):
+        names = {CONSENSUS[-1].name: MIDDLE, rungs[-1].name: TOP}
         name = names.get(rung.name, rung.name)
         label = f"+ {rung.name}" + (f" = {name}" if name != rung.name else "")
         below = variants[-1].name
-        variants.append(Variant(name, label, joined(shape, RUNGS[:at]), below, rung.about))
+        settings, case = joined(shape, rungs[:at]), with_case(rungs[:at])
+        variants.append(Variant(name, label, settings, below, rung.about, case))
     return variants
 
 
 def leave_one_out(shape: Shape) -> list[Variant]:
     """Return the top without each rung; leave away those whose settings later rungs replace."""
-    top, variants = joined(shape, RUNGS), []
-    for rung in RUNGS:
-        settings = joined(shape, [r for r in RUNGS if r is not rung])
-        if settings != top:
-            name = WITHOUT + rung.name
-            variants.append(Variant(name, f"− {rung.name}", settings, TOP, rung.about))
+    rungs, variants = rungs_of(shape), []
+    top = joined(shape, rungs)
+    for rung in rungs:
+        others = [r for r in rungs if r is not rung]
+        settings, case = joined(shape, others), with_case(others)
+        if settings != top or rung.case:
+            name, label = WITHOUT + rung.name, f"− {rung.name}"
+            variants.append(Variant(name, label, settings, TOP, rung.about, case))
     return variants
 
 
+def one_more(shape: Shape) -> list[Variant]:
+    """Return the top with each rung of FRONTIER that it lacks."""
+    rungs = rungs_of(shape)
+    return [
+        Variant(
+            WITH + rung.name,
+            f"+ {rung.name}",
+            joined(shape, [*rungs, rung]),
+            TOP,
+            rung.about,
+            with_case([*rungs, rung]),
+        )
+        for rung in FRONTIER
+        if rung not in rungs
+    ]
+
+
 def variants_of(shape: Shape) -> dict[str, Variant]:
-    return {v.name: v for v in [*cumulative(shape), *leave_one_out(shape)]}
+    every = [*cumulative(shape), *leave_one_out(shape), *one_more(shape)]
+    return {v.name: v for v in every}
 
 
 def chosen_variants(text: str, shape: Shape) -> list[Variant]:
@@ -177,6 +237,7 @@ def chosen_variants(text: str, shape: Shape) -> list[Variant]:
     groups = {
         "ladder": [v.name for v in cumulative(shape)],
         "leave-one-out": [TOP, *(v.name for v in leave_one_out(shape))],
+        "one-more": [TOP, *(v.name for v in one_more(shape))],
         "ends": ENDS,
     }
     names = []

@@ -37,40 +37,53 @@ def test_the_ends_of_the_ladder_are_the_presets():
     shape = rungs.SHAPES["cpu"]
     built = {v.name: config(shape, v) for v in rungs.cumulative(shape)}
     wanted = asdict(Config(**PRESETS["cpu"]))
-    assert differing(built["consensus"], wanted) == {"ITERATIONS", "MAX_WALLCLOCK_SECONDS"}
-    own = {*rungs.SHAPE_NAMES, "ITERATIONS"}
-    assert differing(built["baseline"], asdict(Config())) <= own
-    scaled = own | rungs.words(shape.scaled).keys()
-    assert differing(built["frontier"], asdict(Config(**PRESETS["frontier"]))) <= scaled
+    own = {"ITERATIONS", "MAX_WALLCLOCK_SECONDS", "EMBED_TOKENIZER"}
+    assert differing(built["consensus"], wanted) == own
+    assert differing(built["baseline"], asdict(Config())) <= {*rungs.SHAPE_NAMES, "ITERATIONS"}
+    frontier = {n.upper(): v for n, v in PRESETS["frontier"].items()}
+    for rung in rungs.FRONTIER:
+        for name, value in rungs.words(rung.settings).items() if not rung.case else ():
+            assert float(frontier[name]) == float(value), rung.name
 
 
 @SHAPES
 def test_each_rung_changes_its_settings_and_no_others(shape):
     variants = rungs.cumulative(shape)
-    assert len({v.name for v in variants}) == len(rungs.RUNGS) + 1
-    for below, variant, rung in zip(variants, variants[1:], rungs.RUNGS, strict=False):
+    assert len({v.name for v in variants}) == len(rungs.rungs_of(shape)) + 1
+    for below, variant, rung in zip(variants, variants[1:], rungs.rungs_of(shape), strict=False):
         changed = differing(config(shape, below), config(shape, variant))
-        assert changed == rungs.words(rung.settings).keys(), rung.name
-        assert variant.below == below.name
+        assert changed == rungs.rung_settings(shape, rung).keys(), rung.name
+        assert variant.below == below.name and variant.case - below.case == rung.case
 
 
 @SHAPES
 def test_leaving_one_out_changes_its_settings_and_no_others(shape):
-    left = {rung.name: rungs.words(rung.settings).keys() for rung in rungs.RUNGS}
+    left = {r.name: rungs.rung_settings(shape, r).keys() for r in rungs.rungs_of(shape)}
     top = config(shape, rungs.variants_of(shape)["frontier"])
     left_out = rungs.leave_one_out(shape)
     for variant in left_out:
         name = variant.name.removeprefix(rungs.WITHOUT)
         assert differing(config(shape, variant), top) == left.pop(name), name
+        assert variant.case == (name != "case")
     # What later rungs replace cannot be left out.
-    assert left.keys() == {"rates", "warmdown", "decay", "qat", "swa"}
+    assert left.keys() == {"rates", "bigram"}
+
+
+@SHAPES
+def test_one_more_changes_its_settings_and_no_others(shape):
+    rest = {r.name: rungs.rung_settings(shape, r).keys() for r in rungs.FRONTIER}
+    top = config(shape, rungs.variants_of(shape)["frontier"])
+    for variant in rungs.one_more(shape):
+        name = variant.name.removeprefix(rungs.WITH)
+        assert differing(config(shape, variant), top) <= rest.pop(name), name
+    assert rest.keys() == set(shape.top.split())
 
 
 def test_cpu4_has_four_times_the_weights():
     def weights(name: str) -> int:
         shape = rungs.SHAPES[name]
         with torch.device("meta"):
-            model = GPT(Config(**config(shape, rungs.cumulative(shape)[-1])))
+            model = GPT(Config(**config(shape, rungs.variants_of(shape)["consensus"])))
         return sum(p.numel() for p in model.parameters())
 
     assert 3.7 < weights("cpu4") / weights("cpu") < 4.3
@@ -83,7 +96,8 @@ def test_variants_are_chosen_by_groups_and_by_names():
         return [v.name for v in rungs.chosen_variants(text, shape)]
 
     assert names("ends") == ["baseline", "consensus", "frontier"]
-    assert names("without-loops, frontier,without-loops") == ["without-loops", "frontier"]
+    assert names("without-polar, frontier,without-polar") == ["without-polar", "frontier"]
+    assert names("with-loops") == ["with-loops"] and "with-xsa" in names("one-more")
     assert names("ladder")[:3] == ["baseline", "int6", "mlp3"]
     assert names("leave-one-out")[:2] == ["frontier", "without-int6"]
 
@@ -110,13 +124,13 @@ def made_up(variant: str, seed: int, bpb: float, **changes) -> dict:
         "shape": "cpu",
         "variant": variant,
         "seed": seed,
-        "settings": rungs.SHAPES["cpu"].settings(),
+        "settings": rungs.SHAPES["cpu"].settings() | {"VOCAB_SIZE": "1024"},
         "data": "core",
         "seconds": 300.0,
         "steps": 0,
         "threads": 1,
         "stride": 64,
-        "judge_tokens": 0,
+        "judge_documents": 0,
         "fingerprints": {},
         "device": "cpu",
         "environment": {
@@ -144,7 +158,8 @@ def test_the_table_compares_each_rung_with_the_one_below():
             "int6": [2.0, 2.12],
             "consensus": [1.0, 1.01, 1.02],
             "frontier": [0.5, 0.51, 0.52],
-            "without-loops": [0.6, 0.61, 0.62],
+            "without-polar": [0.6, 0.61, 0.62],
+            "with-loops": [0.6, 0.61, 0.62],
         }
     )
     shape = rungs.SHAPES["cpu"]
@@ -153,12 +168,13 @@ def test_the_table_compares_each_rung_with_the_one_below():
     pairs = [("consensus", "baseline"), ("frontier", "consensus"), ("frontier", "baseline")]
     assert below["Ends"] == [("baseline", ""), *pairs]
     assert below["Ladder"][1:] == [("int6", "baseline"), ("consensus", "int6"), pairs[1]]
-    assert below["Leave one out"] == [("frontier", ""), ("without-loops", "frontier")]
+    assert below["Leave one out"] == [("frontier", ""), ("without-polar", "frontier")]
+    assert below["One more"] == [("frontier", ""), ("with-loops", "frontier")]
     text = ladder_table.markdown(results)
     assert "| baseline | 0, 1 | 2.0500 ± 0.0707 | – | – | 100 | 1,000 | 700,000 |" in text
     assert "| + int6 | 0, 1 | 2.0600 ± 0.0849 | +0.0100 |" in text and ", not shown |" in text
     assert "| + swa = consensus against int6 | 0, 1, 2 |" in text
-    assert "| − loops | 0, 1, 2 | 0.6100 ± 0.0100 | +0.1000 | 2.6e-04 |" in text
+    assert "| − polar | 0, 1, 2 | 0.6100 ± 0.0100 | +0.1000 | 2.6e-04 |" in text
     assert "`frontier` beats `consensus` on val: -0.5000 BPB" in text
     assert "differ in" not in text and "Failed" not in text
     rows = ladder_table.table_json("g", results)["sections"]["Ladder"]
@@ -203,8 +219,8 @@ def bench(corpus, tmp_path, monkeypatch):
     """Return `bench(*words)`, which runs the script in this process, at the smoke shape."""
 
     def run(*words: str) -> int:
-        common = ["--shape", "smoke", "--data", str(corpus.folder), "--vocab-size", "384"]
-        common += ["--judge-tokens", "300", "--out", str(tmp_path / "out"), "--workers", "1"]
+        common = ["--shape", "smoke", "--data", str(corpus.folder), "--judge-documents", "2"]
+        common += ["--out", str(tmp_path / "out"), "--workers", "1"]
         monkeypatch.setattr("sys.argv", ["ladder.py", *common, *words])
         return run_reporting("bench/ladder", ladder.main)
 
@@ -212,10 +228,11 @@ def bench(corpus, tmp_path, monkeypatch):
     return run
 
 
-def test_runs_are_trained_scored_and_skipped(bench, in_this_process, capsys, tmp_path):
+def test_runs_are_trained_scored_and_skipped(bench, corpus, in_this_process, capsys, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A page\n")
     words = ["--steps", "4", "--variants", "baseline,frontier", "--seeds", "1,2"]
+    words += ["--case-data", str(corpus.folder), "--bytes", "130000"]
     assert bench(*words, "--into", str(page)) == 0
     shown = capsys.readouterr().out
     assert "[4/4]" in shown
@@ -224,7 +241,8 @@ def test_runs_are_trained_scored_and_skipped(bench, in_this_process, capsys, tmp
     assert len(list(raw.iterdir())) == 4
     result = json.loads((raw / "frontier.seed2.json").read_text())
     assert result["steps_taken"] == 4 and result["tokens"] == 4 * 2048
-    assert result["judged"]["val"]["tokens"] == 300 and result["settings"]["GPTQ"] == "1"
+    assert result["judged"]["val"]["bytes"] > 100 and result["settings"]["EMBED_BITS"] == "6"
+    assert result["total_bytes"] <= 130_000
     assert result["clock_seconds"] > result["training_seconds"] > 0
     assert str(ROOT) not in json.dumps(result) and str(tmp_path) not in json.dumps(result)
     files = bench.out / "files" / raw.name / "frontier.seed2"
@@ -245,7 +263,7 @@ def test_runs_are_trained_scored_and_skipped(bench, in_this_process, capsys, tmp
 
 
 def test_a_run_that_fails_keeps_its_error_until_it_is_retried(bench, in_this_process, capsys):
-    words = ["--seconds", "0.01", "--variants", "frontier", "--seeds", "1"]
+    words = ["--seconds", "0.01", "--variants", "consensus", "--seeds", "1"]
     assert bench(*words) == 1
     assert "choices at its end need" in capsys.readouterr().out
     assert bench(*words) == 1
@@ -292,9 +310,13 @@ def test_an_interrupted_run_resumes(bench, in_this_process, monkeypatch, capsys)
         (["--steps", "2", "--judges", "val"], "it must be NAME=PATTERN"),
         (["--steps", "2", "--judges", "val=nothing*"], "no shards match nothing*"),
         (["--steps", "2", "--threads", "0"], "--threads is 0; it must be at least 1"),
-        (["--steps", "2", "--vocab-size", "500"], "VOCAB_SIZE is 500, but"),
+        (["--steps", "2", "--variants", "frontier"], "frontier has the rung `case`; give"),
+        (["--steps", "2", "--case-data", "/"], "--case-data: no *_train_*.bin in /"),
         (["--steps", "2", "--into", "nothing.md"], "nothing.md is no file"),
-        (["--seconds", "2", "--workers", "999"], "--workers 999 with --threads 1 need more"),
+        (
+            ["--seconds", "2", "--variants", "consensus", "--workers", "999"],
+            "--workers 999 with --threads 1 need more",
+        ),
         (["--table"], "no results in"),
         (["--shap", "cpu"], "did you mean --shape?"),
     ],
@@ -308,7 +330,8 @@ def test_wrong_words_are_one_line(bench, more, message, capsys):
 def test_the_list_names_each_variant_with_its_settings(bench, capsys):
     assert bench("--list") == 0
     shown = capsys.readouterr().out
-    assert "without-loops" in shown and "LOOP_START=0 LOOP_END=0 NUM_LOOPS=0" in shown
+    assert "without-polar" in shown and "MUON_POLAR_EXPRESS=0" in shown
+    assert "with-loops" in shown and "LOOP_START=1 LOOP_END=1 NUM_LOOPS=2" in shown
 
 
 def test_a_run_is_open_when_its_texts_or_its_code_changed(tmp_path):
@@ -320,10 +343,9 @@ def test_a_run_is_open_when_its_texts_or_its_code_changed(tmp_path):
         steps=3,
         seed=1,
         data="a",
-        tokenizer="",
         judges={"val": "b"},
         fingerprints={"val": "c"},
-        judge_tokens=0,
+        judge_documents=0,
         stride=64,
         threads=1,
         out=str(tmp_path / "raw" / "g"),
