@@ -331,7 +331,7 @@ def seeds_of(text: str) -> list[int]:
 
 
 class Texts(NamedTuple):
-    """What variants of one vocabulary are trained and judged on."""
+    """The shards that variants of one vocabulary are trained and judged on."""
 
     data: Path
     vocab_size: int

@@ -38,7 +38,7 @@ FEWEST = 4  # techniques; of fewer, rho says nothing
 LEVEL = 0.05  # p below which a sign counts
 DRAWS, SEED = 10_000, 1337  # of the bootstrap
 WAYS = ("added", "left out")
-FIELDS = {"shape", "data", "variant", "settings", "seconds", "steps", "seed", "judged"}  # of a run
+FIELDS = {"shape", "variant", "settings", "seconds", "steps", "seed", "judged"}  # of a run
 STARTER = {name.upper(): value for name, value in asdict(Config()).items()}
 
 
@@ -141,6 +141,8 @@ def read_runs(folders: Iterable[Path]) -> list[dict[str, Any]]:
     for path in sorted(p for folder in folders for p in folder.rglob("*.seed*.json")):
         try:
             run = json.loads(path.read_bytes())
+            # Variants with case markers have other shards of the text that names the group.
+            run["data"] = path.parent.name.split("-", 2)[-1]
             whole = run["status"] != "done" or run.keys() >= FIELDS
         except (ValueError, KeyError, TypeError):
             whole = False

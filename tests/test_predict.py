@@ -68,7 +68,7 @@ def write_run(folder, variant, seed, settings, bpb, seconds=300.0, status="done"
         "seconds": seconds,
         "steps": 0,
         "seed": seed,
-        "data": "text",
+        "data": f"{variant}'s shards of the text",
         "judged": {"near": {"bpb": bpb - 0.1}, "far": {"bpb": bpb + 0.1}},
     }
     group = folder / "raw" / f"{shape}-{seconds:g}s-text"
