@@ -177,6 +177,8 @@ def record_files(
     )
     for result in results:
         files |= run_files(result)
+    if entry.with_artifact:
+        files |= carried_artifact(results[0])
     files["requirements.txt"] = requirements_text(root, list(sources)).encode()
     entry = entry._replace(blurb=entry.blurb or default_blurb(results))
     data = json.dumps(submission_json(entry, results, files), indent=2, ensure_ascii=False)
@@ -229,6 +231,17 @@ def run_files(result: Result) -> dict[str, bytes]:
         if data:  # indented, one score with its trace would take 2,362 lines
             files[f"{kind}_seed{seed}.json"] = compact_json(data).encode()
     return files
+
+
+def carried_artifact(result: Result) -> dict[str, bytes]:
+    """Return the artifact of a run, under a name that has its seed."""
+    if (path := result.run.artifact) is None:
+        raise RecordError(
+            f"--with-artifact: {result.run.folder} has no artifact with the hash of its log; train "
+            "it again, or leave the option out"
+        )
+    name = path.name.replace("final_model", f"final_model_seed{result.seed}", 1)
+    return {name: read_bytes(path)}
 
 
 def hardware_of(results: list[Result]) -> str:

@@ -55,6 +55,7 @@ class Entry(NamedTuple):
     date: str = ""  # default: today
     against: Path | None = None  # the record that this one follows
     pack_code: str = "lzma"  # two stubs and an archive; "none": plain files
+    with_artifact: bool = False  # the folder carries the artifact of its first seed
 
     @property
     def folder(self) -> str:
@@ -470,6 +471,10 @@ def lineage_section(record: Record) -> str:
     )
 
 
+def is_weights(name: str) -> bool:
+    return name.endswith(".ptz")
+
+
 def files_section(record: Record) -> str:
     files = {
         name: len(content)
@@ -477,7 +482,7 @@ def files_section(record: Record) -> str:
         if not name.startswith(f"{READABLE}/")
     }
     rows = [
-        [f"`{name}`", f"{size:,}", "code" if is_code(name) else ""]
+        [f"`{name}`", f"{size:,}", "code" if is_code(name) else "artifact" * is_weights(name)]
         for name, size in sorted(files.items())
     ]
     if len(files) < len(record.files):

@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("lzma", "none"),
         help="lzma (default): code ships in an archive; none: as plain files",
     )
+    add(
+        "--with-artifact",
+        action="store_true",
+        help="put the artifact of the first seed into the folder, for those who want to run it",
+    )
     add("--out", type=Path, default=ROOT / "records", metavar="DIR")
     add("--replace", action="store_true", help="replace a folder of the same name")
 
@@ -56,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
         options.date,
         options.against,
         options.pack_code,
+        options.with_artifact,
     )
     folder = pack_record(
         options.runs,

@@ -26,7 +26,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.records import packing, trainer_source
+from fairway.records.checks import run_check
 from fairway.records.files import RecordError
+from fairway.records.folder import read_record_folder
 from fairway.records.packed_code import counted_bytes, pack_sources, shipped_files
 from fairway.records.pull_request import check_repository
 from fairway.records.schema import problems
@@ -71,6 +73,22 @@ def test_a_record_holds_logs_code_scores_and_a_picture_of_all_seeds(runs, root, 
             assert text.count("\n") == len(json.loads(text))
     assert (folder / "requirements.txt").read_text() == "numpy==2.4.6\ntqdm==4.70.1\n"
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_record_may_carry_the_artifact_of_its_first_seed(runs, root, tmp_path):
+    entry = ENTRY._replace(with_artifact=True)
+    folder = pack_runs(runs, root, tmp_path / "records", entry)
+    carried = folder / "final_model_seed42.int6.ptz"
+    assert [p.name for p in folder.glob("*.ptz")] == [carried.name]
+    assert carried.read_bytes() == (runs[1] / "final_model.int6.ptz").read_bytes()
+    assert f"| `{carried.name}` |" in (folder / "README.md").read_text()
+    result = run_check("artifacts", read_record_folder(folder))
+    assert (result.verdict, result.text) == ("ok", f"{carried.name}: as scored")
+    for run in runs:
+        (run / "final_model.int6.ptz").unlink()
+    with pytest.raises(RecordError, match="--with-artifact: .* has no artifact with the hash"):
+        pack_runs(runs, root, tmp_path / "records", entry, replace=True)
+    assert carried.is_file()
 
 
 def test_submission_json_has_means_the_largest_size_and_no_problems(runs, root, tmp_path):
@@ -362,7 +380,7 @@ def test_files_that_do_not_belong_together_are_refused(runs, root, tmp_path):
     out = tmp_path / "records"
     with pytest.raises(RecordError, match="4 runs were given, but they are 3"):
         pack_runs([*runs, runs[0] / "logs/train_seed1337.txt"], root, out)
-    (runs[0] / "final_model.int6.ptz").write_bytes(b"other")
+    (runs[1] / "final_model.int6.ptz").write_bytes(b"other")
     with pytest.raises(RecordError, match="final_model.int6.ptz has sha256 .* wrote over it"):
         pack_runs(runs, root, out)
     made_run(runs[0], 1337, evaluated=False)

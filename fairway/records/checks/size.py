@@ -13,8 +13,9 @@ from fairway.records.checks.base import (
     by_run,
     code_bytes_in_use,
 )
-from fairway.records.files import read_text
+from fairway.records.files import read_text, sha256
 from fairway.records.folder import RecordFolder, read_or_fault, scoring_log
+from fairway.records.run import dict_at
 from fairway.records.shipped_code import CHALLENGE, PACKAGES, READABLE, CodeFile, distribution_of
 from fairway.records.syntax import dotted_name, names_in
 
@@ -127,6 +128,24 @@ def check_total_bytes(folder: RecordFolder) -> str:
         f"largest artifact {largest:,} + code {code:,} in {len(folder.code.shipped)} files = "
         f"{largest + code:,} of {BUDGET:,}"
     )
+
+
+def check_artifacts(folder: RecordFolder) -> str:
+    """An artifact that the folder carries must be one that a score of the record is of."""
+    carried = [name for name in folder.files if name.endswith(".ptz")]
+    if not carried:
+        return "the folder carries no artifact"
+    runs = [run for run in folder.record if run.score is not None]
+    scored = {str(dict_at(run.score, "sha256").get("artifact")): run for run in runs}
+    if not scored:
+        raise CheckUndecided(f"no score in the folder says which artifact it is of: {carried[0]}")
+    for name in carried:
+        if (found := sha256(folder.path / name)) not in scored:
+            raise CheckFailed(f"{name} has sha256 {found[:12]}, and no score is of it")
+        stated, size = artifact_bytes(scored[found]), folder.files[name]
+        if stated not in (None, size):
+            raise CheckFailed(f"{name} has {size:,} bytes; the log of its run states {stated:,}")
+    return f"{', '.join(carried)}: as scored"
 
 
 def check_helpers(folder: RecordFolder) -> str:
@@ -339,6 +358,7 @@ SIZE_CHECKS = {
     "files": check_folder_files,
     "schema": check_schema,
     "bytes": check_total_bytes,
+    "artifacts": check_artifacts,
     "helpers": check_helpers,
     "units": check_units,
     "stub": check_stub,

@@ -132,6 +132,11 @@ def ships_unpacked():
     return without(files, "source/train_gpt.py") | {"train_gpt.py": long.encode()}
 
 
+@bad("the folder carries another artifact than was scored", "artifacts", "conventions")
+def another_artifact():
+    return make("ours") | {"final_model_seed42.int6.ptz": b"FAIRWAY\0 of another run"}
+
+
 @bad(
     "a helper that is imported and not counted", "helpers", "2026-04-09_A2_Muon097_3Seed", "numbers"
 )
