@@ -80,7 +80,7 @@ class Config:
     max_wallclock_seconds: float = knob(600.0, "training time; 0 = no limit", 0, role="schedule")
     warmup_steps: int = knob(20, "steps that compile and are then undone", 0, role="runtime")
     warmdown_frac: float = knob(0.09, "part of the run with a falling rate", 0, 1, role="schedule")
-    min_lr: float = knob(0.0, "last rate, as part of the peak", 0, 1, role="schedule")
+    min_lr: float = knob(0.0, "least rate, as part of the peak", 0, 1, role="schedule")
     train_batch_tokens: int = knob(524_288, "tokens a step, all devices", 8, role="schedule")
     micro_batch_tokens: int = knob(0, "tokens a pass; 0 = batch / 8", 0, role="runtime")
     exact_sums: bool = knob(False, "equal bits on 1 to 8 CPU ranks; slower", role="schedule")
@@ -227,7 +227,7 @@ def refuse_near_misses(env: Mapping[str, str], *others: type) -> None:
             raise UserError(f"{name}={env[name]} is no setting; did you mean {right}? See --help")
 
 
-# PRESET= names the preset that one starts from. consensus has the values of record #198.
+# consensus has the values of record #198; frontier those of #1855, for shards of 8,192 pieces.
 PRESET_LINES = {
     "cpu": """
         PRESET=consensus NUM_LAYERS=4 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 TRAIN_SEQ_LEN=256
@@ -242,11 +242,12 @@ PRESET_LINES = {
         MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92 MUON_MOMENTUM_WARMUP_STEPS=1500
         MUON_WD=0.04 ADAM_WD=0.04 EMBED_WD=0.04 SWA_START_FRAC=0.8 SWA_EVERY=200 MLP_BITS=6""",
     "frontier": """
-        PRESET=consensus LEAKY_SLOPE=0.5 XSA_LAST_N=11 LN_SCALE=1 ROPE_DIMS=16 QK_GAIN_INIT=5
-        ATTN_GATE=1 PARALLEL_START_LAYER=8 LOOP_START=3 LOOP_END=5 NUM_LOOPS=2 GPTQ=1
-        MUON_MOMENTUM=0.97 MUON_ROW_NORMALIZE=1 MUON_POLAR_EXPRESS=1 MUON_WD=0.09 EMBED_WD=0.085
+        PRESET=consensus VOCAB_SIZE=8192 MLP_MULT=4 BIGRAM_VOCAB_SIZE=0 EMBED_BITS=7 LEAKY_SLOPE=0.5
+        XSA_LAST_N=11 LN_SCALE=1 ROPE_DIMS=16 QK_GAIN_INIT=5 ATTN_GATE=1 PARALLEL_START_LAYER=8
+        LOOP_START=3 LOOP_END=5 NUM_LOOPS=2 GPTQ=1 QAT_START_FRAC=1 SWA_START_FRAC=1
+        MUON_MOMENTUM=0.97 MUON_ROW_NORMALIZE=1 MUON_POLAR_EXPRESS=1 MUON_WD=0.095 EMBED_WD=0.085
         ADAM_WD=0.02 MATRIX_LR=0.026 SCALAR_LR=0.02 TIED_EMBED_LR=0.03 BETA2=0.99 MIN_LR=0.1
-        WARMDOWN_FRAC=0.75 SWA_START_FRAC=1 EMA_DECAY=0.9965 QAT_START_FRAC=1""",
+        WARMDOWN_FRAC=0.85 EMA_DECAY=0.9975""",
     "mixed": "PRESET=consensus NUM_LAYERS=12 MLP_BITS=5",
     "smoke": """
         PRESET=cpu NUM_LAYERS=2 MODEL_DIM=64 TRAIN_SEQ_LEN=64 ITERATIONS=20 BIGRAM_VOCAB_SIZE=64
@@ -1212,10 +1213,9 @@ def progress_of(step: int, elapsed_s: float, cfg: Config, reserve_s: float = 0.0
 
 
 def lr_scale(progress: float, cfg: Config) -> float:
-    """Return 1, then a line down to MIN_LR over the last WARMDOWN_FRAC of the run."""
-    if progress <= 1 - cfg.warmdown_frac:
-        return 1.0
-    return cfg.min_lr + (1 - cfg.min_lr) * max(0.0, 1 - progress) / cfg.warmdown_frac
+    """Return 1, then a line to 0 over the last WARMDOWN_FRAC of the run, never less than MIN_LR."""
+    falling = progress > 1 - cfg.warmdown_frac
+    return max(cfg.min_lr, (1 - progress) / cfg.warmdown_frac) if falling else 1.0
 
 
 def momentum_at(step: int, cfg: Config) -> float:

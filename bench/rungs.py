@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 
     preset: str  # whose values the settings of SHAPE_NAMES take
     own: str  # values that differ from the preset's
-    top: str  # rungs of FRONTIER that pay at this size, so that its `frontier` has them
+    top: str  # rungs of FRONTIER and SHORT that pay at this size, so that its `frontier` has them
     scaled: dict[str, str]  # settings of rungs where the presets' are for eleven layers of 512
 
     def settings(self) -> Settings:
@@ -48,11 +48,9 @@ def as_text(value: Any) -> str:
 
 
 # Of eleven layers, the preset frontier runs 3 to 5 three times and has two lanes from 8 on; of a
-# head's 64 channels, 16 rotate. The values keep these proportions. A run of some hundred steps
-# learns most at half the rates of the presets. cpu4 has 4.1 times the weights of cpu. The tokenizer
-# is not in the artifact, as in the challenge.
-PAYS = "case row_norm polar late_rates"
-SLOW = "MATRIX_LR=0.013 SCALAR_LR=0.02 TIED_EMBED_LR=0.02"
+# head's 64 channels, 16 rotate. The values keep these proportions. cpu4 has 4.1 times the weights
+# of cpu. The tokenizer is not in the artifact, as in the challenge.
+PAYS = "row_norm polar case slow mlp2 late_qat last ns4"
 SHAPES = {
     "cpu": Shape(
         "cpu",
@@ -63,7 +61,6 @@ SHAPES = {
             "rope": "ROPE_DIMS=8",
             "lanes": "PARALLEL_START_LAYER=3",
             "loops": "LOOP_START=1 LOOP_END=1 NUM_LOOPS=2",
-            "late_rates": SLOW,
         },
     ),
     "cpu4": Shape(
@@ -76,7 +73,6 @@ SHAPES = {
             "rope": "ROPE_DIMS=8",
             "lanes": "PARALLEL_START_LAYER=4",
             "loops": "LOOP_START=2 LOOP_END=3 NUM_LOOPS=2",
-            "late_rates": SLOW,
         },
     ),
     "smoke": Shape(
@@ -104,8 +100,9 @@ class Rung(NamedTuple):
     case: bool = False  # the text is in tokens with case markers
 
 
-# `swa` completes consensus. SWA starts as late as in PRESET=cpu. Of FRONTIER, a shape has the rungs
-# that pay at its size; any other can be tried on top of them. All but `case` are in the preset.
+# `swa` completes consensus. SWA starts as late as in PRESET=cpu. FRONTIER is the preset, for runs
+# of thousands of steps; SHORT is for runs of hundreds. A shape has those of their rungs that pay at
+# its size, and any other can be tried on top of them.
 CONSENSUS = [
     Rung("int6", "ATTN_BITS=6 MLP_BITS=6", "6 bits for matrices of attention and MLP, not 8"),
     Rung("mlp3", "MLP_MULT=3", "MLP of three model widths, not two"),
@@ -120,12 +117,7 @@ CONSENSUS = [
     Rung("swa", "SWA_START_FRAC=0.9", "late weights averaged"),
 ]
 FRONTIER = [
-    Rung(
-        "case",
-        "BIGRAM_VOCAB_SIZE=0 EMBED_BITS=6",
-        "more pieces, with case markers; no BigramHash",
-        case=True,
-    ),
+    Rung("mlp4", "MLP_MULT=4", "MLP of four model widths, not three"),
     Rung("leaky", "LEAKY_SLOPE=0.5", "squared LeakyReLU, not squared ReLU"),
     Rung("xsa", "XSA_LAST_N=11", "exclusive attention in all layers"),
     Rung("ln_scale", "LN_SCALE=1", "inputs of layer i scaled by 1/sqrt(i+1)"),
@@ -138,11 +130,25 @@ FRONTIER = [
     Rung("polar", "MUON_POLAR_EXPRESS=1", "Polar Express polynomials"),
     Rung("late_rates", "MATRIX_LR=0.026 SCALAR_LR=0.02 TIED_EMBED_LR=0.03", "other learning rates"),
     Rung("beta2", "BETA2=0.99", "a longer memory of AdamW"),
-    Rung("late_decay", "MUON_WD=0.09 EMBED_WD=0.085 ADAM_WD=0.02", "weight decay of frontier"),
-    Rung("schedule", "WARMDOWN_FRAC=0.75 MIN_LR=0.1", "the rate falls for 75 %, down to a tenth"),
-    Rung("ema", "EMA_DECAY=0.9965 SWA_START_FRAC=1", "moving average in place of SWA"),
+    Rung("late_decay", "MUON_WD=0.095 EMBED_WD=0.085 ADAM_WD=0.02", "weight decay of frontier"),
+    Rung("schedule", "WARMDOWN_FRAC=0.85 MIN_LR=0.1", "the rate falls for 85 %, to a tenth"),
+    Rung("ema", "EMA_DECAY=0.9975 SWA_START_FRAC=1", "moving average in place of SWA"),
     Rung("gptq", "GPTQ=1 QAT_START_FRAC=1", "GPTQ in place of QAT"),
 ]
+SHORT = [
+    Rung(
+        "case",
+        "BIGRAM_VOCAB_SIZE=0 EMBED_BITS=6",
+        "more pieces, with case markers; no BigramHash",
+        case=True,
+    ),
+    Rung("slow", "MATRIX_LR=0.013 SCALAR_LR=0.02 TIED_EMBED_LR=0.02", "half the learning rates"),
+    Rung("mlp2", "MLP_MULT=2", "MLP of two model widths, for more steps"),
+    Rung("late_qat", "QAT_START_FRAC=0.85", "rounded weights in the last 15 % of training"),
+    Rung("last", "SWA_START_FRAC=1", "no averages, and no time to choose between them"),
+    Rung("ns4", "MUON_BACKEND_STEPS=4", "four iterations of Newton-Schulz, not five"),
+]
+LATER = FRONTIER + SHORT
 BASELINE, MIDDLE, TOP = "baseline", "consensus", "frontier"
 ENDS = [BASELINE, MIDDLE, TOP]
 WITHOUT, WITH = "without-", "with-"
@@ -166,7 +172,7 @@ def rung_settings(shape: Shape, rung: Rung) -> Settings:
 
 def rungs_of(shape: Shape) -> list[Rung]:
     """Return the rungs of a shape, from the bottom to its `frontier`."""
-    return CONSENSUS + [rung for rung in FRONTIER if rung.name in shape.top.split()]
+    return CONSENSUS + [rung for rung in LATER if rung.name in shape.top.split()]
 
 
 def joined(shape: Shape, rungs: Iterable[Rung]) -> Settings:
@@ -210,7 +216,7 @@ def leave_one_out(shape: Shape) -> list[Variant]:
 
 
 def one_more(shape: Shape) -> list[Variant]:
-    """Return the top with each rung of FRONTIER that it lacks."""
+    """Return the top with each rung of FRONTIER or SHORT that it lacks."""
     rungs = rungs_of(shape)
     return [
         Variant(
@@ -221,7 +227,7 @@ def one_more(shape: Shape) -> list[Variant]:
             rung.about,
             with_case([*rungs, rung]),
         )
-        for rung in FRONTIER
+        for rung in LATER
         if rung not in rungs
     ]
 

@@ -5,7 +5,7 @@ prediction is a roofline checked against published runs (docs/PLANNING.md). --lo
 finished run measured next to it; a log of train_gpt.py brings its own settings.
 
 Example:
-    fairway plan --preset frontier --gpus 8xh100 VOCAB_SIZE=8192 MLP_MULT=4
+    fairway plan --preset frontier --gpus 8xh100 VOCAB_SIZE=4096 MLP_MULT=3
 """
 
 from __future__ import annotations

