@@ -73,7 +73,8 @@ class LadderRun:
     seconds: float  # of training; 0 where steps end it
     steps: int  # 0 where the clock ends it
     seed: int
-    data: str  # folder of shards, with their tokenizer
+    data: str  # folder of shards
+    tokenizer: str
     judges: dict[str, str]  # name → pattern of shards
     fingerprints: dict[str, str]  # of data and judges: what paths held, where paths may differ
     judge_documents: int  # scored of each judge; 0 = all
@@ -87,7 +88,7 @@ class LadderRun:
 
     def request(self) -> dict[str, Any]:
         """Return what decides the result; no path is in it."""
-        places = ("data", "judges", "out")
+        places = ("data", "tokenizer", "judges", "out")
         return {n: v for n, v in asdict(self).items() if n not in places}
 
     def job(self) -> harness.Job:
@@ -141,7 +142,7 @@ def is_open(run: LadderRun, retry: bool) -> bool:
 def trainer_environment(run: LadderRun, folder: Path) -> dict[str, str]:
     """Return the trainer's whole environment: nothing that a shell exports changes a run."""
     places = dict(OUT_DIR=str(folder), RUN_ID="train", DATA_PATH=run.data)
-    places |= dict(TOKENIZER_PATH=str(Path(run.data) / "tokenizer.model"))
+    places |= dict(TOKENIZER_PATH=run.tokenizer)
     return {**run.settings, **places, "PRESET": BASELINE, "SEED": str(run.seed)}
 
 
@@ -292,7 +293,8 @@ def options_parser() -> Parser:
     add("--steps", type=int, default=0, metavar="N", help="equal tokens: steps a run")
     add("--tokens", type=int, default=0, metavar="N", help="the same, as tokens")
     add("--seeds", default="1337,42,2025", metavar="N,N", help="default: %(default)s")
-    add("--data", type=Path, metavar="DIR", help="shards and tokenizer (default: data/embedded)")
+    add("--data", type=Path, metavar="DIR", help="shards (default: data/embedded)")
+    add("--tokenizer", type=Path, metavar="FILE", help="default: tokenizer.model of --data")
     add("--judges", nargs="+", default=[], metavar="NAME=PATTERN", help="default: its val shards")
     add("--case-data", type=Path, metavar="DIR", help="the same text with case markers")
     add("--case-judges", nargs="+", default=[], metavar="NAME=PATTERN")
@@ -334,18 +336,20 @@ class Texts(NamedTuple):
     """The shards that variants of one vocabulary are trained and judged on."""
 
     data: Path
+    tokenizer: Path
     vocab_size: int
     judges: dict[str, str]  # name → absolute pattern of shards
     fingerprints: dict[str, str]
 
 
-def texts_of(option: str, data: Path, judges: list[str]) -> Texts:
+def texts_of(option: str, data: Path, judges: list[str], tokenizer: Path | None = None) -> Texts:
     """Return the texts that `option` and the option of its judges name."""
     data, judging = data.absolute(), option.replace("data", "judges")
+    path = (tokenizer or data / "tokenizer.model").absolute()
     if not list_shards(data / "*_train_*.bin"):
         raise UserError(f"{option}: no *_train_*.bin in {data}; run `make data`, or name another")
-    if not (path := data / "tokenizer.model").is_file():
-        raise UserError(f"{option}: no tokenizer.model in {data}; write it with data/prepare.py")
+    if not path.is_file():
+        raise UserError(f"{option}: no tokenizer {path}; write it with data/prepare.py, or name it")
     patterns = {}
     for text in judges or [f"val={data / '*_val_*.bin'}"]:
         name, _, pattern = text.partition("=")
@@ -358,8 +362,11 @@ def texts_of(option: str, data: Path, judges: list[str]) -> Texts:
             )
     fingerprints = {"training": fingerprint(str(data / "*_train_*.bin"))}
     fingerprints |= {n: fingerprint(p) for n, p in patterns.items()}
-    processor = train_gpt.sentencepiece.SentencePieceProcessor(model_file=str(path))
-    return Texts(data, processor.vocab_size(), patterns, fingerprints)
+    try:
+        processor = train_gpt.sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError):
+        raise UserError(f"{option}: {path} is no SentencePiece model; name another") from None
+    return Texts(data, path, processor.vocab_size(), patterns, fingerprints)
 
 
 def fingerprint(pattern: str) -> str:
@@ -396,7 +403,8 @@ def runs_of(options: argparse.Namespace) -> list[LadderRun]:
         least, value = int(name in ("stride", "threads")), getattr(options, name)
         if value < least:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-    texts = texts_of("--data", options.data or ROOT / "data" / "embedded", options.judges)
+    data = options.data or ROOT / "data" / "embedded"
+    texts = texts_of("--data", data, options.judges, options.tokenizer)
     by_case = {False: texts}
     if cased := [v.name for v in variants if v.case]:
         if not options.case_data:
@@ -419,6 +427,7 @@ def runs_of(options: argparse.Namespace) -> list[LadderRun]:
             steps=steps,
             seed=seed,
             data=str(by_case[variant.case].data),
+            tokenizer=str(by_case[variant.case].tokenizer),
             judges=by_case[variant.case].judges,
             fingerprints=by_case[variant.case].fingerprints,
             judge_documents=options.judge_documents,
@@ -429,8 +438,8 @@ def runs_of(options: argparse.Namespace) -> list[LadderRun]:
         for seed in seeds
         for variant in variants
     ]
-    for data in dict.fromkeys(run.data for run in runs):
-        check_texts(next(run for run in runs if run.data == data))
+    for folder in dict.fromkeys(run.data for run in runs):
+        check_texts(next(run for run in runs if run.data == folder))
     return runs
 
 

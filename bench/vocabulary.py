@@ -94,6 +94,7 @@ def run_of(vocabulary: Vocabulary, data: Path, seed: int, options: Namespace) ->
         steps=0,
         seed=seed,
         data=str(data),
+        tokenizer=str(data / "tokenizer.model"),
         judges={"val": pattern},
         fingerprints={
             "training": fingerprint(str(data / "*_train_*.bin")),

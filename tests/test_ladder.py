@@ -311,6 +311,8 @@ def test_an_interrupted_run_resumes(bench, in_this_process, monkeypatch, capsys)
         (["--steps", "2", "--judges", "val=nothing*"], "no shards match nothing*"),
         (["--steps", "2", "--threads", "0"], "--threads is 0; it must be at least 1"),
         (["--steps", "2", "--variants", "frontier"], "frontier has the rung `case`; give"),
+        (["--steps", "2", "--tokenizer", __file__], "is no SentencePiece model; name another"),
+        (["--steps", "2", "--tokenizer", "/none"], "--data: no tokenizer /none; write it"),
         (["--steps", "2", "--case-data", "/"], "--case-data: no *_train_*.bin in /"),
         (["--steps", "2", "--into", "nothing.md"], "nothing.md is no file"),
         (
@@ -343,6 +345,7 @@ def test_a_run_is_open_when_its_texts_or_its_code_changed(tmp_path):
         steps=3,
         seed=1,
         data="a",
+        tokenizer="a",
         judges={"val": "b"},
         fingerprints={"val": "c"},
         judge_documents=0,
