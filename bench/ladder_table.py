@@ -176,6 +176,22 @@ def near_the_line(sections: dict[str, list[Row]]) -> str:
     )
 
 
+def unequal_bytes(results: Results) -> str:
+    """Name the texts of which tokenizers keep different bytes, and by how much."""
+    counts: dict[str, set[int]] = {}
+    for r in (r for runs in results.values() for r in runs if r["status"] == "done"):
+        for name, judged in r["judged"].items():
+            counts.setdefault(name, set()).add(judged["bytes"])
+    apart = {name: max(found) / min(found) - 1 for name, found in counts.items()}
+    unequal = [f"of {name} by {100 * part:.2f} %" for name, part in apart.items() if part]
+    if not unequal:
+        return ""
+    return (
+        f"The bytes {' and '.join(unequal)} differ between tokenizers: one that normalises text "
+        "drops some blanks. Each BPB is over the bytes that its own tokenizer keeps."
+    )
+
+
 def mixed(results: Results) -> str:
     """Name what differs between runs that a table needs to be equal."""
     done = [r for runs in results.values() for r in runs if r["status"] == "done"]
@@ -184,7 +200,6 @@ def mixed(results: Results) -> str:
         "hardware": lambda r: r["environment"]["hardware"],
         "versions": lambda r: r["environment"]["versions"],
         "threads": lambda r: r["threads"],
-        "judged bytes": lambda r: {name: j["bytes"] for name, j in r["judged"].items()},
         "stride": lambda r: r["stride"],
         "device": lambda r: r["device"],
     }
@@ -203,7 +218,10 @@ def about(results: Results) -> str:
     data = " and ".join(f"`{name}` ({count:,} pieces)" for name, count in pieces.items())
     budget = f"{run['seconds']:g} s of training" if run["seconds"] else f"{run['steps']} steps"
     shape, machine = words_of_shape(run), run["environment"]["hardware"]
-    texts = "; ".join(f"{n}: {j['bytes']:,} bytes" for n, j in run["judged"].items())
+    most = {
+        n: max(r["judged"][n]["bytes"] for r in done if n in r["judged"]) for n in run["judged"]
+    }
+    texts = "; ".join(f"{n}: {count:,} bytes" for n, count in most.items())
     code = ", ".join(f"{n} {v}" for n, v in run["environment"]["versions"].items())
     return (
         f"Shape `{run['shape']}` ({shape}), {budget} a run on {data}, {run['threads']} thread(s) "
@@ -261,7 +279,11 @@ def markdown(results: Results) -> str:
     sections = sections_of(results, SHAPES[next(iter(results.values()))[0]["shape"]])
     judges = judges_of(sections)
     parts = [section_text(name, rows, judges) for name, rows in sections.items() if judges]
-    opening = [about(results), mixed(results)] if judges else ["No run is done yet."]
+    opening = (
+        [about(results), unequal_bytes(results), mixed(results)]
+        if judges
+        else ["No run is done yet."]
+    )
     parts = [*opening, *parts, near_the_line(sections), failures(results)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
