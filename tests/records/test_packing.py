@@ -380,7 +380,7 @@ def test_files_that_do_not_belong_together_are_refused(runs, root, tmp_path):
     out = tmp_path / "records"
     with pytest.raises(RecordError, match="4 runs were given, but they are 3"):
         pack_runs([*runs, runs[0] / "logs/train_seed1337.txt"], root, out)
-    (runs[1] / "final_model.int6.ptz").write_bytes(b"other")
+    (runs[0] / "final_model.int6.ptz").write_bytes(b"other")
     with pytest.raises(RecordError, match="final_model.int6.ptz has sha256 .* wrote over it"):
         pack_runs(runs, root, out)
     made_run(runs[0], 1337, evaluated=False)
