@@ -1285,7 +1285,7 @@ def set_up_runtime(cfg: Config, env: Mapping[str, str]) -> Runtime:
     if kind not in ("cpu", best):
         raise UserError(f"DEVICE is {kind}, but PyTorch sees only {best}; unset it")
     device, name = torch.device(kind), f"{kind} {platform.machine()}"
-    if kind == "cpu" and sys.platform == "linux":  # page faults would take a third of a step
+    if kind == "cpu" and sys.platform == "linux":  # page faults would take 10 to 40 % of a step
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0), libc.mallopt(-1, 1 << 30)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     if kind == "cuda":

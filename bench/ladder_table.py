@@ -176,10 +176,14 @@ def near_the_line(sections: dict[str, list[Row]]) -> str:
     )
 
 
+def finished(results: Results) -> list[dict[str, Any]]:
+    return [r for runs in results.values() for r in runs if r["status"] == "done"]
+
+
 def unequal_bytes(results: Results) -> str:
     """Name the texts of which tokenizers keep different bytes, and by how much."""
     counts: dict[str, set[int]] = {}
-    for r in (r for runs in results.values() for r in runs if r["status"] == "done"):
+    for r in finished(results):
         for name, judged in r["judged"].items():
             counts.setdefault(name, set()).add(judged["bytes"])
     apart = {name: max(found) / min(found) - 1 for name, found in counts.items()}
@@ -194,7 +198,7 @@ def unequal_bytes(results: Results) -> str:
 
 def mixed(results: Results) -> str:
     """Name what differs between runs that a table needs to be equal."""
-    done = [r for runs in results.values() for r in runs if r["status"] == "done"]
+    done = finished(results)
     kinds: dict[str, Callable[[dict[str, Any]], Any]] = {
         "code": lambda r: r["environment"]["code_sha256"],
         "hardware": lambda r: r["environment"]["hardware"],
@@ -213,7 +217,7 @@ def mixed(results: Results) -> str:
 
 def about(results: Results) -> str:
     """Return a paragraph on budget, texts and machine."""
-    done = [r for runs in results.values() for r in runs if r["status"] == "done"]
+    done = finished(results)
     run, pieces = done[0], {r["data"]: int(r["settings"]["VOCAB_SIZE"]) for r in done}
     data = " and ".join(f"`{name}` ({count:,} pieces)" for name, count in pieces.items())
     budget = f"{run['seconds']:g} s of training" if run["seconds"] else f"{run['steps']} steps"

@@ -47,6 +47,16 @@ def as_text(value: Any) -> str:
     return str(int(value) if isinstance(value, bool) else value)
 
 
+def in_proportion(xsa: int, rope: int, lanes: int, loops: tuple[int, int]) -> dict[str, str]:
+    """Return the settings of the rungs whose values follow the number of layers and the width."""
+    return {
+        "xsa": f"XSA_LAST_N={xsa}",
+        "rope": f"ROPE_DIMS={rope}",
+        "lanes": f"PARALLEL_START_LAYER={lanes}",
+        "loops": f"LOOP_START={loops[0]} LOOP_END={loops[1]}",
+    }
+
+
 # Of eleven layers, the preset frontier runs 3 to 5 three times and has two lanes from 8 on; of a
 # head's 64 channels, 16 rotate. The values keep these proportions. cpu4 has 4.1 times the weights
 # of cpu. The tokenizer is not in the artifact, as in the challenge.
@@ -56,24 +66,14 @@ SHAPES = {
         "cpu",
         "EMBED_TOKENIZER=0",
         PAYS,
-        {
-            "xsa": "XSA_LAST_N=4",
-            "rope": "ROPE_DIMS=8",
-            "lanes": "PARALLEL_START_LAYER=3",
-            "loops": "LOOP_START=1 LOOP_END=1 NUM_LOOPS=2",
-        },
+        in_proportion(xsa=4, rope=8, lanes=3, loops=(1, 1)),
     ),
     "cpu4": Shape(
         "cpu",
         "EMBED_TOKENIZER=0 NUM_LAYERS=6 MODEL_DIM=256 NUM_HEADS=8 NUM_KV_HEADS=4 "
         "HOLDOUT_TOKENS=8192",
         PAYS,
-        {
-            "xsa": "XSA_LAST_N=6",
-            "rope": "ROPE_DIMS=8",
-            "lanes": "PARALLEL_START_LAYER=4",
-            "loops": "LOOP_START=2 LOOP_END=3 NUM_LOOPS=2",
-        },
+        in_proportion(xsa=6, rope=8, lanes=4, loops=(2, 3)),
     ),
     "smoke": Shape(
         "smoke",
@@ -81,10 +81,7 @@ SHAPES = {
         PAYS,
         {
             "bigram": "BIGRAM_VOCAB_SIZE=64",
-            "xsa": "XSA_LAST_N=2",
-            "rope": "ROPE_DIMS=4",
-            "lanes": "PARALLEL_START_LAYER=1",
-            "loops": "LOOP_START=1 LOOP_END=1 NUM_LOOPS=2",
+            **in_proportion(xsa=2, rope=4, lanes=1, loops=(1, 1)),
         },
     ),
 }

@@ -95,6 +95,11 @@ def read_events(path: str | Path, limit: int = TEXT_LIMIT) -> tuple[list[dict[st
     return events, damaged
 
 
+def is_weights(name: str) -> bool:
+    """Return whether a record's file is an artifact of ours, by its name."""
+    return name.endswith(".ptz")
+
+
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fairway.records.experiment import Result
+from fairway.records.files import is_weights
 from fairway.records.markdown import (
     bullets,
     markdown_cell,
@@ -469,10 +470,6 @@ def lineage_section(record: Record) -> str:
         "which a technique is known.",
         bullets([f"{words}: {credit}" for words, credit in known if credit]),
     )
-
-
-def is_weights(name: str) -> bool:
-    return name.endswith(".ptz")
 
 
 def files_section(record: Record) -> str:

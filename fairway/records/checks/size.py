@@ -13,7 +13,7 @@ from fairway.records.checks.base import (
     by_run,
     code_bytes_in_use,
 )
-from fairway.records.files import read_text, sha256
+from fairway.records.files import is_weights, read_text, sha256
 from fairway.records.folder import RecordFolder, read_or_fault, scoring_log
 from fairway.records.run import dict_at
 from fairway.records.shipped_code import CHALLENGE, PACKAGES, READABLE, CodeFile, distribution_of
@@ -132,7 +132,7 @@ def check_total_bytes(folder: RecordFolder) -> str:
 
 def check_artifacts(folder: RecordFolder) -> str:
     """An artifact that the folder carries must be one that a score of the record is of."""
-    carried = [name for name in folder.files if name.endswith(".ptz")]
+    carried = [name for name in folder.files if is_weights(name)]
     if not carried:
         return "the folder carries no artifact"
     runs = [run for run in folder.record if run.score is not None]
