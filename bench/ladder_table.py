@@ -187,12 +187,13 @@ def unequal_bytes(results: Results) -> str:
         for name, judged in r["judged"].items():
             counts.setdefault(name, set()).add(judged["bytes"])
     apart = {name: max(found) / min(found) - 1 for name, found in counts.items()}
-    unequal = [f"of {name} by {100 * part:.2f} %" for name, part in apart.items() if part]
+    unequal = [f"{name} by {100 * part:.2f} %" for name, part in apart.items() if part]
     if not unequal:
         return ""
     return (
-        f"The bytes {' and '.join(unequal)} differ between tokenizers: one that normalises text "
-        "drops some blanks. Each BPB is over the bytes that its own tokenizer keeps."
+        f"Texts differ in bytes between tokenizers: {', '.join(unequal)}. One that normalises text "
+        "joins lines and blanks and replaces some characters. Each BPB is over the bytes that its "
+        "own tokenizer keeps."
     )
 
 
