@@ -84,6 +84,8 @@ class Config:
     train_batch_tokens: int = knob(524_288, "tokens a step, all devices", 8, role="schedule")
     micro_batch_tokens: int = knob(0, "tokens a pass; 0 = batch / 8", 0, role="runtime")
     exact_sums: bool = knob(False, "equal bits on 1 to 8 CPU ranks; slower", role="schedule")
+    sampled_frac: float = knob(0.0, "part before a loss over all pieces", 0, 1, role="schedule")
+    sampled_pieces: int = knob(256, "pieces drawn for the loss before", 1, 65_536, role="schedule")
     holdout_tokens: int = knob(262_144, "held out to judge averages", 1, role="schedule")
     qat_start_frac: float = knob(1.0, "part before QAT; 1 = no QAT", 0, 1, role="schedule")
     swa_start_frac: float = knob(1.0, "part before SWA; 1 = no SWA", 0, 1, role="schedule")
@@ -273,10 +275,6 @@ CASE_MARKERS = "\ue001\ue002\ue003"  # pieces before capitals in tokenizers of l
 TOKENIZER_PLACES = "tokenizer.model", "../../tokenizers/fineweb_{}_bpe.model"  # from the shards
 
 
-class ShardError(UserError):
-    """A token file that differs from what its header, or the run, says."""
-
-
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Write a file next to `path`, then rename it, so that readers see the old file or the new."""
@@ -311,18 +309,17 @@ def read_shard(path: str | Path, vocab_size: int = 0) -> np.ndarray:
     try:
         size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=256)
     except OSError as e:
-        raise ShardError(f"{path}: cannot be read ({e.strerror}); prepare the data again") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror}); prepare the data again") from None
     if len(header) != 256 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
-        raise ShardError(f"{path}: not a token shard of version 1; write it with data/prepare.py")
+        raise UserError(f"{path}: not a token shard of version 1; write it with data/prepare.py")
     count, held = int(header[2]), (size - SHARD_HEADER_BYTES) / 2
     if count != held:
-        raise ShardError(f"{path}: header says {count} tokens, it holds {held:g}; make it again")
+        raise UserError(f"{path}: header says {count} tokens, it holds {held:g}; make it again")
     if not count:
         return np.zeros(0, "<u2")
     tokens = np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES, (count,))
     if vocab_size and (largest := int(tokens.max())) >= vocab_size:
-        message = f"{path}: holds token {largest}, but VOCAB_SIZE is {vocab_size}"
-        raise ShardError(f"{message}; set VOCAB_SIZE or DATA_PATH so that the two agree")
+        raise UserError(f"{path}: token {largest} >= VOCAB_SIZE={vocab_size}; set it or DATA_PATH")
     return tokens
 
 
@@ -380,7 +377,7 @@ def audit_bytes(tokenizer: Any, table: ByteTable, tokens: np.ndarray) -> int:
             ends = (n for n in range(2, len(ids) + 1) if n == len(ids) or not inner[n])
             wrong = int(ids[next(n for n in ends if excess(ids[:n])) - 1])
             what = f"the document at token {start} decodes to {missed:+d} bytes against BPB's table"
-            raise ShardError(f"{what}, from token {wrong} ({tokenizer.id_to_piece(wrong)!r}) on")
+            raise UserError(f"{what}, from token {wrong} ({tokenizer.id_to_piece(wrong)!r}) on")
     return int(table.count(tokens).sum())
 
 
@@ -392,7 +389,7 @@ def check_sidecar(path: Path, tokens: np.ndarray, table: ByteTable) -> None:
         at = int(np.append(given[: len(ours)] != ours[: len(given)], True).argmax())
         if not at == len(given) == len(ours):
             what = f"token {at} has {given[at : at + 1]} bytes, its piece {ours[at : at + 1]}"
-            raise ShardError(f"{beside}: {what}; make both again, or set TOKENIZER_PATH")
+            raise UserError(f"{beside}: {what}; make both again, or set TOKENIZER_PATH")
 
 
 class TokenStream:
@@ -460,8 +457,7 @@ def load_data(cfg: Config) -> Data:
     except (RuntimeError, OSError):
         raise UserError(f"{path} is no SentencePiece model; set TOKENIZER_PATH to one") from None
     if (pieces := tokenizer.vocab_size()) != cfg.vocab_size:
-        message = f"VOCAB_SIZE is {cfg.vocab_size}, but {path} has {pieces} pieces"
-        raise UserError(f"{message}; set VOCAB_SIZE or TOKENIZER_PATH so that the two agree")
+        raise UserError(f"VOCAB_SIZE is {V}, {path} has {pieces} pieces; set it or TOKENIZER_PATH")
     table = proven_table(tokenizer, path, val)
     for shard in list_shards(folder / "*_val_*.bin"):
         check_sidecar(shard, read_shard(shard), table)
@@ -605,8 +601,7 @@ def gptq_codes(bits: int, weight, steps, order, factor, block=128) -> Tensor:
 
 # ==== CODECS ======================================================================================
 # Each maps a list of byte matrices ("planes") to bytes and back, and trusts nothing that it reads.
-# On 26.8 M weights the entropy coder is 1.1 % smaller than brotli and 2.2 % smaller than zstd. Its
-# tables are integers, so that any language can decode it: docs/ARTIFACT.md.
+# The entropy coder's tables are integers, so that any language can decode it: docs/ARTIFACT.md.
 Planes = list[np.ndarray]
 compress_brotli = functools.partial(brotli.compress, quality=11, lgwin=24)
 # Entries of a frequency table are bytes read as small floats: exact to 31, then 4 mantissa bits.
@@ -743,9 +738,8 @@ CODECS["ans"] = pack_ans, unpack_ans  # the others take and return all planes as
 def encode_planes(codec: str, planes: Planes) -> bytes:
     """Return planes as a codec packs them; those without elements are left out."""
     full = [p for p in planes if p.size]
-    if codec != "ans":
-        full = b"".join(p.tobytes() for p in full)
-    return CODECS[codec][0](full) if full else b""
+    data = full if codec == "ans" else b"".join(p.tobytes() for p in full)
+    return CODECS[codec][0](data) if data else b""
 
 
 def decode_planes(codec: str, payload: bytes, shapes: list[tuple[int, int]]) -> Planes:
@@ -804,19 +798,16 @@ def planes_of(rounded: Mapping[str, Rounded]) -> Planes:
     return planes
 
 
-def encode_artifact(
-    rounded: Mapping[str, Rounded], k: float, cfg, looping, codec, tokenizer
-) -> bytes:
+def encode_artifact(rounded: Mapping, k: float, cfg, looping, codec, tokenizer) -> bytes:
     """Return the whole file."""
     payload = encode_planes(codec, planes_of(rounded))
     inside = compress_brotli(tokenizer) if cfg.embed_tokenizer else b""
     model = {name: getattr(cfg, name) for name in MODEL_FIELDS}
     header = {"model": model, "looping": looping, "k": k, "codec": codec}
     header["tensors"] = {n: [r.bits, *r.values.shape] for n, r in rounded.items()}
-    header["payload_bytes"] = len(payload)
-    header["payload_sha256"] = hashlib.sha256(payload + inside).hexdigest()
-    header["tokenizer_bytes"] = len(inside)
-    header["tokenizer_sha256"] = hashlib.sha256(tokenizer).hexdigest()
+    ours, theirs = (hashlib.sha256(data).hexdigest() for data in (payload + inside, tokenizer))
+    header |= {"payload_bytes": len(payload), "payload_sha256": ours}
+    header |= {"tokenizer_bytes": len(inside), "tokenizer_sha256": theirs}
     text = json.dumps(header, separators=(",", ":")).encode()
     start = PRELUDE.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text), hashlib.sha256(text).digest())
     return start + text + payload + inside
@@ -826,8 +817,7 @@ def decode_tensors(header: Mapping[str, Any], payload: bytes) -> dict[str, Round
     """Return the tensors of a payload, codes as int8, by a header that is known to be right."""
     shapes: list[tuple] = []
     for bits, *shape in header["tensors"].values():
-        plain = [(2, math.prod(shape))]
-        shapes += plain if bits == PLAIN_BITS else [tuple(shape), (2, shape[0])]
+        shapes += [(2, math.prod(shape))] if bits == PLAIN_BITS else [tuple(shape), (2, shape[0])]
     planes, rounded = iter(decode_planes(header["codec"], payload, shapes)), {}
     for name, (bits, *shape) in header["tensors"].items():
         if bits == PLAIN_BITS:
@@ -1031,14 +1021,15 @@ class GPT(nn.Module):
         self.stream_dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         return self.to(device)
 
-    def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Return [B, T, V] in fp32: each position's prediction of the token after it."""
+    def logits(self, tokens_BT: Tensor, pieces: Tensor | None = None) -> Tensor:
+        """Return [B, T, V] in fp32, or of a part of V: what each position predicts to come next."""
         T = tokens_BT.size(1)
         if T > (most := len(self.cos)):
             raise UserError(f"{T} tokens in a sequence, but the model's TRAIN_SEQ_LEN is {most}")
-        return self.from_embedded(self.embed(tokens_BT), (self.cos[:T], self.sin[:T]))
+        rope = self.cos[:T], self.sin[:T]
+        return self.from_embedded(self.embed(tokens_BT), rope, pieces=pieces)
 
-    def from_embedded(self, x0: Tensor, rope: tuple[Tensor, Tensor], attention=attend) -> Tensor:
+    def from_embedded(self, x0: Tensor, rope, attention=attend, pieces=None) -> Tensor:
         """Return the logits of embeddings, perhaps with other rotations or attention to a cache."""
         x, lane, order, skips = x0, x0, self.passes(self.looping), []
         half = len(order) // 2
@@ -1049,23 +1040,24 @@ class GPT(nn.Module):
             x, lane = self.blocks[layer](x, lane, x0, rope, attention)
             if i < half:
                 skips.append(x)
-        x = F.linear(normalised((x + lane) / 2), self.tok_emb.weight)
+        weight = self.tok_emb.weight if pieces is None else self.tok_emb.weight[pieces]
+        x = F.linear(normalised((x + lane) / 2), weight)
         return self.cfg.logit_softcap * torch.tanh(x.float() / self.cfg.logit_softcap)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Return the cross-entropy of every target, [B, T], in nats."""
-        logits_NV = self.logits(tokens_BT).flatten(0, 1)
-        nats = F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
-        return nats.view_as(targets_BT)
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor, sample=None) -> Tensor:
+        """Return the cross-entropy of every target, [B, T], in nats, perhaps over a sample of V."""
+        pieces, places, chances = sample or (None, targets_BT.flatten(), None)
+        logits_NV = self.logits(tokens_BT, pieces).flatten(0, 1)
+        logits_NV = logits_NV if sample is None else logits_NV - chances
+        return F.cross_entropy(logits_NV, places, reduction="none").view_as(targets_BT)
 
 
 @torch.no_grad()
 def initialise(model: GPT, cfg: Config) -> None:
     """Set the weights from the seed alone, drawn on the CPU: equal on every device and rank."""
     torch.manual_seed(cfg.seed)
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
+    matrices = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for name, module in matrices:
         weight = torch.zeros(module.weight.shape)
         if not name.endswith((".attn.proj", ".mlp.proj")):  # zeros: each block begins as identity
             if cfg.ortho_init and min(weight.shape) >= 64:
@@ -1082,12 +1074,9 @@ def initialise(model: GPT, cfg: Config) -> None:
 # ==== WEIGHTS =====================================================================================
 # All weights lie in one buffer, those of equal shape and rounding side by side: one operation then
 # does what would take one a tensor, and a step launches some hundred kernels instead of thousands.
+# The last number of a buffer is no weight: with gradients, it is the loss.
 class Buffer:
-    """One tensor with a place for every weight of a model; `params` and `banks` are views of it.
-
-    A bank is a stack of matrices of one kind, rounding and shape, or all vectors in a row. The last
-    number is no weight: with gradients, it is the loss.
-    """
+    """A tensor of all weights of a model, in views: `params`, or `banks` of equal matrices."""
 
     def __init__(self, model: GPT, flat: Tensor | None = None, dtype=torch.float32):
         parameters, groups, views, end = dict(model.named_parameters()), {}, {}, 0
@@ -1388,6 +1377,7 @@ class Run:
     rounded: Buffer  # what passes see once `qat` is on
     optimisers: list[torch.optim.Optimizer]
     averages: Averages
+    counts: np.ndarray  # of each piece, in the first training tokens
     step: int = 0
     train_s: float = 0.0  # until the clock was last started
     k: float = 0.0  # of the quantiser
@@ -1429,7 +1419,8 @@ def make_run(cfg: Config, rt: Runtime, data: Data, log: Log, model: GPT, tokens:
     optimisers, functions = make_optimisers(weights, gradients, cfg, rt), (model, rounded_banks)
     if cfg.compile:  # one shape, one graph: were shapes dynamic, all would be slower
         functions = [torch.compile(f, fullgraph=True, dynamic=False) for f in functions]
-    rest = *functions, weights, sums, gradients, rounded, optimisers, Averages()
+    counts = np.bincount(tokens[0][: 1 << 22].astype(np.int64), minlength=cfg.vocab_size)
+    rest = *functions, weights, sums, gradients, rounded, optimisers, Averages(), counts
     return Run(cfg, rt, log, data, model, params, TokenStream(tokens), *rest)
 
 
@@ -1453,11 +1444,11 @@ def set_up(cfg: Config, rt: Runtime, data: Data, log: Log) -> Run:
     log(
         f"world_size:{rt.world} grad_accum_steps:{len([*batch_passes(run)])}\n"
         f"sdp_backends:{kernel}\nattention_mode:gqa num_heads:{H} num_kv_heads:{G}\n"
-        f"tie_embeddings:True embed_lr:{cfg.tied_embed_lr} head_lr:0.0 "
-        f"matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}\n"
-        f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
-        f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
-        f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\nseed:{cfg.seed}"
+        f"tie_embeddings:True embed_lr:{cfg.tied_embed_lr} head_lr:0.0 matrix_lr:{cfg.matrix_lr} "
+        f"scalar_lr:{cfg.scalar_lr}\ntrain_batch_tokens:{cfg.train_batch_tokens} "
+        f"train_seq_len:{cfg.train_seq_len} iterations:{cfg.iterations} "
+        f"warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\n"
+        f"seed:{cfg.seed}"
     )
     # Normal rows stand in for trained ones: the size of codes depends on shape, not on scale.
     noise = torch.Generator().manual_seed(0)
@@ -1509,7 +1500,7 @@ def predict_size(run: Run, when: str, state: Tensors) -> None:
 def take_step(run: Run, progress: float) -> None:
     """Take a step; with QAT, along gradients at rounded weights (straight-through estimator)."""
     use_weights(run.params, (round_weights(run) if run.qat else run.weights).params)
-    accumulate_gradients(run)
+    accumulate_gradients(run, progress < run.cfg.sampled_frac)
     use_weights(run.params, run.weights.params)
     if limit := run.cfg.grad_clip_norm:
         gradients = run.gradients.flat[:-1]
@@ -1549,13 +1540,24 @@ def batch_passes(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
         yield tokens[:, :-1], tokens[:, 1:]
 
 
-def accumulate_gradients(run: Run) -> None:
+def sample(run: Run, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return targets' pieces and drawn ones, the targets' places, and log chances to be in."""
+    V, n, N = run.cfg.vocab_size, run.cfg.sampled_pieces, targets.numel()
+    others = torch.randint(V, (n,), generator=torch.Generator().manual_seed(run.stream.at))
+    pieces, places = torch.cat([targets.flatten().cpu(), others]).unique(return_inverse=True)
+    missed = (1 - run.counts / run.counts.sum()) ** N * (1 - 1 / V) ** n
+    chances = torch.from_numpy(np.log1p(-missed)).float()[pieces]  # off logits: right on average
+    return tuple(part.to(targets.device) for part in (pieces, places[:N], chances))
+
+
+def accumulate_gradients(run: Run, sampled: bool = False) -> None:
     """Set the gradients of the batch's mean loss, over passes and ranks, and that loss."""
     cfg, rt, sums, params = run.cfg, run.rt, run.sums, run.params
     sums.flat.zero_()
     for x, y in batch_passes(run):
         with rt.autocast():
-            mean = run.loss_fn(x, y).sum() / cfg.train_batch_tokens
+            nats = run.model(x, y, sample(run, y)) if sampled else run.loss_fn(x, y)
+            mean = nats.sum() / cfg.train_batch_tokens
         torch._foreach_add_(sums.params, torch.autograd.grad(mean, params, materialize_grads=True))
         sums.flat[-1] += mean.detach()
     run.stream.at += cfg.train_batch_tokens
@@ -1571,7 +1573,7 @@ def warm_up(run: Run) -> None:
     for i in range(cfg.warmup_steps):
         run.model.looping = bool(cfg.num_loops) and 2 * i >= cfg.warmup_steps
         run.qat = cfg.qat_start_frac < 1 and i % 2 == 1
-        take_step(run, 0.0)
+        take_step(run, 1.0)  # over all pieces
         if i == 0 or (i + 1) % 10 == 0 or i + 1 == cfg.warmup_steps:
             run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps}")
     if cfg.max_wallclock_seconds:
@@ -1767,8 +1769,7 @@ def read_checkpoint(cfg: Config, path: Path | None = None) -> dict[str, Any]:
 
 def restore(run: Run, saved: dict[str, Any]) -> None:
     if saved["data"] != run.data.fingerprint:
-        message = f"{run.data.folder} has other shards than the checkpoint's run"
-        raise UserError(f"{message}; set DATA_PATH, or start again without RESUME")
+        raise UserError(f"{run.data.folder} has other shards than the checkpoint; set DATA_PATH")
     run.model.load_state_dict(saved["model"], strict=True)
     for optimiser, state in zip(run.optimisers, saved["optimisers"], strict=True):
         optimiser.load_state_dict(state)
@@ -1777,8 +1778,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
         tensors = [t.to(run.rt.device) for t in value] if type(value) is list else value
         setattr(run.averages, name, tensors)
     run.model.looping, run.stream.at = saved["looping"], saved["stream"]
-    step, ms = run.step, 1000 * run.train_s
-    run.log(f"resumed step:{step} train_time:{ms:.0f}ms", "resume", step=step)
+    line = f"resumed step:{run.step} train_time:{1000 * run.train_s:.0f}ms"
+    run.log(line, "resume", step=run.step)
 
 
 # ==== EXPORT ======================================================================================
@@ -1905,9 +1906,8 @@ def log_errors(run: Run, rounded: Mapping[str, Rounded]) -> None:
             error = ((r.weight() - weight).norm() / weight.norm().clamp(min=1e-12)).item()
             table[name] = error, entropy_bits(r.values) / r.values.numel()
     errors, bits = zip(*table.values(), strict=True)
-    line = f"quantised:{len(table)} matrices mean_error:{np.mean(errors):.4f}"
-    line += f" worst_error:{max(errors):.4f} mean_bits:{np.mean(bits):.2f}"
-    run.log(line, "quantised", tensors=table)
+    line = f"quantised:{len(table)} matrices mean_error:{np.mean(errors):.4f} worst_error:"
+    run.log(f"{line}{max(errors):.4f} mean_bits:{np.mean(bits):.2f}", "quantised", tensors=table)
 
 
 def score_artifact(run: Run, path: Path) -> None:
@@ -1949,8 +1949,7 @@ def main(env: Mapping[str, str] = os.environ) -> None:
     train(run)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_DFL)
-    path = export(run, choose(run))
-    score_artifact(run, path)
+    score_artifact(run, export(run, choose(run)))
     log.close()
 
 

@@ -335,8 +335,8 @@ class GPT(nn.Module):
         x = normalised(x + self.bigram(tokens_BT) if "bigram" in self else x)
         return self.smear(x, tokens_BT) if "smear" in self else x
 
-    def logits(self, tokens_BT: mx.array) -> mx.array:
-        """Return [B, T, V]: each position's prediction of the token after it."""
+    def logits(self, tokens_BT: mx.array, pieces: mx.array | None = None) -> mx.array:
+        """Return [B, T, V], or of a part of V: what each position predicts to come next."""
         T, cap = tokens_BT.shape[1], self.cfg.logit_softcap
         if len(self._cos) < T:
             raise UserError(
@@ -351,11 +351,19 @@ class GPT(nn.Module):
             x, lane = self.blocks[layer](x, lane, x0, rope)
             if i < len(order) // 2:
                 skips.append(x)
-        return cap * mx.tanh(normalised((x + lane) / 2) @ self.tok_emb.weight.T / cap)
+        weight = self.tok_emb.weight if pieces is None else self.tok_emb.weight[pieces]
+        return cap * mx.tanh(normalised((x + lane) / 2) @ weight.T / cap)
 
-    def __call__(self, tokens_BT: mx.array, targets_BT: mx.array) -> mx.array:
-        """Return the cross-entropy of each target, [B, T], in nats."""
-        return nn.losses.cross_entropy(self.logits(tokens_BT), targets_BT, reduction="none")
+    def __call__(self, tokens_BT: mx.array, targets_BT: mx.array, *sample: mx.array) -> mx.array:
+        """Return the cross-entropy of each target, [B, T], in nats, perhaps over a sample of V."""
+        if not sample:
+            return nn.losses.cross_entropy(self.logits(tokens_BT), targets_BT, reduction="none")
+        pieces, places, chances = sample
+        logits, places_BT = (
+            self.logits(tokens_BT, pieces) - chances,
+            places.reshape(targets_BT.shape),
+        )
+        return nn.losses.cross_entropy(logits, places_BT, reduction="none")
 
     def holding(self, weights: Weights) -> GPT:
         """Put these weights into the model and return it."""
@@ -597,8 +605,8 @@ class Run:
     optimiser: Optimiser
     stream: TokenStream
     averages: Averages = field(default_factory=Averages)
-    # Loss and gradients, by whether depth recurrence is on.
-    gradient_functions: dict[bool, Callable] = field(default_factory=dict)
+    # Loss and gradients, by whether depth recurrence is on and whether the loss is over a sample.
+    gradient_functions: dict[tuple[bool, bool], Callable] = field(default_factory=dict)
     step: int = 0
     train_s: float = 0.0  # seconds until the clock was last started
     k: float = 0.0  # the quantiser's: predicted first, then measured during the run
@@ -613,6 +621,12 @@ class Run:
     logged: tuple[int, float] = (0, 0.0)  # step and clock of the last line
 
     elapsed = train_gpt.Run.elapsed
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """Counts of each piece in the first training tokens."""
+        tokens = self.stream.shards[0][: 1 << 22].astype(np.int64)
+        return np.bincount(tokens, minlength=self.cfg.vocab_size)
 
     def set_clock(self, running: bool) -> None:
         """Start or stop the clock of the training time, after MLX has finished its work."""
@@ -685,32 +699,35 @@ def update_k(run: Run, when: str, tensors: Mapping[str, Tensor]) -> None:
     run.k = inputs.k
 
 
-def gradient_function(run: Run) -> Callable:
-    """Return a function of weights, inputs and targets.
+def gradient_function(run: Run, sampled: bool = False) -> Callable:
+    """Return a function of weights, inputs, targets and, if `sampled`, their sample.
 
     It returns ((mean loss, sum of nats), gradients of the mean).
     """
     looping, model, count = run.model.looping, run.model, run.cfg.train_batch_tokens
 
-    def losses(weights: Weights, x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
-        nats = model.holding(weights)(x, y)
+    def losses(weights: Weights, x: mx.array, y: mx.array, *sample: mx.array):
+        nats = model.holding(weights)(x, y, *sample)
         return mx.sum(nats) / count, mx.sum(nats)
 
-    # One for each value of `looping`: compiled code keeps the layers that it was traced with.
-    if looping not in run.gradient_functions:
-        function = mx.value_and_grad(losses)
-        run.gradient_functions[looping] = mx.compile(function) if run.cfg.compile else function
-    return run.gradient_functions[looping]
+    # Compiled code keeps the layers that it was traced with; samples have another shape each time.
+    key = looping, sampled
+    if key not in run.gradient_functions:
+        function, compiled = mx.value_and_grad(losses), run.cfg.compile and not sampled
+        run.gradient_functions[key] = mx.compile(function) if compiled else function
+    return run.gradient_functions[key]
 
 
-def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights] | None:
+def accumulate_gradients(
+    run: Run, weights: Weights, sampled: bool = False
+) -> tuple[Tensor, Weights] | None:
     """Return the batch's mean loss and its gradients.
 
     Return None as soon as a signal has come.
     """
     cfg, length = run.cfg, run.cfg.train_seq_len
     eighth, size = cfg.train_batch_tokens // 8, micro_tokens(cfg)
-    rows, gradients_of = cfg.train_batch_tokens // length, gradient_function(run)
+    rows, gradients_of = cfg.train_batch_tokens // length, gradient_function(run, sampled)
     tokens = run.stream.sequences(rows, length)
     sums, plain = {n: mx.zeros_like(w) for n, w in weights.items()}, 0.0
     on_progress = progress_printer("first step")
@@ -720,7 +737,9 @@ def accumulate_gradients(run: Run, weights: Weights) -> tuple[Tensor, Weights] |
         end = min(start + size, (start // eighth + 1) * eighth)
         own = tokens[start // length : end // length]
         x, y = to_ids(own[:, :-1]), to_ids(own[:, 1:])
-        (_, nats), gradients = gradients_of(weights, x, y)
+        drawn = train_gpt.sample(run, torch.from_numpy(own[:, 1:])) if sampled else ()
+        sample = [mx.array(part.numpy()) for part in drawn]
+        (_, nats), gradients = gradients_of(weights, x, y, *sample)
         sums = {n: total + gradients[n] for n, total in sums.items()}
         # Without it, MLX would keep the activations of every micro-batch until the sums are read.
         mx.eval(sums, nats)
@@ -734,7 +753,7 @@ def take_step(run: Run, progress: float) -> bool:
     """Take one optimiser step and return True; after a signal, change nothing and return False."""
     # Straight-through estimator: gradients at the rounded weights update the exact ones.
     weights = round_weights(run.weights, run.k, run.cfg) if run.qat else run.weights
-    result = accumulate_gradients(run, weights)
+    result = accumulate_gradients(run, weights, progress < run.cfg.sampled_frac)
     if result is None:
         return False
     run.stream.at += run.cfg.train_batch_tokens
@@ -753,7 +772,7 @@ def warm_up(run: Run) -> None:
     cfg, weights = run.cfg, run.weights
     for i in range(cfg.warmup_steps):
         run.model.looping = bool(cfg.num_loops) and 2 * i >= cfg.warmup_steps
-        take_step(run, 0.0)
+        take_step(run, 1.0)  # over all pieces
         if i == 0 or (i + 1) % 10 == 0 or i + 1 == cfg.warmup_steps:
             run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps}")
     if cfg.max_wallclock_seconds:

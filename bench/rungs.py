@@ -60,7 +60,7 @@ def in_proportion(xsa: int, rope: int, lanes: int, loops: tuple[int, int]) -> di
 # Of eleven layers, the preset frontier runs 3 to 5 three times and has two lanes from 8 on; of a
 # head's 64 channels, 16 rotate. The values keep these proportions. cpu4 has 4.1 times the weights
 # of cpu. The tokenizer is not in the artifact, as in the challenge.
-PAYS = "row_norm polar case slow mlp2 late_qat last ns4"
+PAYS = "row_norm polar case slow mlp2 late_qat last ns4 sampled"
 SHAPES = {
     "cpu": Shape(
         "cpu",
@@ -144,6 +144,7 @@ SHORT = [
     Rung("late_qat", "QAT_START_FRAC=0.85", "rounded weights in the last 15 % of training"),
     Rung("last", "SWA_START_FRAC=1", "no averages, and no time to choose between them"),
     Rung("ns4", "MUON_BACKEND_STEPS=4", "four iterations of Newton-Schulz, not five"),
+    Rung("sampled", "SAMPLED_FRAC=0.85", "a loss over few pieces, until 85 % of the run"),
 ]
 LATER = FRONTIER + SHORT
 BASELINE, MIDDLE, TOP = "baseline", "consensus", "frontier"

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.progress import progress_bar
 from fairway.command_line import Parser, UsageError, run_reporting
 from fairway.shards import sidecar_path
-from train_gpt import SHARD_HEADER_BYTES, ShardError, UserError, file_sha256, read_shard
+from train_gpt import SHARD_HEADER_BYTES, UserError, file_sha256, read_shard
 
 SHARD_BYTES = 1 << 30  # a larger shard is refused; the published ones have 200,001,024
 SMALL_BYTES = 64 << 20  # a larger manifest or tokenizer is refused
@@ -178,7 +178,7 @@ def find_damage(path: Path, sha256: str) -> str:
     if ".bin" in path.suffixes:
         try:
             read_shard(path)
-        except ShardError as e:
+        except UserError as e:
             return str(e)
     if sha256 and (actual := file_sha256(path)) != sha256:
         return f"sha256 is {actual}, {sha256} expected"

@@ -57,7 +57,6 @@ from fairway.shards import sidecar_path, write_shard, write_sidecar
 from train_gpt import (
     BOS_ID,
     ByteTable,
-    ShardError,
     UserError,
     audit_bytes,
     file_sha256,
@@ -498,7 +497,7 @@ class ShardWriter:
         }
         try:
             audited = audit_bytes(self.sp, self.table, tokens)
-        except ShardError as e:
+        except UserError as e:
             raise UserError(f"{path} not written: {e}") from None
         if audited != sums["bytes"] or len(tokens) != sums["tokens"]:
             raise UserError(

@@ -14,7 +14,7 @@ from fairway.certificate.rules import EXACT
 from fairway.certificate.trial import SHORTEST, CannotTell, RuleBroken, Trial
 from fairway.scoring.commits import Commit
 from fairway.scoring.shipped import ROOT, counted_code_bytes, imported_code
-from train_gpt import ByteTable, ShardError, audit_bytes, document_bounds
+from train_gpt import ByteTable, UserError, audit_bytes, document_bounds
 
 CANONICAL_BYTES = 151_080_891  # of the challenge's validation text, with any tokenizer
 CANONICAL_TARGETS = {
@@ -169,7 +169,7 @@ def audit_documents(trial: Trial, table: ByteTable, tokenizer: Any) -> dict[str,
             end -= 1
         try:
             size = audit_bytes(tokenizer, table, np.asarray(tokens[start:end]))
-        except ShardError as e:
+        except UserError as e:
             raise RuleBroken(str(e)) from None
         check_unfolded(tokenizer, table, tokens[start:end], size)
         counts["bytes"] += size

@@ -29,8 +29,8 @@ def reading_kept(model: GPT, storage: str) -> GPT:
     def attend_to_kept(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
         return attend(q_BHTC, as_kept(k_BGTC, storage), as_kept(v_BGTC, storage))
 
-    def from_embedded(x0: Tensor, rope: tuple[Tensor, Tensor], attention=attend_to_kept) -> Tensor:
-        return read(x0, rope, attention)
+    def from_embedded(x0: Tensor, rope, attention=attend_to_kept, pieces=None) -> Tensor:
+        return read(x0, rope, attention, pieces)
 
     model.from_embedded = from_embedded
     return model

@@ -30,7 +30,6 @@ from fairway.shards import sidecar_path, write_shard
 from train_gpt import (
     BOS_ID,
     ByteTable,
-    ShardError,
     UserError,
     check_sidecar,
     document_bounds,
@@ -628,7 +627,7 @@ def test_a_sidecar_that_disagrees_names_the_token(case_folder, tmp_path):
         (np.append(sizes, 1), f"token {len(sizes)} has [1] bytes, its piece []"),
     ):
         write_shard(sidecar_path(path), wrong)
-        with pytest.raises(ShardError, match=re.escape(says)):
+        with pytest.raises(UserError, match=re.escape(says)):
             check_sidecar(path, tokens, table)
 
 

@@ -336,6 +336,55 @@ def test_the_loss_is_the_cross_entropy_of_every_target():
     assert torch.allclose(nats.double(), -log_p.gather(2, tokens[:, 1:, None])[..., 0], atol=1e-5)
 
 
+def run_of(model: GPT, tokens: np.ndarray, **changes) -> train_gpt.Run:
+    """Return a run that trains `model` on `tokens`."""
+    return train_gpt.make_run(
+        dataclasses.replace(model.cfg, **changes), CPU, None, None, model, [tokens]
+    )
+
+
+def test_each_piece_counts_as_often_in_samples_as_its_chance_says():
+    """If targets occur as often as counted, each piece weighs 1 on average, absent ones included."""
+    shares = np.arange(1, 98) ** -1.0
+    rng, total, draws = np.random.default_rng(0), torch.zeros(97, dtype=torch.float64), 4000
+    text = rng.choice(97, 200_000, p=shares / shares.sum())
+    run = run_of(trained(), text, sampled_pieces=20)
+    for _ in range(draws):
+        run.stream.at += 64
+        targets = torch.from_numpy(rng.choice(text, (4, 16)))
+        pieces, places, chances = train_gpt.sample(run, targets)
+        assert torch.equal(pieces[places].view(4, 16), targets)
+        assert len(set(pieces.tolist())) == len(pieces) == len(chances)
+        total[pieces] += (-chances).double().exp()
+    assert (total / draws - 1).abs().max() < 0.1
+
+
+def test_a_sample_of_all_pieces_is_the_whole_loss():
+    model, tokens = trained(**ALL_ON, looping=True), some_tokens(8, 17)
+    run, params = (
+        run_of(model, tokens.flatten().numpy(), sampled_pieces=4000),
+        [*model.parameters()],
+    )
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    pieces, *rest = train_gpt.sample(run, y)
+    assert torch.equal(pieces, torch.arange(97))
+    few, whole = model(x, y, (pieces, *rest)), model(x, y)
+    assert few.shape == y.shape and torch.allclose(few, whole, atol=1e-5)
+    grads = [torch.autograd.grad(n.mean(), params, materialize_grads=True) for n in (few, whole)]
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_step_in_the_first_part_of_a_run_takes_a_sample(monkeypatch):
+    model, drawn = trained(), []
+    run = run_of(model, some_tokens(8, 17).flatten().numpy(), sampled_frac=0.5)
+    whole = train_gpt.sample
+    monkeypatch.setattr(train_gpt, "sample", lambda *of: drawn.append(run.step) or whole(*of))
+    for progress in (0.0, 0.49, 0.5, 0.9):
+        train_gpt.take_step(run, progress)
+    assert set(drawn) == {0, 1}
+
+
 def test_parameters_are_fp32_and_alone_in_the_state():
     model = GPT(config(**ALL_ON))
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -150,16 +150,19 @@ def test_logits_match_pytorch_for_each_feature(name):
     assert np.abs(np.array(twin(model).logits(to_ids(tokens.numpy()))) - wanted).max() <= 1e-5
 
 
+@pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("name", ["plain", "all", "xsa"])
-def test_gradients_match_pytorch(name):
+def test_gradients_match_pytorch(name, sampled):
     model, tokens = trained(looping=True, **FEATURES[name]), some_tokens(8, 17)
-    params = dict(model.named_parameters())
-    loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
+    params, (x, y) = dict(model.named_parameters()), (tokens[:, :-1], tokens[:, 1:])
+    cfg = dataclasses.replace(model.cfg, sampled_pieces=8)
+    run = make_run(cfg, to_arrays(params), tokens.flatten().numpy())
+    sample = train_gpt.sample(run, y) if sampled else None
+    loss = model(x, y, sample).mean()
     wanted = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
-    run = make_run(model.cfg, to_arrays(params), tokens.flatten().numpy())
     run.model.looping = True
-    x, y = (to_ids(t.numpy()) for t in (tokens[:, :-1], tokens[:, 1:]))
-    got = ours.gradient_function(run)(run.weights, x, y)
+    arrays = [to_ids(t.numpy()) for t in (x, y)] + [mx.array(part.numpy()) for part in sample or ()]
+    got = ours.gradient_function(run, sampled)(run.weights, *arrays)
     assert np.allclose(got[0][0].item(), loss.item(), atol=1e-6)
     for (n, g), w in zip(to_tensors(got[1]).items(), wanted, strict=True):
         assert (g - w).abs().max() <= 1e-4 * w.abs().max().clamp(min=1e-6), n
@@ -311,14 +314,14 @@ def test_a_signal_ends_a_step_between_micro_batches_and_changes_nothing():
         run.signum = signal.SIGINT if len(calls) == 3 else 0
         return gradients_of(*inputs)
 
-    run.gradient_functions[False] = interrupt_third
+    run.gradient_functions[False, False] = interrupt_third
     momentum = dict(run.optimiser.momentum)
     assert not ours.take_step(run, 0.0) and len(calls) == 3
     assert {n: v for n, v in vars(run).items() if n != "signum"} == {
         n: v for n, v in before.items() if n != "signum"
     }
     assert run.stream.at == 128 and all(run.optimiser.momentum[n] is m for n, m in momentum.items())
-    run.signum, run.gradient_functions[False] = 0, gradients_of
+    run.signum, run.gradient_functions[False, False] = 0, gradients_of
     assert ours.take_step(run, 0.0)
 
 
@@ -674,7 +677,7 @@ def test_warm_up_runs_all_functions_that_will_be_compiled(data):
     ours.warm_up(
         dataclasses.replace(run, log=lines.append, gradient_functions=run.gradient_functions)
     )
-    assert set(run.gradient_functions) == {False, True} and lines == [
+    assert set(run.gradient_functions) == {(False, False), (True, False)} and lines == [
         "warmup_step:1/2",
         "warmup_step:2/2",
     ]
