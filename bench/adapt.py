@@ -4,8 +4,8 @@
 
 Without an artifact, PRESET=cpu is trained for a minute. The first tokens of the shards are scored
 (unset: the embedded validation text). `chunks` and `bias` are compared with sliding windows, `lora`
-with windows that do not cross documents. Settings of an evaluation (TTT_LR, EVAL_STRIDE, ...) may
-be given in the environment. The last line is JSON.
+and `phases` with windows that do not cross documents. Settings of an evaluation (TTT_LR,
+EVAL_STRIDE, ...) may be given in the environment. The last line is JSON.
 """
 
 import json
@@ -31,7 +31,14 @@ from train_gpt import GPT, Artifact, Runtime, best_device, build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 # TTT, and whether windows start at each document. "none" comes before what is compared with it.
-FORMS = (("none", False), ("chunks", False), ("bias", False), ("none", True), ("lora", True))
+FORMS = (
+    ("none", False),
+    ("chunks", False),
+    ("bias", False),
+    ("none", True),
+    ("lora", True),
+    ("phases", True),
+)
 
 
 def artifact_at(path: str) -> Artifact:

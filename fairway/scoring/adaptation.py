@@ -1,9 +1,10 @@
 """Score-first test-time training: a chunk is scored, committed, and only then learned from.
 
-TTT selects one of three forms. `chunks` trains the whole model on the stream. `lora` gives each
-document its own adapters. `bias` learns only how often each token occurs. In each form the state
-before a chunk depends on the tokens before the chunk alone, to the bit: the model always learns
-from a complete chunk, in tensor shapes that later tokens cannot change.
+TTT selects one of four forms. `chunks` trains the whole model on the stream. `lora` gives each
+document its own adapters. `phases` does both: the whole model learns between groups of documents.
+`bias` learns only how often each token occurs. In each form the state before a chunk depends on the
+tokens before the chunk alone, to the bit: the model always learns from a complete chunk, in tensor
+shapes that later tokens cannot change.
 """
 
 from __future__ import annotations
@@ -490,6 +491,7 @@ class Lora(Adapting):
         lanes = 1 if rt.device.type == "cpu" else self.batch_size(self.length)
         self.adapters = Adapters(model, cfg.ttt_rank, lanes)
         self.batch = np.zeros(0, np.int64)  # the window in each lane; -1: the lane is idle
+        self.learned: list[int] = []  # fingerprints of what is learned beside the adapters
 
     def default_rate(self) -> float:
         """Return Adam's rate."""
@@ -523,12 +525,23 @@ class Lora(Adapting):
         documents: list[np.ndarray],
         visit: Callable[[], None],
     ) -> None:
-        """Lead documents through the lanes: call `visit` for the current windows, then learn them.
+        """Call `visit` for every window of the documents, and learn each one after its visit.
 
         A document is the array of its windows.
         """
+        with self.alone(), self.fresh():
+            self.lead(tokens, windows, documents, visit)
+
+    def lead(
+        self,
+        tokens: np.ndarray,
+        windows: Windows,
+        documents: list[np.ndarray],
+        visit: Callable[[], None],
+    ) -> None:
+        """Lead documents through the lanes: visit the current windows, then learn them."""
         queue, lanes = iter(documents), [np.zeros(0, np.int64)] * self.adapters.lanes
-        with self.alone(), self.fresh(), self.adapters.attached():
+        with self.adapters.attached():
             while True:
                 for lane in range(self.adapters.lanes):
                     if not len(lanes[lane]):
@@ -585,7 +598,7 @@ class Lora(Adapting):
             prints = fingerprints(self.adapters.adam.state())
             for i, state in zip(batch.tolist(), prints, strict=True):
                 if i >= 0:
-                    digest = bytes.fromhex(hash_numbers(document_rows[i], state))
+                    digest = bytes.fromhex(hash_numbers(document_rows[i], state, *self.learned))
                     states[i] = np.frombuffer(digest, np.uint8)
             self.batch = np.where((batch >= 0) & left[batch], batch, -1)
             if (self.batch >= 0).any():
@@ -626,4 +639,78 @@ class Lora(Adapting):
         return out
 
 
-FORMS = {"chunks": Chunks, "lora": Lora, "bias": Bias}  # by TTT
+# ==== TTT=phases ==================================================================================
+class Phases(Lora):
+    """Each document has its own adapters, on weights that learn between phases.
+
+    A phase ends with the document that brings it to TTT_PHASE tokens. All weights then take the
+    steps of TTT=chunks on its text, and the documents of the next phase start from them. TTT_LR is
+    the rate of the adapters.
+    """
+
+    def __init__(self, model: GPT, cfg: EvalConfig, rt: Runtime):
+        super().__init__(model, cfg, rt)
+        self.whole = Chunks(model, replace(cfg, ttt_lr=0.0, ttt_chunk=0), rt)
+        # Lanes are idle where a phase ends, and weights older the longer it is.
+        self.phase = cfg.ttt_phase or 16 * self.length * self.adapters.lanes
+
+    def phase_starts(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the first row of each phase."""
+        starts = [0]
+        for row in document_bounds(tokens)[1:-1].tolist():
+            if row - starts[-1] >= self.phase and row < len(tokens) - 1:
+                starts.append(row)
+        return np.array(starts)
+
+    def boundaries(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the rows at which something begins, by kind."""
+        return {**super().boundaries(tokens), "phase": self.phase_starts(tokens)}
+
+    @contextlib.contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Start with the artifact's weights, and restore them at the end."""
+        self.learned = []
+        with super().fresh(), self.whole.fresh():
+            yield
+
+    def sweep(
+        self,
+        tokens: np.ndarray,
+        windows: Windows,
+        documents: list[np.ndarray],
+        visit: Callable[[], None],
+    ) -> None:
+        """Call `visit` for every window of the documents, phase by phase, and learn what it saw."""
+        starts = self.phase_starts(tokens).tolist()
+        with self.fresh():
+            for first, end in zip(starts, [*starts[1:], len(tokens) - 1], strict=True):
+                own = [d for d in documents if first <= windows.first[d[0]] < end]
+                with self.alone():
+                    self.lead(tokens, windows, own, visit)
+                if end < len(tokens) - 1:  # the last phase teaches nobody
+                    self.agree_on_time()
+                    self.learn_in_time(
+                        lambda first=first, end=end: self.learn_phase(tokens, first, end)
+                    )
+
+    def agree_on_time(self) -> None:
+        """Let all ranks count the mean of their seconds: each led documents of its own."""
+        if self.cfg.ttt_seconds:
+            spent = torch.tensor([self.seconds_spent], device=self.rt.device)
+            sum_over_ranks([spent], self.rt)
+            self.seconds_spent = float(spent) / self.rt.world
+
+    def learn_phase(self, tokens: np.ndarray, first: int, end: int) -> None:
+        """Let all weights learn the rows of a phase, chunk after chunk."""
+        self.whole.rt, step = self.rt, self.whole.chunk
+        for at in range(first, end, step):
+            self.whole.learn(tokens, at, min(at + step, end))
+        self.learned = fingerprints(self.whole.adam.state())
+
+    def distributions(self, tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return float64[len(rows), V], after all phases before these rows."""
+        with self.alone():
+            return super().distributions(tokens, rows)
+
+
+FORMS = {"chunks": Chunks, "lora": Lora, "phases": Phases, "bias": Bias}  # by TTT

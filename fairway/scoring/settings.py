@@ -107,19 +107,28 @@ class EvalConfig:
     # Test-time training
     ttt: str = knob(
         "none",
-        "chunks: all weights, chunk by chunk; lora: adapters for each document; bias: of logits",
-        choices="none chunks lora bias",
+        "chunks: all weights; lora: adapters for each document; phases: both; bias: of logits",
+        choices="none chunks lora phases bias",
         role="ttt",
     )
     ttt_chunk: int = knob(
         0,
-        "tokens of a chunk: scored, then learned; 0 = 16 windows (lora: a quarter, bias: one)",
+        "tokens scored, then learned; 0 = 16 windows (lora, phases: a quarter, bias: one)",
         0,
         1 << 24,
         role="ttt",
     )
-    ttt_lr: float = knob(0.0, "learning rate; 0 = default of TTT", 0, 1e3, role="ttt")
-    ttt_epochs: int = knob(1, "chunks, lora: steps on each scored chunk", 1, 100, role="ttt")
+    ttt_phase: int = knob(
+        0,
+        "phases: tokens until all weights learn; 0 = 16 windows for each document side by side",
+        0,
+        1 << 31,
+        role="ttt",
+    )
+    ttt_lr: float = knob(
+        0.0, "learning rate, of adapters in phases; 0 = default of TTT", 0, 1e3, role="ttt"
+    )
+    ttt_epochs: int = knob(1, "steps on each scored chunk; bias: always 1", 1, 100, role="ttt")
     ttt_rank: int = knob(32, "rank of the adapters", 1, 4096, role="ttt")
     ttt_seconds: float = knob(
         0.0,

@@ -9,18 +9,35 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import SMOKE
 
 from fairway.scoring import adaptation as adapt
-from fairway.scoring.adaptation import Adapters, Bias, Chunks, Lora, clipped, fingerprints
+from fairway.scoring.adaptation import (
+    Adapters,
+    Bias,
+    Chunks,
+    Lora,
+    Phases,
+    clipped,
+    fingerprints,
+)
 from fairway.scoring.columns import columns_in_memory
 from fairway.scoring.neural import KINDS, Neural, make_neural, plan, times_scored
 from fairway.scoring.settings import EvalConfig
-from train_gpt import BOS_ID, GPT, PRESETS, Config, Runtime, UserError, initialise
+from train_gpt import BOS_ID, GPT, Config, Runtime, UserError, initialise
 
 V, LENGTH = 64, 32
 ALONE = Runtime(0, 1, torch.device("cpu"), "test")
-TTT = ("chunks", "lora", "bias")
-FORMS_AND_LANES = [("chunks", 1), ("lora", 1), ("lora", 3), ("bias", 1)]  # lora alone has lanes
+TTT = ("chunks", "lora", "phases", "bias")
+BY_DOCUMENT = ("lora", "phases")  # these have lanes
+FORMS_AND_LANES = [
+    ("chunks", 1),
+    ("lora", 1),
+    ("lora", 3),
+    ("phases", 1),
+    ("phases", 3),
+    ("bias", 1),
+]
 SMALL = dict(
     vocab_size=V,
     train_seq_len=LENGTH,
@@ -33,7 +50,7 @@ SMALL = dict(
 
 def small_model() -> GPT:
     """Return a model with noise in every tensor, so that each has a gradient."""
-    cfg, noise = Config(**{**PRESETS["smoke"], **SMALL}), torch.Generator().manual_seed(0)
+    cfg, noise = Config(**{**SMOKE, **SMALL}), torch.Generator().manual_seed(0)
     model = GPT(cfg)
     initialise(model, cfg)
     with torch.no_grad():
@@ -57,7 +74,8 @@ def text(seed: int = 0, size: int = 180) -> np.ndarray:
 def scorer(model: GPT, ttt: str, rt: Runtime = ALONE, **settings) -> Neural:
     usual = dict(
         eval_stride=8,
-        ttt_chunk=8 if ttt == "lora" else 24,
+        ttt_chunk=8 if ttt in BY_DOCUMENT else 24,
+        ttt_phase=24,
         eval_batch_tokens=128,
         ttt_rank=2,
         ttt_lr=5.0 if ttt == "bias" else 0.02,
@@ -74,13 +92,16 @@ def filled(scorer: Neural, tokens: np.ndarray) -> np.ndarray:
 
 def test_the_factory_gives_what_ttt_asks_for(model):
     kinds = {ttt: type(scorer(model, ttt)) for ttt in ("none", *TTT)}
-    assert kinds == dict(none=Neural, chunks=Chunks, lora=Lora, bias=Bias)
-    assert [scorer(model, ttt, ttt_lr=0.0).rate for ttt in TTT] == [0.004, 0.002, 15.0]
+    assert kinds == dict(none=Neural, chunks=Chunks, lora=Lora, phases=Phases, bias=Bias)
+    assert [scorer(model, ttt, ttt_lr=0.0).rate for ttt in TTT] == [0.004, 0.002, 0.002, 15.0]
     assert [scorer(model, ttt, ttt_chunk=0).chunk for ttt in TTT] == [
         16 * LENGTH,
         LENGTH // 4,
+        LENGTH // 4,
         LENGTH,
     ]
+    phases = scorer(model, "phases", ttt_phase=0)
+    assert (phases.phase, phases.whole.rate, phases.whole.chunk) == (512, 0.004, 512)
     assert not scorer(model, "chunks", eval_mode="cached").cached
 
 
@@ -107,7 +128,9 @@ def test_cutting_windows_leaves_each_row_its_context(size, length, stride, chunk
 def test_at_rate_zero_scores_are_those_of_plain_windows(model, ttt):
     still = scorer(model, ttt)
     still.rate = 0.0
-    frozen = Neural(model, EvalConfig(eval_stride=8, eval_documents=ttt == "lora"), ALONE)
+    if ttt == "phases":
+        still.whole.rate = 0.0
+    frozen = Neural(model, EvalConfig(eval_stride=8, eval_documents=ttt in BY_DOCUMENT), ALONE)
     assert np.abs(filled(still, text()) - filled(frozen, text())).max() < 1e-6
 
 
@@ -123,7 +146,7 @@ def test_learning_pays_on_text_that_repeats_itself(model, ttt):
 @pytest.mark.parametrize("ttt", TTT)
 def test_epochs_are_passes_over_what_was_scored(model, ttt):
     once, twice = (filled(scorer(model, ttt, ttt_epochs=n), text()) for n in (1, 2))
-    chunk = scorer(model, ttt).plan(text()).end[0] if ttt == "lora" else 24
+    chunk = scorer(model, ttt).plan(text()).end[0] if ttt in BY_DOCUMENT else 24
     assert np.array_equal(once[:chunk], twice[:chunk]) and np.array_equal(once, twice) == (
         ttt == "bias"
     )
@@ -222,7 +245,7 @@ def test_no_row_and_no_state_knows_what_comes_later(model, ttt, lanes):
         learns.adapters = Adapters(model, 2, lanes)
     base, digests = filled(learns, tokens), learns.digests
     kinds = learns.boundaries(tokens)
-    assert {"chunk", "document", "window", "batch"} == kinds.keys()
+    assert kinds.keys() - {"phase"} == {"chunk", "document", "window", "batch"}
     edges = np.concatenate([kinds["chunk"], kinds["document"]])
     rng = np.random.default_rng(3)
     for row in rng.choice(
@@ -246,7 +269,7 @@ def test_digests_change_with_what_was_learned_before_each_chunk(model, ttt):
     assert list(firsts) == learns.boundaries(tokens)["chunk"].tolist()
     assert len(set(states)) == len(states) and {len(s) for s in states} == {64}
     other = tokens.copy()
-    other[[30, 31]] = [13, 60]  # the first chunk of bias and chunks ends at row 23, of lora at 7
+    other[[30, 31]] = [13, 60]  # the first chunk of bias and chunks ends at row 23, of others at 7
     filled(learns, other)
     assert [a == b for a, b in zip(digests, learns.digests, strict=True)] == [
         first <= 29 or ttt == "lora" and first >= 69 for first in firsts
@@ -271,7 +294,7 @@ def test_every_bit_counts_in_a_fingerprint():
 @pytest.mark.parametrize("ttt, lanes", FORMS_AND_LANES)
 def test_distributions_are_those_that_scoring_used(model, ttt, lanes):
     tokens, learns = text(), scorer(model, ttt)
-    if ttt == "lora":
+    if ttt in BY_DOCUMENT:
         learns.adapters = Adapters(model, 2, lanes)
     scores, rows = (
         filled(learns, tokens),
@@ -342,7 +365,9 @@ def test_a_run_continues_from_the_rows_it_had_scored(model, ttt):
     assert (
         columns.complete() and np.array_equal(columns["logp"], whole) and learns.digests == digests
     )
-    assert min(scored_rows) == (56 if ttt == "lora" else 48)  # where the chunk starts that was cut
+    assert min(scored_rows) == (
+        56 if ttt in BY_DOCUMENT else 48
+    )  # where the chunk starts that was cut
 
 
 @pytest.mark.parametrize("ttt", TTT)
@@ -351,7 +376,7 @@ def test_every_row_is_scored_after_the_time_is_over(model, ttt):
     filled(learns, tokens)
     states = [state for _, state in learns.digests]
     assert len(states) > 5 and states[0] != states[1]
-    same = states[1:9] if ttt == "lora" else states[1:]  # of the first document
+    same = states[1:9] if ttt in BY_DOCUMENT else states[1:]  # of the first document
     assert len(set(same)) == 1
     assert learns.seconds_spent > 0
 
@@ -484,10 +509,28 @@ def test_serial_steps_of_the_challenge_are_1893(model):
     assert chunks.chunk // chunks.stride // adapt.PARTS == 64 and chunks.batch_size(2048) == 4
 
 
-def test_documents_side_by_side_learn_as_they_do_alone(model):
+def test_all_weights_learn_between_phases_what_the_phase_has_scored(model):
+    """At rate 0 of the adapters, a document sees the weights that TTT=chunks had learned before."""
+    tokens, learns = text(), scorer(model, "phases")
+    learns.rate = 0.0
+    assert learns.boundaries(tokens)["phase"].tolist() == [0, 70, 130]
+    found = filled(learns, tokens)
+    whole = Chunks(model, EvalConfig(ttt="chunks", eval_documents=True, eval_stride=8), ALONE)
+    with whole.fresh():
+        for first, end in ((0, 70), (70, 130), (130, 179)):
+            now = filled(
+                Neural(model, EvalConfig(eval_documents=True, eval_stride=8), ALONE), tokens
+            )
+            assert np.abs(now - found)[first:end].max() < 1e-6
+            whole.learn(tokens, first, end)
+    assert np.abs(now - found)[:70].max() > 0.01
+
+
+@pytest.mark.parametrize("ttt", BY_DOCUMENT)
+def test_documents_side_by_side_learn_as_they_do_alone(model, ttt):
     tokens = text()
     tokens[[20, 60, 61, 150]] = BOS_ID
-    learns = scorer(model, "lora")
+    learns = scorer(model, ttt)
     base = filled(learns, tokens)
     for lanes in (2, 5, 12):
         learns.adapters = Adapters(model, 2, lanes)

@@ -102,7 +102,7 @@ def test_help_has_a_line_for_each_setting():
         ("MIX_NEURAL", "1", "it must be from 0.01 to 0.99"),
         ("MIX_GUARD", "nan", "it must be from 0 to 10"),
         ("MIX_WEIGHTS", "softmax", "it must be one of exponential, em, sets"),
-        ("TTT", "slot", "it must be one of none, chunks, lora, bias"),
+        ("TTT", "slot", "it must be one of none, chunks, lora, phases, bias"),
         ("TTT_EPOCHS", "0", "it must be from 1 to 100"),
         ("TTT_SECONDS", "inf", "it must be from 0"),
         ("DEVICE", "tpu", "it must be one of cpu, cuda, mps"),
