@@ -36,7 +36,7 @@ $(OUT)/logs/$(PRESET).done: train_gpt.py $(CORPUS)
 
 # Scored again when the artifact or the scorer changes; columns that are still right are read from disk.
 $(OUT)/logs/eval.done: $(OUT)/logs/$(PRESET).done eval_final.py $(shell find fairway -name '*.py' -not -path 'fairway/re*')
-	CHECKPOINT=$$(ls $(OUT)/final_model.*.ptz) OUT_DIR=$(OUT) DATA_PATH=data/embedded \
+	CHECKPOINT=$$(ls $(OUT)/final_model.*.ptz) OUT_DIR=$(OUT) DATA_PATH=data/embedded EVAL_STRIDE=128 \
 	  CERTIFY_SECONDS=$(CERTIFY_SECONDS) $(BIN)/python eval_final.py --certify --compare
 	@touch $@
 

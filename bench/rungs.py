@@ -15,7 +15,7 @@ Settings = dict[str, str]
 # ==== SHAPES ======================================================================================
 # Settings that belong to size, batch and length of a run. They are the same in all variants; their
 # values are those of the presets. Muon's momentum is one of them: its values depend on the number
-# of steps, and PRESET=cpu replaces those of the presets that it starts from.
+# of steps, and PRESET=cpu replaces those of the preset that it starts from.
 SHAPE_NAMES = """
 NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS TRAIN_SEQ_LEN TRAIN_BATCH_TOKENS VAL_BATCH_SIZE
 HOLDOUT_TOKENS COMPILE WARMUP_STEPS VAL_LOSS_EVERY TRAIN_LOG_EVERY CHECKPOINT_SECONDS SWA_EVERY
@@ -64,20 +64,20 @@ PAYS = "row_norm polar case slow mlp2 late_qat last ns4 sampled"
 SHAPES = {
     "cpu": Shape(
         "cpu",
-        "EMBED_TOKENIZER=0",
+        "EMBED_TOKENIZER=0 SWA_EVERY=10",
         PAYS,
         in_proportion(xsa=4, rope=8, lanes=3, loops=(1, 1)),
     ),
     "cpu4": Shape(
         "cpu",
-        "EMBED_TOKENIZER=0 NUM_LAYERS=6 MODEL_DIM=256 NUM_HEADS=8 NUM_KV_HEADS=4 "
+        "EMBED_TOKENIZER=0 SWA_EVERY=10 NUM_LAYERS=6 MODEL_DIM=256 NUM_HEADS=8 NUM_KV_HEADS=4 "
         "HOLDOUT_TOKENS=8192",
         PAYS,
         in_proportion(xsa=6, rope=8, lanes=4, loops=(2, 3)),
     ),
     "smoke": Shape(
         "smoke",
-        "EMBED_TOKENIZER=0",
+        "EMBED_TOKENIZER=0 SWA_EVERY=10 BIGRAM_DIM=32",
         PAYS,
         {
             "bigram": "BIGRAM_VOCAB_SIZE=64",
@@ -97,9 +97,9 @@ class Rung(NamedTuple):
     case: bool = False  # the text is in tokens with case markers
 
 
-# `swa` completes consensus. SWA starts as late as in PRESET=cpu. FRONTIER is the preset, for runs
-# of thousands of steps; SHORT is for runs of hundreds. A shape has those of their rungs that pay at
-# its size, and any other can be tried on top of them.
+# `swa` completes consensus; it starts later than in the preset, as runs are short. FRONTIER is the
+# preset, for runs of thousands of steps; SHORT is for runs of hundreds. A shape has those of their
+# rungs that pay at its size, and any other can be tried on top of them.
 CONSENSUS = [
     Rung("int6", "ATTN_BITS=6 MLP_BITS=6", "6 bits for matrices of attention and MLP, not 8"),
     Rung("mlp3", "MLP_MULT=3", "MLP of three model widths, not two"),

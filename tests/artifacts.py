@@ -5,10 +5,10 @@ from pathlib import Path
 
 import models
 import torch
+from models import SMOKE
 
 from train_gpt import (
     GPT,
-    PRESETS,
     Config,
     encode_artifact,
     initialise,
@@ -16,9 +16,7 @@ from train_gpt import (
     replacing,
 )
 
-TINY = PRESETS["smoke"] | dict(
-    vocab_size=96, model_dim=32, num_heads=2, num_kv_heads=1, train_seq_len=32
-)
+TINY = SMOKE | dict(vocab_size=96, model_dim=32, num_heads=2, num_kv_heads=1, train_seq_len=32)
 K = 5.0
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from models import PARTS
 
 import train_gpt
 from fairway.shards import write_shard
@@ -168,7 +169,8 @@ def trainer_env(corpus):
     """Return `trainer_env(out_dir, **settings)`: an environment; None leaves a setting out."""
 
     def build(out_dir, **settings) -> dict[str, str]:
-        env = dict(
+        parts = {} if "PRESET" in settings else PARTS
+        env = parts | dict(
             PATH=os.environ["PATH"],
             HOME=str(out_dir),
             OMP_NUM_THREADS="1",

@@ -2,8 +2,27 @@
 
 import torch
 
-from train_gpt import BOS_ID, GPT, Config, initialise
+from train_gpt import BOS_ID, GPT, PRESETS, Config, initialise, parse_settings
 
+# The smoke preset with what consensus has and short runs do better without: tests want every part.
+PARTS = dict(
+    MLP_MULT=3,
+    BIGRAM_VOCAB_SIZE=64,
+    BIGRAM_DIM=32,
+    EMBED_BITS=8,
+    QAT_START_FRAC=0.5,
+    SWA_START_FRAC=0.9,
+    SWA_EVERY=10,
+    SAMPLED_FRAC=0,
+    HOLDOUT_TOKENS=4096,
+    MATRIX_LR=0.025,
+    TIED_EMBED_LR=0.035,
+    MUON_BACKEND_STEPS=5,
+    MUON_ROW_NORMALIZE=0,
+    MUON_POLAR_EXPRESS=0,
+    VOCAB_SIZE=1024,
+)
+SMOKE = PRESETS["smoke"] | parse_settings(Config, {name: str(v) for name, v in PARTS.items()})
 SMALL = dict(
     vocab_size=97,
     num_layers=3,

@@ -12,7 +12,7 @@ from conftest import ROOT, own_signals
 
 from fairway.command_line import run_reporting
 from fairway.methods import harness
-from train_gpt import GPT, PRESETS, Config
+from train_gpt import GPT, PRESETS, Config, parse_settings
 
 with pytest.MonkeyPatch.context() as patch:  # the modules of a bench import each other by name
     patch.syspath_prepend(ROOT / "bench")
@@ -36,8 +36,9 @@ def differing(a: dict, b: dict) -> set[str]:
 def test_the_ends_of_the_ladder_are_the_presets():
     shape = rungs.SHAPES["cpu"]
     built = {v.name: config(shape, v) for v in rungs.cumulative(shape)}
-    wanted = asdict(Config(**PRESETS["cpu"]))
-    own = {"ITERATIONS", "MAX_WALLCLOCK_SECONDS", "EMBED_TOKENIZER"}
+    of_shape = parse_settings(Config, shape.settings())
+    wanted = asdict(Config(**PRESETS["consensus"] | of_shape))
+    own = {"ITERATIONS", "SWA_START_FRAC"}
     assert differing(built["consensus"], wanted) == own
     assert differing(built["baseline"], asdict(Config())) <= {*rungs.SHAPE_NAMES, "ITERATIONS"}
     frontier = {n.upper(): v for n, v in PRESETS["frontier"].items()}

@@ -1,7 +1,7 @@
 """Compare the scores of one record with those of another by both tests in use, in nats.
 
 Example:
-    fairway significance records/*/*_CPU_Consensus records/*/*_CPU_Consensus
+    fairway significance records/*/*_CPU_150s records/*/*_CPU_150s
 """
 
 from __future__ import annotations

@@ -549,7 +549,7 @@ def test_the_embedded_corpus_is_exact_split_by_year_and_without_overlap(tmp_path
     years = [{n[:4] for n, t in texts.items() if t.decode() in side} for side in (val, train)]
     assert not years[0] & years[1]
     m = json.loads((out / "manifest.json").read_text())
-    assert m["documents"] == len(texts) == 249 and m["vocab_size"] == 1024
+    assert m["documents"] == len(texts) == 249 and m["vocab_size"] == 8192
     assert 0.045 < m["splits"]["val"]["bytes"] / m["bytes"] < 0.065
     assert overlap.main(["--train", str(out / "*_train_*"), "--val", str(out / "*_val_*")]) == 0
 

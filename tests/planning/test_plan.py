@@ -143,7 +143,7 @@ def test_k_spends_the_budget_and_no_more():
         size_plan(read_settings("cpu", [])),
         size_plan(read_settings("consensus", ["NUM_LAYERS=200"])),
     )
-    assert small.k == train_gpt.LEAST_K[6] and small.total_bytes < 1_000_000
+    assert small.k == train_gpt.LEAST_K[6] and small.total_bytes < 1_200_000
     assert not large.fits and large.k == 64
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import ALL_ON, FEATURES, config, initial, some_tokens, trained
+from models import ALL_ON, FEATURES, SMOKE, config, initial, some_tokens, trained
 
 import train_gpt
 from train_gpt import BOS_ID, GPT, PRESETS, Config, Runtime
@@ -240,7 +240,7 @@ def test_the_first_forward_pass_passes_the_embedding_through_and_knows_nothing(n
     for block in model.blocks:
         for out in block(x, x, x0, rope, train_gpt.attend):
             assert torch.equal(out, x)
-    wide = initial(**PRESETS["smoke"] | dict(vocab_size=1024))
+    wide = initial(**SMOKE | dict(vocab_size=1024))
     tokens = torch.randint(0, 1024, (4, 65), generator=torch.Generator().manual_seed(0))
     assert wide(tokens[:, :-1], tokens[:, 1:]).mean().item() == pytest.approx(
         math.log(1024), abs=0.05
@@ -248,7 +248,7 @@ def test_the_first_forward_pass_passes_the_embedding_through_and_knows_nothing(n
 
 
 def test_orthogonal_initial_matrices():
-    cfg = dataclasses.replace(Config(**PRESETS["smoke"]), model_dim=128, bigram_dim=96)
+    cfg = dataclasses.replace(Config(**SMOKE), model_dim=128, bigram_dim=96)
     model = GPT(cfg)
     train_gpt.initialise(model, cfg)
     for name, module in model.named_modules():
@@ -344,7 +344,7 @@ def run_of(model: GPT, tokens: np.ndarray, **changes) -> train_gpt.Run:
 
 
 def test_each_piece_counts_as_often_in_samples_as_its_chance_says():
-    """If targets occur as often as counted, each piece weighs 1 on average, absent ones included."""
+    """If targets occur as often as was counted, each piece weighs 1 on average, absent ones too."""
     shares = np.arange(1, 98) ** -1.0
     rng, total, draws = np.random.default_rng(0), torch.zeros(97, dtype=torch.float64), 4000
     text = rng.choice(97, 200_000, p=shares / shares.sum())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models import SMOKE
 
 from train_gpt import (
     GPT,
@@ -201,9 +202,7 @@ def test_bits_by_name():
 
 # ---- Sizes ---------------------------------------------------------------------------------------
 
-CFG = Config(
-    **PRESETS["smoke"] | dict(model_dim=128, num_layers=3, attn_bits=6, mlp_bits=5, embed_bits=8)
-)
+CFG = Config(**SMOKE | dict(model_dim=128, num_layers=3, attn_bits=6, mlp_bits=5, embed_bits=8))
 
 
 @pytest.fixture(scope="module")

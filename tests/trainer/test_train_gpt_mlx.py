@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FEATURES, STATEFUL, config, some_tokens, trained
+from models import FEATURES, SMOKE, STATEFUL, config, some_tokens, trained
 from test_training import Finished
 
 import train_gpt
@@ -396,9 +396,7 @@ def test_only_the_first_step_prints_progress(monkeypatch):
 @pytest.fixture(scope="module")
 def data(corpus):
     return train_gpt.load_data(
-        Config(
-            **PRESETS["smoke"] | dict(vocab_size=corpus.vocab_size, data_path=str(corpus.folder))
-        )
+        Config(**SMOKE | dict(vocab_size=corpus.vocab_size, data_path=str(corpus.folder)))
     )
 
 
