@@ -94,9 +94,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 
 bench: $(OUT)/logs/eval.done $(APPLE)
+	$(BIN)/python data/prepare.py --embedded --case-ops --tokenizer train:1024 --out out/embedded1024
 	$(BIN)/python bench/artifact.py
 	$(BIN)/python bench/export.py
-	$(BIN)/python bench/train.py
+	$(BIN)/python bench/ladder.py --steps 500 --variants baseline,consensus,frontier \
+	  --data out/embedded1024 --case-data data/embedded
 	$(BIN)/python bench/low_bits.py
 	$(BIN)/python bench/experts.py
 	$(BIN)/python bench/scoring.py

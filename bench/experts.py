@@ -2,13 +2,13 @@
 
     python bench/experts.py [--full | --quick] [--tokens N ...]
 
-The text is the embedded corpus, 4.0 million tokens, V = 1024. It is made longer by copies whose
-tokens are renamed by seeded permutations (BOS stays), so that no copy repeats another. The neural
-columns come from a static bigram model of its first million tokens, renamed alike. They cost the
-mixture what a transformer's would. Settings are the defaults, and chunks are as large as in
-scoring: fill the n-gram, fill the match, mix, digest all states, commit. The clock stops while
-columns are made. Numbers are nanoseconds of one thread's own time; wall time stands next to it.
-Every size runs in its own process.
+The text is the embedded corpus in out/embedded1024, 4.0 million tokens, V = 1024. It is made longer
+by copies whose tokens are renamed by seeded permutations (BOS stays), so that no copy repeats
+another. The neural columns come from a static bigram model of its first million tokens, renamed
+alike. They cost the mixture what a transformer's would. Settings are the defaults, and chunks are
+as large as in scoring: fill the n-gram, fill the match, mix, digest all states, commit. The clock
+stops while columns are made. Numbers are nanoseconds of one thread's own time; wall time stands
+next to it. Every size runs in its own process.
 
 `--full` adds the 62,021,846 tokens of the challenge's validation split, once on one thread and once
 on two, where the n-gram works ahead of match and mixture as in scoring. On two threads the
@@ -48,6 +48,8 @@ from train_gpt import BOS_ID, UserError, list_shards, read_shard
 
 SINGLE = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 V, BYTES = 1024, 3  # vocabulary; bytes that every token is taken for
+FOLDER = "out/embedded1024"
+PREPARE = f"python data/prepare.py --embedded --case-ops --tokenizer train:{V} --out {FOLDER}"
 SIZES, QUICK, FULL = [1_000_000, 10_000_000], [100_000, 300_000], 62_021_846
 REFERENCE, SAMPLES, RUNS = 200_000, 12, 3
 PARTS = ("ngram", "match", "mixture", "commit")
@@ -58,9 +60,9 @@ class RenamedText:
     """`n` tokens, and what the bigram model, renamed as each copy is, says about them."""
 
     def __init__(self, n: int):
-        paths = list_shards(ROOT / "data" / "embedded" / "*_train_*.bin")
+        paths = list_shards(ROOT / FOLDER / "*_train_*.bin")
         if not paths:
-            raise UserError("no embedded corpus in data/embedded; run `make data`")
+            raise UserError(f"no shards in {FOLDER}; run {PREPARE}")
         base = np.concatenate([read_shard(p, V) for p in paths]).astype(np.uint16)
         rng, others = np.random.default_rng(0), np.delete(np.arange(V), BOS_ID)
         self.base, self.names = base.astype(np.int64), [np.arange(V)]

@@ -2,12 +2,13 @@
 
     python bench/low_bits.py [--steps 500] [--seeds 1337,42,2025] [--out FOLDER]
 
-The first run is PRESET=cpu with the first seed: 6 bits, embeddings at 8. The bytes of its artifact
-are the target of every other run. Each candidate has more weights; its trainer bisects k, and thus
-the steps of rounding, until the file meets that target. Candidates train once with the first seed.
-Then the best of 6 bits and the best of 3 bits or fewer train with the other seeds, too. Best means
-the lowest loss on held-out training text, rounded as it ships. The score is that of the artifact
-read back from disk. A run that is interrupted resumes; finished runs are not repeated.
+The first run is PRESET=cpu with the first seed, but embeddings at 8 bits and QAT from half of the
+run on. The bytes of its artifact are the target of every other run. Each candidate has more
+weights; its trainer bisects k, and thus the steps of rounding, until the file meets that target.
+Candidates train once with the first seed. Then the best of 6 bits and the best of 3 bits or fewer
+train with the other seeds, too. Best means the lowest loss on held-out training text, rounded as it
+ships. The score is that of the artifact read back from disk. A run that is interrupted resumes;
+finished runs are not repeated.
 
 Zeros, k, and bits a weight are those of the matrices of attention and MLP. Their codes, 2 for
 ternary, are coded as in the file, and as the field's ternary record packs them: five to a byte,

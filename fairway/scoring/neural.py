@@ -31,7 +31,8 @@ OnRows = Callable[[np.ndarray, np.ndarray], None]
 ROUND = 64  # windows are padded to a multiple, so that those of short documents share shapes
 PIECE = 128  # tokens that a cached stream reads at a time; it changes the speed only
 WARM = 8  # a cached stream scores this many contexts of rows, after one context of warm-up
-MAX_LOGITS = 1 << 26  # logits in memory at a time
+# Logits in memory at a time; on a CPU, more than a cache holds take half as long again.
+MAX_LOGITS, MAX_LOGITS_ON_CPU = 1 << 26, 1 << 23
 PATIENCE = timedelta(hours=12)  # the ten minutes of NCCL would end a score that is late
 
 
@@ -166,8 +167,10 @@ class Neural:
     def batch_size(self, length: int) -> int:
         """Return how many windows of `length` inputs fit into one forward pass."""
         width = PIECE if self.cached else max(length, 1)
-        tokens = self.cfg.eval_batch_tokens or (8192 if self.rt.device.type == "cpu" else 65_536)
-        return max(1, min(tokens, MAX_LOGITS // self.model.cfg.vocab_size) // width)
+        on_cpu = self.rt.device.type == "cpu"
+        tokens = self.cfg.eval_batch_tokens or (8192 if on_cpu else 65_536)
+        logits = MAX_LOGITS_ON_CPU if on_cpu else MAX_LOGITS
+        return max(1, min(tokens, logits // self.model.cfg.vocab_size) // width)
 
     def padded(self, lengths: np.ndarray) -> np.ndarray:
         """Round lengths up to those that run: few different ones, as the shape decides rounding."""

@@ -495,7 +495,7 @@ def test_no_tokenizer_is_trained_on_validation_text_alone(tmp_path):
     [
         ([], "either --embedded or --docs"),
         (["--docs", "a.txt"], "--docs needs --tokenizer"),
-        (["--embedded", "--tokenizer", "x"], "has its own tokenizer"),
+        (["--embedded", "--val-fraction", "0.1"], "has its own validation split"),
         (["--embedded", "--shard-tokens", "0"], "--shard-tokens 0"),
         (["--embedded", "--name", "../x"], "--name"),
         (
