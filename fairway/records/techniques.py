@@ -46,6 +46,8 @@ def training_features(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "rows normalised before Muon", "#1285"
     if on("muon_polar_express"):
         yield "Polar Express coefficients", "#1787"
+    if on("sampled_frac"):
+        yield f"a loss over few pieces until {on('sampled_frac'):.0%} of the run", ""
     if on("qat_start_frac", 1) < 1:
         yield f"quantisation-aware from {on('qat_start_frac'):.0%} of the run", "#65"
     if on("swa_start_frac", 1) < 1:

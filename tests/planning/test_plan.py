@@ -30,7 +30,7 @@ from fairway.planning.trainer_settings import read_settings
 from fairway.planning.workload import count_parameters, work_of_pass
 
 H100 = parse_machine("8xh100")
-RECORD = ROOT / "records/track_non_record_16mb/2026-11-21_CPU_Consensus/train_seed42.log"
+RECORD = ROOT / "records/track_non_record_16mb/2026-11-30_CPU_150s/train_seed42.log"
 
 
 def plan_of(preset="consensus", words=(), gpus="8xh100"):

@@ -1,1 +1,0 @@
-"""What is done with an artifact of train_gpt: scoring, experts, correction, certificate."""

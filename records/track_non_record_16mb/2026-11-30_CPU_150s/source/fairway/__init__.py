@@ -1,0 +1,1 @@
+"""Rooms for everything after training: scores, proofs, text, exports, records."""

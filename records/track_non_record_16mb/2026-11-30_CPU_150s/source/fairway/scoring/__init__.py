@@ -1,0 +1,1 @@
+"""From an artifact and a text to bits per byte."""

@@ -1,0 +1,1 @@
+"""Experts that learn from the text as it is scored, and their mixture with the neural model."""
