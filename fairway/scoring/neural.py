@@ -31,8 +31,8 @@ OnRows = Callable[[np.ndarray, np.ndarray], None]
 ROUND = 64  # windows are padded to a multiple, so that those of short documents share shapes
 PIECE = 128  # tokens that a cached stream reads at a time; it changes the speed only
 WARM = 8  # a cached stream scores this many contexts of rows, after one context of warm-up
-# Logits in memory at a time; on a CPU, more than a cache holds take half as long again.
-MAX_LOGITS, MAX_LOGITS_ON_CPU = 1 << 26, 1 << 23
+MAX_LOGITS = 1 << 26  # logits in memory at a time
+LOGITS_IN_CACHE = 1 << 23  # on a CPU, passes with more take half as long again
 PATIENCE = timedelta(hours=12)  # the ten minutes of NCCL would end a score that is late
 
 
@@ -167,10 +167,10 @@ class Neural:
     def batch_size(self, length: int) -> int:
         """Return how many windows of `length` inputs fit into one forward pass."""
         width = PIECE if self.cached else max(length, 1)
-        on_cpu = self.rt.device.type == "cpu"
-        tokens = self.cfg.eval_batch_tokens or (8192 if on_cpu else 65_536)
-        logits = MAX_LOGITS_ON_CPU if on_cpu else MAX_LOGITS
-        return max(1, min(tokens, logits // self.model.cfg.vocab_size) // width)
+        V, on_cpu = self.model.cfg.vocab_size, self.rt.device.type == "cpu"
+        usual = min(8192, LOGITS_IN_CACHE // V) if on_cpu else 65_536
+        tokens = self.cfg.eval_batch_tokens or usual
+        return max(1, min(tokens, MAX_LOGITS // V) // width)
 
     def padded(self, lengths: np.ndarray) -> np.ndarray:
         """Round lengths up to those that run: few different ones, as the shape decides rounding."""
