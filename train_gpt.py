@@ -84,8 +84,8 @@ class Config:
     train_batch_tokens: int = knob(524_288, "tokens a step, all devices", 8, role="schedule")
     micro_batch_tokens: int = knob(0, "tokens a pass; 0 = batch / 8", 0, role="runtime")
     exact_sums: bool = knob(False, "equal bits on 1 to 8 CPU ranks; slower", role="schedule")
-    sampled_frac: float = knob(0.0, "part before a loss over all pieces", 0, 1, role="schedule")
-    sampled_pieces: int = knob(256, "pieces drawn for the loss before", 1, 65_536, role="schedule")
+    sampled_frac: float = knob(0.0, "part with a sampled loss; 0 = none", 0, 1, role="schedule")
+    sampled_pieces: int = knob(256, "pieces drawn for a sampled loss", 1, 65_536, role="schedule")
     holdout_tokens: int = knob(262_144, "held out to judge averages", 1, role="schedule")
     qat_start_frac: float = knob(1.0, "part before QAT; 1 = no QAT", 0, 1, role="schedule")
     swa_start_frac: float = knob(1.0, "part before SWA; 1 = no SWA", 0, 1, role="schedule")
@@ -398,6 +398,10 @@ class TokenStream:
 
     def __init__(self, shards: list[np.ndarray]):
         self.shards, self.at, self.ends = shards, 0, np.cumsum([len(s) for s in shards])
+
+    @functools.cached_property
+    def shares(self) -> np.ndarray:  # of each token, among the first four million
+        return np.bincount(seen := self.shards[0][: 1 << 22], minlength=1 << 16) / len(seen)
 
     def peek(self, count: int, ahead: int = 0) -> np.ndarray:
         """Return `count` tokens, int64, from `ahead` tokens further on, without moving on."""
@@ -806,9 +810,9 @@ def encode_artifact(rounded: Mapping, k: float, cfg, looping, codec, tokenizer) 
     model = {name: getattr(cfg, name) for name in MODEL_FIELDS}
     header = {"model": model, "looping": looping, "k": k, "codec": codec}
     header["tensors"] = {n: [r.bits, *r.values.shape] for n, r in rounded.items()}
-    ours, theirs = (hashlib.sha256(data).hexdigest() for data in (payload + inside, tokenizer))
-    header |= {"payload_bytes": len(payload), "payload_sha256": ours}
-    header |= {"tokenizer_bytes": len(inside), "tokenizer_sha256": theirs}
+    digests = [hashlib.sha256(data).hexdigest() for data in (payload + inside, tokenizer)]
+    header |= {"payload_bytes": len(payload), "payload_sha256": digests[0]}
+    header |= {"tokenizer_bytes": len(inside), "tokenizer_sha256": digests[1]}
     text = json.dumps(header, separators=(",", ":")).encode()
     start = PRELUDE.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(text), hashlib.sha256(text).digest())
     return start + text + payload + inside
@@ -1024,8 +1028,7 @@ class GPT(nn.Module):
 
     def logits(self, tokens_BT: Tensor, pieces: Tensor | None = None) -> Tensor:
         """Return [B, T, V] in fp32, or of a part of V: what each position predicts to come next."""
-        T = tokens_BT.size(1)
-        if T > (most := len(self.cos)):
+        if (T := tokens_BT.size(1)) > (most := len(self.cos)):
             raise UserError(f"{T} tokens in a sequence, but the model's TRAIN_SEQ_LEN is {most}")
         rope = self.cos[:T], self.sin[:T]
         return self.from_embedded(self.embed(tokens_BT), rope, pieces=pieces)
@@ -1075,9 +1078,8 @@ def initialise(model: GPT, cfg: Config) -> None:
 # ==== WEIGHTS =====================================================================================
 # All weights lie in one buffer, those of equal shape and rounding side by side: one operation then
 # does what would take one a tensor, and a step launches some hundred kernels instead of thousands.
-# The last number of a buffer is no weight: with gradients, it is the loss.
 class Buffer:
-    """A tensor of all weights of a model, in views: `params`, or `banks` of equal matrices."""
+    """All weights in one tensor, seen as `params` or as `banks` of equal matrices; last, a loss."""
 
     def __init__(self, model: GPT, flat: Tensor | None = None, dtype=torch.float32):
         parameters, groups, views, end = dict(model.named_parameters()), {}, {}, 0
@@ -1378,7 +1380,6 @@ class Run:
     rounded: Buffer  # what passes see once `qat` is on
     optimisers: list[torch.optim.Optimizer]
     averages: Averages
-    counts: np.ndarray  # of each piece, in the first training tokens
     step: int = 0
     train_s: float = 0.0  # until the clock was last started
     k: float = 0.0  # of the quantiser
@@ -1420,8 +1421,7 @@ def make_run(cfg: Config, rt: Runtime, data: Data, log: Log, model: GPT, tokens:
     optimisers, functions = make_optimisers(weights, gradients, cfg, rt), (model, rounded_banks)
     if cfg.compile:  # one shape, one graph: were shapes dynamic, all would be slower
         functions = [torch.compile(f, fullgraph=True, dynamic=False) for f in functions]
-    counts = np.bincount(tokens[0][: 1 << 22].astype(np.int64), minlength=cfg.vocab_size)
-    rest = *functions, weights, sums, gradients, rounded, optimisers, Averages(), counts
+    rest = *functions, weights, sums, gradients, rounded, optimisers, Averages()
     return Run(cfg, rt, log, data, model, params, TokenStream(tokens), *rest)
 
 
@@ -1546,7 +1546,7 @@ def sample(run: Run, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     V, n, N = run.cfg.vocab_size, run.cfg.sampled_pieces, targets.numel()
     others = torch.randint(V, (n,), generator=torch.Generator().manual_seed(run.stream.at))
     pieces, places = torch.cat([targets.flatten().cpu(), others]).unique(return_inverse=True)
-    missed = (1 - run.counts / run.counts.sum()) ** N * (1 - 1 / V) ** n
+    missed = (1 - run.stream.shares[:V]) ** N * (1 - 1 / V) ** n
     chances = torch.from_numpy(np.log1p(-missed)).float()[pieces]  # off logits: right on average
     return tuple(part.to(targets.device) for part in (pieces, places[:N], chances))
 
@@ -1574,7 +1574,7 @@ def warm_up(run: Run) -> None:
     for i in range(cfg.warmup_steps):
         run.model.looping = bool(cfg.num_loops) and 2 * i >= cfg.warmup_steps
         run.qat = cfg.qat_start_frac < 1 and i % 2 == 1
-        take_step(run, 1.0)  # over all pieces
+        take_step(run, 1.0)  # as at the end, where the loss is over all pieces
         if i == 0 or (i + 1) % 10 == 0 or i + 1 == cfg.warmup_steps:
             run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps}")
     if cfg.max_wallclock_seconds:
@@ -1779,8 +1779,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
         tensors = [t.to(run.rt.device) for t in value] if type(value) is list else value
         setattr(run.averages, name, tensors)
     run.model.looping, run.stream.at = saved["looping"], saved["stream"]
-    line = f"resumed step:{run.step} train_time:{1000 * run.train_s:.0f}ms"
-    run.log(line, "resume", step=run.step)
+    step, ms = run.step, 1000 * run.train_s
+    run.log(f"resumed step:{step} train_time:{ms:.0f}ms", "resume", step=step)
 
 
 # ==== EXPORT ======================================================================================

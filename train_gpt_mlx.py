@@ -359,10 +359,8 @@ class GPT(nn.Module):
         if not sample:
             return nn.losses.cross_entropy(self.logits(tokens_BT), targets_BT, reduction="none")
         pieces, places, chances = sample
-        logits, places_BT = (
-            self.logits(tokens_BT, pieces) - chances,
-            places.reshape(targets_BT.shape),
-        )
+        logits = self.logits(tokens_BT, pieces) - chances
+        places_BT = places.reshape(targets_BT.shape)
         return nn.losses.cross_entropy(logits, places_BT, reduction="none")
 
     def holding(self, weights: Weights) -> GPT:
@@ -622,12 +620,6 @@ class Run:
 
     elapsed = train_gpt.Run.elapsed
 
-    @functools.cached_property
-    def counts(self) -> np.ndarray:
-        """Counts of each piece in the first training tokens."""
-        tokens = self.stream.shards[0][: 1 << 22].astype(np.int64)
-        return np.bincount(tokens, minlength=self.cfg.vocab_size)
-
     def set_clock(self, running: bool) -> None:
         """Start or stop the clock of the training time, after MLX has finished its work."""
         mx.synchronize()
@@ -772,7 +764,7 @@ def warm_up(run: Run) -> None:
     cfg, weights = run.cfg, run.weights
     for i in range(cfg.warmup_steps):
         run.model.looping = bool(cfg.num_loops) and 2 * i >= cfg.warmup_steps
-        take_step(run, 1.0)  # over all pieces
+        take_step(run, 1.0)  # as at the end, where the loss is over all pieces
         if i == 0 or (i + 1) % 10 == 0 or i + 1 == cfg.warmup_steps:
             run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps}")
     if cfg.max_wallclock_seconds:

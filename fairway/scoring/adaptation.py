@@ -71,6 +71,13 @@ def sum_over_ranks(tensors: list[Tensor], rt: Runtime) -> None:
     torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
 
+def mean_over_ranks(number: float, rt: Runtime) -> float:
+    """Return the mean of each rank's number, so that all ranks decide alike."""
+    total = torch.tensor([number], device=rt.device)
+    sum_over_ranks([total], rt)
+    return float(total) / rt.world
+
+
 @contextlib.contextmanager
 def weights_restored(params: list[nn.Parameter]) -> Iterator[None]:
     """Let something change the weights, then put their own values back, to the bit."""
@@ -154,9 +161,7 @@ class Adapting(Neural, ABC):
         if self.cfg.ttt_seconds:
             if self.rt.device.type == "cuda":
                 torch.cuda.synchronize(self.rt.device)
-            took = torch.tensor([time.perf_counter() - began], device=self.rt.device)
-            sum_over_ranks([took], self.rt)
-            self.seconds_spent += float(took) / self.rt.world
+            self.seconds_spent += mean_over_ranks(time.perf_counter() - began, self.rt)
 
     def losses(self, tokens: np.ndarray, windows: Windows, width: int) -> Tensor:
         """Return the nats of the windows' rows, [B, width], zero elsewhere, with their graph."""
@@ -688,17 +693,11 @@ class Phases(Lora):
                 with self.alone():
                     self.lead(tokens, windows, own, visit)
                 if end < len(tokens) - 1:  # the last phase teaches nobody
-                    self.agree_on_time()
+                    if self.cfg.ttt_seconds:  # each rank led documents of its own
+                        self.seconds_spent = mean_over_ranks(self.seconds_spent, self.rt)
                     self.learn_in_time(
                         lambda first=first, end=end: self.learn_phase(tokens, first, end)
                     )
-
-    def agree_on_time(self) -> None:
-        """Let all ranks count the mean of their seconds: each led documents of its own."""
-        if self.cfg.ttt_seconds:
-            spent = torch.tensor([self.seconds_spent], device=self.rt.device)
-            sum_over_ranks([spent], self.rt)
-            self.seconds_spent = float(spent) / self.rt.world
 
     def learn_phase(self, tokens: np.ndarray, first: int, end: int) -> None:
         """Let all weights learn the rows of a phase, chunk after chunk."""
