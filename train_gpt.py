@@ -1033,8 +1033,8 @@ class GPT(nn.Module):
         rope = self.cos[:T], self.sin[:T]
         return self.from_embedded(self.embed(tokens_BT), rope, pieces=pieces)
 
-    def from_embedded(self, x0: Tensor, rope, attention=attend, pieces=None) -> Tensor:
-        """Return the logits of embeddings, perhaps with other rotations or attention to a cache."""
+    def from_embedded(self, x0: Tensor, rope, attention=attend, pieces=None, first=0) -> Tensor:
+        """Return logits from position `first` on; rotations and attention may be a cache's."""
         x, lane, order, skips = x0, x0, self.passes(self.looping), []
         half = len(order) // 2
         for i, layer in enumerate(order):
@@ -1045,7 +1045,7 @@ class GPT(nn.Module):
             if i < half:
                 skips.append(x)
         weight = self.tok_emb.weight if pieces is None else self.tok_emb.weight[pieces]
-        x = F.linear(normalised((x + lane) / 2), weight)
+        x = F.linear(normalised((x + lane)[:, first:] / 2), weight)
         return self.cfg.logit_softcap * torch.tanh(x.float() / self.cfg.logit_softcap)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, sample=None) -> Tensor:

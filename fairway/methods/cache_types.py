@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -29,8 +30,8 @@ def reading_kept(model: GPT, storage: str) -> GPT:
     def attend_to_kept(q_BHTC: Tensor, k_BGTC: Tensor, v_BGTC: Tensor) -> Tensor:
         return attend(q_BHTC, as_kept(k_BGTC, storage), as_kept(v_BGTC, storage))
 
-    def from_embedded(x0: Tensor, rope, attention=attend_to_kept, pieces=None) -> Tensor:
-        return read(x0, rope, attention, pieces)
+    def from_embedded(x0: Tensor, rope, attention=attend_to_kept, **part: Any) -> Tensor:
+        return read(x0, rope, attention, **part)
 
     model.from_embedded = from_embedded
     return model

@@ -44,8 +44,8 @@ class WindowReader:
     def embed(self, tokens_BT: Tensor) -> Tensor:
         return tokens_BT
 
-    def from_embedded(self, tokens_BT: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        return self.logits(tokens_BT)
+    def from_embedded(self, tokens_BT: Tensor, rope: tuple[Tensor, Tensor], first: int) -> Tensor:
+        return self.logits(tokens_BT)[:, first:]
 
 
 def longest(cfg: Config) -> int:

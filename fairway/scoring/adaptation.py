@@ -164,14 +164,16 @@ class Adapting(Neural, ABC):
             self.seconds_spent += mean_over_ranks(time.perf_counter() - began, self.rt)
 
     def losses(self, tokens: np.ndarray, windows: Windows, width: int) -> Tensor:
-        """Return the nats of the windows' rows, [B, width], zero elsewhere, with their graph."""
+        """Return the nats of the windows' rows, zero elsewhere, with their graph."""
         inputs = windows.start[:, None] + np.arange(width)
         wanted = (inputs >= windows.first[:, None]) & (inputs < windows.end[:, None])
         pairs = np.minimum(inputs[..., None] + [0, 1], len(tokens) - 1)  # input and target
         data = torch.from_numpy(tokens[pairs].astype(np.int64))
         x, y = data.to(self.rt.device).unbind(-1)
+        first = self.unread(wanted)
+        y, wanted = y[:, first:], wanted[:, first:]
         with self.rt.autocast():
-            logits = self.window_logits(x)
+            logits = self.window_logits(x, first)
             nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
         return nats * torch.from_numpy(wanted).to(nats.device)
 

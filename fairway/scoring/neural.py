@@ -110,9 +110,11 @@ def neural_columns(
     return {name: columns[name]().cpu().numpy() for name in names}
 
 
-def window_logits(model: GPT, tokens_BT: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-    """Return logits [B, T, V] of windows that the model reads from a clean start."""
-    return model.from_embedded(model.embed(tokens_BT), (cos_TR, sin_TR))
+def window_logits(
+    model: GPT, tokens_BT: Tensor, cos_TR: Tensor, sin_TR: Tensor, first: int = 0
+) -> Tensor:
+    """Return logits [B, T - first, V] of windows that the model reads from a clean start."""
+    return model.from_embedded(model.embed(tokens_BT), (cos_TR, sin_TR), first=first)
 
 
 @functools.cache
@@ -212,19 +214,29 @@ class Neural:
         if self.cached:
             memory = Memory(self.model, self.length, self.rope, longest=width)
         step = PIECE if self.cached else width
+        first = 0 if self.cached else self.unread(wanted)
         for at in range(0, width, step):
-            piece, scored = x[:, at : at + step], wanted[:, at : at + step]
+            piece, scored = x[:, at : at + step], wanted[:, at + first : at + step]
             with self.rt.autocast():
-                logits = memory.logits(piece) if memory else self.window_logits(piece)
+                logits = memory.logits(piece) if memory else self.window_logits(piece, first)
             if scored.any():
-                rows = inputs[:, at : at + step][scored]
+                rows = inputs[:, at + first : at + step][scored]
                 yield rows, logits[torch.from_numpy(scored).to(logits.device)]
 
-    def window_logits(self, tokens_BT: Tensor) -> Tensor:
-        """Return logits [B, T, V] of windows, by compiled code if EVAL_COMPILE says so."""
+    def unread(self, wanted: np.ndarray) -> int:
+        """Return at how many first positions of some windows no row is wanted: few different ones.
+
+        With many pieces, logits there would be a large part of a pass's work.
+        """
+        unread = int(wanted.any(axis=0).argmax()) // ROUND * ROUND
+        usual = (self.length - self.stride) // ROUND * ROUND
+        return unread if not self.fixed_shape else usual if unread >= usual else 0
+
+    def window_logits(self, tokens_BT: Tensor, first: int = 0) -> Tensor:
+        """Return logits [B, T - first, V] of windows, by compiled code if EVAL_COMPILE says so."""
         rope = (table[: tokens_BT.size(1)] for table in self.rope)
         read = compiled_window_logits() if self.compiled else window_logits
-        return read(self.model, tokens_BT, *rope)
+        return read(self.model, tokens_BT, *rope, first)
 
     def adjusted(self, logits: Tensor) -> Tensor:
         """Return the logits that count: test-time training of a bias adds to them."""

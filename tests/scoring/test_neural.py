@@ -316,6 +316,22 @@ def test_boundaries_are_the_rows_where_something_begins(model):
     assert scorer(model, eval_mode="cached").boundaries(tokens)["chunk"].tolist() == [0, 128, 256]
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_logits_are_made_only_where_rows_are_read(model, monkeypatch, fixed):
+    tokens, firsts, read = text(700), [], Neural.window_logits
+    neural = scorer(model, eval_seq_len=160, eval_stride=16, eval_batch_tokens=640)
+    neural.fixed_shape = fixed  # as on CUDA: then only two values are allowed
+    monkeypatch.setattr(
+        Neural,
+        "window_logits",
+        lambda self, x, first=0: (firsts.append(first), read(self, x, first))[1],
+    )
+    some = logp_of(neural, tokens)
+    assert set(firsts) == {0, 128} and firsts.count(0) == 1
+    monkeypatch.setattr(Neural, "unread", lambda *_: 0)
+    np.testing.assert_allclose(some, logp_of(neural, tokens), rtol=0, atol=1e-5)
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """Let `compile` stop before machine code; return a function that counts graphs made so far."""
