@@ -18,8 +18,9 @@ The rung `case` and those above it train on --case-data, which is the text of --
 case markers (data/prepare.py --case-ops), and are judged on --case-judges: the same documents.
 
 Variants: `ends` (baseline, consensus, frontier), `ladder` (each rung with all below it),
-`leave-one-out` (frontier without one rung), `one-more` (frontier with a rung that it lacks), or
-names, with commas between. A seed changes the initial weights, not the order of the text.
+`leave-one-out` (frontier without one rung), `one-more` (frontier with a rung that it lacks, or with
+a patch of bench/trials.py), or names, with commas between. A seed changes the initial weights, not
+the order of the text.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import trials
 from ladder_table import write_tables
 from rungs import BASELINE, SHAPES, Settings, chosen_variants, print_variants
 
@@ -109,7 +111,8 @@ def scoring_sha256() -> str:
     """Return a hash of the code that trains and scores."""
     scoring = sorted((ROOT / "fairway" / "scoring").rglob("*.py"))
     digest = hashlib.sha256()
-    for path in [ROOT / "train_gpt.py", ROOT / "fairway" / "artifact_reader.py", *scoring]:
+    patches = Path(trials.__file__).resolve()
+    for path in [ROOT / "train_gpt.py", ROOT / "fairway" / "artifact_reader.py", patches, *scoring]:
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -273,6 +276,7 @@ def run_here(run: LadderRun) -> None:
     """Do a run in this process and write its JSON file; keep its artifact and its logs."""
     job = run.job()
     try:
+        trials.apply(run.settings.get("TRIAL", ""))
         result = {**header(run), "status": "done", **finish(run, job.files)}
     except Exception as e:  # also of a bug: the line is kept, and other runs go on
         result = job.failed(error_line(e))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from trials import TRIALS
+
 import train_gpt
 from fairway.command_line import did_you_mean
 from train_gpt import Config, UserError
@@ -146,7 +148,18 @@ SHORT = [
     Rung("ns4", "MUON_BACKEND_STEPS=4", "four iterations of Newton-Schulz, not five"),
     Rung("sampled", "SAMPLED_FRAC=0.85", "a loss over few pieces, until 85 % of the run"),
 ]
-LATER = FRONTIER + SHORT
+# What is no part of the trainer: patches of bench/trials.py, which the ladder applies by name.
+MORE_OF_TRIALS = {
+    "tail_ema": "EMA_DECAY=0.99",
+    "signs": "BIGRAM_VOCAB_SIZE=2048",
+    "gptq_embedding": "GPTQ=1 QAT_START_FRAC=1",
+}
+TRIED = [
+    Rung(name, f"TRIAL={name} {MORE_OF_TRIALS.get(name, '')}", str(trial.__doc__))
+    for name, trial in TRIALS.items()
+]
+TRIED.append(Rung("pairs", "BIGRAM_VOCAB_SIZE=2048", "BigramHash beside more pieces"))
+LATER = FRONTIER + SHORT + TRIED
 BASELINE, MIDDLE, TOP = "baseline", "consensus", "frontier"
 ENDS = [BASELINE, MIDDLE, TOP]
 WITHOUT, WITH = "without-", "with-"
@@ -214,7 +227,7 @@ def leave_one_out(shape: Shape) -> list[Variant]:
 
 
 def one_more(shape: Shape) -> list[Variant]:
-    """Return the top with each rung of FRONTIER or SHORT that it lacks."""
+    """Return the top with each rung of LATER that it lacks."""
     rungs = rungs_of(shape)
     return [
         Variant(
@@ -256,7 +269,7 @@ def chosen_variants(text: str, shape: Shape) -> list[Variant]:
 
 
 def starter_value(name: str) -> str:
-    return as_text(getattr(Config(), name.lower()))
+    return as_text(getattr(Config(), name.lower(), ""))  # TRIAL is none of the trainer
 
 
 def print_variants(shape: str) -> None:
