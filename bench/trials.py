@@ -88,7 +88,7 @@ def soap() -> Patch:
         turned = left.mT @ bank @ right
         square.lerp_(turned.square(), 1 - decay)
         size = (square / (1 - decay ** state[0])).sqrt()
-        size = size.maximum(0.01 * size.mean(dim=(1, 2), keepdim=True))  # what is nearly 0 stays so
+        size = size.maximum(0.01 * size.mean(dim=(1, 2), keepdim=True)).clamp(min=1e-12)
         return original(self, left @ (turned / size) @ right.mT)
 
     return {"Muon.share": share}
