@@ -52,8 +52,7 @@ class UserError(Exception):
 
 
 # ==== SETTINGS ====================================================================================
-# The environment overrides the preset, which overrides these defaults (the challenge's). A name
-# that resembles a setting is an error: elsewhere people train a wrong model, for $20 an hour.
+# The environment overrides the preset, which overrides these defaults (the challenge's).
 # Roles: place (of files), runtime (may change on resume), model (what a reader needs), and others.
 def knob(default: Any, help: str, low=None, high=None, choices="", *, role: str) -> Any:
     """Declare a setting: its default, what it does, the values that it may take, and its role."""
@@ -493,6 +492,8 @@ PLAIN_BITS = 16  # vectors, gates and scalars: fp16
 # The k of least loss on a trained cpu model; below it, clipping costs more than finer steps gain.
 LEAST_K = {2: 1.2, 3: 2.0, 4: 2.5, 5: 2.9, 6: 3.6, 7: 4.0, 8: 4.4}
 GPTQ_BATCHES = 16  # of eight sequences each, for the Hessians
+HEAD = "tok_emb.weight"  # the embedding, which is also the matrix that makes the logits
+LOOKUP_SHARE = 0.1  # what an error of the embedding costs where it is looked up, against there
 K_GRID = np.geomspace(1.2, 64.0, 36_800).tolist()  # 500 bytes from one to the next at 27 M weights
 
 
@@ -559,11 +560,10 @@ def entropy_bits(codes: Tensor) -> float:
 
 def predicted_bytes(state: Tensors, k: float, cfg: Config) -> int:
     """Predict the artifact's size at this k from the entropy of its codes, within about 1 %."""
-    # 1,000 bytes of header and 80 a tensor; an fp16 value codes to 14 bits, a row's step to 10.
-    # Every nth row stands for n, so that of a large matrix about 65,536 weights are counted.
+    # 1,000 bytes of header and 80 a tensor; fp16 codes to 14 bits, a row's step to 10.
     bits = 8000.0 + 640 * len(state)
     for name, weight in state.items():
-        part = weight[::n] if (n := weight.numel() >> 16) else weight
+        part = weight[::n] if (n := weight.numel() >> 16) else weight  # 65,536 weights or so
         _, v, steps = quantise(part, k, tensor_bits(name, cfg))
         coded = 14 if steps is None else 10 / weight.size(1) + entropy_bits(v) / v.numel()
         bits += coded * weight.numel()
@@ -782,8 +782,7 @@ class Artifact(NamedTuple):
 
 def byte_planes(values: np.ndarray) -> np.ndarray:
     """Split 16-bit values into rows of high and of low bytes: coded apart, they shrink by 8 %."""
-    raw = np.ascontiguousarray(values).view("<u2").ravel()
-    return np.stack([raw >> 8, raw & 255]).astype(np.uint8)
+    return np.ascontiguousarray(np.ascontiguousarray(values).view(np.uint8).reshape(-1, 2).T[::-1])
 
 
 def joined_values(planes: np.ndarray) -> np.ndarray:
@@ -856,9 +855,8 @@ def build_model(artifact: Artifact, device: torch.device | str = "cpu") -> GPT:
 
 
 # ==== MODEL =======================================================================================
-# From leaf to root. Parameters stay fp32; autocast chooses the type in which a device multiplies.
-# x_BTD is [B, T, D]: B sequences, T positions, D model width, H query heads, G key and value heads,
-# C head width, V vocabulary, N all positions.
+# Parameters stay fp32; autocast chooses the type of products. x_BTD is [B, T, D]: B sequences,
+# T positions, D width, H query heads, G key heads, C width of a head, V pieces, N all positions.
 linear = functools.partial(nn.Linear, bias=False)
 
 
@@ -1814,22 +1812,26 @@ def settle_weights(run: Run) -> None:
 def collect_factors(run: Run, factor: Callable[[Tensor], Any] = gptq_factor) -> dict[str, Any]:
     """Return the factor of each matrix's Hessian, which is the sum of x x^T over its inputs x."""
     matrices = {f"{n}.weight": m for n, m in run.model.named_modules() if isinstance(m, nn.Linear)}
-    tokens, device = 8 * run.cfg.train_seq_len, run.rt.device
-    sums = {m: torch.zeros(m.in_features, m.in_features, device=device) for m in matrices.values()}
+    tokens, device, head = 8 * run.cfg.train_seq_len, run.rt.device, run.model.tok_emb
+    matrices[HEAD], lanes = head, collections.deque(maxlen=1)  # of the last block
+    sums = {m: torch.zeros(2 * [m.weight.size(1)], device=device) for m in matrices.values()}
 
     def collect(module: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
         x = inputs[0].flatten(0, -2).float()
         sums[module].addmm_(x.T, x)
 
-    hooks = [module.register_forward_hook(collect) for module in sums]
+    hooks = [module.register_forward_hook(collect) for module in sums if module is not head]
+    hooks.append(run.model.blocks[-1].register_forward_hook(lambda *call: lanes.append(call[2])))
     with torch.no_grad(), run.rt.autocast():
         for i in range(GPTQ_BATCHES)[run.rt.mine]:
             batch = run.stream.peek(tokens, tokens * i).reshape(8, -1)
             run.model.logits(torch.from_numpy(batch).to(device))
+            collect(head, (normalised(sum(lanes[-1]) / 2),), None)
     for hook in hooks:
         hook.remove()
     for total in sums.values() if run.rt.world > 1 else ():
         dist.all_reduce(total)
+    sums[head].diagonal().add_(LOOKUP_SHARE * sums[head].diagonal().mean())
     return {name: factor(sums[module]) for name, module in matrices.items()}
 
 
@@ -1840,8 +1842,8 @@ def choose(run: Run) -> Factors:
     factors, cap = collect_factors(run) if run.cfg.gptq else {}, run.cfg.max_wallclock_seconds
     if factors:
         run.log(f"gptq:collected {len(factors)} Hessians train_time:{1000 * run.elapsed():.0f}ms")
-        gptq = rounded_parameters(run.model, run.k, factors=factors)
-        candidates = {"nearest": rounded_parameters(run.model, run.k), "gptq": gptq}
+        ways = {"nearest": None, "gptq": factors}
+        candidates = {n: rounded_parameters(run.model, run.k, factors=f) for n, f in ways.items()}
         factors = factors if best_on_holdout(run, candidates, "rounding") == "gptq" else {}
     run.set_clock(False)
     over = f" over the cap of {cap} s" if 0 < cap < run.train_s else ""
@@ -1960,8 +1962,6 @@ def advice_on(error: Exception) -> str | None:
         return "; set MICRO_BATCH_TOKENS to half of what a pass takes"
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return "; RESUME=1 continues from the checkpoint"
-    if isinstance(error, ModuleNotFoundError):
-        return "; pip install -r requirements.txt"
     return "" if isinstance(error, UserError | OSError) else None
 
 

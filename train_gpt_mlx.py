@@ -53,7 +53,9 @@ from fairway.scoring.settings import EvalConfig
 from train_gpt import (
     BOS_ID,
     GPTQ_BATCHES,
+    HEAD,
     LEAST_K,
+    LOOKUP_SHARE,
     NEWTON_SCHULZ,
     PLAIN_BITS,
     POLAR_EXPRESS,
@@ -316,6 +318,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg, self.looping = cfg, False  # looping: depth recurrence is on
+        self.watch = None  # as in Linear: called with what is multiplied by the embedding
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
         if cfg.bigram_vocab_size:
             self.bigram = BigramHash(cfg)
@@ -352,7 +355,10 @@ class GPT(nn.Module):
             if i < len(order) // 2:
                 skips.append(x)
         weight = self.tok_emb.weight if pieces is None else self.tok_emb.weight[pieces]
-        return cap * mx.tanh(normalised((x + lane) / 2) @ weight.T / cap)
+        x = normalised((x + lane) / 2)
+        if self.watch:
+            self.watch(x)
+        return cap * mx.tanh(x @ weight.T / cap)
 
     def __call__(self, tokens_BT: mx.array, targets_BT: mx.array, *sample: mx.array) -> mx.array:
         """Return the cross-entropy of each target, [B, T], in nats, perhaps over a sample of V."""
@@ -953,7 +959,9 @@ def settle_weights(run: Run) -> None:
 def collect_factors(run: Run) -> Factors:
     """Return GPTQ's factor of each matrix, from the inputs that GPTQ_BATCHES batches give it."""
     matrices = {f"{n}.weight": m for n, m in run.model.named_modules() if isinstance(m, Linear)}
-    hessians = {n: mx.zeros((m.weight.shape[1], m.weight.shape[1])) for n, m in matrices.items()}
+    sizes = {n: m.weight.shape[1] for n, m in matrices.items()} | {HEAD: run.cfg.model_dim}
+    hessians = {n: mx.zeros((size, size)) for n, size in sizes.items()}
+    matrices[HEAD] = run.model
 
     def add(name: str, x: mx.array) -> None:
         x = x.reshape(-1, x.shape[-1])
@@ -968,7 +976,9 @@ def collect_factors(run: Run) -> Factors:
         mx.eval(hessians)
     for matrix in matrices.values():
         matrix.watch = None
-    return {name: gptq_factor(h) for name, h in to_tensors(hessians).items()}
+    found = to_tensors(hessians)
+    found[HEAD].diagonal().add_(LOOKUP_SHARE * found[HEAD].diagonal().mean())
+    return {name: gptq_factor(h) for name, h in found.items()}
 
 
 def choose_rounding(run: Run) -> Factors:

@@ -149,11 +149,7 @@ SHORT = [
     Rung("sampled", "SAMPLED_FRAC=0.85", "a loss over few pieces, until 85 % of the run"),
 ]
 # What is no part of the trainer: patches of bench/trials.py, which the ladder applies by name.
-MORE_OF_TRIALS = {
-    "tail_ema": "EMA_DECAY=0.99",
-    "signs": "BIGRAM_VOCAB_SIZE=2048",
-    "gptq_embedding": "GPTQ=1 QAT_START_FRAC=1",
-}
+MORE_OF_TRIALS = {"tail_ema": "EMA_DECAY=0.99", "signs": "BIGRAM_VOCAB_SIZE=2048"}
 TRIED = [
     Rung(name, f"TRIAL={name} {MORE_OF_TRIALS.get(name, '')}", str(trial.__doc__))
     for name, trial in TRIALS.items()

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train_gpt
-from fairway.methods.layer_inputs import HEAD, hessians
 from train_gpt import BOS_ID, GPT, Attention, Averages, BigramHash, Muon, normalised
 
 Patch = dict[str, Any]  # "Muon.step" → what stands there instead
@@ -342,19 +341,6 @@ def clips() -> Patch:
     return {"quantised": by_group, "predicted_bytes": bytes_by_group}
 
 
-def gptq_embedding() -> Patch:
-    """Round the embedding by GPTQ too, as the matrix that makes the logits (#1394)."""
-    original = train_gpt.collect_factors
-
-    def collect_factors(run: Any, factor: Callable = train_gpt.gptq_factor) -> dict[str, Any]:
-        length = run.cfg.train_seq_len
-        tokens = run.stream.peek(8 * train_gpt.GPTQ_BATCHES * length).reshape(-1, length)
-        own = hessians(run.model, torch.from_numpy(tokens))[HEAD]
-        return {**original(run, factor), HEAD: factor(own)}
-
-    return {"collect_factors": collect_factors}
-
-
 # ==== BY NAME =====================================================================================
 TRIALS: dict[str, Callable[[], Patch]] = {
     trial.__name__: trial
@@ -374,7 +360,6 @@ TRIALS: dict[str, Callable[[], Patch]] = {
         two_caps,
         two_ahead,
         clips,
-        gptq_embedding,
     )
 }
 

@@ -3,7 +3,6 @@
 import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -230,30 +229,6 @@ def test_clips_give_each_group_its_steps(apply):
         torch.testing.assert_close(ratio, torch.full_like(ratio, clip / 12.85), atol=0.01, rtol=0)
     assert torch.equal(own["skip_weights"].values, plain["skip_weights"].values)
     assert sizes[1] < train_gpt.predicted_bytes(state, 8.0, cfg) < sizes[0]
-
-
-def test_gptq_embedding_errs_less_in_the_logits(apply):
-    model, ids = model_of(), np.random.default_rng(0).integers(4, 64, 4096).astype("<u2")
-    run = SimpleNamespace(
-        model=model,
-        cfg=model.cfg,
-        stream=train_gpt.TokenStream([ids]),
-        rt=train_gpt.Runtime(0, 1, torch.device("cpu"), "cpu"),
-    )
-    assert "tok_emb.weight" not in train_gpt.collect_factors(run)
-    apply("gptq_embedding")
-    factors = train_gpt.collect_factors(run)
-    hessian = train_gpt.collect_factors(run, lambda h: h)["tok_emb.weight"]
-    weight = model.tok_emb.weight.detach()
-    cfg = Config(**SMALL, embed_bits=3)
-
-    def error(factors: dict) -> float:
-        rounded = train_gpt.quantised({"tok_emb.weight": weight}, 3.0, cfg, factors)
-        missed = rounded["tok_emb.weight"].weight() - weight
-        return float(((missed @ hessian) * missed).sum())
-
-    own = {"tok_emb.weight": factors["tok_emb.weight"]}
-    assert error(own) < 0.8 * error({})
 
 
 # ==== BY NAME =====================================================================================

@@ -20,7 +20,8 @@ from fairway.methods.groups import GROUPS
 BASELINE = "fp32"
 CURVE = (
     *("int8-rms", "int6-rms", "int5-rms", "int4-rms", "int3-rms", "int2-rms"),
-    *("int6-rms-k5", "int5-rms-k4", "int4-rms-k3", "int4-rms-k3.5", "int3-rms-k2.5"),
+    *("int6-rms-k5", "int6-rms-k7", "int6-rms-k12", "int6-rms-k16", "int5-rms-k4"),
+    *("int4-rms-k3", "int4-rms-k3.5", "int3-rms-k2.5"),
 )
 Cells = list[dict[str, Any]]
 COLUMNS = ("bytes", "bpb", "at_equal_bytes", "p50_ms", "tokens_per_second", "peak_mb")

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from train_gpt import GPT, Config, Runtime, TokenStream, collect_factors, normalised
+from train_gpt import GPT, Config, Runtime, TokenStream, collect_factors
 
-HEAD = "tok_emb.weight"  # embedding and, tied, the matrix that makes the logits
-LOOKUP_SHARE = 0.1  # what an error of the embedding costs where it is looked up, against the head
 PASS_ROWS = 8  # sequences at a time
 
 
@@ -26,21 +24,12 @@ class CalibrationRun(NamedTuple):
 def hessians(model: GPT, tokens: Tensor) -> dict[str, Tensor]:
     """Return the sum of x x^T over the inputs x of each matrix, [columns, columns].
 
-    The trainer's function collects them from 128 sequences; tokens [128, T] are those. The head is
-    added, because most of the loss of few bits is there. Its matrix is the embedding as well, whose
-    inputs are all alike: a multiple of the identity stands for them. The bigram table is only
-    looked up, so that it has no entry.
+    The trainer's function collects them from 128 sequences; tokens [128, T] are those. The bigram
+    table is only looked up, so that it has no entry.
     """
     rt = Runtime(0, 1, torch.device("cpu"), "cpu")
     run = CalibrationRun(model.cfg, rt, model, TokenStream([tokens.numpy().reshape(-1)]))
-    found = collect_factors(run, lambda hessian: hessian)
-    head = torch.zeros(model.cfg.model_dim, model.cfg.model_dim)
-    for part in tokens.split(PASS_ROWS):
-        _, (x, lane) = block_calls(model, model.cfg.num_layers - 1, part)[-1]
-        final = normalised((x + lane) / 2).flatten(0, 1)
-        head.addmm_(final.T, final)
-    head.diagonal().add_(LOOKUP_SHARE * head.diagonal().mean())
-    return found | {HEAD: head}
+    return collect_factors(run, lambda hessian: hessian)
 
 
 def output_errors(errors: Tensor, hessian: Tensor) -> Tensor:

@@ -8,29 +8,31 @@ import torch
 from torch import Tensor
 
 from fairway.methods.error_correcting import ErrorCorrecting
-from fairway.methods.integers import nearest, offset_codes, rounded_matrix
+from fairway.methods.integers import offset_codes, rounded_matrix
 from fairway.methods.layer_inputs import input_rms
 from fairway.methods.stored import Codes, Repaired, Stored
+from train_gpt import LEAST_K
 
 FACTOR_BITS = 6
 
 
 @dataclass(frozen=True)
 class LowRankRepair(ErrorCorrecting):
-    """LQER: int-rms, and the `rank` largest singular parts of its error as a product of two
-    factors of 6 bits, which is added. With weighted, the error is first multiplied by the root mean
-    square of each input on training text, so that the parts that change the outputs are repaired.
-    Factors have signed codes and a step for each row, or with offsets also an offset for each row.
-    The bigram table is rounded to nearest.
+    """LQER: int-rms, with steps of k if k is given, and the `rank` largest singular parts of its
+    error as a product of two factors of 6 bits, which is added. With weighted, the error is first
+    multiplied by the root mean square of each input on training text, so that the parts that change
+    the outputs are repaired. Factors have signed codes and a step for each row, or with offsets
+    also an offset for each row. The bigram table is rounded to nearest.
     """
 
     bits: int
     rank: int
     weighted: bool = False
     offsets: bool = False
+    k: float = 0.0
 
     def stored(self, weight: Tensor, hessian: Tensor | None) -> Stored:
-        base = nearest(weight, self.bits)
+        base = rounded_matrix(weight, self.bits, 0, self.k or LEAST_K[self.bits])
         if hessian is None:
             return base
         inputs = input_rms(hessian) if self.weighted else torch.ones(weight.size(1))

@@ -9,7 +9,7 @@ from fairway.methods.clipping import with_best_clip
 from fairway.methods.error_correcting import as_trained, clamped
 from fairway.methods.gptq import corrected
 from fairway.methods.integers import is_matrix, nearest, offset_codes, rounded_matrix
-from fairway.methods.layer_inputs import HEAD, LOOKUP_SHARE, block_calls, hessians, output_errors
+from fairway.methods.layer_inputs import block_calls, hessians, output_errors
 from fairway.methods.learned_rounding import learn
 from fairway.methods.lqer import repaired
 from fairway.methods.palettes import (
@@ -20,7 +20,16 @@ from fairway.methods.palettes import (
     widths_in_budget,
 )
 from tests.models import ALL_ON, SMALL
-from train_gpt import GPT, Config, initialise, levels, normalised, row_steps
+from train_gpt import (
+    GPT,
+    HEAD,
+    LOOKUP_SHARE,
+    Config,
+    initialise,
+    levels,
+    normalised,
+    row_steps,
+)
 
 GENERATOR = torch.Generator()
 

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,16 @@ from models import SMOKE
 
 from train_gpt import (
     GPT,
+    HEAD,
     K_GRID,
     LEAST_K,
     PLAIN_BITS,
     PRESETS,
     Config,
+    Runtime,
+    TokenStream,
     bisect_k,
+    collect_factors,
     encode_artifact,
     entropy_bits,
     gptq_codes,
@@ -370,3 +375,19 @@ def test_quantised_uses_a_hessian_where_there_is_one():
     for n, r in plain.items():
         assert torch.equal(r.weight(), rounded(state[n].detach(), 6.0, tensor_bits(n, cfg))), n
         assert (r.steps is None) == (r.values.dtype == torch.float16) == (r.bits == PLAIN_BITS)
+
+
+def test_gptq_rounds_the_embedding_for_the_logits_that_it_makes():
+    cfg = dataclasses.replace(CFG, vocab_size=64, num_layers=2, model_dim=64, embed_bits=3)
+    model, tokens = GPT(cfg), np.random.default_rng(0).integers(0, 64, 4096).astype("<u2")
+    initialise(model, cfg)
+    with torch.no_grad():  # with a common part, as embeddings of trained models have
+        model.tok_emb.weight.copy_(normal(64, 64) + 0.5)
+    stream, rt = TokenStream([tokens]), Runtime(0, 1, torch.device("cpu"), "cpu")
+    run = SimpleNamespace(cfg=cfg, rt=rt, model=model, stream=stream)
+    factors, hessian = collect_factors(run), collect_factors(run, lambda h: h)[HEAD]
+    weight, errors = model.tok_emb.weight.detach(), []
+    for found in ({}, {HEAD: factors[HEAD]}):
+        missed = quantised({HEAD: weight}, 3.0, cfg, found)[HEAD].weight() - weight
+        errors.append(float(((missed @ hessian) * missed).sum()))
+    assert errors[1] < 0.5 * errors[0]

@@ -598,7 +598,7 @@ def test_its_log_is_read_like_train_gpts(uninterrupted):
         r"layer_loop:enabled step:6 passes:4$",
         r"swa:averaged \d checkpoints$",
         r"averages:last:\S+ swa:\S+ ema:\S+ kept:",
-        r"gptq:collected 13 Hessians",
+        r"gptq:collected 14 Hessians",
         r"rounding:nearest:\S+ gptq:",
         r"Serialized model int6\+brotli: \d+ bytes \(k:",
         r"final_int6_brotli_roundtrip_exact val_loss:\d\.\d{8} val_bpb:\d\.\d{8}$",
