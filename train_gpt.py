@@ -144,6 +144,7 @@ class Config:
     extra_code_files: str = knob("", "files counted too, with commas between", role="size")
     embed_tokenizer: bool = knob(False, "put the tokenizer into the artifact", role="size")
     gptq: bool = knob(False, "round with Hessians of training batches", role="rounding")
+    lqer_rank: int = knob(4, "of the embedding's repair after GPTQ", 0, 64, role="rounding")
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -208,10 +209,10 @@ FOREIGN_TEXT = """
 MUON_WEIGHT_DECAY=MUON_WD; WEIGHT_DECAY=MUON_WD, ADAM_WD or EMBED_WD; WD=MUON_WD;
 ADAM_WEIGHT_DECAY=ADAM_WD; WARMDOWN_ITERS=WARMDOWN_FRAC; QAT_ENABLED=QAT_START_FRAC (1 is never);
 LATE_QAT_THRESHOLD=QAT_START_FRAC; SWA_ENABLED=SWA_START_FRAC (1 is never); COMPRESSOR=CODEC;
-EMA_ENABLED=EMA_DECAY (0 is none); MATRIX_BITS=ATTN_BITS and MLP_BITS; GPTQ_ENABLED=GPTQ;
+EMA_ENABLED=EMA_DECAY; MATRIX_BITS=ATTN_BITS and MLP_BITS; GPTQ_ENABLED=GPTQ;
 BIGRAM_BUCKETS=BIGRAM_VOCAB_SIZE; EMBED_LR=TIED_EMBED_LR; HEAD_LR=TIED_EMBED_LR;
 TIE_EMBEDDINGS=nothing (they are always tied); BATCH_SIZE=TRAIN_BATCH_TOKENS; SEQ_LEN=TRAIN_SEQ_LEN;
-MAX_STEPS=ITERATIONS; GPTQ_RESERVE_SECONDS=nothing (the choices at the end are timed in warm-up)
+MAX_STEPS=ITERATIONS; GPTQ_RESERVE_SECONDS=nothing (it is measured in warm-up)
 """
 FOREIGN_NAMES = dict(pair.split("=", 1) for pair in " ".join(FOREIGN_TEXT.split()).split("; "))
 
@@ -252,8 +253,7 @@ PRESET_LINES = {
         ADAM_WD=0.02 MATRIX_LR=0.026 SCALAR_LR=0.02 TIED_EMBED_LR=0.03 BETA2=0.99 MIN_LR=0.1
         WARMDOWN_FRAC=0.85 EMA_DECAY=0.9975""",
     "mixed": "PRESET=consensus NUM_LAYERS=12 MLP_BITS=5",
-    "smoke": """
-        PRESET=cpu NUM_LAYERS=2 MODEL_DIM=64 TRAIN_SEQ_LEN=64 ITERATIONS=20 TRAIN_LOG_EVERY=5""",
+    "smoke": "PRESET=cpu NUM_LAYERS=2 MODEL_DIM=64 TRAIN_SEQ_LEN=64 ITERATIONS=20",
 }
 
 
@@ -268,7 +268,6 @@ PRESETS = {name: read_preset(name) for name in PRESET_LINES}
 
 # ==== DATA ========================================================================================
 # A shard is the challenge's: 256 little-endian int32 (magic, version, count), then uint16 tokens.
-# Bits per byte are only as right as the byte count of each token, so every count is proved.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS_ID = 1  # every document starts with it
 CASE_MARKERS = "\ue001\ue002\ue003"  # pieces before capitals in tokenizers of lower-case text
@@ -483,16 +482,15 @@ def proven_table(tokenizer: Any, path: Path | str, val: np.ndarray) -> ByteTable
 
 
 # ==== QUANTISER ===================================================================================
-# One function rounds a weight, in training (straight-through) and in the export. A row's step is
-# k * rms / levels: k sets the error (about k/107 at 6 bits) and, through the entropy coder, the
-# size (about 7.05 - log2 k bits a weight), so one number is bisected to meet the byte target.
+# One function rounds a weight, in training and in the export. A row's step is k * rms / levels: k
+# sets the error (k/107 at 6 bits) and the size (7.05 - log2 k bits a weight), and is bisected.
 Tensors = Mapping[str, Tensor]  # by the names of a model's parameters
-Factors = Mapping[str, tuple[Tensor, Tensor]]  # what GPTQ must know of a matrix's inputs
+Factors = Mapping[str, tuple[Tensor, Tensor, Tensor]]  # what rounding knows of a matrix's inputs
 PLAIN_BITS = 16  # vectors, gates and scalars: fp16
 # The k of least loss on a trained cpu model; below it, clipping costs more than finer steps gain.
 LEAST_K = {2: 1.2, 3: 2.0, 4: 2.5, 5: 2.9, 6: 3.6, 7: 4.0, 8: 4.4}
 GPTQ_BATCHES = 16  # of eight sequences each, for the Hessians
-HEAD = "tok_emb.weight"  # the embedding, which is also the matrix that makes the logits
+HEAD, LEFT, RIGHT = "tok_emb.weight", "tok_emb.left", "tok_emb.right"  # embedding, its repair
 LOOKUP_SHARE = 0.1  # what an error of the embedding costs where it is looked up, against there
 K_GRID = np.geomspace(1.2, 64.0, 36_800).tolist()  # 500 bytes from one to the next at 27 M weights
 
@@ -537,10 +535,23 @@ def quantised(state: Tensors, k: float, cfg: Config, factors: Factors) -> dict[s
     kinds = {n: (rounded[n].bits, state[n].shape) for n in factors}
     for kind in set(kinds.values()):
         names = [n for n in kinds if kinds[n] == kind]
-        parts = ((state[n].detach(), rounded[n].steps, *factors[n]) for n in names)
+        parts = ((state[n].detach(), rounded[n].steps, *factors[n][:2]) for n in names)
         codes = gptq_codes(kind[0], *map(torch.stack, zip(*parts, strict=True)))
         rounded |= {n: rounded[n]._replace(values=c) for n, c in zip(names, codes, strict=True)}
+    if cfg.lqer_rank and HEAD in factors:  # LQER (#1797): the error's largest parts in the logits
+        error = (state[HEAD].detach() - rounded[HEAD].weight()) * (size := factors[HEAD][2])
+        right = torch.linalg.eigh((error.mT @ error).cpu())[1][:, -cfg.lqer_rank :].to(error)
+        for name, part in ((LEFT, error @ right), (RIGHT, right / size[:, None])):
+            rounded[name] = quantise(part.mT, 0, 6)
     return rounded
+
+
+def weights_of(rounded: Mapping[str, Rounded]) -> dict[str, Tensor]:
+    """Return the weights of a model's tensors, the embedding's with its repair."""
+    weights = {name: r.weight() for name, r in rounded.items()}
+    if LEFT in weights:
+        weights[HEAD] += weights.pop(LEFT).mT @ weights.pop(RIGHT)
+    return weights
 
 
 def tensor_bits(name: str, cfg: Config) -> int:
@@ -561,7 +572,9 @@ def entropy_bits(codes: Tensor) -> float:
 def predicted_bytes(state: Tensors, k: float, cfg: Config) -> int:
     """Predict the artifact's size at this k from the entropy of its codes, within about 1 %."""
     # 1,000 bytes of header and 80 a tensor; fp16 codes to 14 bits, a row's step to 10.
-    bits = 8000.0 + 640 * len(state)
+    bits = (
+        8000.0 + 640 * len(state) + 6 * cfg.gptq * cfg.lqer_rank * (cfg.vocab_size + cfg.model_dim)
+    )
     for name, weight in state.items():
         part = weight[::n] if (n := weight.numel() >> 16) else weight  # 65,536 weights or so
         _, v, steps = quantise(part, k, tensor_bits(name, cfg))
@@ -576,20 +589,19 @@ def bisect_k(state: Tensors, target: float, cfg: Config) -> float:
     return K_GRID[min(at, len(K_GRID) - 1)]
 
 
-def gptq_factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the order of columns for GPTQ, and how the error of each moves those after it."""
-    # With H = U D U^T, U's rows say it, so that no inverse is needed (arXiv 2307.13304). The column
-    # of the largest diagonal comes first. Cholesky's L is such a U, counted from the last column.
+def gptq_factor(hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return GPTQ's order of columns, how an error moves those after it, and inputs' sizes."""
+    # With H = U D U^T, U's rows say it, without an inverse (arXiv 2307.13304). Cholesky's L is such
+    # a U, counted from the last column; that of the largest diagonal comes first.
     order = hessian.diagonal().argsort()
     h = hessian[order][:, order]
     h.diagonal().add_(0.01 * h.diagonal().mean() + 1e-8)
     lower = torch.linalg.cholesky(h)
-    return order.flip(0), (lower / lower.diagonal()).flip(0, 1)
+    return order.flip(0), (lower / lower.diagonal()).flip(0, 1), hessian.diagonal().sqrt()
 
 
 def gptq_codes(bits: int, weight, steps, order, factor, block=128) -> Tensor:
-    """Return codes [n, rows, cols] that change the outputs of n matrices least."""
-    # GPTQ, arXiv 2210.17323: each column's rounding error moves to the columns after it.
+    """Return codes [n, rows, cols]: a column's error moves on to those after it (2210.17323)."""
     order, parts = order[:, None].expand_as(weight), (weight.float(), steps.expand_as(weight))
     w, steps = (part.gather(2, order).mT.contiguous() for part in parts)  # a column lies together
     codes, errors = torch.empty_like(w), torch.empty_like(w)
@@ -605,8 +617,7 @@ def gptq_codes(bits: int, weight, steps, order, factor, block=128) -> Tensor:
 
 
 # ==== CODECS ======================================================================================
-# Each maps a list of byte matrices ("planes") to bytes and back, and trusts nothing that it reads.
-# The entropy coder's tables are integers, so that any language can decode it: docs/ARTIFACT.md.
+# Each maps byte matrices ("planes") to bytes and back. Tables are integers, for any language.
 Planes = list[np.ndarray]
 compress_brotli = functools.partial(brotli.compress, quality=11, lgwin=24)
 # Entries of a frequency table are bytes read as small floats: exact to 31, then 4 mantissa bits.
@@ -764,15 +775,13 @@ def decode_planes(codec: str, payload: bytes, shapes: list[tuple[int, int]]) -> 
 
 
 # ==== ARTIFACT ====================================================================================
-# Prelude, JSON header, payload, tokenizer: docs/ARTIFACT.md specifies them. This file reads back
-# only what it wrote itself; fairway/artifact_reader.py checks and reads the file of a stranger.
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"FAIRWAY\x00", 1
 PRELUDE = struct.Struct("<8sII32s")  # magic, version, bytes of the header, SHA-256 of the header
 MODEL_FIELDS = names_with_role(Config, "model")
 
 
 class Artifact(NamedTuple):
-    """The contents of an artifact."""
+    """The contents of an artifact, as docs/ARTIFACT.md specifies it."""
 
     config: Config
     weights: dict[str, Tensor]  # as the quantiser left them
@@ -842,7 +851,7 @@ def decode_artifact(data: bytes) -> Artifact:
         raise UserError("the artifact on disk differs from what was written; RESUME=1 rewrites it")
     payload, inside = parts[: header["payload_bytes"]], parts[header["payload_bytes"] :]
     cfg = Config(**header["model"], train_batch_tokens=8 * header["model"]["train_seq_len"])
-    weights = {name: r.weight() for name, r in decode_tensors(header, payload).items()}
+    weights = weights_of(decode_tensors(header, payload))
     return Artifact(cfg, weights, brotli.decompress(inside) if inside else b"", header)
 
 
@@ -1074,8 +1083,7 @@ def initialise(model: GPT, cfg: Config) -> None:
 
 
 # ==== WEIGHTS =====================================================================================
-# All weights lie in one buffer, those of equal shape and rounding side by side: one operation then
-# does what would take one a tensor, and a step launches some hundred kernels instead of thousands.
+# Weights of equal shape lie side by side: a step launches hundreds of kernels, not thousands.
 class Buffer:
     """All weights in one tensor, seen as `params` or as `banks` of equal matrices; last, a loss."""
 
@@ -1110,7 +1118,7 @@ def rounded_parameters(model: GPT, k: float, values=None, factors=None) -> list[
     """Return what the artifact would hold at this k for each parameter, or for `values`."""
     names, own = zip(*model.named_parameters(), strict=True)
     rounded = quantised(dict(zip(names, values or own, strict=True)), k, model.cfg, factors or {})
-    return [r.weight() for r in rounded.values()]
+    return [*weights_of(rounded).values()]
 
 
 def rounded_banks(banks: list[Tensor], steps: list[Tensor], bits: list[int]) -> list[Tensor]:
@@ -1120,7 +1128,6 @@ def rounded_banks(banks: list[Tensor], steps: list[Tensor], bits: list[int]) -> 
 
 
 # ==== OPTIMISERS ==================================================================================
-# Muon for matrices (Keller Jordan, 2024), AdamW for embeddings and all else, over banks of weights.
 NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)]  # one quintic for all steps (Keller Jordan)
 POLAR_EXPRESS = [  # the best polynomial for each step (arXiv 2505.16932, #1787)
     (8.156554524902, -22.483292925578, 15.878769915207),
@@ -1195,7 +1202,6 @@ def make_optimisers(weights: Buffer, gradients: Buffer, cfg: Config, rt: Runtime
 
 
 # ==== SCHEDULES ===================================================================================
-# All depend on progress, 0 to 1, so that a schedule keeps its shape on a slower machine.
 def progress_of(step: int, elapsed_s: float, cfg: Config, reserve_s: float = 0.0) -> float:
     """Return the used part of the steps or of the clock less its reserve, whichever is larger."""
     cap = cfg.max_wallclock_seconds
@@ -1238,7 +1244,6 @@ class Averages:
 
 
 # ==== RUNTIME =====================================================================================
-# Hardware is chosen once, here; the same code then runs on a CPU, a GPU, or eight under torchrun.
 # Peak bf16 FLOP/s without sparsity, by a part of the device's name, for the MFU in the log.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "5090": 209e12}
 
@@ -1352,8 +1357,7 @@ def log_header(log: Log, cfg: Config, rt: Runtime, data: Data, preset: str) -> N
 
 
 # ==== TRAINING ====================================================================================
-# A step takes the same tokens and makes the same update on 1, 2, 4 or 8 devices: a batch is always
-# eight parts. Validation stops the clock, and ranks agree on all that the clock decides.
+# A step makes the same update on 1, 2, 4 or 8 devices. Ranks agree on all that the clock decides.
 CODE_STUB_BYTES = 4096  # two loader stubs of 1,450 bytes, and about 20 bytes a file for its name
 READ_EVERY = 8  # steps between two looks at the device, for which a GPU must wait
 Report = collections.namedtuple("Report", "step loss elapsed signum")
@@ -1670,8 +1674,7 @@ def mean_nats(loss_fn: Callable, tokens: np.ndarray, cfg: Config, rt: Runtime, l
     length, rows = cfg.train_seq_len, max(1, cfg.val_batch_size // 8 // cfg.train_seq_len)
     starts = np.arange(0, len(tokens) - 1, length)[rt.mine]
     rows = min(rows, max(1, len(starts)))
-    # All passes have one shape, so that compiled code serves every one.
-    starts = np.pad(starts, (0, -len(starts) % rows), constant_values=len(tokens))
+    starts = np.pad(starts, (0, -len(starts) % rows), constant_values=len(tokens))  # one shape
     total, began, next_line = torch.zeros((), dtype=torch.float64), time.perf_counter(), 10.0
     for i in range(0, len(starts), rows):
         places = starts[i : i + rows, None] + np.arange(length + 1)
@@ -1811,28 +1814,26 @@ def settle_weights(run: Run) -> None:
 
 def collect_factors(run: Run, factor: Callable[[Tensor], Any] = gptq_factor) -> dict[str, Any]:
     """Return the factor of each matrix's Hessian, which is the sum of x x^T over its inputs x."""
-    matrices = {f"{n}.weight": m for n, m in run.model.named_modules() if isinstance(m, nn.Linear)}
-    tokens, device, head = 8 * run.cfg.train_seq_len, run.rt.device, run.model.tok_emb
-    matrices[HEAD], lanes = head, collections.deque(maxlen=1)  # of the last block
-    sums = {m: torch.zeros(2 * [m.weight.size(1)], device=device) for m in matrices.values()}
+    tokens, model, sums, last = 8 * run.cfg.train_seq_len, run.model, {}, {}
+    matrices = [(f"{n}.weight", m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
 
-    def collect(module: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
+    def add(name: str, _module: nn.Module | None, inputs: tuple[Tensor], _output: Any) -> None:
         x = inputs[0].flatten(0, -2).float()
-        sums[module].addmm_(x.T, x)
+        sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
-    hooks = [module.register_forward_hook(collect) for module in sums if module is not head]
-    hooks.append(run.model.blocks[-1].register_forward_hook(lambda *call: lanes.append(call[2])))
+    hooks = [m.register_forward_hook(functools.partial(add, name)) for name, m in matrices]
+    hooks.append(model.blocks[-1].register_forward_hook(lambda *call: last.update(lanes=call[2])))
     with torch.no_grad(), run.rt.autocast():
         for i in range(GPTQ_BATCHES)[run.rt.mine]:
             batch = run.stream.peek(tokens, tokens * i).reshape(8, -1)
-            run.model.logits(torch.from_numpy(batch).to(device))
-            collect(head, (normalised(sum(lanes[-1]) / 2),), None)
+            model.logits(torch.from_numpy(batch).to(run.rt.device))
+            add(HEAD, None, (normalised(sum(last["lanes"]) / 2),), None)
     for hook in hooks:
         hook.remove()
     for total in sums.values() if run.rt.world > 1 else ():
         dist.all_reduce(total)
-    sums[head].diagonal().add_(LOOKUP_SHARE * sums[head].diagonal().mean())
-    return {name: factor(sums[module]) for name, module in matrices.items()}
+    sums[HEAD].diagonal().add_(LOOKUP_SHARE * sums[HEAD].diagonal().mean())
+    return {name: factor(hessian) for name, hessian in sums.items()}
 
 
 def choose(run: Run) -> Factors:
@@ -1926,7 +1927,6 @@ def score_artifact(run: Run, path: Path) -> None:
 
 
 # ==== MAIN ========================================================================================
-# The order of a run. An error that the user can repair is one line, and exit code 1.
 def print_help() -> None:
     print(f"{__doc__}\nPRESET  one of {', '.join(PRESETS)} (unset: consensus on CUDA, else cpu)\n")
     for f in fields(Config):

@@ -91,6 +91,7 @@ from train_gpt import (
     save,
     tensor_bits,
     validate,
+    weights_of,
 )
 
 try:
@@ -926,7 +927,7 @@ def exported_weights(
 ) -> Weights:
     """Return the values that the artifact would hold for these weights at the current k."""
     rounded = quantised(weights, run.k, run.cfg, factors or {})
-    return to_arrays({n: r.weight() for n, r in rounded.items()})
+    return to_arrays(weights_of(rounded))
 
 
 def best_on_holdout(run: Run, candidates: dict[str, Weights], event: str) -> str:

@@ -16,15 +16,16 @@ from typing import Any, BinaryIO
 
 import brotli
 import torch
-from torch import Tensor
 
 from train_gpt import (
     ARTIFACT_MAGIC,
     ARTIFACT_VERSION,
     CODECS,
     GPT,
+    LEFT,
     MODEL_FIELDS,
     PRELUDE,
+    RIGHT,
     Artifact,
     Config,
     Rounded,
@@ -33,10 +34,11 @@ from train_gpt import (
     decompress_brotli,
     levels,
     tensor_bits,
+    weights_of,
 )
 
 MOST_FILE_BYTES, MOST_HEADER_BYTES, MOST_TOKENIZER_BYTES = 1 << 27, 1 << 20, 1 << 23
-MOST_WEIGHTS = 48_000_000
+MOST_WEIGHTS, MOST_RANK, REPAIR_BITS = 48_000_000, 64, 6
 # Settings that old headers name and the trainer no longer has, with the one value that it keeps to.
 RETIRED_FIELDS = {"loop_adaln": False}
 ADVICE = "use the train_gpt.py that wrote the file"
@@ -67,7 +69,9 @@ def read_artifact(path: str | Path) -> Artifact:
             raise ArtifactError("the payload does not match its checksum: damaged")
         cfg = header_config(header)
         rounded = decode_tensors(header, payload)
-        weights = {name: checked_weight(name, tensor) for name, tensor in rounded.items()}
+        for name, tensor in rounded.items():
+            check_tensor(name, tensor)
+        weights = weights_of(rounded)
         tokenizer = decompress_brotli(inside, MOST_TOKENIZER_BYTES) if inside else b""
         if inside and hashlib.sha256(tokenizer).hexdigest() != header["tokenizer_sha256"]:
             raise ArtifactError("the tokenizer inside is not the one that the header names")
@@ -128,6 +132,8 @@ def header_config(header: Mapping[str, Any]) -> Config:
         raise ArtifactError("TRAIN_SEQ_LEN x MODEL_DIM is out of range")
     with torch.device("meta"):
         expected = {n: [tensor_bits(n, cfg), *p.shape] for n, p in GPT(cfg).named_parameters()}
+    if LEFT in tensors or RIGHT in tensors:
+        expected |= repair_tensors(cfg, tensors.get(LEFT))
     for name in [*expected, *tensors]:
         stated, wanted = tensors.get(name), expected.get(name)
         if repr(stated) != repr(wanted):  # True is no 1
@@ -137,13 +143,19 @@ def header_config(header: Mapping[str, Any]) -> Config:
     return cfg
 
 
-def checked_weight(name: str, rounded: Rounded) -> Tensor:
-    """Return the weights of a tensor; refuse values that the quantiser cannot have written."""
+def repair_tensors(cfg: Config, stated: Any) -> dict[str, list[int]]:
+    """Return bits and shapes of the two factors that repair the embedding, of the stated rank."""
+    rank = stated[1] if type(stated) is list and len(stated) == 3 else 0
+    if type(rank) is not int or not 1 <= rank <= MOST_RANK:
+        raise ArtifactError(f"tensor {LEFT!r} is {stated!s:.60}, of no rank from 1 to {MOST_RANK}")
+    return {LEFT: [REPAIR_BITS, rank, cfg.vocab_size], RIGHT: [REPAIR_BITS, rank, cfg.model_dim]}
+
+
+def check_tensor(name: str, rounded: Rounded) -> None:
+    """Refuse values that the quantiser cannot have written."""
     bits, values, steps = rounded
     if steps is not None:
         if int(values.min()) < -levels(bits) or int(values.max()) > levels(bits):
             raise ArtifactError(f"tensor {name!r} has codes outside {bits} bits")
-    weight = rounded.weight()
-    if not torch.isfinite(weight).all():
+    if not torch.isfinite(rounded.weight()).all():
         raise ArtifactError(f"tensor {name!r} is not finite")
-    return weight

@@ -32,6 +32,6 @@ class GPTQ(ErrorCorrecting):
 
 def corrected(weight: Tensor, start: Codes, bits: int, hessian: Tensor) -> Codes:
     """Return codes by GPTQ with the steps of `start`."""
-    parts = (weight, spread(start.steps, weight.size(1)), *gptq_factor(hessian))
+    parts = (weight, spread(start.steps, weight.size(1)), *gptq_factor(hessian)[:2])
     codes = gptq_codes(bits, *(part[None] for part in parts))[0]
     return Codes(codes.to(start.codes.dtype), start.steps)

@@ -10,6 +10,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import brotli
@@ -25,6 +26,9 @@ from train_gpt import (
     ARTIFACT_MAGIC,
     CODECS,
     GPT,
+    HEAD,
+    LEFT,
+    RIGHT,
     Config,
     UserError,
     build_model,
@@ -116,6 +120,60 @@ def test_gptq_codes_come_back_too(tmp_path):
     weights = read_artifact(path).weights
     wanted = rounded_parameters(model, K, None, factors)
     assert all(torch.equal(weights[n], w) for n, w in zip(state, wanted, strict=True))
+
+
+def repaired_blob(rank: int = 3) -> bytes:
+    """Return an artifact whose embedding has a repair."""
+    model = trained(replace(CONFIGS["4 bits"], lqer_rank=rank))
+    state = dict(model.named_parameters())
+    x = torch.randn(200, 32, generator=torch.Generator().manual_seed(5)) + 1
+    rounded = quantised(state, K, model.cfg, {HEAD: gptq_factor(x.T @ x)})
+    return encode_artifact(rounded, K, model.cfg, False, "ans", b"")
+
+
+def test_a_repair_comes_back_and_errs_less_in_the_logits(tmp_path):
+    model = trained(CONFIGS["4 bits"])
+    weight, errors = model.tok_emb.weight.detach(), []
+    x = torch.randn(200, 32, generator=torch.Generator().manual_seed(5)) + 1
+    for rank in (0, 1, 3, 32):
+        cfg = replace(model.cfg, lqer_rank=rank)
+        factors = {HEAD: gptq_factor(x.T @ x)}
+        rounded = quantised(dict(model.named_parameters()), K, cfg, factors)
+        assert (LEFT in rounded) == (RIGHT in rounded) == (rank > 0)
+        blob = encode_artifact(rounded, K, cfg, False, "brotli", b"")
+        own, read = decode_artifact(blob), read_artifact(write(tmp_path / "a.ptz", blob))
+        assert {*read.weights} == {n for n, _ in model.named_parameters()}
+        assert torch.equal(read.weights[HEAD], own.weights[HEAD])
+        model.cfg = cfg
+        kept = zip(
+            model.named_parameters(), rounded_parameters(model, K, None, factors), strict=True
+        )
+        assert all(torch.equal(read.weights[n], w) for (n, _), w in kept)
+        errors.append(float(((read.weights[HEAD] - weight) @ x.T).square().mean()))
+    assert errors[0] > errors[1] > errors[2] > errors[3] and errors[3] < 0.1 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "says"),
+    [
+        ([6, 3, 96], None, "'tok_emb.right' is None"),
+        (None, [6, 3, 32], "'tok_emb.left' is None, of no rank"),
+        ([6, 0, 96], [6, 0, 32], "of no rank from 1 to 64"),
+        ([6, 65, 96], [6, 65, 32], "of no rank from 1 to 64"),
+        ([6, True, 96], [6, True, 32], "of no rank"),
+        ([6, 3, 96, 1], [6, 3, 32], "of no rank"),
+        ([5, 3, 96], [6, 3, 32], "'tok_emb.left' is [5, 3, 96], not [6, 3, 96]"),
+        ([6, 3, 96], [6, 2, 32], "'tok_emb.right' is [6, 2, 32], not [6, 3, 32]"),
+        ([6, 3, 10**12], [6, 3, 32], "not [6, 3, 96]"),
+        ("x", {}, "of no rank"),
+    ],
+    ids=str,
+)
+def test_a_repair_of_another_shape_is_refused(tmp_path, left, right, says):
+    parts = Parts(repaired_blob())
+    tensors = {n: t for n, t in parts.header["tensors"].items() if n not in (LEFT, RIGHT)}
+    tensors |= {n: t for n, t in ((LEFT, left), (RIGHT, right)) if t is not None}
+    assert says in refused(write(tmp_path / "a.ptz", parts.forged(tensors=tensors)))
 
 
 def test_reading_twice_writing_twice(tmp_path):
@@ -807,7 +865,7 @@ def test_nothing_on_the_way_to_a_model_can_unpickle():
         "read_header",
         "header_config",
         "decode_tensors",
-        "checked_weight",
+        "check_tensor",
         "decompress_brotli",
         "decode_planes",
         "GPT",

@@ -46,7 +46,7 @@ def rounded(w: torch.Tensor, k: float, bits: int) -> torch.Tensor:
 
 
 def gptq(w: torch.Tensor, hessian: torch.Tensor, k: float, bits: int, **options) -> torch.Tensor:
-    steps, (order, factor) = row_steps(w, k, bits), gptq_factor(hessian)
+    steps, (order, factor, _) = row_steps(w, k, bits), gptq_factor(hessian)
     return gptq_codes(bits, w[None], steps[None], order[None], factor[None], **options)[0]
 
 
@@ -302,7 +302,7 @@ def test_stacked_gptq_is_gptq_of_each_matrix(bits, rows, columns):
     matrices = [normal(rows, columns, seed=i, spread=0.3) for i in range(3)]
     hessians = [(x := correlated(columns, 3 * columns, i)).T @ x for i in range(3)]
     steps = [row_steps(w, 6.0, bits) for w in matrices]
-    orders, factors = zip(*map(gptq_factor, hessians), strict=True)
+    orders, factors, _ = zip(*map(gptq_factor, hessians), strict=True)
     stacked = [torch.stack(part) for part in (matrices, steps, orders, factors)]
     before = [part.clone() for part in stacked]
     codes = gptq_codes(bits, *stacked)
