@@ -22,6 +22,7 @@ from train_gpt import (
     ARTIFACT_VERSION,
     CODECS,
     GPT,
+    HEAD,
     LEFT,
     MODEL_FIELDS,
     PRELUDE,
@@ -72,6 +73,8 @@ def read_artifact(path: str | Path) -> Artifact:
         for name, tensor in rounded.items():
             check_tensor(name, tensor)
         weights = weights_of(rounded)
+        if not torch.isfinite(weights[HEAD]).all():  # finite factors may have an infinite product
+            raise ArtifactError(f"tensor {HEAD!r} is not finite once it is repaired")
         tokenizer = decompress_brotli(inside, MOST_TOKENIZER_BYTES) if inside else b""
         if inside and hashlib.sha256(tokenizer).hexdigest() != header["tokenizer_sha256"]:
             raise ArtifactError("the tokenizer inside is not the one that the header names")

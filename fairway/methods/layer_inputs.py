@@ -9,8 +9,6 @@ from torch import Tensor
 
 from train_gpt import GPT, Config, Runtime, TokenStream, collect_factors
 
-PASS_ROWS = 8  # sequences at a time
-
 
 class CalibrationRun(NamedTuple):
     """The part of a training run that `collect_factors` reads: a model, and text for it."""

@@ -176,6 +176,17 @@ def test_a_repair_of_another_shape_is_refused(tmp_path, left, right, says):
     assert says in refused(write(tmp_path / "a.ptz", parts.forged(tensors=tensors)))
 
 
+def test_finite_factors_of_an_infinite_repair_are_refused(tmp_path):
+    model = trained(replace(CONFIGS["4 bits"], lqer_rank=3))
+    state, x = dict(model.named_parameters()), torch.randn(200, 32)
+    rounded = quantised(state, K, model.cfg, {HEAD: gptq_factor(x.T @ x)})
+    for side in (LEFT, RIGHT):
+        huge = torch.full_like(rounded[side].steps, 2.0**100)
+        rounded[side] = rounded[side]._replace(steps=huge)
+    blob = encode_artifact(rounded, K, model.cfg, False, "ans", b"")
+    assert "not finite once it is repaired" in refused(write(tmp_path / "a.ptz", blob))
+
+
 def test_reading_twice_writing_twice(tmp_path):
     for codec in CODECS:
         model = trained(CONFIGS["mixed"])
