@@ -114,6 +114,7 @@ class Config:
     xsa_last_n: int = knob(0, "last layers with exclusive attention", 0, 256, role="model")
     ln_scale: bool = knob(False, "scale the input of layer i by 1/sqrt(i+1)", role="model")
     attn_gate: bool = knob(False, "gate each head by the first 12 inputs", role="model")
+    skip_gates: bool = knob(False, "mix skips in by sigmoids, not by adding", role="model")
     parallel_start_layer: int = knob(0, "first two-lane layer; 0 = none", 0, 255, role="model")
     loop_start: int = knob(0, "first layer of depth recurrence", 0, 255, role="model")
     loop_end: int = knob(0, "last layer of depth recurrence", 0, 255, role="model")
@@ -251,7 +252,7 @@ PRESET_LINES = {
         LOOP_START=3 LOOP_END=5 NUM_LOOPS=2 GPTQ=1 QAT_START_FRAC=1 SWA_START_FRAC=1
         MUON_MOMENTUM=0.97 MUON_ROW_NORMALIZE=1 MUON_POLAR_EXPRESS=1 MUON_WD=0.095 EMBED_WD=0.085
         ADAM_WD=0.02 MATRIX_LR=0.026 SCALAR_LR=0.02 TIED_EMBED_LR=0.03 BETA2=0.99 MIN_LR=0.1
-        WARMDOWN_FRAC=0.85 EMA_DECAY=0.9975""",
+        WARMDOWN_FRAC=0.85 EMA_DECAY=0.9975 SKIP_GATES=1""",
     "mixed": "PRESET=consensus NUM_LAYERS=12 MLP_BITS=5",
     "smoke": "PRESET=cpu NUM_LAYERS=2 MODEL_DIM=64 TRAIN_SEQ_LEN=64 ITERATIONS=20",
 }
@@ -572,9 +573,8 @@ def entropy_bits(codes: Tensor) -> float:
 def predicted_bytes(state: Tensors, k: float, cfg: Config) -> int:
     """Predict the artifact's size at this k from the entropy of its codes, within about 1 %."""
     # 1,000 bytes of header and 80 a tensor; fp16 codes to 14 bits, a row's step to 10.
-    bits = (
-        8000.0 + 640 * len(state) + 6 * cfg.gptq * cfg.lqer_rank * (cfg.vocab_size + cfg.model_dim)
-    )
+    repair = 6 * cfg.gptq * cfg.lqer_rank * (cfg.vocab_size + cfg.model_dim)
+    bits = 8000.0 + 640 * len(state) + repair
     for name, weight in state.items():
         part = weight[::n] if (n := weight.numel() >> 16) else weight  # 65,536 weights or so
         _, v, steps = quantise(part, k, tensor_bits(name, cfg))
@@ -1012,6 +1012,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.num_layers))
         skips = max(len(self.passes(looping)) // 2 for looping in (False, True))
         self.skip_weights = nn.Parameter(torch.ones(skips, D))
+        self.skip_gates = nn.Parameter(torch.zeros(skips, D)) if cfg.skip_gates else None  # #1855
         cos, sin = rope_tables(cfg.train_seq_len, width, cfg.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -1047,6 +1048,9 @@ class GPT(nn.Module):
         for i, layer in enumerate(order):
             if i >= half and skips:
                 skip = self.skip_weights[i - half].type_as(x) * skips.pop()
+                if self.skip_gates is not None:
+                    gate = torch.sigmoid(self.skip_gates[i - half]).type_as(x)
+                    x, lane, skip = gate * x, gate * lane, (1 - gate) * skip
                 x, lane = x + skip, lane + skip
             x, lane = self.blocks[layer](x, lane, x0, rope, attention)
             if i < half:
@@ -1072,8 +1076,7 @@ def initialise(model: GPT, cfg: Config) -> None:
         weight = torch.zeros(module.weight.shape)
         if not name.endswith((".attn.proj", ".mlp.proj")):  # zeros: each block begins as identity
             if cfg.ortho_init and min(weight.shape) >= 64:
-                gain = (2 * cfg.num_layers) ** -0.5 if name.endswith("proj") else 1.0
-                nn.init.orthogonal_(weight, gain=gain)
+                nn.init.orthogonal_(weight, (2 * cfg.num_layers) ** -0.5 if "proj" in name else 1.0)
             else:
                 nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         module.weight.copy_(weight)
@@ -1215,8 +1218,7 @@ def lr_scale(progress: float, cfg: Config) -> float:
 
 
 def momentum_at(step: int, cfg: Config) -> float:
-    steps = cfg.muon_momentum_warmup_steps
-    part = min(1.0, step / steps) if steps else 1.0
+    part = min(1.0, step / n) if (n := cfg.muon_momentum_warmup_steps) else 1.0
     return cfg.muon_momentum_warmup_start * (1 - part) + cfg.muon_momentum * part
 
 
@@ -1484,9 +1486,8 @@ def size_target(cfg: Config) -> int:
 
 def check_room(size: int, cfg: Config) -> None:
     if (over := size - size_target(cfg)) > 0:
-        message = f"the artifact has {size} bytes at the coarsest step, {over} more than"
-        budget = f"SIZE_BUDGET_BYTES={cfg.size_budget_bytes} leaves after code and margin"
-        raise UserError(f"{message} {budget}; lower NUM_LAYERS, MODEL_DIM or MLP_MULT")
+        what = f"{over} over SIZE_BUDGET_BYTES={cfg.size_budget_bytes} less code and margin"
+        raise UserError(f"at the coarsest step {size} bytes, {what}; lower MODEL_DIM or MLP_MULT")
 
 
 def predict_size(run: Run, when: str, state: Tensors) -> None:
@@ -1615,8 +1616,7 @@ def train(run: Run) -> None:
         pace = run.news.elapsed / max(run.news.step, 1)
         elapsed = run.news.elapsed + pace * (run.step - run.news.step)
         progress = progress_of(run.step, elapsed, cfg, run.reserve_s)
-        # The last step is the last that ends before the reserve.
-        over = progress_of(run.step, elapsed + pace, cfg, run.reserve_s) >= 1
+        over = progress_of(run.step, elapsed + pace, cfg, run.reserve_s) >= 1  # no step fits now
         if over:
             agree(run)
         if run.step > run.logged[0] and (log_now or over):
@@ -1761,8 +1761,7 @@ def read_checkpoint(cfg: Config, path: Path | None = None) -> dict[str, Any]:
     except Exception as e:  # a damaged zip raises almost anything
         raise UserError(f"{path} is damaged ({type(e).__name__}); unset RESUME") from None
     # Places and runtime may differ: they change neither the weights nor the order of the data.
-    free = names_with_role(Config, "place", "runtime")
-    for name in sorted((then.keys() | now.keys()) - set(free)):
+    for name in sorted({*then, *now} - {*names_with_role(Config, "place", "runtime")}):
         if (old := then.get(name)) != (new := now.get(name)):
             message = f"{name.upper()} is {new}, but the checkpoint was made with {old}"
             raise UserError(f"{message}; set it to that, or start again without RESUME")

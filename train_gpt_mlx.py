@@ -328,6 +328,8 @@ class GPT(nn.Module):
         self.blocks = [Block(cfg, i) for i in range(cfg.num_layers)]
         skips = max(len(self.passes(looping)) // 2 for looping in (False, True))
         self.skip_weights = mx.ones((skips, cfg.model_dim))
+        if cfg.skip_gates:
+            self.skip_gates = mx.zeros((skips, cfg.model_dim))
         rope_dims = cfg.rope_dims or cfg.model_dim // cfg.num_heads
         tables = rope_tables(cfg.train_seq_len, rope_dims, cfg.rope_base)
         # MLX does not count arrays as parameters if their names begin with an underscore.
@@ -351,6 +353,9 @@ class GPT(nn.Module):
         for i, layer in enumerate(order):
             if i >= len(order) // 2 and skips:
                 skip = self.skip_weights[i - len(order) // 2] * skips.pop()
+                if "skip_gates" in self:
+                    gate = mx.sigmoid(self.skip_gates[i - len(order) // 2])
+                    x, lane, skip = gate * x, gate * lane, (1 - gate) * skip
                 x, lane = x + skip, lane + skip
             x, lane = self.blocks[layer](x, lane, x0, rope)
             if i < len(order) // 2:

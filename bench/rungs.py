@@ -123,6 +123,7 @@ FRONTIER = [
     Rung("rope", "ROPE_DIMS=16", "a quarter of a head's channels rotate"),
     Rung("qk_gain", "QK_GAIN_INIT=5", "initial gain of queries 5, not 1.5"),
     Rung("attn_gate", "ATTN_GATE=1", "a gate for each head"),
+    Rung("skip_gates", "SKIP_GATES=1", "skips mixed in by sigmoids, not added"),
     Rung("lanes", "PARALLEL_START_LAYER=8", "two lanes in the last layers"),
     Rung("loops", "LOOP_START=3 LOOP_END=5 NUM_LOOPS=2", "depth recurrence"),
     Rung("row_norm", "MUON_ROW_NORMALIZE=1", "equal rows before Newton-Schulz"),
@@ -149,7 +150,10 @@ SHORT = [
     Rung("sampled", "SAMPLED_FRAC=0.85", "a loss over few pieces, until 85 % of the run"),
 ]
 # What is no part of the trainer: patches of bench/trials.py, which the ladder applies by name.
-MORE_OF_TRIALS = {"tail_ema": "EMA_DECAY=0.99", "signs": "BIGRAM_VOCAB_SIZE=2048"}
+MORE_OF_TRIALS = {
+    "tail_ema": "EMA_DECAY=0.99",
+    "signs": "BIGRAM_VOCAB_SIZE=2048",
+}
 TRIED = [
     Rung(name, f"TRIAL={name} {MORE_OF_TRIALS.get(name, '')}", str(trial.__doc__))
     for name, trial in TRIALS.items()

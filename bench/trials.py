@@ -201,12 +201,6 @@ def signs() -> Patch:
 
 
 # ==== STREAM ======================================================================================
-def added(self: GPT, i: int, x: Tensor, lane: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-    """Add a skip to both lanes, as the trainer does."""
-    skip = self.skip_weights[i].type_as(x) * skip
-    return x + skip, lane + skip
-
-
 def capped(self: GPT, hidden: Tensor, weight: Tensor) -> Tensor:
     """Return logits within LOGIT_SOFTCAP, as the trainer does."""
     cap = self.cfg.logit_softcap
@@ -218,8 +212,8 @@ def keep(_self: GPT, _i: int, outputs: list[Tensor]) -> Tensor:
     return outputs[-1]
 
 
-def stream(join: Callable = added, after: Callable = keep, head: Callable = capped) -> Callable:
-    """Return GPT.from_embedded with other skips, another stream between blocks, another head."""
+def stream(after: Callable = keep, head: Callable = capped) -> Callable:
+    """Return GPT.from_embedded with another stream between blocks, or another head."""
 
     def from_embedded(
         self: GPT,
@@ -233,7 +227,11 @@ def stream(join: Callable = added, after: Callable = keep, head: Callable = capp
         half = len(order) // 2
         for i, layer in enumerate(order):
             if i >= half and skips:
-                x, lane = join(self, i - half, x, lane, skips.pop())
+                skip = self.skip_weights[i - half].type_as(x) * skips.pop()
+                if self.skip_gates is not None:
+                    gate = torch.sigmoid(self.skip_gates[i - half]).type_as(x)
+                    x, lane, skip = gate * x, gate * lane, (1 - gate) * skip
+                x, lane = x + skip, lane + skip
             apart = lane is not x
             x, lane = self.blocks[layer](x, lane, x0, rope, attention)
             if i < half:
@@ -245,20 +243,6 @@ def stream(join: Callable = added, after: Callable = keep, head: Callable = capp
         return head(self, normalised((x + lane)[:, first:] / 2), weight)
 
     return from_embedded
-
-
-def skip_gates() -> Patch:
-    """Mix stream and skip by a sigmoid a channel, not by adding (the accepted line, #1855)."""
-
-    def add(self: GPT) -> None:
-        self.skip_gates = nn.Parameter(torch.zeros_like(self.skip_weights))
-
-    def join(self: GPT, i: int, x: Tensor, lane: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        gate = torch.sigmoid(self.skip_gates[i]).type_as(x)
-        skip = self.skip_weights[i].type_as(x) * skip
-        return torch.lerp(skip, x, gate), torch.lerp(skip, lane, gate)
-
-    return {"GPT.__init__": extended(GPT, add), "GPT.from_embedded": stream(join)}
 
 
 def dense() -> Patch:
@@ -355,7 +339,6 @@ TRIALS: dict[str, Callable[[], Patch]] = {
         half_gate,
         gated_smear,
         signs,
-        skip_gates,
         dense,
         two_caps,
         two_ahead,

@@ -20,6 +20,10 @@ PARTS = dict(
     MUON_BACKEND_STEPS=5,
     MUON_ROW_NORMALIZE=0,
     MUON_POLAR_EXPRESS=0,
+    ORTHO_INIT=1,
+    SKIP_GATES=0,
+    ATTN_GATE=0,
+    XSA_LAST_N=0,
     VOCAB_SIZE=1024,
 )
 SMOKE = PRESETS["smoke"] | parse_settings(Config, {name: str(v) for name, v in PARTS.items()})
@@ -42,6 +46,7 @@ ALL_ON = dict(
     rope_dims=4,
     ln_scale=True,
     attn_gate=True,
+    skip_gates=True,
     leaky_slope=0.5,
     parallel_start_layer=5,
     loop_start=2,
@@ -70,6 +75,7 @@ FEATURES = {
     "partial_rope": dict(rope_dims=4),
     "ln_scale": dict(ln_scale=True),
     "gate": dict(attn_gate=True),
+    "skip_gates": dict(skip_gates=True),
     "lanes": dict(parallel_start_layer=1),
     "leaky": dict(leaky_slope=0.5),
     "loops_off": LOOPS,

@@ -171,21 +171,10 @@ def test_signs_part_pairs_of_one_bucket(apply):
 @pytest.mark.parametrize("name", ["dense", "two_caps", "two_ahead"])
 @pytest.mark.parametrize("lanes", [0, 2])
 def test_a_trial_begins_as_the_plain_model(apply, name, lanes):
-    plain = model_of(parallel_start_layer=lanes).logits(tokens())
+    changed = dict(parallel_start_layer=lanes, skip_gates=bool(lanes))
+    plain = model_of(**changed).logits(tokens())
     apply(name)
-    torch.testing.assert_close(model_of(parallel_start_layer=lanes).logits(tokens()), plain)
-
-
-def test_skip_gates_mix_stream_and_skip(apply):
-    none = model_of()
-    torch.nn.init.zeros_(none.skip_weights)
-    wanted = none.logits(tokens())
-    apply("skip_gates")
-    model = model_of()
-    torch.nn.init.constant_(model.skip_gates, 40.0)
-    torch.testing.assert_close(model.logits(tokens()), wanted)
-    torch.nn.init.zeros_(model.skip_gates)
-    assert not torch.allclose(model.logits(tokens()), wanted)
+    torch.testing.assert_close(model_of(**changed).logits(tokens()), plain)
 
 
 def test_dense_reads_every_output_before(apply):

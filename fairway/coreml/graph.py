@@ -185,6 +185,7 @@ class LayerPass(nn.Module):
         self,
         source: Block,
         skip_D: Tensor | None,
+        gate_D: Tensor | None,
         name: str,
         precision: Precision,
     ):
@@ -192,6 +193,7 @@ class LayerPass(nn.Module):
         scale = precision.scales.get(f"{name}.act", 1.0)
         self.keep, self.again = map(as_column, source.resid_mix)
         self.skip = None if skip_D is None else as_column(skip_D)
+        self.gate = None if gate_D is None else as_column(gate_D)
         self.norm_attn = Norm(f"{name}.norm_attn", precision, source.norm_scale)
         self.norm_mlp = Norm(f"{name}.norm_mlp", precision, source.norm_scale)
         self.attn = CachedAttention(source.attn, source.attn_scale, f"{name}.attn", precision)
@@ -219,6 +221,8 @@ class LayerPass(nn.Module):
         Before the lanes part, `lane` is the same tensor object as `x`, and so are the results.
         """
         together = lane is x
+        if self.gate is not None:
+            x, lane = self.gate * x, self.gate * lane
         if skip is not None:
             x, lane = (part + self.skip * skip for part in (x, lane))
         lane = x if together else lane
@@ -270,10 +274,13 @@ class LayersShard(nn.Module):
 
 def layer_pass(model: GPT, order: list[int], nth: int, precision: Precision) -> LayerPass:
     """Return pass `nth`; `order` holds the layer of each pass."""
-    skip = None
+    skip, gate = None, None
     if layout.skip_source(nth, len(order)):
         skip = model.skip_weights[nth - len(order) // 2]
-    return LayerPass(model.blocks[order[nth]], skip, f"passes.{nth}", precision)
+        if model.skip_gates is not None:
+            gate = torch.sigmoid(model.skip_gates[nth - len(order) // 2])
+            skip = (1 - gate) * skip
+    return LayerPass(model.blocks[order[nth]], skip, gate, f"passes.{nth}", precision)
 
 
 class HeadShard(nn.Module):

@@ -69,6 +69,7 @@ def count_parameters(cfg: Any) -> Parameters:
     kv, hidden = cfg.num_kv_heads * (D // H), int(cfg.mlp_mult * D)
     lanes = len(lane_layers(cfg))
     skips = max(len(layer_order(cfg, looping)) // 2 for looping in (False, True))
+    vectors = skips * (1 + cfg.skip_gates) + cfg.smear_gate
     gate = H * min(12, D) if cfg.attn_gate else 0
     bigram = bool(cfg.bigram_vocab_size)
     return Parameters(
@@ -76,8 +77,8 @@ def count_parameters(cfg: Any) -> Parameters:
         [(hidden, D), (D, hidden)] * layers,
         [(D, cfg.bigram_dim)] * bigram,
         [(cfg.vocab_size, D)] + [(cfg.bigram_vocab_size, cfg.bigram_dim)] * bigram,
-        layers * (H + 4 * D + gate) + 4 * lanes + skips * D + cfg.smear_gate * D + bigram,
-        layers * (4 + cfg.attn_gate) + lanes + 1 + cfg.smear_gate + bigram,
+        layers * (H + 4 * D + gate) + 4 * lanes + vectors * D + bigram,
+        layers * (4 + cfg.attn_gate) + lanes + 1 + cfg.skip_gates + cfg.smear_gate + bigram,
     )
 
 

@@ -30,6 +30,8 @@ def features(s: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "inputs scaled by depth", "#315"
     if on("attn_gate"):
         yield "gated attention heads", "#1667, #1787"
+    if on("skip_gates"):
+        yield "gated skips", "#1855"
     if on("parallel_start_layer"):
         yield f"parallel lanes from layer {on('parallel_start_layer')}", "#1204, #1529"
     if on("num_loops"):

@@ -40,7 +40,7 @@ def first_layers(model: GPT, count: int) -> GPT:
             f"a draft of the first {count} layers: the model has {layers}; take 1 to {layers - 1}"
         )
     with torch.device("meta"):  # allocates no weights
-        draft = GPT(replace(model.cfg, num_layers=count, num_loops=0))
+        draft = GPT(replace(model.cfg, num_layers=count, num_loops=0, skip_gates=False))
     draft.tok_emb, draft.bigram, draft.smear = model.tok_emb, model.bigram, model.smear
     draft.blocks, draft.stream_dtype = model.blocks[:count], model.stream_dtype
     draft.skip_weights = nn.Parameter(

@@ -83,6 +83,7 @@ def test_planning_imports_no_torch_and_answers_at_once():
         ("frontier", []),
         ("frontier", ["MLP_MULT=2.7", "NUM_KV_HEADS=2", "PARALLEL_START_LAYER=3", "NUM_LOOPS=3"]),
         ("smoke", ["ATTN_GATE=1", "NUM_HEADS=8", "BIGRAM_VOCAB_SIZE=0", "SMEAR_GATE=0"]),
+        ("consensus", ["SKIP_GATES=1"]),
     ],
 )
 def test_parameters_are_those_of_the_model(preset, words):
@@ -205,6 +206,7 @@ def setting_words(draw):
         BIGRAM_VOCAB_SIZE=draw(st.sampled_from([0, 2, 4096])),
         SMEAR_GATE=draw(st.integers(0, 1)),
         ATTN_GATE=draw(st.integers(0, 1)),
+        SKIP_GATES=draw(st.integers(0, 1)),
         XSA_LAST_N=draw(st.sampled_from([0, 256])),
         ROPE_DIMS=draw(st.sampled_from([0, 4])),
         PARALLEL_START_LAYER=draw(st.integers(0, 50)),

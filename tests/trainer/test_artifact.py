@@ -64,6 +64,7 @@ CONFIGS = {
             ln_scale=True,
             rope_dims=8,
             attn_gate=True,
+            skip_gates=True,
             qk_gain_init=5.0,
             parallel_start_layer=3,
             loop_start=1,

@@ -205,6 +205,24 @@ def test_a_lane_takes_both_outputs_at_first_and_only_its_own_if_told_so():
     )
 
 
+@pytest.mark.parametrize("lanes", [0, 3])
+@torch.no_grad()
+def test_an_open_skip_gate_keeps_the_stream_and_a_closed_one_the_skip(lanes):
+    changed, tokens = dict(num_layers=5, parallel_start_layer=lanes), some_tokens()
+    gated, plain = trained(skip_gates=True, **changed), initial(**changed)
+    assert gated.skip_gates.shape == gated.skip_weights.shape == (2, 32)
+    plain.load_state_dict({n: p for n, p in gated.state_dict().items() if n != "skip_gates"})
+    plain.skip_weights.zero_()
+    gated.skip_gates.fill_(40.0)
+    torch.testing.assert_close(gated.logits(tokens), plain.logits(tokens))
+    # Layer 3 reads the output of layer 0 beside that of layer 2; closed, nothing of layer 2.
+    for gate, lost in ((0.0, False), (-200.0, True)):
+        gated.skip_gates[1].fill_(gate)
+        before = gated.logits(tokens)
+        gated.blocks[2].mlp.fc.weight.mul_(1.5)
+        assert torch.equal(gated.logits(tokens), before) == lost
+
+
 @torch.no_grad()
 def test_the_attention_gate_starts_as_the_identity():
     gated, plain, tokens = initial(attn_gate=True), initial(), some_tokens()
