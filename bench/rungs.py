@@ -62,7 +62,9 @@ def in_proportion(xsa: int, rope: int, lanes: int, loops: tuple[int, int]) -> di
 # Of eleven layers, the preset frontier runs 3 to 5 three times and has two lanes from 8 on; of a
 # head's 64 channels, 16 rotate. The values keep these proportions. cpu4 has 4.1 times the weights
 # of cpu. The tokenizer is not in the artifact, as in the challenge.
-PAYS = "row_norm polar case slow mlp2 late_qat last ns4 sampled"
+PAYS = (
+    "xsa attn_gate skip_gates row_norm polar case slow mlp2 late_qat last ns4 sampled plain_start"
+)
 SHAPES = {
     "cpu": Shape(
         "cpu",
@@ -148,11 +150,14 @@ SHORT = [
     Rung("last", "SWA_START_FRAC=1", "no averages, and no time to choose between them"),
     Rung("ns4", "MUON_BACKEND_STEPS=4", "four iterations of Newton-Schulz, not five"),
     Rung("sampled", "SAMPLED_FRAC=0.85", "a loss over few pieces, until 85 % of the run"),
+    Rung("plain_start", "ORTHO_INIT=0", "initial matrices that are not orthogonal"),
 ]
 # What is no part of the trainer: patches of bench/trials.py, which the ladder applies by name.
 MORE_OF_TRIALS = {
     "tail_ema": "EMA_DECAY=0.99",
     "signs": "BIGRAM_VOCAB_SIZE=2048",
+    "learned_xsa": "XSA_LAST_N=0",
+    "half_gate": "ATTN_GATE=0",
 }
 TRIED = [
     Rung(name, f"TRIAL={name} {MORE_OF_TRIALS.get(name, '')}", str(trial.__doc__))

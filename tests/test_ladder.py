@@ -67,7 +67,7 @@ def test_leaving_one_out_changes_its_settings_and_no_others(shape):
         assert differing(config(shape, variant), top) == left.pop(name), name
         assert variant.case == (name != "case")
     # What later rungs replace cannot be left out.
-    assert left.keys() == {"rates", "bigram", "mlp3", "qat", "swa"}
+    assert left.keys() == {"rates", "bigram", "mlp3", "qat", "swa", "ortho"}
 
 
 @SHAPES
@@ -98,7 +98,7 @@ def test_variants_are_chosen_by_groups_and_by_names():
 
     assert names("ends") == ["baseline", "consensus", "frontier"]
     assert names("without-polar, frontier,without-polar") == ["without-polar", "frontier"]
-    assert names("with-loops") == ["with-loops"] and "with-xsa" in names("one-more")
+    assert names("with-loops") == ["with-loops"] and "with-rope" in names("one-more")
     assert names("ladder")[:3] == ["baseline", "int6", "mlp3"]
     assert names("leave-one-out")[:2] == ["frontier", "without-int6"]
 
