@@ -199,6 +199,7 @@ def export_once(
     import numpy as np
 
     from fairway.coreml.export import export_shards, shards_bytes
+    from fairway.coreml.residency import doubts_about
 
     cfg, text = source.model.cfg, np.zeros(0, int)
     if export_options.precision == "fp16":
@@ -214,6 +215,8 @@ def export_once(
         f"precision:{export_options.precision} quantise:{export_options.quantise} "
         f"bytes:{shards_bytes(Path(options.out), manifest)}"
     )
+    for doubt in doubts_about(Path(options.out), manifest):
+        print_line(f"may leave the Neural Engine: {doubt}")
     return 0
 
 
