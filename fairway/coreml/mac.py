@@ -1,4 +1,4 @@
-"""The steps that need a Mac: run shards in CoreML, list the device of each operation, time them.
+"""The steps that need a Mac: run shards in CoreML, list the device of each operation.
 
 Written from Apple's documentation of MLModel and MLComputePlan; we have not run it on a Mac.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -94,18 +93,3 @@ def nested_operations(block: Any) -> Iterator[Any]:
         yield operation
         for inner in operation.blocks or []:
             yield from nested_operations(inner)
-
-
-# ==== --bench =====================================================================================
-def token_rates(call: Callable[[], int], seconds: float = 5.0) -> list[float]:
-    """Call `call`, which returns how many tokens it wrote, for `seconds` or three times.
-
-    Return the tokens a second of each call.
-    """
-    call()  # warm-up: the first call loads the model
-    rates, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end or len(rates) < 3:
-        began = time.perf_counter()
-        tokens = call()
-        rates.append(tokens / (time.perf_counter() - began))
-    return rates

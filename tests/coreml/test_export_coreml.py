@@ -16,6 +16,7 @@ from fairway.coreml.export import QUANTISATIONS, ExportOptions
 from fairway.coreml.layout import SHAPES
 from fairway.coreml.manifest import DTYPES
 from fairway.shards import write_shard
+from fairway.verbs import export_coreml
 from fairway.verbs.export_coreml import EXPORT_OPTIONS
 
 apple = pytest.mark.apple
@@ -62,6 +63,7 @@ def test_a_check_of_one_variant_keeps_it_and_writes_json(run):
 def test_a_variant_that_fails_is_reported_and_not_kept(run, exported, monkeypatch):
     shutil.copytree(exported(shapes="fixed"), "kept")
     before = Path("kept/manifest.json").read_bytes()
+    exported(shapes="fixed", precision="fp32")  # before its export is replaced
     monkeypatch.setitem(parity.LIMITS, "fp32", 1e-12)
     monkeypatch.setattr(export, "save_shard", exported.saving(shapes="fixed", precision="fp32"))
     code, out, _ = run("--check --shapes fixed --precision fp32 --out kept")
@@ -106,12 +108,27 @@ def test_too_little_training_text_is_refused(run, tmp_path):
 
 @apple
 @pytest.mark.skipif(sys.platform == "darwin", reason="a Mac runs them")
-@pytest.mark.parametrize("option", ["--audit", "--bench"])
-def test_without_a_mac_audit_and_bench_are_refused(run, option):
-    code, out, err = run(option)
+def test_without_a_mac_an_audit_is_refused(run):
+    code, out, err = run("--audit")
     assert (code, out, len(err)) == (1, [], 1) and err[0].startswith(
-        f"fairway export-coreml: error: {option} needs CoreML on a Mac, and this machine runs Linux"
+        "fairway export-coreml: error: --audit needs CoreML on a Mac, and this machine runs Linux"
     )
+
+
+@apple
+@pytest.mark.skipif(sys.platform == "darwin", reason="a Mac runs CoreML")
+def test_without_a_mac_the_interpreter_counts_calls_and_guesses(run, exported, monkeypatch):
+    monkeypatch.setattr(export_coreml, "PROMPT_LENGTHS", (1, 40))
+    monkeypatch.setattr(export_coreml, "ROUNDS", 1)
+    code, out, err = run(f"--bench --out {exported()} --json report.json")
+    report = json.loads(Path("report.json").read_text())
+    assert (code, err) == (0, []) and report["runtime"] == "interpreter"
+    assert out[0] == "runtime:interpreter tokens a call: 4" and len(out) == 1 + 4
+    rows = {(row["prompt"], row["draft"]): row for row in report["rows"]}
+    assert rows.keys() == {(1, "none"), (1, "ngram"), (40, "none"), (40, "ngram")}
+    for (_, draft), row in rows.items():
+        assert row["tokens_a_second"] > 0 and (row["acceptance"] is None) == (draft == "none")
+        assert row["calls_a_token"] == 1 if draft == "none" else 0.25 <= row["calls_a_token"] <= 1
 
 
 @apple
