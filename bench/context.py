@@ -14,7 +14,7 @@ bench/attention.py. All read the same validation text, a stream at a time, in pi
   How many of the next four are the likeliest piece? The same after a name that was never told is
   chance.
 
---recall-data writes training shards in which one sequence of five tells names and asks for them,
+--recall-data writes training shards in which every second sequence tells names and asks for them,
 because web text asks too rarely for a model of a few minutes to learn it. Heads are classified
 (DuoAttention) on such sequences of training text, never on the text that is scored.
 """
@@ -73,6 +73,7 @@ LONGEST = 8192
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 DISTANCES = (128, 256, 512, 1024, 2048, 4096, 7680)
 LETTERS = 300  # pieces up to this one are controls, bytes and letters; names have none of them
+NAMES, EVERY = 24, 2  # names in a training sequence, and one sequence of so many has them
 NAME, CUE = 6, 2  # pieces of a name, and how many of them come again before it is asked for
 SETTLE, TIMED = 8, 33  # tokens of each context whose time is not counted, and is
 GATE_STEPS, GATE_RATE, GATE_PRICE = 120, 0.05, 0.02  # of the classification of heads
@@ -103,9 +104,11 @@ def by_head(share: float) -> Callable:
     """Return the policy that keeps everything for this share of the heads of keys."""
 
     def make(engine: PolicyEngine, nth: int, heads: list[list[float]]) -> Any:
-        ranked = sorted((gate for gates in heads for gate in gates), reverse=True)
-        least = ranked[max(0, round(share * len(ranked)) - 1)]
-        kinds = [gate >= least for gate in heads[nth]]
+        ranked = sorted(
+            (-gate, i, j) for i, gates in enumerate(heads) for j, gate in enumerate(gates)
+        )
+        best = {(i, j) for _, i, j in ranked[: round(share * len(ranked))]}
+        kinds = [(nth, j) in best for j in range(len(heads[nth]))]
         return ByHead(kinds, Window(SHORT, FIRST, engine.turn))
 
     return make
@@ -174,30 +177,32 @@ def with_names(
 
 
 def recall_sequence(rng: np.random.Generator, text: np.ndarray, pool: np.ndarray) -> np.ndarray:
-    """Return a text that tells four names and asks for each some time later, in any order."""
-    names, parts = names_of(rng, 4, pool), [*text]
-    told = np.sort(rng.choice(len(text) // 2 // NAME, 4, replace=False)) * NAME + 1
-    asked = rng.choice(len(text) // 2 // NAME, 4, replace=False) * NAME + len(text) // 2
+    """Return a text that tells names in its first half and asks for each in its second half."""
+    places, parts = len(text) // 2 // NAME - 1, [*text]
+    count = min(NAMES, places)
+    names = names_of(rng, count, pool)
+    told = rng.choice(places, count, replace=False) * NAME + 1
+    asked = rng.choice(places, count, replace=False) * NAME + len(text) // 2
     for name, place in zip([*names, *names], [*told, *asked], strict=True):
         parts[place : place + NAME] = name
     return np.array(parts)
 
 
 def write_recall_data(source: Path, out: Path, length: int) -> None:
-    """Write training shards with names in one sequence of five, and the validation shards."""
+    """Write training shards with names in some sequences, and the validation shards."""
     train = list_shards(source / "*_train_*.bin")
     if not train:
         raise UserError(f"no *_train_*.bin in {source}; run `make data`, or name another --data")
     tokens = np.concatenate([read_shard(path) for path in train])
     rng, pool = np.random.default_rng(0), np.unique(tokens[tokens > LETTERS])
     sequences = [tokens[at : at + length] for at in range(0, len(tokens) - length, length)]
-    for nth in range(0, len(sequences), 5):
+    for nth in range(0, len(sequences), EVERY):
         sequences[nth] = recall_sequence(rng, sequences[nth], pool)
     out.mkdir(parents=True, exist_ok=True)
     write_shard(out / "recall_train_000000.bin", np.concatenate(sequences).astype(np.uint16))
     for path in [*list_shards(source / "*_val_*.bin"), source / "tokenizer.model"]:
         shutil.copyfile(path, out / path.name)
-    print(f"{out}: {len(sequences)} sequences of {length} tokens, names in one of five")
+    print(f"{out}: {len(sequences)} sequences of {length} tokens, names in one of {EVERY}")
 
 
 # ==== HEADS =======================================================================================
@@ -372,7 +377,8 @@ def measure(options: Any) -> dict[str, Any]:
     shape = dict(layers=cfg.num_layers, width=cfg.model_dim, heads=cfg.num_kv_heads)
     shape |= dict(vocabulary=V, trained_on=cfg.train_seq_len)
     shape["weights"] = sum(p.numel() for p in model.parameters())
-    found = dict(model=shape, text=text.name, streams=len(starts), gates=gates, chance=chance)
+    found = dict(model=shape, text=options.data.name, streams=len(starts), gates=gates)
+    found["chance"] = chance
     found["prefix"] = prefix_reuse(model, text)
     return found | dict(contexts=CONTEXTS, distances=DISTANCES, policies=rows)
 
@@ -408,8 +414,8 @@ def table(found: dict[str, Any]) -> str:
     about = (
         f"A model of {shape['weights']:,} weights ({shape['layers']} layers of {shape['width']}, "
         f"{shape['heads']} heads of keys), trained on sequences of {shape['trained_on']:,} tokens, "
-        "one in five with names; one thread, float32. BPB to n is that of the tokens between n/2 "
-        f"and n tokens after the beginning of a stream, over {found['streams']} streams; recall is "
+        f"one in {EVERY} with names; one thread, float32. BPB to n is that of the tokens between "
+        f"n/2 and n tokens after the start of a stream, over {found['streams']} streams; recall is "
         "the share of four pieces of a name that are the likeliest ones, so many tokens after it "
         "was told. Milliseconds are medians; all policies take turns token by token. *Same choice* "
         f"is the share of tokens from 4,096 on whose likeliest piece is that of `{REFERENCE}`, and "
