@@ -521,6 +521,8 @@ def run() -> int:
             f.write(json.dumps(measure(options), indent=1).encode() + b"\n")
     found = json.loads(options.out.read_text("utf-8"))
     print(table(found))
+    with replacing(options.out.with_suffix(".md")) as f:
+        f.write(table(found).encode())
     if options.into:
         page = replace_section(options.into.read_text("utf-8"), "context", table(found))
         with replacing(options.into) as f:

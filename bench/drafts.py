@@ -69,9 +69,9 @@ STRATEGIES = {
     "greedy": Strategy("greedy"),
     "sampled": Strategy("top-p", temperature=0.8, top_p=0.95),
 }
-BATCH, LENGTH = 8, 256  # of the training of heads
+BATCH, LENGTH = 4, 256  # of the training of heads
 OWN_TEXTS, OWN_LENGTH = 32, 256  # of the model's own text
-STEPS = {"medusa": 300, "eagle": 600}
+STEPS = {"medusa": 120, "eagle": 240}
 LISTS = (
     "Name, year, place\nAdams, 1797, Philadelphia\nJefferson, 1801, Washington\n",
     "1. The first article.\n2. The second article.\n3. The third article.\n",
@@ -332,7 +332,7 @@ def options_parser() -> Parser:
     add(
         "--heads", type=Path, default=Path("out/heads"), help="trained heads (default: %(default)s)"
     )
-    add("--tokens", type=int, default=128, metavar="N", help="of each text (default: %(default)s)")
+    add("--tokens", type=int, default=96, metavar="N", help="of each text (default: %(default)s)")
     add(
         "--prompts", type=int, default=50, metavar="N", help="of equal texts (default: %(default)s)"
     )
@@ -354,6 +354,8 @@ def run() -> int:
             f.write(json.dumps(measure(options), indent=1).encode() + b"\n")
     found = json.loads(options.out.read_text("utf-8"))
     print(table(found))
+    with replacing(options.out.with_suffix(".md")) as f:
+        f.write(table(found).encode())
     if options.into:
         page = replace_section(options.into.read_text("utf-8"), "drafts", table(found))
         with replacing(options.into) as f:
