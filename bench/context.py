@@ -159,6 +159,17 @@ def read_all(engine: PolicyEngine, tokens: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 # ==== NAMES =======================================================================================
+def words_of(tokens: np.ndarray) -> np.ndarray:
+    """Return the pieces of a text that names are made of."""
+    words = np.unique(tokens[tokens > LETTERS])
+    if len(words) < 2 * NAME:
+        raise UserError(
+            f"the text has {len(words)} pieces above {LETTERS}; names need {2 * NAME}, so take a "
+            "tokenizer with more pieces"
+        )
+    return words
+
+
 def names_of(rng: np.random.Generator, count: int, pool: np.ndarray) -> np.ndarray:
     """Return names [count, NAME] of pieces that occur in text, each of different ones."""
     return np.stack([rng.choice(pool, NAME, replace=False) for _ in range(count)])
@@ -194,7 +205,7 @@ def write_recall_data(source: Path, out: Path, length: int) -> None:
     if not train:
         raise UserError(f"no *_train_*.bin in {source}; run `make data`, or name another --data")
     tokens = np.concatenate([read_shard(path) for path in train])
-    rng, pool = np.random.default_rng(0), np.unique(tokens[tokens > LETTERS])
+    rng, pool = np.random.default_rng(0), words_of(tokens)
     sequences = [tokens[at : at + length] for at in range(0, len(tokens) - length, length)]
     for nth in range(0, len(sequences), EVERY):
         sequences[nth] = recall_sequence(rng, sequences[nth], pool)
@@ -224,7 +235,7 @@ def classify_heads(model: GPT, train: np.ndarray) -> list[list[float]]:
     asked for (DuoAttention, 2410.10819). The model stays as it is.
     """
     length, passes = model.cfg.train_seq_len, len(model.passes(model.looping))
-    rng, pool = np.random.default_rng(1), np.unique(train[train > LETTERS])
+    rng, pool = np.random.default_rng(1), words_of(train)
     gates = torch.ones(passes, model.cfg.num_kv_heads, requires_grad=True)
     optimiser = torch.optim.Adam([gates], lr=GATE_RATE)
     at, key = torch.arange(length)[:, None], torch.arange(length)
@@ -277,7 +288,7 @@ def recall_by_distance(
     model: GPT, variant: Variant, heads: list, text: Text, starts: list[int], told: bool = True
 ) -> list[float]:
     """Return the share of pieces recalled at each distance; not told, what chance would recall."""
-    rng, pool = np.random.default_rng(2), np.unique(text.tokens[text.tokens > LETTERS])
+    rng, pool = np.random.default_rng(2), words_of(text.tokens)
     right = np.zeros(len(DISTANCES))
     for start in starts:
         tokens = np.asarray(text.tokens[start : start + LONGEST])

@@ -89,6 +89,12 @@ def test_recall_is_whole_within_what_a_reader_sees_and_none_beyond(small, monkey
     assert max(chance) < 0.1
 
 
+def test_names_need_words():
+    assert context.words_of(np.arange(290, 320)).tolist() == [*range(301, 320)]
+    with pytest.raises(UserError, match="5 pieces above 300"):
+        context.words_of(np.arange(306))
+
+
 # ==== CONTEXTS AND HEADS ==========================================================================
 def test_bits_are_those_of_whole_attention_by_context(small):
     model = trained(num_layers=2, train_seq_len=256, train_batch_tokens=2048)
