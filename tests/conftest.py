@@ -340,9 +340,8 @@ def exported(tmp_path_factory, corpus):
 
     def saving(**options):
         """Return a stand-in for export.save_shard that copies the shards of `get(**options)`."""
-        return lambda ct, shard, opts, sizes, path: shutil.copytree(
-            get(**options) / path.name, path
-        )
+        ready = get(**options)  # now, because the stand-in would replace its own export too
+        return lambda ct, shard, opts, sizes, path: shutil.copytree(ready / path.name, path)
 
     get.source, get.source_sha256, get.text, get.saving = source, sha256, text, saving
     return get
