@@ -1487,8 +1487,8 @@ def size_target(cfg: Config) -> int:
 
 def check_room(size: int, cfg: Config) -> None:
     if (over := size - size_target(cfg)) > 0:
-        what = f"{over} over SIZE_BUDGET_BYTES={cfg.size_budget_bytes} less code and margin"
-        raise UserError(f"at the coarsest step {size} bytes, {what}; lower MODEL_DIM or MLP_MULT")
+        what = f"{size} bytes, {over} more than SIZE_BUDGET_BYTES={cfg.size_budget_bytes} leaves it"
+        raise UserError(f"the artifact has {what}; lower NUM_LAYERS, MODEL_DIM or MLP_MULT")
 
 
 def predict_size(run: Run, when: str, state: Tensors) -> None:

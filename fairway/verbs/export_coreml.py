@@ -293,12 +293,9 @@ def bench_row(writer: Writer, prompt: list[int], draft: str, tokens: int) -> dic
         began = time.perf_counter()
         steps, stats = writer.steps(prompt, Strategy("greedy"), 0, draft, most)
         next(steps)  # a drafter settles several tokens at once: the first round is the prompt's
-        prompt_s, calls, began = (
-            time.perf_counter() - began,
-            writer.engines.calls,
-            time.perf_counter(),
-        )
-        before = stats.tokens if stats else 1
+        prompt_s = time.perf_counter() - began
+        calls, before = writer.engines.calls, stats.tokens if stats else 1
+        began = time.perf_counter()
         for _ in range(tokens):
             next(steps)
         seconds = time.perf_counter() - began

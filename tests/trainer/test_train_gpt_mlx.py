@@ -861,7 +861,7 @@ def test_a_missing_gpu_is_refused(trainer_env, tmp_path):
 
 def test_a_model_that_cannot_fit_is_refused_before_it_trains(trainer_env, train_here, tmp_path):
     code = train_gpt.packed_code_bytes([train_gpt.__file__, SCRIPT])
-    with pytest.raises(UserError, match="over SIZE_BUDGET_BYTES="):
+    with pytest.raises(UserError, match="more than SIZE_BUDGET_BYTES="):
         train_here(
             tmp_path,
             **QUICK | dict(MODEL_DIM=64),

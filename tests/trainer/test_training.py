@@ -715,8 +715,8 @@ def test_a_budget_that_cannot_be_met_ends_the_run_before_it_costs_anything(train
     done = trainer_here(tmp_path, SIZE_BUDGET_BYTES=code + 1000 + 5000)
     assert done.returncode == 1 and "train_loss" not in done.stdout
     said = re.search(
-        r"at the coarsest step (\d+) bytes, (\d+) over "
-        rf"SIZE_BUDGET_BYTES={code + 6000} less code and margin",
+        r"the artifact has (\d+) bytes, (\d+) more than "
+        rf"SIZE_BUDGET_BYTES={code + 6000} leaves it; lower NUM_LAYERS",
         one_line(done.stderr),
     )
     assert int(said[1]) - 5000 == int(said[2]) > 0
