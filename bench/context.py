@@ -21,7 +21,6 @@ because web text asks too rarely for a model of a few minutes to learn it. Heads
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import statistics
@@ -47,11 +46,11 @@ from attention import (
     Window,
     attend_where,
 )
+from measured import add_result_options, publish
 from pictures import label, svg
 
 from fairway.artifact_reader import read_artifact
 from fairway.command_line import Parser, check_writable, progress_bar, run_reporting
-from fairway.methods.comparison import replace_section
 from fairway.scoring.memory import Memory
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import Text, load_text
@@ -510,9 +509,7 @@ def options_parser() -> Parser:
     add("--streams", type=int, default=12, metavar="N", help="default: %(default)s")
     add("--recall-data", type=Path, metavar="DIR", help="write training shards with names, and end")
     add("--length", type=int, default=1024, help="of their sequences (default: %(default)s)")
-    add("--out", type=Path, default=RESULTS / "context.json", help="default: %(default)s")
-    add("--table", action="store_true", help="print the table of --out without measuring")
-    add("--into", type=Path, metavar="PAGE", help="rewrite the part of a page, or append it")
+    add_result_options(parser, RESULTS / "context.json")
     add("--picture", type=Path, metavar="FILE", help="draw an SVG")
     return parser
 
@@ -523,21 +520,8 @@ def run() -> int:
     if options.recall_data:
         write_recall_data(options.data, options.recall_data, options.length)
         return 0
-    check_writable("--out", options.out)
     check_writable("--picture", options.picture)
-    if options.table and not options.out.is_file():
-        raise UserError(f"--table reads {options.out}, which is not there; measure first")
-    if not options.table:
-        with replacing(options.out) as f:
-            f.write(json.dumps(measure(options), indent=1).encode() + b"\n")
-    found = json.loads(options.out.read_text("utf-8"))
-    print(table(found))
-    with replacing(options.out.with_suffix(".md")) as f:
-        f.write(table(found).encode())
-    if options.into:
-        page = replace_section(options.into.read_text("utf-8"), "context", table(found))
-        with replacing(options.into) as f:
-            f.write(page.encode())
+    found = publish(options, "context", measure, table)
     if options.picture:
         with replacing(options.picture) as f:
             f.write(picture(found).encode())

@@ -16,7 +16,6 @@ and by top-p, in turn with plain decoding, so that a busy machine slows both: re
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -39,13 +38,13 @@ from heads import (
     TreeSpeculation,
     train_head,
 )
+from measured import add_result_options, publish
 
-from fairway.command_line import Parser, check_writable, progress_bar, run_reporting
+from fairway.command_line import Parser, progress_bar, run_reporting
 from fairway.decoding.drafters import NGramDrafter, SuffixDrafter
 from fairway.decoding.reader import Reader, decode_plainly
 from fairway.decoding.strategies import Strategy
 from fairway.decoding.writing import Writer
-from fairway.methods.comparison import replace_section
 from fairway.scoring.memory import Memory
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import load_text
@@ -337,29 +336,14 @@ def options_parser() -> Parser:
         "--prompts", type=int, default=50, metavar="N", help="of equal texts (default: %(default)s)"
     )
     add("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
-    add("--out", type=Path, default=RESULTS / "drafts.json", help="default: %(default)s")
-    add("--table", action="store_true", help="print the table of --out without measuring")
-    add("--into", type=Path, metavar="PAGE", help="rewrite the part of a page, or append it")
+    add_result_options(parser, RESULTS / "drafts.json")
     return parser
 
 
 def run() -> int:
     """Measure or read, then print and write what was asked for; return the exit code."""
     options = options_parser().parse_args()
-    check_writable("--out", options.out)
-    if options.table and not options.out.is_file():
-        raise UserError(f"--table reads {options.out}, which is not there; measure first")
-    if not options.table:
-        with replacing(options.out) as f:
-            f.write(json.dumps(measure(options), indent=1).encode() + b"\n")
-    found = json.loads(options.out.read_text("utf-8"))
-    print(table(found))
-    with replacing(options.out.with_suffix(".md")) as f:
-        f.write(table(found).encode())
-    if options.into:
-        page = replace_section(options.into.read_text("utf-8"), "drafts", table(found))
-        with replacing(options.into) as f:
-            f.write(page.encode())
+    publish(options, "drafts", measure, table)
     return 0
 
 

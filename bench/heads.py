@@ -6,9 +6,10 @@ is drawn from the model as without drafts, and a guess matters only if it is the
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -48,6 +49,22 @@ class TreeDrafter(Protocol):
         """Learn the logits of all guesses, and which of them came true; row 0 is the text's."""
 
 
+# ==== HIDDEN STATES ===============================================================================
+@contextlib.contextmanager
+def last_states(model: GPT) -> Iterator[list[Tensor]]:
+    """Collect what the head multiplies, [B, T, D], in each pass of the model inside the block."""
+    states: list[Tensor] = []
+
+    def collect(_block: nn.Module, _inputs: tuple, lanes: list[Tensor]) -> None:
+        states.append(normalised(sum(lanes) / 2))
+
+    hook = model.blocks[-1].register_forward_hook(collect)
+    try:
+        yield states
+    finally:
+        hook.remove()
+
+
 # ==== A CACHE THAT READS TREES ====================================================================
 class TreeMemory(Memory):
     """A cache that reads a tree of guesses in one pass, and keeps the last hidden states."""
@@ -57,13 +74,9 @@ class TreeMemory(Memory):
         self.states = Row()  # [n, D], what the head multiplies
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        lanes: list = []
-        hook = self.model.blocks[-1].register_forward_hook(lambda *call: lanes.append(call[2]))
-        try:
+        with last_states(self.model) as states:
             out = super().logits(tokens_BT)
-        finally:
-            hook.remove()
-        self.states.append(normalised(sum(lanes[-1]) / 2)[0])
+        self.states.append(states[-1][0])
         return out
 
     def crop(self, length: int) -> None:
@@ -85,15 +98,12 @@ class TreeMemory(Memory):
         self.tokens[:, self.used : self.used + n] = torch.tensor(tokens)
         at, earlier = self.read + torch.tensor(depth), min(self.used, self.window - 1)
         near = torch.arange(self.read - earlier, self.read) > (at - self.window)[:, None]
-        self.mask, self.next_pass, lanes = torch.cat([near, ancestors], dim=1), 0, []
-        hook = self.model.blocks[-1].register_forward_hook(lambda *call: lanes.append(call[2]))
-        try:
-            x = self.model.embed(torch.tensor(tails))[:, -1][None]
-            rope = tuple(table[at] for table in self.rope)
+        self.mask, self.next_pass = torch.cat([near, ancestors], dim=1), 0
+        x = self.model.embed(torch.tensor(tails))[:, -1][None]
+        rope = tuple(table[at] for table in self.rope)
+        with last_states(self.model) as states:
             out = self.model.from_embedded(x, rope, self.attention)[0]
-        finally:
-            hook.remove()
-        self.states.append(normalised(sum(lanes[-1]) / 2)[0])
+        self.states.append(states[-1][0])
         self.read, self.used = self.read + n, self.used + n
         return out
 
@@ -210,13 +220,9 @@ class Chain:
 @torch.no_grad()
 def hidden_states(model: GPT, tokens_BT: Tensor) -> Tensor:
     """Return what the head multiplies, [B, T, D]."""
-    lanes: list = []
-    hook = model.blocks[-1].register_forward_hook(lambda *call: lanes.append(call[2]))
-    try:
+    with last_states(model) as states:
         model.logits(tokens_BT)
-    finally:
-        hook.remove()
-    return normalised(sum(lanes[-1]) / 2)
+    return states[-1]
 
 
 def head_logits(model: GPT, hidden: Tensor) -> Tensor:
