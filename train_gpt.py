@@ -1056,9 +1056,12 @@ class GPT(nn.Module):
             x, lane = self.blocks[layer](x, lane, x0, rope, attention)
             if i < half:
                 skips.append(x)
+        return self.head(normalised((x + lane)[:, first:] / 2), pieces)
+
+    def head(self, x: Tensor, pieces: Tensor | None = None) -> Tensor:  # logits of hidden states
         weight = self.tok_emb.weight if pieces is None else self.tok_emb.weight[pieces]
-        x = F.linear(normalised((x + lane)[:, first:] / 2), weight)
-        return self.cfg.logit_softcap * torch.tanh(x.float() / self.cfg.logit_softcap)
+        x = F.linear(x, weight).float()
+        return self.cfg.logit_softcap * torch.tanh(x / self.cfg.logit_softcap)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor, sample=None) -> Tensor:
         """Return the cross-entropy of every target, [B, T], in nats, perhaps over a sample of V."""
@@ -1214,8 +1217,7 @@ def progress_of(step: int, elapsed_s: float, cfg: Config, reserve_s: float = 0.0
 
 def lr_scale(progress: float, cfg: Config) -> float:
     """Return 1, then a line to 0 over the last WARMDOWN_FRAC of the run, never less than MIN_LR."""
-    falling = progress > 1 - cfg.warmdown_frac
-    return max(cfg.min_lr, (1 - progress) / cfg.warmdown_frac) if falling else 1.0
+    return max(cfg.min_lr, min(1.0, (1 - progress) / cfg.warmdown_frac if cfg.warmdown_frac else 1))
 
 
 def momentum_at(step: int, cfg: Config) -> float:
@@ -1672,9 +1674,8 @@ def validate(run: Run) -> None:
 @torch.no_grad()
 def mean_nats(loss_fn: Callable, tokens: np.ndarray, cfg: Config, rt: Runtime, label="") -> float:
     """Return the mean cross-entropy of tokens[1:], each scored once, in windows shared by ranks."""
-    length, rows = cfg.train_seq_len, max(1, cfg.val_batch_size // 8 // cfg.train_seq_len)
-    starts = np.arange(0, len(tokens) - 1, length)[rt.mine]
-    rows = min(rows, max(1, len(starts)))
+    starts = np.arange(0, len(tokens) - 1, length := cfg.train_seq_len)[rt.mine]
+    rows = max(1, min(cfg.val_batch_size // 8 // length, len(starts)))
     starts = np.pad(starts, (0, -len(starts) % rows), constant_values=len(tokens))  # one shape
     total, began, next_line = torch.zeros((), dtype=torch.float64), time.perf_counter(), 10.0
     for i in range(0, len(starts), rows):
@@ -1785,9 +1786,8 @@ def restore(run: Run, saved: dict[str, Any]) -> None:
 
 
 # ==== EXPORT ======================================================================================
-# Held-out training tokens judge, never validation tokens: that would be training on them.
 def best_on_holdout(run: Run, candidates: dict[str, list[Tensor]], what: str) -> str:
-    """Return the name of the weights that score best on held-out training tokens."""
+    """Return the name of the weights best on held-out training tokens, never on validation's."""
     scores = {}
     for name, values in candidates.items():
         use_weights(run.params, values)

@@ -8,7 +8,8 @@ the model's own, and kept in --heads. Then each drafter writes after four kinds 
 and by top-p, in turn with plain decoding, so that a busy machine slows both: read the ratios.
 
 - Roof: what a pass of k tokens costs in passes of one. With all guesses right, drafting is k over
-  that times as fast. The challenge's shape of 27 M, with random weights, is beside it.
+  that times as fast. The challenge's shape of 27 M, with random weights, is beside it, and both
+  without the products of few rows (fairway/scoring/few_rows.py).
 - Acceptance by place: of the places where the first (second, …) token was guessed, how many were
   right, given that all before were.
 - Equal texts: greedy texts after --prompts beginnings of documents, with each drafter and without.
@@ -31,6 +32,8 @@ from heads import (
     Chain,
     Eagle,
     EagleDrafter,
+    Hydra,
+    HydraDrafter,
     Jacobi,
     Medusa,
     MedusaDrafter,
@@ -45,6 +48,7 @@ from fairway.decoding.drafters import NGramDrafter, SuffixDrafter
 from fairway.decoding.reader import Reader, decode_plainly
 from fairway.decoding.strategies import Strategy
 from fairway.decoding.writing import Writer
+from fairway.scoring import few_rows
 from fairway.scoring.memory import Memory
 from fairway.scoring.settings import EvalConfig
 from fairway.scoring.text import load_text
@@ -70,7 +74,8 @@ STRATEGIES = {
 }
 BATCH, LENGTH = 4, 256  # of the training of heads
 OWN_TEXTS, OWN_LENGTH = 32, 256  # of the model's own text
-STEPS = {"medusa": 120, "eagle": 240}
+STEPS = {"medusa": 120, "eagle": 240, "hydra": 400}
+COMMONEST = 1024  # pieces that Hydra guesses from
 LISTS = (
     "Name, year, place\nAdams, 1797, Philadelphia\nJefferson, 1801, Washington\n",
     "1. The first article.\n2. The second article.\n3. The third article.\n",
@@ -104,7 +109,7 @@ def batches(train: np.ndarray, own: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def trained_heads(model: GPT, train: np.ndarray, folder: Path) -> dict[str, Any]:
     """Return the heads by name; train those that the folder lacks, and keep them there."""
-    made: dict[str, Any] = {"medusa": Medusa, "eagle": Eagle}
+    made: dict[str, Any] = {"medusa": Medusa, "eagle": Eagle, "hydra": Hydra}
     heads, own = {}, None
     for name, kind in made.items():
         torch.manual_seed(0)
@@ -129,7 +134,15 @@ def trained_heads(model: GPT, train: np.ndarray, folder: Path) -> dict[str, Any]
 
 
 # ==== DRAFTERS ====================================================================================
-def drafters(model: GPT, heads: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+def commonest(train: np.ndarray) -> torch.Tensor:
+    """Return the COMMONEST pieces of a text, the commonest first."""
+    order = np.argsort(-np.bincount(train), kind="stable")[:COMMONEST]
+    return torch.from_numpy(order.copy())
+
+
+def drafters(
+    model: GPT, heads: dict[str, Any], pieces: torch.Tensor
+) -> dict[str, Callable[[], Any]]:
     """Return a maker of each drafter by name."""
 
     def ngram() -> Chain:
@@ -144,34 +157,47 @@ def drafters(model: GPT, heads: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     def eagle() -> EagleDrafter:
         return EagleDrafter(heads["eagle"], model)
 
+    def hydra() -> HydraDrafter:
+        return HydraDrafter(heads["hydra"], model, pieces)
+
     return {
         "n-gram": ngram,
         "suffix": suffix,
         "Jacobi": Jacobi,
         "Medusa": medusa,
         "EAGLE": eagle,
+        "Hydra": hydra,
         "suffix, then EAGLE": lambda: Cascade(suffix(), eagle()),
         "n-gram, then Medusa": lambda: Cascade(ngram(), medusa()),
+        "suffix, then Hydra": lambda: Cascade(suffix(), hydra()),
     }
 
 
 # ==== MEASUREMENTS ================================================================================
-def width_costs(model: GPT, rounds: int, before: int = 128) -> dict[str, float]:
-    """Return the median cost of a pass of k tokens after `before`, in passes of one token."""
+def width_costs(model: GPT, rounds: int, before: int = 128) -> dict[str, dict[str, float]]:
+    """Return the median cost of a pass of k tokens after `before`, in passes of one: as it is, and
+    with F.linear for all products; both in turn.
+    """
     memory, rng = Memory(model, longest=before + 32), np.random.default_rng(0)
     tokens = torch.from_numpy(rng.integers(2, model.cfg.vocab_size, (1, before + 16)))
-    seconds: dict[int, list[float]] = {width: [] for width in WIDTHS}
+    ways, most = {"": few_rows.MOST_ROWS, ", F.linear": 0}, few_rows.MOST_ROWS
+    seconds: dict[Any, list[float]] = {(way, width): [] for way in ways for width in WIDTHS}
     with torch.inference_mode():
         memory.logits(tokens[:, :before])
         for _ in range(rounds):
-            for width in WIDTHS:
+            for way, width in seconds:
+                few_rows.MOST_ROWS = ways[way]
                 began = time.perf_counter()
                 memory.logits(tokens[:, before : before + width])
-                seconds[width].append(time.perf_counter() - began)
+                seconds[way, width].append(time.perf_counter() - began)
                 memory.crop(before)
-    one = statistics.median(seconds[1])
-    costs = {str(width): statistics.median(times) / one for width, times in seconds.items()}
-    return costs | {"ms": 1e3 * one}
+    few_rows.MOST_ROWS = most
+    costs = {}
+    for way in ways:
+        one = statistics.median(seconds[way, 1])
+        costs[way] = {str(w): statistics.median(seconds[way, w]) / one for w in WIDTHS}
+        costs[way]["ms"] = 1e3 * one
+    return costs
 
 
 def challenge_shape() -> GPT:
@@ -271,12 +297,14 @@ def measure(options: Any) -> dict[str, Any]:
         raise UserError(f"no *_train_*.bin in {options.data}; name a folder of shards with --data")
     train = TokenStream(shards).peek(min(1 << 20, sum(map(len, shards))))
     tokens = np.asarray(load_text(EvalConfig(data_path=str(options.data)), writer.artifact).tokens)
-    made = drafters(model, trained_heads(model, train, options.heads))
+    made = drafters(model, trained_heads(model, train, options.heads), commonest(train))
     texts = prompts_of(writer, tokens)
     rows = []
     runs = len(made) * len(STRATEGIES) * sum(map(len, texts.values())) + options.prompts
     with progress_bar(runs, "measuring", "text") as bar:
-        widths = {"this model": width_costs(model, 40), "27 M": width_costs(challenge_shape(), 10)}
+        shapes = {"this model": (model, 40), "27 M": (challenge_shape(), 10)}
+        costs = {name: width_costs(shape, rounds) for name, (shape, rounds) in shapes.items()}
+        widths = {name + way: c for name, ways in costs.items() for way, c in ways.items()}
         for kind, prompts in texts.items():
             for way, strategy in STRATEGIES.items():
                 for name, make in made.items():

@@ -22,6 +22,7 @@ from fairway.decoding.drafters import Drafter
 from fairway.decoding.reader import GeneratedToken, Reader
 from fairway.decoding.speculative import Speculation
 from fairway.decoding.strategies import Strategy, draw, log_softmax
+from fairway.scoring.few_rows import MOST_ROWS, for_few_rows, multiplied
 from fairway.scoring.memory import Memory, model_rope
 from train_gpt import GPT, Block, attend, linear, normalised
 
@@ -225,12 +226,6 @@ def hidden_states(model: GPT, tokens_BT: Tensor) -> Tensor:
     return states[-1]
 
 
-def head_logits(model: GPT, hidden: Tensor) -> Tensor:
-    """Return the logits of hidden states by the model's own embedding."""
-    cap = model.cfg.logit_softcap
-    return cap * torch.tanh(F.linear(hidden, model.tok_emb.weight) / cap)
-
-
 class Medusa(nn.Module):
     """Heads that predict the second, third and fourth token after a state (arXiv 2401.10774).
 
@@ -251,7 +246,7 @@ class Medusa(nn.Module):
     def loss(self, model: GPT, tokens_BT: Tensor) -> Tensor:
         hidden, total = hidden_states(model, tokens_BT), 0.0
         for ahead, state in enumerate(self(hidden), 2):
-            logits = head_logits(model, state[:, :-ahead])
+            logits = model.head(state[:, :-ahead])
             total = total + F.cross_entropy(logits.flatten(0, 1), tokens_BT[:, ahead:].flatten())
         return total / len(self.steps)
 
@@ -282,10 +277,39 @@ class Eagle(nn.Module):
         state, total = hidden[:, :-2], 0.0
         for _ in range(self.UNROLLED):
             out = self(state, embedded, rope)
-            logits = head_logits(model, out)
+            logits = model.head(out)
             nats = F.cross_entropy(logits.flatten(0, 1), tokens_BT[:, 2:].flatten())
             total = total + nats + F.mse_loss(out, goal)
             state = torch.cat([hidden[:, :1], out[:, :-1]], dim=1)
+        return total / self.UNROLLED
+
+
+class Hydra(nn.Module):
+    """Two matrices that predict the next state from a state and the token after it, again and
+    again (2402.05109): an EAGLE layer that reads no text but that.
+    """
+
+    UNROLLED = 3
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        D = model.cfg.model_dim
+        self.join, self.out = linear(2 * D, 2 * D), linear(2 * D, D)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """Return the predicted states."""
+        joined = self.join(torch.cat([hidden, embedded], dim=-1))
+        return normalised(hidden + self.out(F.relu(joined).square()))
+
+    def loss(self, model: GPT, tokens_BT: Tensor) -> Tensor:
+        embedded = normalised(model.tok_emb(tokens_BT))
+        n, total = tokens_BT.size(1) - 1 - self.UNROLLED, 0.0
+        state = hidden_states(model, tokens_BT)[:, :n]
+        for after in range(1, 1 + self.UNROLLED):
+            state = self(state, embedded[:, after : after + n])
+            wanted = tokens_BT[:, after + 1 : after + 1 + n].flatten()
+            total = total + F.cross_entropy(model.head(state).flatten(0, 1), wanted)
         return total / self.UNROLLED
 
 
@@ -325,9 +349,7 @@ class MedusaDrafter:
 
     @torch.inference_mode()
     def propose(self, text: Sequence[int], states: Tensor, most: int) -> list[Node]:
-        places = [
-            likeliest(row) for row in head_logits(self.model, torch.stack(self.head(states[-1])))
-        ]
+        places = [likeliest(row) for row in self.model.head(torch.stack(self.head(states[-1])))]
         # The best chance first; equal ones in the order in which they were found.
         nodes: list[Node] = []
         waiting = [
@@ -378,13 +400,51 @@ class EagleDrafter:
         nodes: list[Node] = []
         parent, chance = -1, 1.0
         while len(nodes) < most:
-            tokens, p = likeliest(head_logits(self.model, state))
+            tokens, p = likeliest(self.model.head(state))
             likely = [token for token, q in zip(tokens, p, strict=True) if chance * q >= LEAST]
             nodes += [Node(token, parent) for token in likely[: most - len(nodes)]]
             if not likely or len(nodes) >= most:
                 break
             parent, chance = len(nodes) - len(likely), chance * p[0]
             state = self.predicted(state[None], likely[:1])
+        return nodes
+
+    def learn(self, rows: np.ndarray, path: list[int]) -> None: ...
+
+
+class HydraDrafter:
+    """A chain of the likeliest tokens with others beside them, of the commonest pieces only.
+
+    A pass of more than MOST_ROWS tokens costs much more than one of fewer: no more are guessed.
+    """
+
+    def __init__(self, head: Hydra, model: GPT, pieces: Tensor):
+        self.head, self.model, self.pieces = head, model, pieces
+        self.rows = model.tok_emb.weight[pieces].detach()
+        for_few_rows(head)
+
+    def predicted(self, state: Tensor) -> tuple[list[int], list[float]]:
+        """Return the likeliest tokens of a state and their probabilities."""
+        cap = self.model.cfg.logit_softcap
+        places, p = likeliest(cap * torch.tanh(multiplied(state, self.rows) / cap))
+        return self.pieces[places].tolist(), p
+
+    @torch.inference_mode()
+    def propose(self, text: Sequence[int], states: Tensor, most: int) -> list[Node]:
+        state, token, most = states[-1], text[-1], min(most, MOST_ROWS - 1)
+        nodes: list[Node] = []
+        parent, chance = -1, 1.0
+        while len(nodes) < most:
+            state = self.head(state, normalised(self.model.tok_emb.weight[token]))
+            tokens, p = self.predicted(state)
+            if chance * p[0] < LEAST:
+                break
+            # One beside the first is worth its place if it is likelier than one behind the first.
+            enough = max(LEAST / chance, p[0] ** 2)
+            count = 1 + sum(q >= enough for q in p[1:])
+            parent, first = len(nodes), parent
+            nodes += [Node(t, first) for t in tokens[: min(count, most - len(nodes))]]
+            token, chance = tokens[0], chance * p[0]
         return nodes
 
     def learn(self, rows: np.ndarray, path: list[int]) -> None: ...

@@ -24,7 +24,7 @@ class Bar:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(drafts, "STEPS", {"medusa": 2, "eagle": 2})
+    monkeypatch.setattr(drafts, "STEPS", {"medusa": 2, "eagle": 2, "hydra": 2})
     monkeypatch.setattr(drafts, "LENGTH", 16)
     monkeypatch.setattr(drafts, "OWN_LENGTH", 20)
     monkeypatch.setattr(drafts, "WIDTHS", (1, 2))
@@ -40,7 +40,7 @@ def model_and_text():
 def test_heads_are_trained_once_and_kept(quick, tmp_path):
     model, tokens = model_and_text()
     first = drafts.trained_heads(model, tokens, tmp_path / "heads")
-    assert sorted(p.name for p in (tmp_path / "heads").iterdir()) == ["eagle.pt", "medusa.pt"]
+    assert {p.stem for p in (tmp_path / "heads").iterdir()} == set(drafts.STEPS)
     again = drafts.trained_heads(model, tokens, tmp_path / "heads")
     for name, head in first.items():
         for a, b in zip(head.parameters(), again[name].parameters(), strict=True):
@@ -57,7 +57,9 @@ def test_own_text_goes_on_from_its_start(quick):
 
 def test_each_drafter_is_measured_and_leaves_texts_as_they_are(quick, tmp_path):
     model, tokens = model_and_text()
-    made = drafts.drafters(model, drafts.trained_heads(model, tokens, tmp_path))
+    made = drafts.drafters(
+        model, drafts.trained_heads(model, tokens, tmp_path), drafts.commonest(tokens)
+    )
     prompts = [tokens[:20].tolist() * 2, tokens[50:80].tolist()]
     for way, strategy in drafts.STRATEGIES.items():
         for name, make in made.items():
@@ -88,8 +90,9 @@ def test_a_drafter_that_writes_itself_is_counted(quick, monkeypatch):
 
 def test_costs_of_wider_passes_are_in_passes_of_one(quick):
     model, _ = model_and_text()
-    costs = drafts.width_costs(model, 3, before=8)
-    assert costs["1"] == 1.0 and costs["2"] > 0.3 and costs["ms"] > 0
+    for costs in drafts.width_costs(model, 3, before=8).values():
+        assert costs["1"] == 1.0 and costs["2"] > 0.3 and costs["ms"] > 0
+    assert drafts.few_rows.MOST_ROWS == 4
 
 
 def test_the_table_has_a_line_for_each_drafter():

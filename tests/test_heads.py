@@ -22,6 +22,8 @@ from heads import (
     Chain,
     Eagle,
     EagleDrafter,
+    Hydra,
+    HydraDrafter,
     Jacobi,
     Medusa,
     MedusaDrafter,
@@ -142,13 +144,16 @@ def test_greedy_texts_are_the_same_whatever_is_guessed(name, seed):
     assert steps.right.sum() == steps.stats.accepted and (steps.right <= steps.tried).all()
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle", "ngram", "suffix", "jacobi", "cascade"])
+@pytest.mark.parametrize(
+    "kind", ["medusa", "eagle", "hydra", "ngram", "suffix", "jacobi", "cascade"]
+)
 def test_each_drafter_leaves_greedy_texts_as_they_are(kind):
     model = model_named("plain").eval().requires_grad_(False)
     torch.manual_seed(0)
     made = {
         "medusa": lambda: MedusaDrafter(Medusa(model), model),
         "eagle": lambda: EagleDrafter(Eagle(model), model),
+        "hydra": lambda: HydraDrafter(Hydra(model), model, torch.arange(60)),
         "ngram": lambda: Chain(NGramDrafter()),
         "suffix": lambda: Chain(SuffixDrafter()),
         "jacobi": Jacobi,
@@ -241,11 +246,11 @@ def test_sampled_texts_have_the_exact_distribution_and_wrong_rules_do_not():
 
 
 # ==== HEADS =======================================================================================
-@pytest.mark.parametrize("kind", ["medusa", "eagle"])
+@pytest.mark.parametrize("kind", [Medusa, Eagle, Hydra])
 def test_heads_learn_a_text_that_repeats_itself(kind):
     model = model_named("plain").eval()
     torch.manual_seed(0)
-    head = (Medusa if kind == "medusa" else Eagle)(model)
+    head = kind(model)
     rows = torch.arange(16)[None] % 5 + 20 + torch.arange(16)[:, None]
     losses = []
     train_head(head, model, itertools.repeat(rows), 60, 1e-2, losses.append)
@@ -257,7 +262,7 @@ def test_states_are_what_the_head_reads():
     model, tokens = model_named("all").eval(), some_tokens(2, 16)
     states = heads.hidden_states(model, tokens)
     with torch.no_grad():
-        torch.testing.assert_close(heads.head_logits(model, states), model.logits(tokens))
+        torch.testing.assert_close(model.head(states), model.logits(tokens))
 
 
 def test_eagle_reads_a_text_piece_by_piece_as_at_once():
@@ -271,3 +276,18 @@ def test_eagle_reads_a_text_piece_by_piece_as_at_once():
         rope = tuple(table[:15] for table in drafter.head.rope)
         wanted = drafter.head(states[None, :15], embedded, rope)[0, -1]
     torch.testing.assert_close(last, wanted, atol=1e-4, rtol=0)
+
+
+def test_hydra_puts_beside_a_guess_what_is_likelier_than_one_behind_it(monkeypatch):
+    model = model_named("plain").eval()
+    drafter = HydraDrafter(Hydra(model), model, torch.tensor([7, 8, 9, 10]))
+    chances = {"sure": [0.9, 0.05, 0.03, 0.02], "split": [0.4, 0.3, 0.2, 0.1], "none": [0.05] * 4}
+    wanted = {
+        "sure": [(7, -1), (7, 0), (7, 1)],
+        "split": [(7, -1), (8, -1), (9, -1)],
+        "none": [],
+    }
+    for name, p in chances.items():
+        monkeypatch.setattr(drafter, "predicted", lambda state, p=p: ([7, 8, 9, 10], p))
+        nodes = drafter.propose([2, 3], torch.zeros(1, 32), 8)
+        assert [tuple(node) for node in nodes] == wanted[name]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fairway.scoring.few_rows import for_few_rows
 from train_gpt import GPT, Runtime, UserError, attend, rope_tables
 
 # How keys and values are stored; None: in the type of the model's activations.
@@ -78,6 +79,7 @@ class Memory:
             raise UserError(
                 f"keys and values cannot be kept as {storage!r}; take one of {', '.join(STORAGE)}"
             )
+        for_few_rows(model)
         self.model, self.window, self.storage = model, window or model.cfg.train_seq_len, storage
         self.longest = longest
         self.rope, self.rope_grows = rope or (model.cos, model.sin), rope is None
