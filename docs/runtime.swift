@@ -87,6 +87,7 @@ struct Manifest: Decodable {
     let ropeBase: Double
     let precision: Precision
     let shapes: String
+    let states: Int
     let sizes, cuts, split: [Int]
     let tables: [Table]  // in host.bin, in this order
     let functions: [String: [Int]]
@@ -95,7 +96,8 @@ struct Manifest: Decodable {
     let cache: CacheRule
 
     enum CodingKeys: String, CodingKey {
-        case format, version, dims, precision, shapes, sizes, cuts, split, tables, sha256, shards, functions, cache
+        case format, version, dims, precision, shapes, states, sizes, cuts, split, tables, sha256, shards, functions
+        case cache
         case ropeBase = "rope_base"
     }
 }
@@ -105,8 +107,10 @@ func readManifest(_ folder: URL) throws -> Manifest {
     let data = try unwrap(try? Data(contentsOf: file), "\(file.path) cannot be read; run fairway export-coreml")
     let manifest = try unwrap(try? JSONDecoder().decode(Manifest.self, from: data),
                               "\(file.path) is no manifest of shards, or it is damaged; export it again")
-    try need(manifest.format == "fairway-coreml" && manifest.version == 1,
-             "\(file.path) is \(manifest.format), version \(manifest.version); this reader knows fairway-coreml, 1")
+    try need(manifest.format == "fairway-coreml" && manifest.version == 2,
+             "\(file.path) is \(manifest.format), version \(manifest.version); this reader knows fairway-coreml, 2")
+    try need(manifest.states == 0,
+             "\(file.path): states:\(manifest.states); this reader knows shards without any, so export with --states 0")
     try check(manifest)
     return manifest
 }

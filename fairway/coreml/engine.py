@@ -13,19 +13,31 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from fairway.compression.loading import Loaded
 from fairway.coreml.graph import host_tables, model_dims
-from fairway.coreml.host import Embedding, attention_mask, rotary_tables
+from fairway.coreml.host import Embedding, attention_mask, rotary_tables, state_inputs
 from fairway.coreml.interpret import InterpretedFunction
+from fairway.coreml.layout import SPARE
 from fairway.coreml.manifest import ShardFolder, read_shard_folder
 from fairway.scoring.memory import REWIND
 from train_gpt import UserError, file_sha256
 
-ShardCall = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+
+class ShardCall(Protocol):
+    """A loaded function. A shard without states is called with its inputs alone."""
+
+    def __call__(self, inputs: Mapping[str, np.ndarray], *state: Any) -> dict[str, np.ndarray]:
+        """Return the outputs, and change the state."""
+
+    def new_state(self) -> Any:
+        """Return what a shard with states holds before the first call; it can be deep-copied."""
+
+
 Runner = Callable[[ShardFolder, str, str], ShardCall]  # (folder, shard, function) -> its call
 
 
@@ -57,7 +69,7 @@ class CallCounts:
 class ShardChain:
     """The shards of a folder, run one after the other; each function is loaded at its first call.
 
-    The cache of one text is a `SlotCache`, from `new_cache()`; one chain serves many caches.
+    The cache of one text comes from `new_cache()`; one chain serves many caches.
     """
 
     def __init__(self, folder: ShardFolder | str | Path, runner: Runner | None = None):
@@ -77,7 +89,7 @@ class ShardChain:
             self.loaded[shard, function] = self.runner(self.folder, shard, function)
         return self.loaded[shard, function]
 
-    def __call__(self, cache: SlotCache, tokens: Sequence[int]) -> np.ndarray:
+    def __call__(self, cache: Cache, tokens: Sequence[int]) -> np.ndarray:
         """Return logits, float32[len(tokens), vocab]; the cache then holds these tokens."""
         m, began = self.manifest, time.perf_counter()
         if not 1 <= len(tokens) <= self.most:
@@ -89,47 +101,34 @@ class ShardChain:
         name, size = m.function_for(len(tokens))
         have = self.inputs(cache, tokens, size)
         for shard, interface in self.interfaces.items():
-            have |= self.function(shard, name)({n: have[n] for n in interface.inputs})
+            call = self.function(shard, name)
+            states = [cache.state_of(shard, call)] if interface.states else []
+            have |= call({n: have[n] for n in interface.inputs}, *states)
         logits = np.concatenate([have[f"logits{n}"] for n in range(len(m.split) - 1)], axis=1)
-        new = np.stack([have[f"{c}{n}_new"][0] for n in range(m.dims.passes) for c in "kv"])
-        cache.hold(tokens, new)
+        cache.hold(tokens, have)
         self.counts.calls += 1
         self.counts.tokens += len(tokens)
         self.counts.seconds += time.perf_counter() - began
         return logits[0, :, 0, : len(tokens)].T.astype(np.float32)
 
-    def inputs(self, cache: SlotCache, tokens: Sequence[int], size: int) -> dict[str, np.ndarray]:
+    def inputs(self, cache: Cache, tokens: Sequence[int], size: int) -> dict[str, np.ndarray]:
         """Return the inputs that no shard computes, for a call padded to `size` tokens."""
-        cache.commit()
         m, padded = self.manifest, [*tokens, *[0] * (size - len(tokens))]
         cos, sin = rotary_tables(cache.read, size, m.dims.rotary, m.rope_base)
-        mask = attention_mask(cache.positions, cache.read, len(tokens), size)
         flat = (("x0", self.embed(padded, cache.last)), ("cos", cos), ("sin", sin))
         inputs = {name: array[None, :, None].astype(m.dtype) for name, array in flat}
-        inputs["mask"] = mask[None, None].astype(m.dtype)
-        for n in range(m.dims.passes):
-            for i, c in enumerate("kv"):
-                inputs[f"{c}{n}"] = cache.data[2 * n + i][None]
-        return inputs
+        return inputs | cache.inputs(len(tokens), size)
 
-    def new_cache(self) -> SlotCache:
-        return SlotCache(self)
+    def new_cache(self) -> Cache:
+        return (StateCache if self.manifest.states else SlotCache)(self)
 
 
-class SlotCache:
-    """Keys and values of one text. Token p is stored in slot p mod slots.
-
-    The last call's keys and values stay outside the slots until the next call, since decoding may
-    reject some of its tokens.
-    """
+class Cache:
+    """What shards have read of one text."""
 
     def __init__(self, chain: ShardChain):
-        d, dtype = chain.manifest.dims, chain.manifest.dtype
-        self.data = np.zeros((2 * d.passes, d.head, d.kv_heads, d.slots), dtype)
-        self.positions = np.full(d.slots, -1, np.int64)  # of the token in each slot, or -1
-        self.committed, self.tokens = 0, []  # how many tokens went into slots; all tokens read
-        self.held = np.zeros((2 * d.passes, d.head, d.kv_heads, 0), dtype)
-        self.overwritten: deque[np.ndarray] = deque(maxlen=REWIND)  # newest last
+        self.dtype, self.slots = chain.manifest.dtype, chain.manifest.dims.slots
+        self.tokens: list[int] = []  # all that were read
 
     @property
     def read(self) -> int:
@@ -141,8 +140,84 @@ class SlotCache:
         """The last two tokens, which the embedding of the next one depends on."""
         return self.tokens[-2:]
 
-    def hold(self, tokens: Sequence[int], new: np.ndarray) -> None:
-        """Hold [2 passes, C, G, size] of a call, of which the first len(tokens) are real."""
+    def inputs(self, count: int, size: int) -> dict[str, np.ndarray]:
+        """Return the mask of a call of `count` tokens padded to `size`, and what goes with it."""
+        raise NotImplementedError
+
+    def hold(self, tokens: Sequence[int], have: Mapping[str, np.ndarray]) -> None:
+        """Note the tokens of a call, and what the shards computed."""
+        raise NotImplementedError
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens from `length` on; raise ValueError if that needs lost ones."""
+        raise NotImplementedError
+
+    def copy(self) -> Cache:
+        return copy.deepcopy(self)
+
+
+class StateCache(Cache):
+    """The state of shards that keep one. Token p goes to place p mod places when it is read.
+
+    There are SPARE places more than a token sees, so that as many tokens can be cropped.
+    """
+
+    def __init__(self, chain: ShardChain):
+        super().__init__(chain)
+        self.states: dict[str, Any] = {}  # by shard
+        self.positions = np.full(self.slots + SPARE, -1, np.int64)  # of the token at each place
+        self.written = 0  # the end of all tokens ever read, cropped ones included
+
+    def state_of(self, shard: str, call: ShardCall) -> Any:
+        """Return the state of a shard; a new one if this is its first call."""
+        if shard not in self.states:
+            self.states[shard] = call.new_state()
+        return self.states[shard]
+
+    def inputs(self, count: int, size: int) -> dict[str, np.ndarray]:
+        at = np.arange(self.read, self.read + count)
+        self.positions[at % len(self.positions)] = at
+        self.written = max(self.written, self.read + count)
+        both = state_inputs(self.positions, self.read, count, size, self.slots)
+        parts = zip(("mask", "write"), both, strict=True)
+        return {name: part[None, None].astype(self.dtype) for name, part in parts}
+
+    def hold(self, tokens: Sequence[int], have: Mapping[str, np.ndarray]) -> None:
+        self.tokens += tokens
+
+    def crop(self, length: int) -> None:
+        lost = self.written > len(self.positions) and self.written - length > SPARE
+        if not 0 <= length <= self.read or lost:
+            raise ValueError(f"{self.read} tokens were read; they cannot be cropped to {length}")
+        self.positions[self.positions >= length] = -1
+        del self.tokens[length:]
+
+
+class SlotCache(Cache):
+    """Keys and values of one text. Token p is stored in slot p mod slots.
+
+    The last call's keys and values stay outside the slots until the next call, since decoding may
+    reject some of its tokens.
+    """
+
+    def __init__(self, chain: ShardChain):
+        super().__init__(chain)
+        d, dtype = chain.manifest.dims, self.dtype
+        self.data = np.zeros((2 * d.passes, d.head, d.kv_heads, d.slots), dtype)
+        self.positions = np.full(d.slots, -1, np.int64)  # of the token in each slot, or -1
+        self.committed = 0  # how many tokens went into slots
+        self.names = [f"{c}{n}" for n in range(d.passes) for c in "kv"]  # of the rows of `data`
+        self.held = np.zeros((2 * d.passes, d.head, d.kv_heads, 0), dtype)
+        self.overwritten: deque[np.ndarray] = deque(maxlen=REWIND)  # newest last
+
+    def inputs(self, count: int, size: int) -> dict[str, np.ndarray]:
+        self.commit()
+        mask = attention_mask(self.positions, self.read, count, size)
+        stored = dict(zip(self.names, self.data[:, None], strict=True))
+        return {"mask": mask[None, None].astype(self.dtype)} | stored
+
+    def hold(self, tokens: Sequence[int], have: Mapping[str, np.ndarray]) -> None:
+        new = np.stack([have[f"{name}_new"][0] for name in self.names])
         self.held = new[..., : len(tokens)]
         self.tokens += tokens
 
@@ -159,8 +234,7 @@ class SlotCache:
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on: first the held ones, then those in slots.
 
-        A slot gets its previous content back. That works for the last REWIND overwritten slots;
-        raise ValueError for a crop that needs more.
+        A slot gets its previous content back. That works for the last REWIND overwritten slots.
         """
         slots, back = len(self.positions), max(0, self.committed - length)
         lost = max(0, self.committed - slots) - max(0, length - slots) if back else 0
@@ -174,9 +248,6 @@ class SlotCache:
             if position >= slots:
                 self.data[..., slot] = self.overwritten.pop()
         self.committed = min(self.committed, length)
-
-    def copy(self) -> SlotCache:
-        return copy.deepcopy(self)
 
 
 class ShardEngine:

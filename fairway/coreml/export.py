@@ -81,6 +81,7 @@ class ExportOptions:
     layers_per_shard: int = 0  # used instead of chunks unless 0
     vocab_shards: int = 0  # 0: as many as keep each below MAX_VOCAB_PART tokens
     context: int = 0  # tokens that a token sees, itself included; 0: as in training
+    states: int = 0  # that a shard keeps its keys and values in; 0: they are inputs and outputs
 
     def __post_init__(self):
         for name, choices in (
@@ -97,6 +98,7 @@ class ExportOptions:
             ("layers_per_shard", 0, 4096),
             ("vocab_shards", 0, 256),
             ("context", 0, 1 << 16),
+            ("states", layout.STATES[0], layout.STATES[-1]),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -106,6 +108,14 @@ class ExportOptions:
             raise UserError(
                 f"--layers-per-shard is {self.layers_per_shard} and --chunks {self.chunks}; "
                 "leave one of them out"
+            )
+
+        if self.states and self.precision == "fp32":
+            raise UserError(f"--states is {self.states} and --precision fp32; CoreML keeps fp16")
+        if self.states and self.shapes == "multifunction":
+            raise UserError(
+                f"--states is {self.states} and --shapes multifunction, whose functions may not "
+                "share a state; take --shapes fixed, range or enumerated"
             )
 
     def cuts(self, passes: int) -> list[int]:
@@ -176,7 +186,7 @@ def export_shards(
     check_replaceable(out)
     precision = plan_precision(source, options, text, log)
     with replacing_folder(out) as folder:
-        shards = graph.build_shards(source.model, dims, cuts, split, precision)
+        shards = graph.build_shards(source.model, dims, cuts, split, precision, options.states)
         check_representable(shards, options.precision)
         for name, shard in shards.items():
             save_shard(coremltools, shard, options, sizes, folder / f"{name}.mlpackage")
@@ -190,6 +200,7 @@ def export_shards(
             options.precision,
             options.quantise,
             options.shapes,
+            options.states,
             tuple(sizes),
             tuple(cuts),
             tuple(split),
@@ -323,6 +334,10 @@ def convert_shard(
             for n, s in shapes.items()
         ],
         outputs=[ct.TensorType(name=name, dtype=dtype) for name in shard.interface.outputs],
+        states=[
+            ct.StateType(wrapped_type=ct.TensorType(shape=s, dtype=dtype), name=n)
+            for n, s in shard.interface.states.items()
+        ],
         compute_precision=precision,
     )
 

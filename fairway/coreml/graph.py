@@ -9,6 +9,7 @@ G key/value heads, R pairs that RoPE rotates, T positions, S = slots + T.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -115,8 +116,25 @@ class SquaredReLU(nn.Module):
         return h * h
 
 
+Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def split_heads(x: Tensor, width: int) -> Tensor:
+    """Reshape [1, n C, 1, T] to [1, C, n, T]."""
+    return torch.cat(x.split(width, dim=1), dim=2)
+
+
+def placed(x_CGT: Tensor, write: Tensor) -> Tensor:
+    """Return [1, C, G, places]: each token's column at its place, zeros elsewhere."""
+    flat = torch.cat(x_CGT.split(1, dim=2), dim=1).transpose(1, 2)
+    return split_heads(torch.matmul(flat, write).transpose(1, 2), x_CGT.size(1))
+
+
 class CachedAttention(nn.Module):
-    """Attention of train_gpt over the keys and values in slots, followed by those of the call."""
+    """Attention of train_gpt over keys and values of earlier calls and of this one.
+
+    `join` takes the call's keys and values [1, C, G, T] and returns all, [1, C, G, S].
+    """
 
     def __init__(self, source: Attention, out_scale_D: Tensor, name: str, precision: Precision):
         super().__init__()
@@ -134,22 +152,16 @@ class CachedAttention(nn.Module):
         self.gain_H = nn.Buffer(gain_H[None, None, :, None].clone())
         self.gate = None if source.gate is None else conv_from_matrix(source.gate)
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """Reshape [1, n C, 1, T] to [1, C, n, T]."""
-        return torch.cat(x.split(self.width, dim=1), dim=2)
-
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, k_CGS: Tensor, v_CGS: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the output [1, D, 1, T], and the new keys and values [1, C, G, T]."""
-        q = self.rotate(self.norm_q(self.split_heads(self.q(x))), *rope) * self.gain_H
-        k = self.rotate(self.norm_k(self.split_heads(self.k(x))), *rope)
-        v = self.split_heads(self.v(x))
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, join: Join) -> Tensor:
+        """Return the output [1, D, 1, T]."""
+        q = self.rotate(self.norm_q(split_heads(self.q(x), self.width)), *rope) * self.gain_H
+        k = self.rotate(self.norm_k(split_heads(self.k(x), self.width)), *rope)
+        v = split_heads(self.v(x), self.width)
         own = None if self.norm_own is None else self.norm_own(v)
-        y = self.attend(q, torch.cat([k_CGS, k], dim=3), torch.cat([v_CGS, v], dim=3), mask, own)
+        y = self.attend(q, *join(k, v), mask, own)
         if self.gate is not None:  # [1, H, 1, T] -> [1, 1, H, T]
             y = y * (2 * torch.sigmoid(self.gate(x[:, : self.gate.in_channels]))).transpose(1, 2)
-        return self.proj(torch.cat(y.split(1, dim=2), dim=1)), k, v
+        return self.proj(torch.cat(y.split(1, dim=2), dim=1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, own: Tensor | None) -> Tensor:
         """Return the attended values, [1, C, H, T]; H/G query heads share a key/value head.
@@ -213,10 +225,9 @@ class LayerPass(nn.Module):
         skip: Tensor | None,
         rope: tuple[Tensor, Tensor],
         mask: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return both lanes after this pass, and its new keys and values.
+        join: Join,
+    ) -> tuple[Tensor, Tensor]:
+        """Return both lanes after this pass.
 
         Before the lanes part, `lane` is the same tensor object as `x`, and so are the results.
         """
@@ -227,26 +238,36 @@ class LayerPass(nn.Module):
             x, lane = (part + self.skip * skip for part in (x, lane))
         lane = x if together else lane
         mixed = self.keep * x + self.again * x0
-        attended, k, v = self.attn(self.norm_attn(mixed), rope, mask, k, v)
+        attended = self.attn(self.norm_attn(mixed), rope, mask, join)
         if self.lane_mix is None:
             mixed = mixed + attended
             mixed = mixed + self.mlp(mixed)
-            return mixed, mixed, k, v
+            return mixed, mixed
         written = self.mlp(lane)
-        new = (
+        first, second = (
             old + to[0] * attended + to[1] * written
             for old, to in zip((mixed, lane), self.lane_mix, strict=True)
         )
-        return *new, k, v
+        return first, second
 
 
 class LayersShard(nn.Module):
-    """A shard of passes `first` to `end` - 1."""
+    """A shard of passes `first` to `end` - 1; keys and values are inputs and outputs, or states."""
 
-    def __init__(self, model: GPT, dims: Dims, first: int, end: int, precision: Precision = EXACT):
+    def __init__(
+        self,
+        model: GPT,
+        dims: Dims,
+        first: int,
+        end: int,
+        precision: Precision = EXACT,
+        states: int = 0,
+    ):
         super().__init__()
         self.first, self.end, self.dims, order = first, end, dims, model.passes(model.looping)
-        self.interface = layout.layers_interface(first, end, dims)
+        self.interface = layout.layers_interface(first, end, dims, states)
+        for name, shape in self.interface.states.items():
+            self.register_buffer(name, torch.zeros(shape))
         self.passes = nn.ModuleDict(
             {str(nth): layer_pass(model, order, nth, precision) for nth in range(first, end)}
         )
@@ -256,20 +277,48 @@ class LayersShard(nn.Module):
         have = dict(zip(self.interface.inputs, inputs, strict=True))
         x, x0 = have[f"x{self.first}"], have["x0"]
         lane = have.get(f"lane{self.first}", x)
+        if self.interface.states:
+            have["keep"] = 1 - have["write"].sum(dim=2, keepdim=True)
+        join = self.updated if self.interface.states else self.extended
         for nth in range(self.first, self.end):
             source = layout.skip_source(nth, self.dims.passes)
-            x, lane, have[f"k{nth}_new"], have[f"v{nth}_new"] = self.passes[str(nth)](
+            x, lane = self.passes[str(nth)](
                 x,
                 lane,
                 x0,
                 have[f"x{source}"] if source else None,
                 (have["cos"], have["sin"]),
                 have["mask"],
-                have[f"k{nth}"],
-                have[f"v{nth}"],
+                functools.partial(join, have, nth),
             )
             have |= {f"x{nth + 1}": x, f"lane{nth + 1}": lane}
         return tuple(have[name] for name in self.interface.outputs)
+
+    def extended(self, have: dict, nth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the inputs' keys and values of a pass, followed by those of the call."""
+        have |= {f"k{nth}_new": k, f"v{nth}_new": v}
+        return torch.cat([have[f"k{nth}"], k], dim=3), torch.cat([have[f"v{nth}"], v], dim=3)
+
+    def updated(self, have: dict, nth: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the state's keys and values of a pass, with those of the call at their places.
+
+        The last pass writes the states: coremltools 9 cannot convert two that are written last.
+        """
+        new = {f"k{nth}": k, f"v{nth}": v}
+        for state in self.interface.states:
+            for at, row in enumerate(self.rows(state)):
+                if row in new:
+                    old = getattr(self, state)[at : at + 1]
+                    have[row] = old * have["keep"] + placed(new[row], have["write"])
+        if nth == self.end - 1:
+            for state in self.interface.states:
+                getattr(self, state).copy_(torch.cat([have[row] for row in self.rows(state)]))
+        return have[f"k{nth}"], have[f"v{nth}"]
+
+    def rows(self, state: str) -> list[str]:
+        """Return what the rows of a state hold: k0, v0, k1, ... or those of one kind."""
+        kinds = {"kv": "kv", "keys": "k", "values": "v"}[state]
+        return [f"{kind}{nth}" for nth in range(self.first, self.end) for kind in kinds]
 
 
 def layer_pass(model: GPT, order: list[int], nth: int, precision: Precision) -> LayerPass:
@@ -301,7 +350,12 @@ class HeadShard(nn.Module):
 
 
 def build_shards(
-    model: GPT, dims: Dims, cuts: list[int], split: list[int], precision: Precision = EXACT
+    model: GPT,
+    dims: Dims,
+    cuts: list[int],
+    split: list[int],
+    precision: Precision = EXACT,
+    states: int = 0,
 ) -> dict[str, LayersShard | HeadShard]:
     """Return all shards by name, in the order in which they run.
 
@@ -310,7 +364,7 @@ def build_shards(
     """
     shards: dict[str, LayersShard | HeadShard] = {}
     for nth, (first, end) in enumerate(zip(cuts, cuts[1:], strict=False)):
-        shards[f"layers{nth}"] = LayersShard(model, dims, first, end, precision)
+        shards[f"layers{nth}"] = LayersShard(model, dims, first, end, precision, states)
     for nth in range(len(split) - 1):
         shards[f"head{nth}"] = HeadShard(model, dims, nth, split, precision)
     return {name: shard.eval() for name, shard in shards.items()}

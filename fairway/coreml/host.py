@@ -60,6 +60,20 @@ def rotary_tables(first: int, count: int, rotary: int, base: float) -> tuple[np.
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
+def state_inputs(
+    positions: np.ndarray, first: int, count: int, tokens: int, window: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mask and write of one call of shards with state, both float32[tokens, places].
+
+    The call holds `count` real tokens from position `first` on, padded to `tokens`. `positions`,
+    int64[places], holds the position of the token at each place, those of this call included.
+    """
+    rows = first + np.arange(tokens)[:, None]
+    visible = (positions >= 0) & (positions <= rows) & (positions > rows - window)
+    write = (positions == rows) & (np.arange(tokens)[:, None] < count)
+    return np.where(visible, 0.0, MASKED).astype(np.float32), write.astype(np.float32)
+
+
 def attention_mask(
     positions: np.ndarray, first: int, count: int, tokens: int, window: int = 0
 ) -> np.ndarray:

@@ -4,7 +4,8 @@ Each operation is computed in float64 and rounded once, to the type that the pro
 ("declared") or to fp32 ("fp32", what the graph would give without fp16). Sums therefore do not
 depend on the number of positions in a call; a device may round more often. The type of each
 operand, the type and shape of each result, and each input of a call must match the declaration.
-An operation that this module does not know is an error that names it.
+An operation that this module does not know is an error that names it. States are read and written
+by operations of the program; a caller hands them in, and they change in place.
 """
 
 from __future__ import annotations
@@ -154,6 +155,9 @@ OPERATIONS: dict[str, Callable[[Operands], Any]] = {
     "identity": lambda a: a["x"],
     "cast": lambda a: a["x"],
 }
+READ, WRITE = "read_state", "write_state"
+OPERATIONS[READ] = lambda a: a["input"]
+OPERATIONS[WRITE] = lambda a: a["data"]
 ELEMENTWISE = ("add", "sub", "mul", "real_div", "maximum", "minimum")
 
 
@@ -173,6 +177,8 @@ def output_elements(operation: str, a: Operands) -> int:
         return np.size(a["x"]) // max(np.shape(a["x"])[1], 1) * np.size(a["mean"])
     if operation == "concat":
         return sum(np.size(value) for value in a["values"])
+    if operation in (READ, WRITE):
+        return np.size(a["input"])
     return np.size(a["x"])
 
 
@@ -251,8 +257,10 @@ class InterpretedFunction:
             )
         self.path, self.name, self.precision = package.path, name, precision
         self.inputs, self.outputs = package.functions[name].inputs, package.functions[name].outputs
+        self.states = package.functions[name].states
         self.constants: dict[str, Any] = {}
         self.types: dict[str, str] = {n: feature.number for n, feature in self.inputs.items()}
+        self.types |= {n: declared.number.name for n, declared in self.states.items()}
         self.constant_numbers = 0
         try:
             prepared = [
@@ -274,7 +282,7 @@ class InterpretedFunction:
 
     def prepare(self, op: dict[str, Any], weights: np.ndarray) -> Instruction | None:
         """Return the instruction for `op`, or None if its value is a constant, which is kept."""
-        kind, outputs = op["type"], [(o["name"], o["type"]) for o in op["outputs"]]
+        kind, outputs = op["type"], [(o["name"], o["type"]) for o in op.get("outputs", [])]
         if kind == "const":
             self.define_constant(outputs[0][0], program_constant(op["attributes"]["val"], weights))
             return None
@@ -297,6 +305,15 @@ class InterpretedFunction:
         typed = [(name, tensor_type(t)) for name, t in outputs]
         for name, _ in typed:
             self.check_new(name)
+        if kind == WRITE:  # its result takes the place of the state
+            name = operands.get("input")
+            typed = [(name, self.states[name])] if name in self.states and not typed else []
+        sources = [n for s in operands.values() for n in (s if isinstance(s, list) else [s])]
+        used = [n for n in sources if n in self.states]
+        if used != [operands.get("input")][: kind in (READ, WRITE)] or not typed:
+            raise InterpretError(
+                f"{kind} of {', '.join(sources)!r:.60}: a state is read or written"
+            )
         self.check_types(kind, constants, operands, typed)
         self.types |= {name: t.number.name for name, t in typed}
         wide = {name: as_float64(value) for name, value in constants.items()}
@@ -361,22 +378,42 @@ class InterpretedFunction:
             )
 
     # ==== A CALL ==================================================================================
-    def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the function; arrays and results have the declared types and shapes."""
-        self.check_call(arrays)
+    def new_state(self) -> dict[str, np.ndarray]:
+        """Return the states as they are before the first call."""
+        return {n: np.zeros(t.shape, t.number.dtype) for n, t in self.states.items()}
+
+    def __call__(
+        self, arrays: Mapping[str, np.ndarray], state: dict[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run the function; arrays and results have the declared types and shapes.
+
+        The arrays of `state` are replaced by those after the call, unless it fails.
+        """
+        state = state or {}
+        self.check_call(arrays, state)
         values = {name: as_float64(np.asarray(arrays[name])) for name in self.inputs}
+        values |= {name: as_float64(state[name]) for name in self.states}
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             for nth, instruction in enumerate(self.instructions):
                 self.execute(instruction, values)
                 for name in instruction.names:  # free the values that no later instruction reads
-                    if self.last_used[name] == nth and name not in self.outputs:
+                    kept = name in self.outputs or name in self.states
+                    if self.last_used[name] == nth and not kept:
                         values.pop(name, None)
+        state |= {n: values[n].astype(t.number.dtype) for n, t in self.states.items()}
         return {
             name: self.lookup(name, values).astype(FEATURE_DTYPES[t.number.name])
             for name, t in self.outputs.items()
         }
 
-    def check_call(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def check_call(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray]) -> None:
+        if odd := state.keys() ^ self.states.keys():
+            raise InterpretError(
+                f"{self.path}: states {', '.join(sorted(odd))} are missing or unknown"
+            )
+        for name, declared in self.states.items():
+            if (state[name].shape, state[name].dtype) != (declared.shape, declared.number.dtype):
+                raise InterpretError(f"{self.path}: state {name} must be {declared}")
         if odd := arrays.keys() ^ self.inputs.keys():
             raise InterpretError(
                 f"{self.path}: inputs {', '.join(sorted(odd))} are missing or unknown"

@@ -8,12 +8,13 @@ from __future__ import annotations
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from fairway.coreml.manifest import ShardFolder
+from fairway.coreml.mlpackage import PackageFunction
 from fairway.coreml.tools import import_coremltools
 from train_gpt import UserError
 
@@ -39,15 +40,40 @@ def coreml_runner(units: str = COMPUTE_UNITS) -> Callable[[ShardFolder, str, str
             compute_units=ct.ComputeUnit[units],
             function_name=function if folder.manifest.shapes == "multifunction" else None,
         )
-        outputs = folder.packages[shard].functions[function].outputs
-
-        def call(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            results = model.predict(inputs)
-            return {name: np.asarray(results[name]) for name in outputs}
-
-        return call
+        return CoreMLFunction(model, folder.packages[shard].functions[function])
 
     return load
+
+
+class CoreMLFunction:
+    """A function of a package that CoreML has loaded."""
+
+    def __init__(self, model: Any, declared: PackageFunction):
+        self.model, self.declared = model, declared
+
+    def __call__(
+        self, inputs: Mapping[str, np.ndarray], state: CoreMLState | None = None
+    ) -> dict[str, np.ndarray]:
+        """Run the function, and return its outputs."""
+        kept = {} if state is None else {"state": state.held}
+        results = self.model.predict(dict(inputs), **kept)
+        return {name: np.asarray(results[name]) for name in self.declared.outputs}
+
+    def new_state(self) -> CoreMLState:
+        return CoreMLState(self)
+
+
+class CoreMLState:
+    """The states of a function, all zeros at first; a deep copy has the same numbers."""
+
+    def __init__(self, function: CoreMLFunction):
+        self.function, self.held = function, function.model.make_state()
+
+    def __deepcopy__(self, _memo: dict) -> CoreMLState:
+        new = CoreMLState(self.function)
+        for name in self.function.declared.states:
+            new.held.write_state(name, self.held.read_state(name))
+        return new
 
 
 # ==== --audit =====================================================================================

@@ -30,7 +30,7 @@ from fairway.coreml.mlpackage import (
 )
 from train_gpt import UserError, file_sha256, replacing
 
-MANIFEST_FILE, HOST_FILE, FORMAT, VERSION = "manifest.json", "host.bin", "fairway-coreml", 1
+MANIFEST_FILE, HOST_FILE, FORMAT, VERSION = "manifest.json", "host.bin", "fairway-coreml", 2
 MAX_MANIFEST_BYTES = 1 << 24
 MAX_NUMBERS = 1 << 28  # in one cache; the consensus model at a context of 2,048 has 11.5 million
 DTYPES = {name: FEATURE_DTYPES[name] for name in ("fp16", "fp32")}
@@ -52,6 +52,7 @@ class Manifest:
     precision: str  # of inputs, outputs, and values between operations
     quantise: str  # how weights are stored
     shapes: str  # how calls of different lengths are accepted
+    states: int  # of a shard of layers; 0: keys and values are inputs and outputs
     sizes: tuple[int, ...]  # numbers of tokens that a call may have
     cuts: tuple[int, ...]  # first pass of each shard of layers, and the end
     split: tuple[int, ...]  # first token of each part of the vocabulary, and the end
@@ -61,7 +62,7 @@ class Manifest:
     def interfaces(self) -> dict[str, Interface]:
         """Return the interface of every shard, in the order in which shards run."""
         layers = {
-            f"layers{n}": layout.layers_interface(first, end, self.dims)
+            f"layers{n}": layout.layers_interface(first, end, self.dims, self.states)
             for n, (first, end) in enumerate(zip(self.cuts, self.cuts[1:], strict=False))
         }
         return layers | {
@@ -135,6 +136,7 @@ def derived_fields(manifest: Manifest) -> dict[str, Any]:
             package=f"{name}.mlpackage",
             inputs=shapes(interface.inputs),
             outputs=shapes(interface.outputs),
+            states={name: list(shape) for name, shape in interface.states.items()},
         )
         for name, interface in manifest.interfaces().items()
     ]
@@ -148,6 +150,17 @@ def derived_fields(manifest: Manifest) -> dict[str, Any]:
         "many as there are slots, itself included; the mask's last T columns are the tokens of "
         "the call",
     )
+    if manifest.states:
+        places = manifest.dims.slots + layout.SPARE
+        cache = dict(
+            axes="passes, their keys and values; channels of a head, key/value heads, places",
+            slots=manifest.dims.slots,
+            places=places,
+            masked=layout.MASKED,
+            rule="token p goes to place p mod places in the call that reads it, where `write` says "
+            "so; a token looks back on as many as there are slots, itself included; rejected "
+            "tokens are hidden by the mask until others take their places",
+        )
     return dict(shards=shards, functions=functions, cache=cache)
 
 
@@ -272,13 +285,20 @@ def check_manifest_numbers(m: Manifest) -> None:
         (
             "dims",
             lambda: (
-                2 * d.passes * d.head * d.kv_heads * d.slots <= MAX_NUMBERS
+                2 * d.passes * d.head * d.kv_heads * (d.slots + layout.SPARE) <= MAX_NUMBERS
                 and d.width * d.vocab <= MAX_NUMBERS
             ),
         ),
         ("rope_base", lambda: type(m.rope_base) is float and 1 <= m.rope_base < math.inf),
         ("precision", lambda: m.precision in DTYPES),
         ("shapes", lambda: m.shapes in SHAPES),
+        (
+            "states",
+            lambda: (
+                integers_within(layout.STATES[0], layout.STATES[-1], m.states)
+                and not (m.states and (m.shapes == "multifunction" or m.precision == "fp32"))
+            ),
+        ),
         (
             "sizes",
             lambda: (
@@ -323,6 +343,12 @@ def check_shard(package: Package, interface: Interface, manifest: Manifest) -> N
                 f"{package.path} takes {', '.join(function.inputs)} and returns "
                 f"{', '.join(function.outputs)}; wanted are {', '.join(interface.inputs)} and "
                 f"{', '.join(interface.outputs)}: a shard from another place in the chain"
+            )
+        states = {n: (m.number.name, m.shape) for n, m in function.states.items()}
+        if states != {n: (manifest.precision, shape) for n, shape in interface.states.items()}:
+            raise ManifestError(
+                f"{package.path} keeps states {', '.join(map(str, function.states.values()))}; "
+                "not those of this manifest: a shard from another export"
             )
         for tensor, shape in interface.outputs.items():
             wanted = [concrete_shape(shape, size) for size in sizes]

@@ -104,6 +104,7 @@ class PackageFunction(NamedTuple):
     name: str
     inputs: dict[str, InputFeature]
     outputs: dict[str, TensorType]
+    states: dict[str, TensorType]
     body: dict[str, Any]  # the block of the program, as wire.read_message returns it
 
 
@@ -169,8 +170,6 @@ def check_listing(listing: dict[str, Any]) -> None:
 def package_functions(model: dict[str, Any]) -> dict[str, PackageFunction]:
     """Return the functions of a model; require that description and program agree."""
     description = model["description"]
-    if description.get("states"):
-        raise PackageError("it keeps state; only stateless programs are read")
     described = {one["name"]: one for one in description.get("functions", [])}
     described = described or {"main": description}
     program = model["program"]["functions"]
@@ -189,7 +188,10 @@ def package_function(
     if not block:
         raise PackageError(f"function {name} has no body for {function.get('opset')}")
     inputs = {f["name"]: input_feature(f) for f in description.get("inputs", [])}
-    declared = {f["name"]: tensor_type(f["type"]) for f in function.get("inputs", [])}
+    types = {f["name"]: f["type"] for f in function.get("inputs", [])}
+    states = {n: tensor_type(t["state"]["type"]) for n, t in types.items() if "state" in t}
+    check_states(name, states, description.get("states", []))
+    declared = {n: tensor_type(t) for n, t in types.items() if n not in states}
     if declared.keys() != inputs.keys():
         raise PackageError(f"function {name} describes other inputs than it has")
     for input_name, feature in inputs.items():
@@ -203,14 +205,26 @@ def package_function(
             for shape in feature.shapes
         ):
             raise PackageError(f"input {input_name} is described as {feature}, but declared {own}")
-    types = {
+    types |= {
         o["name"]: o["type"] for op in block.get("operations", []) for o in op.get("outputs", [])
-    } | {f["name"]: f["type"] for f in function.get("inputs", [])}
+    }
     outputs = {n: tensor_type(types[n]) for n in block.get("outputs", [])}
     wanted = {f["name"]: feature_number(f) for f in description.get("outputs", [])}
     if {n: t.number.name for n, t in outputs.items()} != wanted:
         raise PackageError(f"function {name} describes other outputs than it has")
-    return PackageFunction(name, inputs, outputs, block)
+    return PackageFunction(name, inputs, outputs, states, block)
+
+
+def check_states(name: str, states: dict[str, TensorType], described: list[dict[str, Any]]) -> None:
+    """Require that the states of a function have fixed shapes, and are those described."""
+    own = {n: (t.number.name, t.shape) for n, t in states.items()}
+    arrays = {f["name"]: f["type"]["state"]["array"] for f in described}
+    wanted = {
+        n: (FEATURE_TYPES.get(a.get("dtype", 0)), tuple(a.get("shape", [])))
+        for n, a in arrays.items()
+    }
+    if own != wanted or any(None in t.shape for t in states.values()):
+        raise PackageError(f"function {name} describes other states than it has")
 
 
 def feature_number(feature: dict[str, Any]) -> str:
@@ -259,7 +273,9 @@ class ConvWeights(NamedTuple):
 def conv_weights(package: Package) -> dict[str, ConvWeights]:
     """Return the weights of each convolution of the default function, by the conv's output name."""
     operations = package.functions[package.default].body["operations"]
-    sources = {output["name"]: (op, output) for op in operations for output in op["outputs"]}
+    sources = {
+        output["name"]: (op, output) for op in operations for output in op.get("outputs", [])
+    }
     weights = {}
     for op in operations:
         if op["type"] == "conv":

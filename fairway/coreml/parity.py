@@ -23,7 +23,8 @@ from fairway.coreml.export import (
     export_shards,
     shards_bytes,
 )
-from fairway.coreml.layout import SHAPES
+from fairway.coreml.interpret import InterpretedFunction
+from fairway.coreml.layout import SHAPES, STATES, call_bytes
 from fairway.scoring.memory import Memory
 from fairway.scoring.text import Text
 from train_gpt import UserError
@@ -149,14 +150,17 @@ def logit_errors(logits: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
 
 # ==== ALL VARIANTS ================================================================================
 def export_variants(base: ExportOptions, passes: int) -> Iterator[ExportOptions]:
-    """Yield each shape and chunking in both precisions, then each quantisation."""
+    """Yield each shape and chunking in both precisions, each with state, each quantisation."""
     for precision in ("fp32", "fp16"):
         own = replace(base, precision=precision)
         yield from (replace(own, shapes=shapes) for shapes in SHAPES)
         yield from (
-            replace(own, shapes="fixed", chunks=n, vocab_shards=2) for n in (2, 4) if n <= passes
+            replace(own, shapes="fixed", chunks=n, vocab_shards=2) for n in (2, 3, 4) if n <= passes
         )
         yield replace(own, shapes="fixed", layers_per_shard=1, vocab_shards=4)
+    fixed = replace(base, precision="fp16", shapes="fixed")
+    yield from (replace(fixed, states=n) for n in STATES[1:])
+    yield from (replace(fixed, states=1, chunks=n) for n in (2, 3, 4) if n <= passes)
     yield from (
         replace(base, shapes="fixed", quantise=quantise)
         for quantise in QUANTISATIONS
@@ -172,8 +176,9 @@ def variant_name(options: ExportOptions) -> str:
         cut = f"{options.layers_per_shard} layers a shard"
     else:
         cut = f"{options.chunks} shard" + "s"[: options.chunks > 1]
-    quantise = [options.quantise][: options.quantise != "none"]
-    return ", ".join([options.precision, options.shapes, cut, *quantise])
+    more = [f"{options.states} state" + "s"[: options.states > 1]][: options.states]
+    more += [options.quantise][: options.quantise != "none"]
+    return ", ".join([options.precision, options.shapes, cut, *more])
 
 
 def check_variants(
@@ -209,6 +214,8 @@ def check_variants(
             choice=asdict(options),
             export_seconds=time.perf_counter() - began,
             bytes=shards_bytes(out, manifest),
+            operations=operations_of(ShardChain(out, runner)),
+            call_bytes=call_bytes(manifest.interfaces(), 1, np.dtype(manifest.dtype).itemsize),
             **compare_chain(ShardChain(out, runner), references[window], text, on_progress),
             reference_bpb=references[window].bpb,
             std=references[window].std,
@@ -224,6 +231,13 @@ def check_variants(
         variants=rows,
         passed=not any(row["failures"] for row in rows),
     )
+
+
+def operations_of(chain: ShardChain) -> int:
+    """Return the operations of one call of all shards, constants left out."""
+    name, _ = chain.manifest.function_for(1)
+    packages = chain.folder.packages.values()
+    return sum(len(InterpretedFunction(package, name).instructions) for package in packages)
 
 
 def variant_failures(
@@ -266,9 +280,21 @@ def parity_table(report: dict[str, Any]) -> Table:
         box=box.SIMPLE,
         title_justify="left",
         title="Shards against PyTorch: largest difference of a logit (standard deviation "
-        f"{first['std']:.2f}) on {report['stream']} tokens; long and BPB on {report['tokens']:,}",
+        f"{first['std']:.2f}) on {report['stream']} tokens; long and BPB on {report['tokens']:,}; "
+        "kB that a call of one token takes and returns",
     )
-    columns = ("MB", "1-cosine", *first["ways"], "slot 0", "long", "BPB", "Δ BPB", "ms")
+    columns = (
+        "MB",
+        "ops",
+        "kB a call",
+        "1-cosine",
+        *first["ways"],
+        "slot 0",
+        "long",
+        "BPB",
+        "Δ BPB",
+        "ms",
+    )
     table.add_column("variant")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
@@ -279,6 +305,8 @@ def parity_table(report: dict[str, Any]) -> Table:
         table.add_row(
             row["name"],
             f"{row['bytes'] / 1e6:.2f}",
+            str(row["operations"]),
+            f"{row['call_bytes'] / 1e3:.1f}",
             f"{1 - min(way['cosine'] for way in ways):.0e}",
             *(f"{way['gap']:.1e}" for way in ways),
             f"{row['slot']:.0e}",

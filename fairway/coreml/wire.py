@@ -41,7 +41,8 @@ SCHEMA: dict[str, dict[int, tuple[str, str]]] = {
         6: ("states", "Feature[]"),
     },
     "Feature": {1: ("name", "string"), 3: ("type", "FeatureType")},
-    "FeatureType": {5: ("array", "ArrayFeature")},
+    "FeatureType": {5: ("array", "ArrayFeature"), 8: ("state", "StateFeature")},
+    "StateFeature": {1: ("array", "ArrayFeature")},
     "ArrayFeature": {
         1: ("shape", "int[]"),
         2: ("dtype", "int"),
@@ -55,7 +56,12 @@ SCHEMA: dict[str, dict[int, tuple[str, str]]] = {
     "Program": {1: ("version", "int"), 2: ("functions", "Function{}")},
     "Function": {1: ("inputs", "Named[]"), 2: ("opset", "string"), 3: ("blocks", "Block{}")},
     "Named": {1: ("name", "string"), 2: ("type", "ValueType")},
-    "ValueType": {1: ("tensor", "TensorType"), 2: ("list", "ListType")},
+    "ValueType": {
+        1: ("tensor", "TensorType"),
+        2: ("list", "ListType"),
+        5: ("state", "StateType"),
+    },
+    "StateType": {1: ("type", "ValueType")},
     "TensorType": {1: ("dtype", "int"), 2: ("rank", "int"), 3: ("dims", "Dimension[]")},
     "ListType": {1: ("type", "ValueType")},
     "Dimension": {1: ("constant", "Constant"), 2: ("unknown", "Unknown")},

@@ -55,6 +55,11 @@ EXPORT_OPTIONS: dict[str, tuple[type, str]] = {
         "number of shards that the vocabulary is cut into (default: at most 4096 tokens in each)",
     ),
     "context": (int, "tokens that a token sees, itself included (default: as in training)"),
+    "states": (
+        int,
+        "tensors that a shard keeps its keys and values in, 1 or 2; 0: they are inputs and "
+        "outputs (default: 0)",
+    ),
 }
 
 
@@ -253,7 +258,7 @@ def check_shards(
             with replacing_folder(Path(options.out).resolve()) as out:
                 shutil.copytree(path, out, dirs_exist_ok=True)
             print_line(f"kept:{options.out}")
-    Console(width=None if sys.stdout.isatty() else 150).print(parity_table(report))
+    Console(width=None if sys.stdout.isatty() else 165).print(parity_table(report))
     for row in report["variants"]:
         for failure in row["failures"]:
             print_line(f"FAIL: {row['name']}: {failure}")

@@ -21,8 +21,17 @@ from fairway.coreml.interpret import (
     lut_to_dense,
     output_elements,
 )
-from fairway.coreml.mlpackage import FEATURE_DTYPES, MODEL, NUMBER_TYPES, PackageError, TensorType
+from fairway.coreml.mlpackage import (
+    FEATURE_DTYPES,
+    MODEL,
+    NUMBER_TYPES,
+    PackageError,
+    TensorType,
+    package_functions,
+    read_package,
+)
 from fairway.coreml.tools import import_coremltools
+from fairway.coreml.wire import read_message
 from train_gpt import GPT, Artifact
 
 apple = pytest.mark.apple
@@ -421,3 +430,74 @@ def test_a_tensor_that_nothing_computes_is_refused(spoil):
     path = spoil(lambda ops: setattr(ops["add"][0].inputs["x"].arguments[0], "name", "ghost"))
     with pytest.raises(InterpretError, match="'ghost' is used before it is computed"):
         interpret(path)
+
+
+# ---- States --------------------------------------------------------------------------------------
+@pytest.fixture
+def stateful(exported):
+    """Return a function that keeps state, and inputs that write one token to place 5."""
+    package = read_package(exported(shapes="fixed", states=1) / "layers0.mlpackage")
+    function, numbers = InterpretedFunction(package), np.random.default_rng(1)
+    inputs = {}
+    for name, feature in function.inputs.items():
+        shape = [high for _, high in feature.shapes[0]]
+        inputs[name] = numbers.standard_normal(shape).astype(np.float16)
+    inputs["mask"][:], inputs["write"][:] = 0, 0
+    inputs["write"][0, 0, 0, 5] = 1
+    return function, inputs
+
+
+@apple
+def test_a_state_changes_where_a_token_is_written_and_nowhere_else(stateful):
+    function, inputs = stateful
+    state = function.new_state()
+    function(inputs, state)
+    (kept,) = state.values()
+    assert kept.dtype == np.float16 and (kept[..., 5] != 0).any(axis=(1, 2)).all()
+    before = kept.copy()
+    inputs["write"][0, 0, 0] = 0
+    inputs["write"][0, 0, 0, 6] = 1
+    function(inputs, state)
+    assert np.array_equal(np.delete(state["kv"], 6, 3), np.delete(before, 6, 3))
+
+
+@apple
+def test_a_call_needs_its_states_and_a_failed_one_leaves_them(stateful):
+    function, inputs = stateful
+    with pytest.raises(InterpretError, match="states kv are missing or unknown"):
+        function(inputs)
+    with pytest.raises(InterpretError, match="state kv must be fp16"):
+        function(inputs, {"kv": np.zeros(3, np.float16)})
+    state = function.new_state()
+    inputs["x0"][:] = 6e4
+    with pytest.raises(InterpretError, match="overflows"):
+        function(inputs, state)
+    assert not state["kv"].any()
+
+
+@apple
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (lambda op: op["inputs"]["input"]["bindings"][0].update(name="x0"), "no state|is read or"),
+        (lambda op: op.update(type="identity"), "state is read or written"),
+        (lambda op: op["inputs"].clear(), "state is read or written"),
+    ],
+)
+def test_states_are_only_read_and_written(stateful, exported, changed, message):
+    package = read_package(exported(shapes="fixed", states=1) / "layers0.mlpackage")
+    operations = package.functions["main"].body["operations"]
+    changed(next(op for op in operations if op["type"] == "write_state"))
+    with pytest.raises(InterpretError, match=message):
+        InterpretedFunction(package)
+
+
+@apple
+def test_a_described_state_is_the_one_that_the_program_has(exported):
+    model = read_message(
+        (exported(shapes="fixed", states=1) / "layers0.mlpackage" / MODEL).read_bytes()
+    )
+    (described,) = model["description"]["states"]
+    described["type"]["state"]["array"]["shape"][0] += 1
+    with pytest.raises(PackageError, match="describes other states"):
+        package_functions(model)

@@ -244,8 +244,8 @@ def test_control_characters_do_not_reach_the_terminal(folder):
         ("[]", "is no manifest"),
         ('{"format": "other"}', "is no manifest"),
         ("[" * 9999, "is damaged"),
-        ('{"format": "fairway-coreml", "version": 2}', "has version 2; this reader knows 1"),
-        ('{"format": "fairway-coreml", "version": 1}', "is damaged .KeyError"),
+        ('{"format": "fairway-coreml", "version": 1}', "has version 1; this reader knows 2"),
+        ('{"format": "fairway-coreml", "version": 2}', "is damaged .KeyError"),
     ],
 )
 def test_a_file_that_is_no_manifest_is_refused(folder, text, message):

@@ -47,7 +47,7 @@ def reference(exported, text) -> TorchReference:
 def test_variants_cover_every_shape_chunking_and_quantisation():
     found = list(export_variants(ExportOptions(), 4))
     names = [variant_name(options) for options in found]
-    assert len(set(names)) == len(found) == 2 * (4 + 3) + len(QUANTISATIONS) - 1
+    assert len(set(names)) == len(found) == 2 * (4 + 4) + 5 + len(QUANTISATIONS) - 1
     for precision in ("fp32", "fp16"):
         for kind in (
             "fixed, 1 shard",
@@ -55,11 +55,14 @@ def test_variants_cover_every_shape_chunking_and_quantisation():
             "enumerated, 1 shard",
             "multifunction, 1 shard",
             "fixed, 2 shards",
+            "fixed, 3 shards",
             "fixed, 4 shards",
             "fixed, a layer a shard",
         ):
             assert f"{precision}, {kind}" in names
     assert all(f"fp16, fixed, 1 shard, {q}" in names for q in QUANTISATIONS if q != "none")
+    for kind in ("1 shard, 1 state", "1 shard, 2 states", "2 shards, 1 state", "4 shards, 1 state"):
+        assert f"fp16, fixed, {kind}" in names
     assert not any(options.chunks == 4 for options in export_variants(ExportOptions(), 3)), (
         "a model of three layers was cut into four shards"
     )
@@ -227,10 +230,12 @@ def test_a_check_exports_compares_and_reports(exported, text, tmp_path, monkeypa
     assert (
         found["passed"]
         and row["bytes"] > 10_000
+        and row["operations"] > 50
+        and row["call_bytes"] > 1000
         and row["milliseconds"] > 0
         and sum(progress) == found["tokens"] == 150
     )
-    console = Console(width=140, record=True, file=io.StringIO())
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(parity_table(found))
     printed = console.export_text()
     assert "fp32, fixed, 1 shard" in printed and " ok" in printed

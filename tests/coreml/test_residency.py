@@ -23,7 +23,7 @@ def tensor(*shape: int) -> dict:
 
 def package(*operations: dict) -> Package:
     """Return a package whose one function has these operations."""
-    function = PackageFunction("main", {}, {}, {"operations": list(operations)})
+    function = PackageFunction("main", {}, {}, {}, {"operations": list(operations)})
     return Package(Path("p"), {"main": function}, "main", np.zeros(0, np.uint8))
 
 
