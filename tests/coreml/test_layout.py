@@ -1,12 +1,16 @@
 """Every tensor that a shard reads exists when it runs, wherever the chain is cut."""
 
+import math
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fairway.coreml import layout
 from fairway.coreml.layout import (
+    SPARE,
     CacheAxis,
     Dims,
+    Interface,
     T,
     call_sizes,
     concrete_shape,
@@ -53,6 +57,25 @@ def test_wherever_a_chain_is_cut_each_shard_finds_its_inputs(parted, data):
     assert {f"{c}{n}_new" for n in range(d.passes) for c in "kv"} <= have
     heads = chain[len(cuts) - 1 :]
     assert sum(interface.outputs[f"logits{n}"][1] for n, interface in enumerate(heads)) == 97
+
+
+@given(st.integers(1, 9), st.integers(1, 2), st.data())
+def test_states_take_the_place_of_keys_and_values(passes, states, data):
+    d = dims(passes)
+    first = data.draw(st.integers(0, passes - 1))
+    end = data.draw(st.integers(first + 1, passes))
+    without, with_ = (layout.layers_interface(first, end, d, n) for n in (0, states))
+    assert len(with_.states) == states and not without.states
+    assert not any(name[0] in "kv" for name in (*with_.inputs, *with_.outputs))
+    size = sum(math.prod(shape) for shape in with_.states.values())
+    assert size == 2 * (end - first) * 8 * 2 * (8 + SPARE)
+    streams = {n: shape for n, shape in without.outputs.items() if n[0] not in "kv"}
+    assert with_.outputs == streams
+
+
+def test_bytes_of_a_call():
+    one = Interface({"a": (1, 3, 1, T), "b": (2, CacheAxis(4))}, {"c": (T,)}, {"d": (99,)})
+    assert layout.call_bytes({"x": one, "y": one}, 2, 2) == 2 * 2 * (6 + 12 + 2)
 
 
 def test_shapes_in_a_call():
