@@ -14,9 +14,9 @@ bench/attention.py. All read the same validation text, a stream at a time, in pi
   How many of the next four are the likeliest piece? The same after a name that was never told is
   chance.
 
---recall-data writes training shards in which every second sequence tells names and asks for them,
-because web text asks too rarely for a model of a few minutes to learn it. Heads are classified
-(DuoAttention) on such sequences of training text, never on the text that is scored.
+--recall-data writes training shards in which names come again and again in every second sequence,
+because in web text they do so too rarely for a model of a few minutes to learn it. Heads are
+classified (DuoAttention) on such sequences of training text, never on the text that is scored.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import sentencepiece
 import torch
 import torch.nn.functional as F
 from attention import (
@@ -72,7 +73,8 @@ LONGEST = 8192
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 DISTANCES = (128, 256, 512, 1024, 2048, 4096, 7680)
 LETTERS = 300  # pieces up to this one are controls, bytes and letters; names have none of them
-NAMES, EVERY = 24, 2  # names in a training sequence, and one sequence of so many has them
+ALPHABET = 64  # pieces that names are made of: from more, a model of minutes learns no recall
+EVERY = 2  # one training sequence of so many has names
 NAME, CUE = 6, 2  # pieces of a name, and how many of them come again before it is asked for
 SETTLE, TIMED = 8, 33  # tokens of each context whose time is not counted, and is
 GATE_STEPS, GATE_RATE, GATE_PRICE = 120, 0.05, 0.02  # of the classification of heads
@@ -158,19 +160,19 @@ def read_all(engine: PolicyEngine, tokens: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 # ==== NAMES =======================================================================================
-def words_of(tokens: np.ndarray) -> np.ndarray:
-    """Return the pieces of a text that names are made of."""
-    words = np.unique(tokens[tokens > LETTERS])
-    if len(words) < 2 * NAME:
+def alphabet(V: int) -> np.ndarray:
+    """Return the pieces that names are made of, evenly spaced in a vocabulary of V."""
+    pieces = np.arange(LETTERS + 1, V)
+    if len(pieces) < 2 * NAME:
         raise UserError(
-            f"the text has {len(words)} pieces above {LETTERS}; names need {2 * NAME}, so take a "
-            "tokenizer with more pieces"
+            f"the vocabulary has {V} pieces; names need {2 * NAME} above piece {LETTERS}, so take "
+            "a larger one"
         )
-    return words
+    return pieces[:: max(1, len(pieces) // ALPHABET)][:ALPHABET]
 
 
 def names_of(rng: np.random.Generator, count: int, pool: np.ndarray) -> np.ndarray:
-    """Return names [count, NAME] of pieces that occur in text, each of different ones."""
+    """Return names [count, NAME], each of different pieces."""
     return np.stack([rng.choice(pool, NAME, replace=False) for _ in range(count)])
 
 
@@ -187,15 +189,23 @@ def with_names(
 
 
 def recall_sequence(rng: np.random.Generator, text: np.ndarray, pool: np.ndarray) -> np.ndarray:
-    """Return a text that tells names in its first half and asks for each in its second half."""
-    places, parts = len(text) // 2 // NAME - 1, [*text]
-    count = min(NAMES, places)
-    names = names_of(rng, count, pool)
-    told = rng.choice(places, count, replace=False) * NAME + 1
-    asked = rng.choice(places, count, replace=False) * NAME + len(text) // 2
-    for name, place in zip([*names, *names], [*told, *asked], strict=True):
-        parts[place : place + NAME] = name
-    return np.array(parts)
+    """Return a text half of which is names that come again and again.
+
+    They are 2 to 32: few come again soon, from which recall is learnt, many come again late.
+    """
+    names, text = names_of(rng, 2 ** int(rng.integers(1, 6)), pool), text.copy()
+    places = rng.permutation(len(text) // NAME - 1)[: len(text) // NAME // 2] * NAME + 1
+    for place in places:
+        text[place : place + NAME] = names[rng.integers(len(names))]
+    return text
+
+
+def vocabulary_of(folder: Path) -> int:
+    """Return the number of pieces of a folder's tokenizer."""
+    path = folder / "tokenizer.model"
+    if not path.is_file():
+        raise UserError(f"no {path}; name a folder that has the tokenizer of its shards")
+    return sentencepiece.SentencePieceProcessor(model_file=str(path)).vocab_size()
 
 
 def write_recall_data(source: Path, out: Path, length: int) -> None:
@@ -204,7 +214,7 @@ def write_recall_data(source: Path, out: Path, length: int) -> None:
     if not train:
         raise UserError(f"no *_train_*.bin in {source}; run `make data`, or name another --data")
     tokens = np.concatenate([read_shard(path) for path in train])
-    rng, pool = np.random.default_rng(0), words_of(tokens)
+    rng, pool = np.random.default_rng(0), alphabet(vocabulary_of(source))
     sequences = [tokens[at : at + length] for at in range(0, len(tokens) - length, length)]
     for nth in range(0, len(sequences), EVERY):
         sequences[nth] = recall_sequence(rng, sequences[nth], pool)
@@ -230,11 +240,11 @@ def gated_attention(gates: torch.Tensor, mask: torch.Tensor) -> Callable:
 def classify_heads(model: GPT, train: np.ndarray) -> list[list[float]]:
     """Return a gate for each head of keys of each pass: how much recall needs all of the text.
 
-    Gates begin at one and pay for staying open, against the change of the logits where names are
-    asked for (DuoAttention, 2410.10819). The model stays as it is.
+    Gates begin at one and pay for staying open, against the change of the logits in the second half
+    of sequences with names (DuoAttention, 2410.10819). The model stays as it is.
     """
     length, passes = model.cfg.train_seq_len, len(model.passes(model.looping))
-    rng, pool = np.random.default_rng(1), words_of(train)
+    rng, pool = np.random.default_rng(1), alphabet(model.cfg.vocab_size)
     gates = torch.ones(passes, model.cfg.num_kv_heads, requires_grad=True)
     optimiser = torch.optim.Adam([gates], lr=GATE_RATE)
     at, key = torch.arange(length)[:, None], torch.arange(length)
@@ -287,7 +297,7 @@ def recall_by_distance(
     model: GPT, variant: Variant, heads: list, text: Text, starts: list[int], told: bool = True
 ) -> list[float]:
     """Return the share of pieces recalled at each distance; not told, what chance would recall."""
-    rng, pool = np.random.default_rng(2), words_of(text.tokens)
+    rng, pool = np.random.default_rng(2), alphabet(model.cfg.vocab_size)
     right = np.zeros(len(DISTANCES))
     for start in starts:
         tokens = np.asarray(text.tokens[start : start + LONGEST])
@@ -439,9 +449,9 @@ def table(found: dict[str, Any]) -> str:
 DRAWN = {  # policies of the picture, with the class of their line
     "all": "#59636e",
     "all, NTK": "#0969da",
+    "window 1024": "#cf222e",
     "window 256": "#9a6700",
     "all but one layer": "#8250df",
-    "half of heads": "#cf222e",
     "16 pages": "#1a7f37",
 }
 PANEL, GAP, TOP, HIGH, LEFT = 270, 56, 96, 220, 56

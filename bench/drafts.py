@@ -74,7 +74,7 @@ STRATEGIES = {
 }
 BATCH, LENGTH = 4, 256  # of the training of heads
 OWN_TEXTS, OWN_LENGTH = 32, 256  # of the model's own text
-STEPS = {"medusa": 120, "eagle": 240, "hydra": 400}
+STEPS = {"medusa": 120, "eagle": 240, "hydra": 1200}
 COMMONEST = 1024  # pieces that Hydra guesses from
 LISTS = (
     "Name, year, place\nAdams, 1797, Philadelphia\nJefferson, 1801, Washington\n",

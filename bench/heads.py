@@ -415,7 +415,8 @@ class EagleDrafter:
 class HydraDrafter:
     """A chain of the likeliest tokens with others beside them, of the commonest pieces only.
 
-    A pass of more than MOST_ROWS tokens costs much more than one of fewer: no more are guessed.
+    A pass of MOST_ROWS tokens costs little more than one of two, and one of more tokens much more:
+    so many are guessed, or none.
     """
 
     def __init__(self, head: Hydra, model: GPT, pieces: Tensor):
@@ -433,18 +434,17 @@ class HydraDrafter:
     def propose(self, text: Sequence[int], states: Tensor, most: int) -> list[Node]:
         state, token, most = states[-1], text[-1], min(most, MOST_ROWS - 1)
         nodes: list[Node] = []
-        parent, chance = -1, 1.0
+        parent = -1
         while len(nodes) < most:
             state = self.head(state, normalised(self.model.tok_emb.weight[token]))
             tokens, p = self.predicted(state)
-            if chance * p[0] < LEAST:
+            if p[0] < LEAST and not nodes:
                 break
             # One beside the first is worth its place if it is likelier than one behind the first.
-            enough = max(LEAST / chance, p[0] ** 2)
-            count = 1 + sum(q >= enough for q in p[1:])
+            count = 1 + sum(q >= p[0] ** 2 for q in p[1:])
             parent, first = len(nodes), parent
             nodes += [Node(t, first) for t in tokens[: min(count, most - len(nodes))]]
-            token, chance = tokens[0], chance * p[0]
+            token = tokens[0]
         return nodes
 
     def learn(self, rows: np.ndarray, path: list[int]) -> None: ...

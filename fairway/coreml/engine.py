@@ -124,7 +124,7 @@ class ShardChain:
 
 
 class Cache:
-    """What shards have read of one text."""
+    """One text as shards have read it."""
 
     def __init__(self, chain: ShardChain):
         self.dtype, self.slots = chain.manifest.dtype, chain.manifest.dims.slots

@@ -34,6 +34,7 @@ MANIFEST_FILE, HOST_FILE, FORMAT, VERSION = "manifest.json", "host.bin", "fairwa
 MAX_MANIFEST_BYTES = 1 << 24
 MAX_NUMBERS = 1 << 28  # in one cache; the consensus model at a context of 2,048 has 11.5 million
 DTYPES = {name: FEATURE_DTYPES[name] for name in ("fp16", "fp32")}
+STATEFUL = [(shapes, "fp16") for shapes in SHAPES if shapes != "multifunction"]
 TABLES = ("embed", "bigram", "smear")
 
 
@@ -292,13 +293,8 @@ def check_manifest_numbers(m: Manifest) -> None:
         ("rope_base", lambda: type(m.rope_base) is float and 1 <= m.rope_base < math.inf),
         ("precision", lambda: m.precision in DTYPES),
         ("shapes", lambda: m.shapes in SHAPES),
-        (
-            "states",
-            lambda: (
-                integers_within(layout.STATES[0], layout.STATES[-1], m.states)
-                and not (m.states and (m.shapes == "multifunction" or m.precision == "fp32"))
-            ),
-        ),
+        ("states", lambda: integers_within(0, layout.STATES[-1], m.states)),
+        ("states", lambda: not m.states or (m.shapes, m.precision) in STATEFUL),
         (
             "sizes",
             lambda: (
