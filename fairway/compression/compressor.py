@@ -188,7 +188,7 @@ class Compressor:
         except BitstreamError as e:
             theirs, here = header.made_on, self.machine()
             difference = (
-                "both have the same description"
+                "both have the same description: an earlier Fairway may have written it"
                 if theirs == here
                 else f"it was made on: {theirs}; this is: {here}"
             )
