@@ -372,7 +372,7 @@ def as_a_draft(agree: float, cost: float) -> float:
 
 def measure(options: Any) -> dict[str, Any]:
     """Return everything that the table and the picture show, of one model."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     artifact = read_artifact(options.artifact)
     model, V = build_model(artifact, "cpu").eval(), artifact.config.vocab_size
     text = load_text(EvalConfig(data_path=str(options.data)), artifact)
@@ -397,8 +397,8 @@ def measure(options: Any) -> dict[str, Any]:
     shape = dict(layers=cfg.num_layers, width=cfg.model_dim, heads=cfg.num_kv_heads)
     shape |= dict(vocabulary=V, trained_on=cfg.train_seq_len)
     shape["weights"] = sum(p.numel() for p in model.parameters())
-    found = dict(model=shape, text=options.data.name, streams=len(starts), gates=gates)
-    found["chance"] = chance
+    found = dict(model=shape, threads=options.threads, text=options.data.name)
+    found |= dict(streams=len(starts), gates=gates, chance=chance)
     found["prefix"] = prefix_reuse(model, text)
     return found | dict(contexts=CONTEXTS, distances=DISTANCES, policies=rows)
 
@@ -434,10 +434,11 @@ def table(found: dict[str, Any]) -> str:
     about = (
         f"A model of {shape['weights']:,} weights ({shape['layers']} layers of {shape['width']}, "
         f"{shape['heads']} heads of keys), trained on sequences of {shape['trained_on']:,} tokens, "
-        f"one in {EVERY} with names; one thread, float32. BPB to n is that of the tokens between "
-        f"n/2 and n tokens after the start of a stream, over {found['streams']} streams; recall is "
-        "the share of four pieces of a name that are the likeliest ones, so many tokens after it "
-        "was told. Milliseconds are medians; all policies take turns token by token. *Same choice* "
+        f"one in {EVERY} with names; {found['threads']} thread(s), float32. BPB to n is that of "
+        "the tokens between n/2 and n tokens after the start of a stream, over "
+        f"{found['streams']} streams; recall is the share of four pieces of a name that are the "
+        "likeliest ones, so many tokens after it was told. Milliseconds are medians; all policies "
+        "take turns token by token. *Same choice* "
         f"is the share of tokens from 4,096 on whose likeliest piece is that of `{REFERENCE}`, and "
         "*as a draft* the most that such a policy could speed up its greedy text (TriForce). A "
         "prompt of 1,040 tokens whose first 1,024 a cache holds takes "
@@ -517,6 +518,7 @@ def options_parser() -> Parser:
     add("--artifact", default="final_model.int6.ptz", help="default: %(default)s")
     add("--data", type=Path, default=Path("data/embedded"), help="shards (default: %(default)s)")
     add("--streams", type=int, default=12, metavar="N", help="default: %(default)s")
+    add("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
     add("--recall-data", type=Path, metavar="DIR", help="write training shards with names, and end")
     add("--length", type=int, default=1024, help="of their sequences (default: %(default)s)")
     add_result_options(parser, RESULTS / "context.json")

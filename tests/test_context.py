@@ -157,6 +157,7 @@ def found():
     return dict(
         model=shape,
         streams=2,
+        threads=1,
         contexts=context.CONTEXTS,
         distances=context.DISTANCES,
         chance=[0.0] * len(context.DISTANCES),
