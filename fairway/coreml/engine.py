@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ class ShardChain:
         return (StateCache if self.manifest.states else SlotCache)(self)
 
 
-class Cache:
+class Cache(ABC):
     """One text as shards have read it."""
 
     def __init__(self, chain: ShardChain):
@@ -140,17 +141,17 @@ class Cache:
         """The last two tokens, which the embedding of the next one depends on."""
         return self.tokens[-2:]
 
+    @abstractmethod
     def inputs(self, count: int, size: int) -> dict[str, np.ndarray]:
         """Return the mask of a call of `count` tokens padded to `size`, and what goes with it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hold(self, tokens: Sequence[int], have: Mapping[str, np.ndarray]) -> None:
         """Note the tokens of a call, and what the shards computed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def crop(self, length: int) -> None:
         """Forget the tokens from `length` on; raise ValueError if that needs lost ones."""
-        raise NotImplementedError
 
     def copy(self) -> Cache:
         return copy.deepcopy(self)

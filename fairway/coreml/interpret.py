@@ -305,15 +305,15 @@ class InterpretedFunction:
         typed = [(name, tensor_type(t)) for name, t in outputs]
         for name, _ in typed:
             self.check_new(name)
-        if kind == WRITE:  # its result takes the place of the state
-            name = operands.get("input")
-            typed = [(name, self.states[name])] if name in self.states and not typed else []
         sources = [n for s in operands.values() for n in (s if isinstance(s, list) else [s])]
-        used = [n for n in sources if n in self.states]
-        if used != [operands.get("input")][: kind in (READ, WRITE)] or not typed:
+        states = [n for n in sources if n in self.states]
+        if states != [operands.get("input")][: kind in (READ, WRITE)] or (kind == WRITE and typed):
             raise InterpretError(
-                f"{kind} of {', '.join(sources)!r:.60}: a state is read or written"
+                f"{kind!r:.60} takes {', '.join(sources)!r:.60}; {READ} and {WRITE} take a state, "
+                "and no other operation takes one"
             )
+        if kind == WRITE:  # its result takes the place of the state
+            typed = [(name, self.states[name]) for name in states]
         self.check_types(kind, constants, operands, typed)
         self.types |= {name: t.number.name for name, t in typed}
         wide = {name: as_float64(value) for name, value in constants.items()}

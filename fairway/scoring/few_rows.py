@@ -1,8 +1,8 @@
 """Products of one to four rows, which a step of decoding makes, from the side that MKL is fast at.
 
-A large matrix times few rows is a matter of reading the matrix. MKL reads it at half the speed of
-the machine if rows come first (x W^T), and at full speed as W x^T; one row needs a second beside it
-for that. docs/RESULTS.md has the times. Other libraries (Apple's) are left alone.
+Multiplying a few rows by a large matrix takes the time of reading the matrix, and MKL reads it
+faster in W x^T than in x W^T. A single row is doubled for that. docs/RESULTS.md has the times.
+Other libraries (Apple's) are left alone.
 """
 
 from __future__ import annotations
